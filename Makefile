@@ -1,0 +1,24 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test style
+.DELETE_ON_ERROR:
+
+# Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
+quickstart: .venv/installed
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_dit.py
+	$(BIN)/python sample.py
+	$(BIN)/python eval_fid.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+style: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@

@@ -1,0 +1,101 @@
+"""The feature sum and its in-place add: the only hot code."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class _FeatureSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.sum(-1, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_s):
+        # ∂x = (∂s) 1ᵀ: expanded, so that the only tokens × d traffic is the add onto the linear's own ∂x.
+        return grad_s.to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
+
+
+class _AddOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, s, b):
+        ctx.save_for_backward(s, b)
+        # A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a
+        # copy of its gradient. No backward reads a linear's output, so the change needs no tracking:
+        # `.data` is the same memory as a tensor of its own.
+        result = out.data
+        if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
+            result.add_(s.unsqueeze(-1) * b)
+        else:
+            result.view(-1, b.shape[0]).addr_(s.flatten().to(out.dtype), b.to(out.dtype))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        s, b = ctx.saved_tensors
+        dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+        rows = grad.reshape(-1, b.shape[0]).to(dtype)
+        grad_s = (rows @ b.to(dtype)).view(s.shape).to(s.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = (s.flatten().to(dtype) @ rows).to(b.dtype) if ctx.needs_input_grad[2] else None
+        return grad, grad_s, grad_b
+
+
+def feature_sum(x: torch.Tensor) -> torch.Tensor:
+    """Compress features to their sum, s = 1ᵀx = Σᵢ xᵢ (1LoRA, section 3.2).
+
+    Args:
+        x: (..., in_features), any floating dtype.
+
+    Returns:
+        (...), fp32: a bf16 sum over thousands of features would lose the small ones.
+    """
+    if torch.compiler.is_compiling():
+        return x.sum(-1, dtype=torch.float32)
+    return _FeatureSum.apply(x)
+
+
+def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Decompress a feature sum onto a linear's output, out += s bᵀ (1LoRA, equation 3).
+
+    Saves `s` (one number a token) and `b` for backward, and never forms a second tokens × features tensor:
+    ∂b = sᵀ ∂out and ∂s = ∂out · b are matrix-vector products. Nothing may have saved `out` for backward.
+
+    Args:
+        out: (..., out_features), contiguous, changed in place.
+        s: (...), fp32.
+        b: (out_features,), any floating dtype.
+
+    Returns:
+        `out`'s memory, with the new term.
+    """
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula by itself
+        return out + (s.unsqueeze(-1) * b).to(out.dtype)
+    return _AddOuter.apply(out, s, b)
+
+
+class _AddVector(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, beta):
+        ctx.dtype = beta.dtype
+        result = out.data  # untracked for the reason given in _AddOuter
+        return result.add_(beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_beta = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad, grad_beta
+
+
+def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Shift a linear's output by a trained bias, out += β (BitFit; 1LoRA, table 1).
+
+    Args:
+        out: (..., out_features), changed in place; nothing may have saved it for backward.
+        beta: (out_features,), any floating dtype.
+    """
+    if torch.compiler.is_compiling():
+        return out + beta.to(out.dtype)
+    return _AddVector.apply(out, beta)

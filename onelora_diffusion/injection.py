@@ -1,0 +1,376 @@
+"""Which layers an adapter serves; attach, detach, activate, freeze, count."""
+
+import contextlib
+import fnmatch
+import hashlib
+import logging
+import types
+
+import torch
+from torch import nn
+
+from onelora_diffusion.adapters.layer import LayerAdapters, adapter_hook
+from onelora_diffusion.adapters.swap import SwapAdapter, SwappedParameters
+from onelora_diffusion.adapters.vector import VectorAdapter
+from onelora_diffusion.attention import OneLoRAAttnProcessor
+from onelora_diffusion.conditioning import ClassTable, DiTConditioning
+from onelora_diffusion.config import AdapterConfig
+
+logger = logging.getLogger(__name__)
+
+CLASS_TABLE = "class_embedding"
+OUTPUT_HEADS = (
+    "lm_head",
+    "classifier",
+    "score",
+    "head",
+    "proj_out",
+    "proj_out_1",
+    "proj_out_2",
+    "final_layer",
+)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Public verbs
+
+
+def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> nn.Module:
+    """Freeze a base model and add a trainable adapter, which leaves its output as it was.
+
+    Base layers stay where and what they are; an adapter is a child, `onelora`, of the layer it serves.
+    Earlier adapters of the model stay, frozen and inactive. Works on the meta device.
+
+    Args:
+        model: `DiTTransformer2DModel`, or any module with linear layers; changed in place.
+        config: what is trained, and where.
+        adapter_name: a new name without dots.
+
+    Returns:
+        `model`; its parameters that require gradients are exactly the adapter's, in fp32.
+
+    Raises:
+        ValueError: the name is in use, a target matches no layer, or a class table is asked of a model
+            without class embeddings. The model is left as it was.
+    """
+    check_name(model, adapter_name)
+    attach_adapter(model, config, adapter_name, build_adapter(model, config))
+    return model
+
+
+def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+    """Remove an adapter, or every one; after the last the model is the plain base, bit for bit.
+
+    Merged weights are unmerged first.
+    """
+    book = adapters_of(model)
+    names = list(book.adapters) if adapter_name is None else [book.known(adapter_name)]
+    if book.merged is not None:
+        from onelora_diffusion.merging import unmerge_adapter
+
+        unmerge_adapter(model)
+    remaining = {name: weight for name, weight in book.weights.items() if name not in names}
+    book.activate(remaining)
+    for name in names:
+        book.detach(name)
+    if not book.adapters:
+        book.restore()
+        del model._onelora, model.save_pretrained
+    return model
+
+
+def set_adapters(
+    model: nn.Module, adapter_names: str | list[str], weights: float | list[float] | None = None
+) -> nn.Module:
+    """Let the named adapters serve together: their vectors are summed with these weights.
+
+    A weighted sum of 1LoRA adapters is a 1LoRA adapter, so that n of them cost what one costs.
+
+    Raises:
+        ValueError: an unknown name, or as many weights as there are not names. Nothing is changed then.
+    """
+    book = adapters_of(model)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
+    if len(weights) != len(names):
+        raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
+    if book.merged is not None:
+        raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them before others are set")
+    book.activate({book.known(name): float(weight) for name, weight in zip(names, weights, strict=True)})
+    return model
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module):
+    """Context manager: inside, the model computes what its base computes."""
+    book = adapters_of(model)
+    if book.merged is not None:
+        raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them to reach the base")
+    weights = book.weights
+    book.activate({})
+    try:
+        yield model
+    finally:
+        book.activate(weights)
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The trained tensors of an adapter, live, by their names in an adapter file (without its prefix)."""
+    book = adapters_of(model)
+    return state_dict_of(book.adapters[book.known(adapter_name)])
+
+
+def count_trainable(model: nn.Module) -> int:
+    """The number of weights that require gradients; each shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which layers
+
+
+def is_dit(model: nn.Module) -> bool:
+    """Whether this is diffusers' DiT, told without importing diffusers."""
+    return any(cls.__name__ == "DiTTransformer2DModel" for cls in type(model).__mro__)
+
+
+def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
+    """The linear layers that an adapter serves, by path.
+
+    `targets=None` on a DiT is the paper's set, found from its parameter counts: per block adaLN, q, k, v,
+    attention output and both MLP linears, and both output linears; the timestep embedder is left out.
+    Elsewhere it is every linear but the output head.
+    """
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "onelora" not in path and not path.endswith("to_qkv")
+    }
+    if targets is None and is_dit(model):
+        return {path: linear for path, linear in linears.items() if ".norm1.emb." not in path}
+    if targets is None:
+        return {path: linear for path, linear in linears.items() if path.split(".")[-1] not in OUTPUT_HEADS}
+
+    chosen = {path for target in targets for path in linears if _matches(path, target)}
+    for target in targets:
+        if not any(_matches(path, target) for path in linears):
+            kinds = sorted({path.split(".")[-1] for path in linears if not path.split(".")[-1].isdigit()})
+            raise ValueError(
+                f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
+                f"{', '.join(kinds)}"
+            )
+    return {path: linear for path, linear in linears.items() if path in chosen}
+
+
+def _matches(path: str, target: str) -> bool:
+    """Whole components only: 'proj' is the end of 'ff.net.0.proj', not of 'linear_proj'."""
+    return fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"*.{target}")
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The normalisation layers that have weights of their own, by path. A DiT's have none."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Build an adapter beside the model, then attach it
+
+
+def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules of a new adapter by the path of the layer each serves; the model is not touched."""
+    if config.fuse_qkv and not is_dit(model):
+        raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
+    adapter: dict[str, nn.Module] = {}
+    if config.sum or config.bias or config.scale:
+        for path, linear in target_layers(model, config.targets).items():
+            adapter[path] = VectorAdapter(linear, config)
+        if not adapter:
+            raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
+    if config.norms:
+        norms = norm_layers(model)
+        if not norms:
+            logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
+        for path, norm in norms.items():
+            adapter[path] = SwapAdapter(norm)
+    if config.num_classes is not None:
+        if not is_dit(model):
+            raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
+        table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        adapter[CLASS_TABLE] = ClassTable(table, config)
+    return adapter
+
+
+def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter: dict[str, nn.Module]) -> None:
+    """Attach the modules of `build_adapter`, and make them the only ones that are active and trained."""
+    if not hasattr(model, "_onelora"):
+        model._onelora = AdapterBook(model)
+        model.save_pretrained = types.MethodType(_save_base, model)
+    model._onelora.attach(adapter_name, config, adapter)
+    model.requires_grad_(False)
+    model._onelora.activate({adapter_name: 1.0})
+    for module in adapter.values():
+        module.requires_grad_(True)
+
+
+def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{name}" if path == CLASS_TABLE else f"{path}.onelora_{name}": parameter
+        for path, module in adapter.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter name '{adapter_name}' must not be empty or contain a dot")
+    if hasattr(model, "_onelora") and adapter_name in model._onelora.adapters:
+        raise ValueError(f"adapter name '{adapter_name}' is already in use")
+    if hasattr(model, "_onelora") and model._onelora.merged is not None:
+        raise ValueError(f"adapters {', '.join(model._onelora.merged)} are merged: unmerge them before adding another")
+
+
+class AdapterBook:
+    """What is attached to a model: its adapters, which of them serve, and what to put back after the last.
+
+    Attributes:
+        adapters: name -> path of the served layer -> the adapter's module.
+        configs: name -> the adapter's settings.
+        weights: name -> weight of the adapters that serve.
+        merged: the weights that are folded into the base, or None.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.fingerprint = fingerprint(model)
+        self.adapters: dict[str, dict[str, nn.Module]] = {}
+        self.configs: dict[str, AdapterConfig] = {}
+        self.weights: dict[str, float] = {}
+        self.merged: dict[str, float] | None = None
+        self.originals: dict = {}
+        self.hooks: dict = {}
+        self.stock_processors: dict = {}
+        self.conditioning = DiTConditioning(model) if is_dit(model) else None
+
+    def known(self, adapter_name: str) -> str:
+        if adapter_name not in self.adapters:
+            raise ValueError(
+                f"adapter '{adapter_name}' is not in the list of present adapters: {', '.join(self.adapters)}"
+            )
+        return adapter_name
+
+    def served_layers(self) -> dict[str, nn.Module]:
+        """path -> base layer, of every layer that has at least one adapter."""
+        paths = dict.fromkeys(path for adapter in self.adapters.values() for path in adapter if path != CLASS_TABLE)
+        return {path: self.model.get_submodule(path) for path in paths}
+
+    def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, nn.Module]) -> None:
+        for path, module in adapter.items():
+            if path == CLASS_TABLE:
+                self.conditioning.tables[adapter_name] = module
+                continue
+            layer = self.model.get_submodule(path)
+            if not hasattr(layer, "onelora"):
+                layer.onelora = SwappedParameters(layer) if isinstance(module, SwapAdapter) else LayerAdapters()
+            layer.onelora[adapter_name] = module
+        self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
+        if config.fuse_qkv:
+            self.fuse_qkv()
+        self.add_hooks()
+
+    def detach(self, adapter_name: str) -> None:
+        for path in self.adapters.pop(adapter_name):
+            if path == CLASS_TABLE:
+                del self.conditioning.tables[adapter_name]
+                continue
+            layer = self.model.get_submodule(path)
+            del layer.onelora[adapter_name]
+            if not len(layer.onelora):
+                del layer.onelora
+                if path in self.hooks:
+                    self.hooks.pop(path).remove()
+        del self.configs[adapter_name]
+
+    def activate(self, weights: dict[str, float]) -> None:
+        for layer in self.served_layers().values():
+            layer.onelora.set_active(layer, weights)
+        if self.conditioning is not None:
+            self.conditioning.set_active(weights)
+        self.weights = weights
+
+    def add_hooks(self) -> None:
+        for path, layer in self.served_layers().items():
+            if isinstance(layer.onelora, LayerAdapters) and path not in self.hooks:
+                self.hooks[path] = layer.register_forward_hook(adapter_hook)
+        if is_dit(self.model):
+            for path, attn in self.attentions().items():
+                if path not in self.stock_processors:
+                    self.stock_processors[path] = attn.processor
+                    attn.set_processor(OneLoRAAttnProcessor())
+
+    def remove_hooks(self) -> None:
+        while self.hooks:
+            self.hooks.popitem()[1].remove()
+        while self.stock_processors:
+            path, processor = self.stock_processors.popitem()
+            self.model.get_submodule(path).set_processor(processor)
+
+    def restore(self) -> None:
+        """Put back all that `attach` replaced for every adapter together."""
+        self.remove_hooks()
+        if self.conditioning is not None:
+            self.conditioning.restore()
+            for attn in self.attentions().values():
+                if attn.fused_projections:  # q, k and v keep the matrix alive as its views
+                    del attn.to_qkv
+                    attn.fused_projections = False
+
+    def attentions(self) -> dict[str, nn.Module]:
+        return {
+            f"transformer_blocks.{index}.attn1": block.attn1
+            for index, block in enumerate(self.model.transformer_blocks)
+        }
+
+    def fuse_qkv(self) -> None:
+        """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
+        for attn in self.attentions().values():
+            if attn.fused_projections:
+                continue
+            attn.fuse_projections()
+            linears = (attn.to_q, attn.to_k, attn.to_v)
+            for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
+                linear.weight.data = weight
+            if attn.to_qkv.bias is not None:
+                for linear, bias in zip(linears, attn.to_qkv.bias.data.chunk(3), strict=True):
+                    linear.bias.data = bias
+
+
+def adapters_of(model: nn.Module) -> AdapterBook:
+    if not hasattr(model, "_onelora"):
+        raise ValueError(f"{type(model).__name__} has no adapter: inject or load one first")
+    return model._onelora
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the base's parameter names and shapes: which bases an adapter fits."""
+    lines = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters(remove_duplicate=False)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _save_base(model: nn.Module, save_directory, *args, **kwargs):
+    """`save_pretrained` of a model with adapters: writes a plain diffusers model, in the stock layout."""
+    from onelora_diffusion.merging import stock_state_dict
+
+    def stock(module, state_dict, prefix, local_metadata):
+        clean = stock_state_dict(module, state_dict)
+        state_dict.clear()
+        state_dict.update(clean)
+
+    hook = model.register_state_dict_post_hook(stock)
+    try:
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    finally:
+        hook.remove()

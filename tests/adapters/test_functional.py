@@ -1,0 +1,51 @@
+import torch
+
+from onelora_diffusion.adapters.functional import add_outer_, add_vector_, feature_sum
+
+
+def test_feature_sum_accumulates_bf16_in_fp32():
+    x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
+    x[0, 0] = 0.5
+    assert feature_sum(x).dtype == torch.float32
+    assert feature_sum(x).item() == 4095.5  # a bf16 result would be 4096
+
+
+def test_add_outer_by_hand():
+    out = torch.zeros(2, 3)
+    added = add_outer_(out, torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0, 30.0]))
+    assert added.tolist() == [[10, 20, 30], [20, 40, 60]]
+    assert added.data_ptr() == out.data_ptr()
+
+
+def test_gradients_equal_the_plain_formula():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(5, 7)
+    x, b, beta = torch.randn(2, 3, 5), torch.randn(7), torch.randn(7)
+
+    def gradients(formula):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, b, beta)]
+        formula(*leaves).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours = gradients(lambda x, b, beta: add_vector_(add_outer_(linear(x), feature_sum(x), b), beta))
+    plain = gradients(lambda x, b, beta: linear(x) + b * x.sum(-1, keepdim=True) + beta)
+    for own, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_fp16_feature_sum_past_its_range_stays_finite():
+    s = torch.tensor([100_000.0], requires_grad=True)  # past fp16's 65504
+    b = torch.tensor([0.01, -0.02], requires_grad=True)
+    out = add_outer_(torch.zeros(1, 2, dtype=torch.float16), s, b)
+    assert out.tolist() == [[1000, -2000]]
+    out.backward(torch.ones(1, 2, dtype=torch.float16))
+    assert b.grad.tolist() == [100_000, 100_000]
+
+
+def test_backward_saves_one_number_a_token():
+    saved = []
+    x = torch.randn(4, 6, 8, requires_grad=True)
+    out, b = torch.zeros(4, 6, 16), torch.zeros(16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        add_outer_(out, feature_sum(x), b)
+    assert sorted(saved) == [16, 24]  # b, and s for 4 × 6 tokens

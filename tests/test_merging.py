@@ -1,0 +1,112 @@
+import pytest
+import torch
+from conftest import make_dit, randomize
+
+from onelora_diffusion import (
+    AdapterConfig,
+    adapter_state_dict,
+    inject_adapter,
+    merge_adapter,
+    set_adapters,
+    unload_adapter,
+    unmerge_adapter,
+)
+
+EVERY_PART = {"method": "difffit", "sum": True, "num_classes": 3}
+
+
+@pytest.mark.parametrize("fuse_qkv", [False, True])
+@pytest.mark.parametrize("compression", ["sum", "random"])
+def test_merged_output_equals_the_adapter_and_unmerge_restores_every_bit(dit, inputs, compression, fuse_qkv):
+    inject_adapter(dit, AdapterConfig(**EVERY_PART, compression=compression, fuse_qkv=fuse_qkv))
+    randomize(dit)
+    before = {key: tensor.clone() for key, tensor in dit.state_dict().items()}
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        merge_adapter(dit)
+        torch.testing.assert_close(dit(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+        unmerge_adapter(dit)
+        assert torch.equal(dit(**inputs).sample, expected)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dit.state_dict().items())
+
+
+def test_merge_adds_b_to_every_column(dit):
+    inject_adapter(dit, AdapterConfig(targets=("to_q",)))
+    linear = dit.transformer_blocks[0].attn1.to_q
+    before = linear.weight.clone()
+    with torch.no_grad():
+        b = adapter_state_dict(dit)["transformer_blocks.0.attn1.to_q.onelora_b"]
+        b.copy_(torch.arange(32.0))
+    merge_adapter(dit)
+    torch.testing.assert_close(linear.weight - before, torch.arange(32.0).unsqueeze(1).expand(32, 32))
+    assert not linear._forward_hooks
+
+
+def test_merge_of_weighted_adapters_equals_them(dit, inputs):
+    for seed, name in enumerate(("a", "b")):
+        randomize(inject_adapter(dit, AdapterConfig(**EVERY_PART), name), seed=seed)
+    set_adapters(dit, ["a", "b"], [0.5, -1.5])
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        merge_adapter(dit)
+        torch.testing.assert_close(dit(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unload_while_merged_leaves_the_plain_base(dit, inputs):
+    expected = dit(**inputs).sample
+    merge_adapter(randomize(inject_adapter(dit, AdapterConfig(**EVERY_PART))))
+    unload_adapter(dit)
+    assert torch.equal(dit(**inputs).sample, expected)
+
+
+def test_merging_nan_is_refused_with_nothing_changed(dit, inputs):
+    randomize(inject_adapter(dit, AdapterConfig()))
+    expected = dit(**inputs).sample
+    bad = adapter_state_dict(inject_adapter(dit, AdapterConfig(), "bad"), "bad")["proj_out_2.onelora_b"]
+    bad.data[0] = float("nan")
+    set_adapters(dit, "default")
+    with pytest.raises(ValueError, match="merging bad into proj_out_2 gives NaN"):
+        merge_adapter(dit, "bad")
+    assert torch.equal(dit(**inputs).sample, expected)
+
+
+def test_order_of_verbs(dit):
+    inject_adapter(dit, AdapterConfig())
+    with pytest.raises(ValueError, match="no adapter is merged"):
+        unmerge_adapter(dit)
+    merge_adapter(dit)
+    with pytest.raises(ValueError, match="already merged"):
+        merge_adapter(dit)
+    with pytest.raises(ValueError, match="unmerge them before adding another"):
+        inject_adapter(dit, AdapterConfig(), "second")
+    with pytest.raises(ValueError, match="has no adapter"):
+        merge_adapter(make_dit())
+
+
+def test_save_pretrained_writes_the_clean_base(dit, inputs, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    expected = dit(**inputs).sample
+    inject_adapter(dit, AdapterConfig(**EVERY_PART, fuse_qkv=True))
+    randomize(dit).save_pretrained(tmp_path)
+    stock, info = DiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(stock.eval()(**inputs).sample, expected)
+
+
+def test_save_pretrained_of_a_merged_model_is_a_plain_diffusers_model(dit, inputs, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    randomize(inject_adapter(dit, AdapterConfig(**EVERY_PART)))
+    inputs["class_labels"] = torch.tensor([0, 2, 10])  # 10: the base's null row, the last of its table
+    expected = dit(**inputs).sample
+    merge_adapter(dit).save_pretrained(tmp_path)
+    stock, info = DiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(stock.eval()(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_save_pretrained_refuses_more_classes_than_the_base_has_room_for(dit, tmp_path):
+    merge_adapter(inject_adapter(dit, AdapterConfig(num_classes=11)))
+    with pytest.raises(ValueError, match="11 classes, but the base's class table only has room for 10"):
+        dit.save_pretrained(tmp_path)

@@ -1,0 +1,54 @@
+"""diffusers' own DiTPipeline around an adapted transformer."""
+
+import torch
+from conftest import make_dit, randomize
+
+from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter
+
+
+def stock_pipeline(transformer):
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run(pipeline, class_labels):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        class_labels, guidance_scale=4.0, num_inference_steps=3, generator=generator, output_type="pt"
+    ).images
+
+
+def test_guidance_on_a_101_class_adapter():
+    """The pipeline's own null label, 1000, lies far past the 101 classes; guidance must reach the null row."""
+    model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
+    pipeline = stock_pipeline(model)
+    images = run(pipeline, [0, 100])
+    assert images.shape == (2, 3, 8, 8) and torch.isfinite(images).all()
+
+    table = model._onelora.adapters["default"]["class_embedding"].weight
+    with torch.no_grad():
+        table[-1] += 1  # guidance reads the adapter's null row
+    assert not torch.allclose(run(pipeline, [0, 100]), images)
+
+
+def test_without_the_adapter_it_is_the_base():
+    expected = run(stock_pipeline(make_dit(num_classes=1000)), [0, 999])
+    model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
+    with disable_adapter(model):
+        assert torch.equal(run(stock_pipeline(model), [0, 999]), expected)
+
+
+def test_a_pipeline_saved_with_an_adapter_attached_is_the_clean_base(tmp_path):
+    from diffusers import DiTPipeline
+
+    expected = run(stock_pipeline(make_dit(num_classes=1000)), [0, 999])
+    model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
+    stock_pipeline(model).save_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, [0, 999]), expected)

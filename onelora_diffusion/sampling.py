@@ -1,0 +1,248 @@
+"""From noise and class labels to images: one noise stream per image, guidance, three samplers, decoding."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+SAMPLERS = ("ddim", "dpm-solver++", "ddpm")
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, a function of (seed, index) alone.
+
+    PyTorch's CPU generator keeps only the low 32 bits of its seed, so hashing (seed, index) would soon give
+    two images of a large set the same noise. Here the hash of `seed` is where the images start counting,
+    and no two of them meet.
+    """
+    start = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
+    return [torch.Generator().manual_seed((start + int(index)) % 2**32) for index in indices]
+
+
+@torch.no_grad()
+def sample_latents(
+    transformer: nn.Module,
+    scheduler_config: Mapping,
+    class_labels: Tensor,
+    generators: list[torch.Generator],
+    *,
+    sampler: str = "ddim",
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    null_label: int | None = None,
+) -> Tensor:
+    """Sample latents of the given classes: (batch,) labels -> (batch, C, H, W) float32.
+
+    `ddim` is DDIM with eta 0 (Song et al. 2020), `dpm-solver++` the second-order multistep solver (Lu et al.
+    2022), `ddpm` ancestral sampling with the learned variance (Nichol & Dhariwal 2021) on DiT's evenly
+    respaced steps. The first noise and that of every step come from each image's own generator, so an image
+    does not depend on the others of its batch (but for the last bits of a matrix product, which may round
+    differently at another batch size).
+
+    Args:
+        transformer: a DiT; it runs in eval mode, under the caller's autocast, and gets its own mode back.
+        scheduler_config: the `config` of the pipeline's scheduler.
+        class_labels: (batch,) int64.
+        generators: one per image, as `image_generators` gives them.
+        guidance_scale, guidance_channels, guidance_interval, null_label: see `guided_denoiser`.
+
+    Raises:
+        ValueError: see `check_settings`.
+    """
+    check_settings(transformer, scheduler_config, sampler, num_inference_steps, guidance_channels)
+    channels, size = transformer.config.in_channels, transformer.config.sample_size
+    learned_variance = sampler == "ddpm" and transformer.config.out_channels == 2 * channels
+    scheduler = _scheduler(sampler, scheduler_config, num_inference_steps, learned_variance)
+    if null_label is None:
+        # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
+        tables = transformer.transformer_blocks[0].norm1.emb.class_embedder.parameters()
+        null_label = max(len(table) for table in tables) - 1
+
+    shape = (len(generators), channels, size, size)
+    latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
+    denoise = guided_denoiser(
+        transformer,
+        class_labels.to(latents.device),
+        null_label=null_label,
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        guidance_interval=guidance_interval,
+    )
+    with _eval_mode(transformer):
+        for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
+            model_output = denoise(latents, int(timestep))
+            if not learned_variance:
+                model_output = model_output[:, :channels]
+            latents = scheduler.step(model_output, timestep, latents, generator=generators).prev_sample
+    return latents
+
+
+def guided_denoiser(
+    transformer: nn.Module,
+    class_labels: Tensor,
+    *,
+    null_label: int,
+    guidance_scale: float,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+) -> Callable[[Tensor, int], Tensor]:
+    """Adapt a DiT to `denoise(latents, timestep) -> model_output`, with classifier-free guidance.
+
+        ε(x, t) = ε(x, t, ∅) + w · (ε(x, t, y) - ε(x, t, ∅))
+
+    (Ho & Salimans 2022). Both halves run as one batch. The learned variance stays that of class y.
+
+    Args:
+        class_labels: (batch,), y.
+        null_label: ∅, the label of no class.
+        guidance_scale: w; 1 or less runs the model on y alone.
+        guidance_channels: guide only the first so many latent channels (3 in DiT's own code); None: all.
+        guidance_interval: the lowest and the highest timestep to guide at (Kynkäänniemi et al. 2024); outside
+            it the model runs on y alone. None guides everywhere.
+    """
+    channels = guidance_channels or transformer.config.in_channels
+    lowest, highest = guidance_interval or (-float("inf"), float("inf"))
+    null_labels = torch.full_like(class_labels, null_label)
+
+    def predict(latents: Tensor, timestep: int, labels: Tensor) -> Tensor:
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        output = transformer(latents.to(transformer.dtype), timestep=timesteps, class_labels=labels)
+        return output.sample.float()
+
+    def denoise(latents: Tensor, timestep: int) -> Tensor:
+        if guidance_scale <= 1 or not lowest <= timestep <= highest:
+            return predict(latents, timestep, class_labels)
+        labels = torch.cat([class_labels, null_labels])
+        conditional, unconditional = predict(torch.cat([latents, latents]), timestep, labels).chunk(2)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+    return denoise
+
+
+@torch.no_grad()
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Decode scaled latents (batch, C, H, W) to images (batch, 3, R, R) in uint8, rounded, not truncated."""
+    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+    images = vae.decode(latents.to(vae.dtype)).sample.float()
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def generate_images(
+    pipeline,
+    class_labels: Sequence[int],
+    seed: int,
+    indices: Sequence[int],
+    *,
+    sampler: str = "ddim",
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[int, int] | None = None,
+    null_label: int | None = None,
+    batch_size: int = 32,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Generate image `indices[k]` of class `class_labels[k]` for every k, batch by batch.
+
+    Image i is a function of (seed, i), its class and the sampler: each process may take any share of them.
+
+    Args:
+        pipeline: a `DiTPipeline`; its transformer, vae and scheduler config are used.
+
+    Returns:
+        An iterator of (indices, images), a batch each; images are (batch, 3, R, R), uint8, on the pipeline's
+        device.
+
+    Raises:
+        ValueError: at once, not at the first image: see `check_settings`; or labels and indices do not pair up.
+    """
+    config = pipeline.scheduler.config
+    if len(class_labels) != len(indices):
+        raise ValueError(f"{len(class_labels)} class labels for {len(indices)} images; one each is needed")
+    check_settings(pipeline.transformer, config, sampler, num_inference_steps, guidance_channels)
+
+    def batches():
+        for first in range(0, len(indices), batch_size):
+            batch = [int(index) for index in indices[first : first + batch_size]]
+            latents = sample_latents(
+                pipeline.transformer,
+                config,
+                torch.as_tensor(class_labels[first : first + batch_size]),
+                image_generators(seed, batch),
+                sampler=sampler,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_channels=guidance_channels,
+                guidance_interval=guidance_interval,
+                null_label=null_label,
+            )
+            yield batch, decode_latents(pipeline.vae, latents)
+
+    return batches()
+
+
+def check_settings(
+    transformer: nn.Module,
+    scheduler_config: Mapping,
+    sampler: str,
+    num_inference_steps: int,
+    guidance_channels: int | None,
+) -> None:
+    """Raise ValueError for an unknown sampler, or for steps or channels that the model does not have."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
+    most = scheduler_config["num_train_timesteps"]
+    if not 1 <= num_inference_steps <= most:
+        raise ValueError(f"{num_inference_steps} inference steps asked for; this model takes 1 to {most}")
+    channels = transformer.config.in_channels
+    if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+        raise ValueError(f"guidance of {guidance_channels} channels asked for; the latents have {channels}")
+
+
+def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_variance: bool):
+    """diffusers' scheduler for `sampler`, with its timesteps set."""
+    # Where the config says nothing of clipping, diffusers would clip to [-1, 1]; latents have no such bounds.
+    clip_sample = config.get("clip_sample", False)
+    if sampler == "ddim":
+        scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
+        scheduler.set_timesteps(num_inference_steps)
+    elif sampler == "dpm-solver++":
+        # "leading", DDIM's default, would start below the noise level that the first latents have.
+        spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "linspace"
+        scheduler = DPMSolverMultistepScheduler.from_config(
+            config,
+            algorithm_type="dpmsolver++",
+            timestep_spacing=spacing,
+            final_sigmas_type="zero",
+            variance_type=None,  # else it cuts the noise down to three channels
+        )
+        scheduler.set_timesteps(num_inference_steps)
+    else:
+        variance_type = "learned_range" if learned_variance else "fixed_large"
+        scheduler = DDPMScheduler.from_config(config, variance_type=variance_type, clip_sample=clip_sample)
+        # In float32, 1 - ᾱ keeps three digits at the last steps.
+        scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+        # DiT's steps, from the first to the last of the schedule; `linspace` rounds some of them differently.
+        stride = (config["num_train_timesteps"] - 1) / max(num_inference_steps - 1, 1)
+        timesteps = accumulate([0.0] + [stride] * (num_inference_steps - 1))
+        scheduler.set_timesteps(timesteps=[round(timestep) for timestep in timesteps][::-1])
+    return scheduler
+
+
+@contextmanager
+def _eval_mode(model: nn.Module):
+    """Put every submodule in eval mode, and each back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

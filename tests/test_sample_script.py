@@ -1,0 +1,123 @@
+"""sample.py on a tiny pipeline: what it writes, whom it asks for, and how it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit, randomize
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from PIL import Image
+
+import sample
+from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
+
+FOODS = {0: "apple pie", 1: "pizza", 2: "sushi"}
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished training run: an adapter that names its base."""
+    folder = tmp_path_factory.mktemp("run")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks)
+    transformer = make_dit()
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
+    randomize(inject_adapter(transformer, AdapterConfig(num_classes=3)), scale=0.3)
+    save_adapter(transformer, folder / "adapter", id2label=FOODS, base=str(folder / "base"))
+    return folder / "adapter"
+
+
+def settings_for(run_folder, output=None, **values):
+    return sample.Settings(adapter=run_folder, output=output, num_inference_steps=2, **values)
+
+
+def read_folder(folder):
+    return np.stack([np.array(Image.open(file)) for file in sorted(folder.iterdir())])
+
+
+def test_grid_has_a_row_for_each_class(run_folder, tmp_path):
+    sample.main(settings_for(run_folder, tmp_path / "pngs", num_images=8))
+    images = read_folder(tmp_path / "pngs")
+    assert images.shape == (8, 16, 16, 3) and images.std() > 10
+
+    sample.main(settings_for(run_folder, num_images=8, batch_size=8))
+    assert sorted(file.name for file in run_folder.iterdir()) == ["onelora_weights.safetensors", "sample.png"]
+    grid = np.array(Image.open(run_folder / "sample.png"))[:, -(3 * 66 + 2) :]  # without the names
+    assert grid.shape[0] == 3 * 66 + 2
+    for index in range(9):
+        row, column = index % 3, index // 3
+        tile = grid[2 + 66 * row :, 2 + 66 * column :][:64, :64]
+        expected = images[index].repeat(4, 0).repeat(4, 1) if index < 8 else np.full((64, 64, 3), 255)
+        assert np.abs(tile.astype(int) - expected).max() <= 1  # a rounding of another batch size
+
+
+def test_npz_is_adms_and_holds_the_folders_images(run_folder, tmp_path):
+    values = {"classes": ("Pizza", "apple_pie"), "num_images": 5, "sampler": "ddpm"}
+    sample.main(settings_for(run_folder, tmp_path / "samples.npz", **values))
+    sample.main(settings_for(run_folder, tmp_path / "pngs", **values))
+    samples = np.load(tmp_path / "samples.npz")
+    assert samples["arr_0"].dtype == np.uint8
+    assert np.array_equal(samples["arr_0"], read_folder(tmp_path / "pngs"))
+    assert samples["arr_1"].tolist() == [1, 0, 1, 0, 1]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pngs", "samples.npz"]
+
+
+def test_two_processes_write_what_one_writes(run_folder, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    flags = ["--adapter", run_folder, "--output", tmp_path / "two.npz", "--num-inference-steps", "2"]
+    flags += ["--num-images", "7", "--batch-size", "3"]
+    subprocess.run([*launch, "sample.py", *map(str, flags)], cwd=REPOSITORY, check=True)
+    sample.main(settings_for(run_folder, tmp_path / "one.npz", num_images=7))
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert np.array_equal(one["arr_1"], two["arr_1"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1  # a rounding of another batch size
+
+
+def test_nothing_is_left_of_a_run_that_breaks_off(run_folder, tmp_path, monkeypatch):
+    (tmp_path / "samples.npz").write_bytes(b"an earlier run's")
+
+    def breaks_off(pipeline, class_labels, seed, indices, **settings):
+        yield [0], torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate_images", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(settings_for(run_folder, tmp_path / "samples.npz"))
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+    assert (tmp_path / "samples.npz").read_bytes() == b"an earlier run's"
+
+
+def test_classes_by_name_and_number():
+    labels = {"apple pie": 0, "pizza": 1, "sushi": 2}
+    assert sample.find_classes([], labels) == [0, 1, 2]
+    assert sample.find_classes(["sushi", "0", "Apple_Pie"], labels) == [2, 0, 0]
+    assert sample.find_classes(["5", "6"], {"5": 0, "6": 1}) == [0, 1]  # the digit, not the label
+    with pytest.raises(ValueError, match="no class 'piza' among 3; there is pizza"):
+        sample.find_classes(["piza"], labels)
+    with pytest.raises(ValueError, match="no class '3' among 3; there is apple_pie, pizza, sushi"):
+        sample.find_classes(["3"], labels)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"classes": ("soup",)}, "no class 'soup'"),
+        ({"num_inference_steps": 2000}, "takes 1 to 1000"),
+        ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
+        ({"adapter": Path("no-run")}, "no adapter at 'no-run': run train_dit.py first"),
+        ({"base": "no-base"}, "base model 'no-base': no such folder"),
+        ({"output": Path("samples.jpg")}, r"'samples.jpg': give a .png \(a grid\), an .npz or a folder"),
+        ({"output": Path("onelora_diffusion")}, "'onelora_diffusion' exists already; give a new folder"),
+    ],
+)
+def test_wrong_flags_are_one_line(run_folder, values, message, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit, match=f"^sample.py: .*{message}.*$"):
+        sample.main(sample.Settings(**{"adapter": run_folder, "output": Path("pngs")} | values))
+    assert not list(REPOSITORY.glob("*pngs*"))

@@ -1,0 +1,291 @@
+"""Samplers against models whose samples are known by hand, stock diffusers and DiT's own code."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+)
+from torch import nn
+
+from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.sampling import (
+    SAMPLERS,
+    decode_latents,
+    generate_images,
+    image_generators,
+    sample_latents,
+)
+
+SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+ALPHAS_CUMPROD = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
+MEANS = torch.tensor([[-1.5, 0.5, 2.0, 3.0], [1.0, -2.0, 0.25, -0.5], [0.5, 0.1, -0.4, 1.0]])  # null last
+POINTS = {"null_label": 2, "num_inference_steps": 20}
+
+
+class Analytic(nn.Module):
+    """A transformer whose noise is `predict(x, timestep, labels)`; it remembers the labels it was given."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, predict, out_channels=8):
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=4, out_channels=out_channels, sample_size=4)
+        self.predict, self.labels = predict, []
+
+    def forward(self, x, timestep, class_labels):
+        self.labels.append(class_labels.tolist())
+        return SimpleNamespace(sample=self.predict(x, timestep, class_labels))
+
+
+def point_noise(x, timestep, labels):
+    """ε of a distribution with all its mass on MEANS[label]: every sampler must end there."""
+    alpha_bar = ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
+    noise = (x - alpha_bar.sqrt() * MEANS[labels][:, :, None, None]) / (1 - alpha_bar).sqrt()
+    return torch.cat([noise, torch.zeros_like(x)], dim=1).float()
+
+
+def sample_points(sampler, **settings):
+    labels = torch.tensor([0, 1, 0])
+    generators = image_generators(0, range(3))
+    latents = sample_latents(
+        Analytic(point_noise), SCHEDULER.config, labels, generators, sampler=sampler, **POINTS | settings
+    )
+    return latents, MEANS[labels]
+
+
+def assert_flat(latents, expected, atol=2e-4):
+    torch.testing.assert_close(latents, expected[:, :, None, None].expand(-1, -1, 4, 4), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_the_class_without_guidance(sampler):
+    latents, means = sample_points(sampler, guidance_scale=1.0)
+    assert_flat(latents, means)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_extrapolates_from_the_null_class(sampler):
+    latents, means = sample_points(sampler, guidance_scale=3.0)
+    assert_flat(latents, MEANS[2] + 3 * (means - MEANS[2]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_on_three_channels_leaves_the_fourth_to_the_class(sampler):
+    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_channels=3)
+    assert_flat(latents[:, :3], (MEANS[2] + 3 * (means - MEANS[2]))[:, :3])
+    assert_flat(latents[:, 3:], means[:, 3:])
+
+
+@pytest.mark.parametrize("sampler, atol", [("ddim", 5e-3), ("ddpm", 1e-4)])
+def test_guidance_interval_includes_both_ends(sampler, atol):
+    # The last step (timestep 0) goes to whatever it predicts, so it alone decides here. From that far away
+    # diffusers' float32 schedule is good for three digits, which our ancestral sampler does not accept.
+    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_interval=(1, 999))
+    assert_flat(latents, means, atol)
+    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_interval=(0, 0))
+    assert_flat(latents, MEANS[2] + 3 * (means - MEANS[2]), atol)
+
+
+@pytest.mark.parametrize("scale, labels", [(1.0, [[0, 1]]), (1.5, [[0, 1, 2, 2]])])
+def test_guidance_is_one_batch_and_only_where_it_guides(scale, labels):
+    model = Analytic(point_noise)
+    settings = {"guidance_scale": scale, "num_inference_steps": 1, "null_label": 2}
+    sample_latents(model, SCHEDULER.config, torch.tensor([0, 1]), image_generators(0, [0, 1]), **settings)
+    assert model.labels == labels
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 1000), ("dpm-solver++", 100)])
+def test_deterministic_samplers_follow_the_flow_of_a_gaussian(sampler, steps):
+    # Data N(0, s²): the probability flow takes x_T to x_T · s / √(ᾱ_T s² + 1 - ᾱ_T).
+    s = 0.5
+
+    def noise(x, timestep, labels):
+        alpha_bar = ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
+        return ((1 - alpha_bar).sqrt() / (alpha_bar * s**2 + 1 - alpha_bar) * x).float()
+
+    generators = image_generators(0, range(2))
+    labels = torch.zeros(2, dtype=torch.long)
+    settings = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": 1.0, "null_label": 0}
+    latents = sample_latents(Analytic(noise, 4), SCHEDULER.config, labels, generators, **settings)
+    first = torch.stack([torch.randn(4, 4, 4, generator=generator) for generator in image_generators(0, range(2))])
+    expected = first * s / math.sqrt(ALPHAS_CUMPROD[-1] * s**2 + 1 - ALPHAS_CUMPROD[-1])
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0.01)
+
+
+# facebookresearch/DiT: create_diffusion(str(steps)).p_sample_loop(model, shape, noise, clip_denoised=False)
+# with `learned` below as the model and the waves below in place of th.randn_like; [:, :, 1, 2] of its result.
+# At 21 steps diffusers' own "linspace" spacing has one step that differs from DiT's.
+ANCESTRAL = {
+    21: [0.2701698, -0.3308229, -0.04497114, -0.3178297, -0.4042155, -0.2738653, -0.1803497, -0.1971078],
+    250: [0.08550555, -0.1064618, 0.08101343, -0.1516808, 0.04671545, -0.07757167, -0.0826149, -0.1113719],
+}
+
+
+@pytest.mark.parametrize("steps", ANCESTRAL)
+def test_ancestral_sampler_equals_dits_own_code(steps, monkeypatch):
+    def learned(x, timestep, labels):
+        sigma = 0.01 + timestep.view(-1, 1, 1, 1).float() / 1000
+        return torch.cat([sigma * x + 0.1 * torch.tanh(x.flip(1)), torch.sin(3 * x)], dim=1)
+
+    draws = iter(range(10**6))
+
+    def wave(shape, **_):  # draws run over the images, then over the steps
+        frequency = 1 + 0.618 * next(draws)
+        return 1.4 * torch.sin(frequency * torch.arange(64, dtype=torch.float64)).view(shape).float()
+
+    monkeypatch.setattr(torch, "randn", wave)
+    settings = {"sampler": "ddpm", "num_inference_steps": steps, "guidance_scale": 1.0, "null_label": 0}
+    generators, labels = image_generators(0, range(2)), torch.zeros(2, dtype=torch.long)
+    latents = sample_latents(Analytic(learned), SCHEDULER.config, labels, generators, **settings)
+    torch.testing.assert_close(latents[:, :, 1, 2].flatten(), torch.tensor(ANCESTRAL[steps]), rtol=0, atol=5e-6)
+
+
+def test_a_config_of_another_scheduler_does_not_clip():
+    config = DPMSolverMultistepScheduler(variance_type="learned_range").config
+    for sampler in SAMPLERS:
+        labels, generators = torch.tensor([0]), image_generators(0, [0])
+        settings = POINTS | {"sampler": sampler, "guidance_scale": 1.0}
+        latents = sample_latents(Analytic(point_noise), config, labels, generators, **settings)
+        assert_flat(latents, MEANS[labels])
+
+
+def tiny_transformer(num_classes=1000):
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        out_channels=8,
+        num_layers=2,
+        sample_size=4,
+        norm_num_groups=4,
+        num_embeds_ada_norm=num_classes,
+    )
+    with torch.no_grad():
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # so that classes and steps differ visibly
+    return model
+
+
+def tiny_pipeline():
+    transformer = tiny_transformer()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+    pipeline = DiTPipeline(transformer, vae, SCHEDULER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+def test_equals_the_stock_pipeline(sampler, guidance_scale):
+    pipeline = tiny_pipeline()
+    labels, settings = [3, 999, 0], {"num_inference_steps": 5, "guidance_scale": guidance_scale}
+    [(indices, images)] = generate_images(pipeline, labels, 7, [4, 5, 6], sampler=sampler, **settings)
+    assert indices == [4, 5, 6] and images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
+
+    if sampler == "dpm-solver++":
+        pipeline.scheduler = DPMSolverMultistepScheduler()
+    pipeline.transformer.eval()
+    expected = pipeline(labels, generator=image_generators(7, [4, 5, 6]), output_type="pt", **settings).images
+    assert images.float().std() > 5
+    torch.testing.assert_close(images / 255, expected, rtol=0, atol=0.6 / 255)  # rounded to a grey level
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(sampler):
+    # To 1e-5 of their size, not to the bit: a matrix product may round differently at another batch size.
+    model = tiny_transformer()
+    labels = torch.arange(7) * 100
+
+    def sample(indices):
+        generators = image_generators(3, indices)
+        settings = {"sampler": sampler, "num_inference_steps": 10, "guidance_scale": 1.5}
+        return sample_latents(model, SCHEDULER.config, labels[indices], generators, **settings)
+
+    together = sample(list(range(7)))
+    for share in ([0], [1, 3, 5], [6, 2, 0, 4]):
+        torch.testing.assert_close(sample(share) / together.std(), together[share] / together.std(), rtol=0, atol=1e-5)
+
+
+def test_batches_cover_every_index_once():
+    pipeline = tiny_pipeline()
+    indices, labels = [9, 2, 4, 7, 5], [1, 2, 3, 4, 5]
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    batches = list(generate_images(pipeline, labels, 0, indices, batch_size=2, **settings))
+    assert [index for batch, _ in batches for index in batch] == indices
+    [(_, together)] = generate_images(pipeline, labels, 0, indices, batch_size=64, **settings)
+    difference = torch.cat([images for _, images in batches]).int() - together.int()
+    assert difference.abs().max() <= 1  # a value between two grey levels may fall to either side
+    with pytest.raises(ValueError, match="5 class labels for 4 images"):
+        generate_images(pipeline, labels, 0, indices[:4])
+
+
+def test_every_image_has_its_own_noise():
+    def noise(seed, indices):
+        return [torch.randn(3, generator=generator).tolist() for generator in image_generators(seed, indices)]
+
+    assert noise(5, [17, 3]) == noise(5, [3, 17])[::-1]
+    assert len({generator.initial_seed() for generator in image_generators(5, range(20_000))}) == 20_000
+    assert not {tuple(row) for row in noise(0, range(50))} & {tuple(row) for row in noise(1, range(50))}
+
+
+def test_the_model_keeps_its_mode_and_drops_no_labels():
+    model = tiny_transformer().train()
+    model.transformer_blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    labels, generators = torch.arange(20), image_generators(0, range(20))
+    in_training = sample_latents(model, SCHEDULER.config, labels, generators, **settings)
+    assert [module.training for module in model.modules()] == modes
+    generators = image_generators(0, range(20))
+    assert torch.equal(sample_latents(model.eval(), SCHEDULER.config, labels, generators, **settings), in_training)
+
+
+@pytest.mark.parametrize("base_classes, new_classes", [(1000, 5), (5, 12)])
+def test_the_null_label_is_the_adapters_null_row(base_classes, new_classes):
+    model = inject_adapter(tiny_transformer(base_classes), AdapterConfig(num_classes=new_classes))
+
+    def sample(null_label):
+        labels, generators = torch.arange(4), image_generators(0, range(4))
+        return sample_latents(
+            model, SCHEDULER.config, labels, generators, num_inference_steps=3, null_label=null_label
+        )
+
+    assert torch.equal(sample(None), sample(new_classes))
+    assert not torch.allclose(sample(None), sample(new_classes - 1), atol=1e-4)
+
+
+def test_decoding_rounds_and_undoes_the_scaling():
+    vae = nn.Module()
+    vae.config, vae.dtype = SimpleNamespace(scaling_factor=0.5, shift_factor=0.25), torch.float32
+    vae.decode = lambda latents: SimpleNamespace(sample=latents)
+    image = torch.tensor([-7.0, -1, -0.999, -0.001, 0.0021, 0.5, 0.998, 1, 3])
+    images = decode_latents(vae, ((image - 0.25) * 0.5).view(1, 1, 1, 9))
+    assert images.flatten().tolist() == [0, 0, 0, 127, 128, 191, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"sampler": "euler"}, "'euler'; choose from ddim"), ({"num_inference_steps": 0}, "0 inference steps"),
+     ({"num_inference_steps": 1001}, "1 to 1000"),
+     ({"guidance_channels": 5}, "5 channels asked for; the latents have 4")],
+)  # fmt: skip
+def test_refuses_what_it_cannot_sample(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample_latents(
+            Analytic(point_noise), SCHEDULER.config, torch.tensor([0]), image_generators(0, [0]), **settings
+        )

@@ -1,0 +1,85 @@
+"""Photographs in folders, cropped to squares: Food-101 and any folder of one folder a class."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class BrokenImageError(ValueError):
+    """An image file that cannot be read; the message names it."""
+
+
+class ClassifiedImages(Dataset):
+    """A torchvision data set of (PIL image, label), cropped and scaled to [-1, 1], with its class names."""
+
+    def __init__(self, name: str, source: Dataset, class_names: list[str], resolution: int):
+        self.name = name
+        self.source = source
+        self.resolution = resolution
+        self.id2label = dict(enumerate(class_names))
+        self.num_classes = len(class_names)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index]
+        pixels = np.array(center_crop(image, self.resolution))
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, label
+
+
+def food101(root: str | Path, split: str, resolution: int, download: bool = False) -> ClassifiedImages:
+    """Food-101 (Bossard et al., ECCV 2014) in torchvision's layout; class names with spaces for underscores."""
+    from torchvision.datasets import Food101
+
+    root = Path(root)
+    if root.name == "food-101" and (root / "meta").is_dir():  # the folder itself, not the one it lies in
+        root = root.parent
+    folder = root / "food-101"
+    if not download and not ((folder / "meta" / f"{split}.json").is_file() and (folder / "images").is_dir()):
+        raise FileNotFoundError(
+            f"no Food-101 in {folder}: download it (--download, 5 GB), or give the folder that holds "
+            "food-101/ (--data-root)"
+        )
+    source = Food101(root, split=split, loader=read_image, download=download)
+    return ClassifiedImages("food101", source, [name.replace("_", " ") for name in source.classes], resolution)
+
+
+def image_folder(root: str | Path, split: str, resolution: int) -> ClassifiedImages:
+    """Images in `root/<split>/<class>/`, or in `root/<class>/` where there is no folder of the split's name."""
+    from torchvision.datasets import ImageFolder
+
+    folder = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
+    try:
+        source = ImageFolder(folder, loader=read_image)
+    except FileNotFoundError as error:
+        reason = str(error).split("Supported extensions")[0].strip()
+        raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None
+    return ClassifiedImages("imagefolder", source, source.classes, resolution)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The RGB image of a file; BrokenImageError names a file that is missing, damaged or no image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them PIL's
+        raise BrokenImageError(f"{path} is not a readable image: {error}") from error
+
+
+def center_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The central square of an image at the given resolution, as ADM and DiT crop (Dhariwal & Nichol, 2021).
+
+    The image is halved by box filtering while its shorter side is at least twice the resolution, brought to
+    the resolution by bicubic filtering, and cut.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))

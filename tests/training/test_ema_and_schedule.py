@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from onelora_diffusion.training.ema import ExponentialMovingAverage
+from onelora_diffusion.training.schedule import learning_rate_factor
+
+
+def test_average_equals_the_formula_by_hand():
+    value = torch.zeros(1)
+    ema = ExponentialMovingAverage({"b": value}, decay=0.25)
+    value.fill_(11.0)
+    ema.update(1)  # decay min(0.25, 2 / 11): 9 / 11 of 11
+    assert ema.values["b"].item() == pytest.approx(9.0)
+    value.fill_(1.0)
+    ema.update(2)  # decay min(0.25, 3 / 12): 0.25 · 9 + 0.75 · 1
+    assert ema.values["b"].item() == pytest.approx(3.0)
+    ema.update(1000)
+    assert ema.values["b"].item() == pytest.approx(1.5)
+
+
+def test_averages_serve_inside_the_context_and_values_come_back_bit_for_bit():
+    parameter = torch.nn.Parameter(torch.randn(5))
+    before = parameter.detach().clone()
+    ema = ExponentialMovingAverage({"b": parameter}, decay=0.5)
+    ema.values["b"].fill_(2.0)
+    with pytest.raises(KeyboardInterrupt), ema.applied():
+        assert torch.equal(parameter, torch.full((5,), 2.0))
+        raise KeyboardInterrupt
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5]),
+        ("cosine", [0.5, 1.0, 1.0, (1 + 0.5**0.5) / 2, 0.5]),
+    ],
+)
+def test_schedules_by_hand(schedule, factors):
+    found = [learning_rate_factor(step, schedule, warmup_steps=2, max_steps=6) for step in range(5)]
+    assert found == pytest.approx(factors)

@@ -1,0 +1,66 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from onelora_diffusion.training.randomness import StepKeyedBatches, batch_indices, draw_step, micro_batches
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+    shown = [index for step in range(9) for index in batch_indices(3, step, batch_size=4, num_images=12)]
+    epochs = [shown[:12], shown[12:24], shown[24:]]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch_indices(4, 0, 12, 12) != shown[:12]
+
+
+def test_batches_run_on_over_the_end_of_an_epoch():
+    shown = [index for step in range(7) for index in batch_indices(0, step, batch_size=5, num_images=7)]
+    assert all(sorted(shown[first : first + 7]) == list(range(7)) for first in range(0, 35, 7))
+    assert sorted(batch_indices(0, 0, batch_size=14, num_images=7)) == sorted([*range(7), *range(7)])
+
+
+def test_draws_depend_on_seed_and_step_and_on_nothing_before_them():
+    arguments = dict(batch_size=6, latent_shape=(4, 2, 2), num_timesteps=1000, label_drop=0.5)
+    torch.manual_seed(1)
+    first = draw_step(0, 7, **arguments)
+    torch.manual_seed(2)
+    draw_step(0, 6, **arguments)
+    again = draw_step(0, 7, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for other in (draw_step(0, 8, **arguments), draw_step(1, 7, **arguments)):
+        assert not torch.equal(first.noise, other.noise)
+    assert not torch.equal(first.noise, first.posterior_noise)
+
+
+def test_draws_follow_their_distributions():
+    draws = draw_step(0, 0, 20_000, (1, 1, 2), num_timesteps=10, label_drop=0.1)
+    assert draws.noise.dtype == torch.float32
+    assert abs(draws.noise.mean()) < 0.02 and abs(draws.noise.std() - 1) < 0.02
+    assert draws.timesteps.bincount(minlength=10).float().div(20_000).sub(0.1).abs().max() < 0.01
+    assert abs(draws.label_drops.float().mean() - 0.1) < 0.01
+    correlation = torch.corrcoef(torch.stack([draws.noise.flatten(), draws.posterior_noise.flatten()]))[0, 1]
+    assert abs(correlation) < 0.02
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_processes_and_micro_batches_share_the_global_batch(num_processes, accumulation):
+    rows = [micro_batches(12, num_processes, process, accumulation) for process in range(num_processes)]
+    shared = [list(range(12))[part] for parts in rows for part in parts]
+    assert [index for part in shared for index in part] == list(range(12))
+    assert {len(part) for part in shared} == {12 // (num_processes * accumulation)}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="batch of 8 images .* 3 processes with 2 accumulation steps"):
+        micro_batches(8, num_processes=3, process_index=0, accumulation=2)
+
+
+def test_batches_start_at_any_step():
+    def batches(first_step, rows):
+        return iter(StepKeyedBatches(0, first_step, 6, num_images=20, flip=True, rows=rows))
+
+    whole = list(islice(batches(0, [slice(0, 6)]), 5))
+    assert list(islice(batches(3, [slice(0, 6)]), 2)) == whole[3:]
+    assert list(islice(batches(4, [slice(2, 4), slice(4, 6)]), 2)) == [whole[4][2:4], whole[4][4:6]]
+    assert {flip for batch in whole for _, flip in batch} == {False, True}

@@ -1,0 +1,1 @@
+"""How good generated images are: features, their statistics, distances between them, recognition."""

@@ -1,0 +1,72 @@
+"""Companions of the Fréchet distance, by torch-fidelity: KID, precision and recall, Inception Score; and its limit.
+
+They compare images one by one, so they need all features in memory: (images, d) float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from .frechet import frechet_distance
+from .statistics import FeatureStatistics
+
+
+def kernel_distance(generated: Tensor, real: Tensor, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """KID: squared MMD of a cubic kernel, mean and spread over 100 subsets (Bińkowski et al., ICLR 2018)."""
+    size = min(subset_size, len(generated), len(real))
+    found = kid_features_to_metric(generated, real, kid_subset_size=size, rng_seed=seed, verbose=False)
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+
+
+def precision_recall(generated: Tensor, real: Tensor, neighborhood: int = 3) -> tuple[float, float]:
+    """The share of generated images among the real ones' neighbours, and the reverse (Kynkäänniemi et al., 2019)."""
+    found = prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, save_cpu_ram=True, verbose=False)
+    return found["precision"], found["recall"]
+
+
+def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """exp E KL(p(y|x) || p(y)), mean and spread over the splits (Salimans et al., NeurIPS 2016)."""
+    found = isc_features_to_metric(logits, splits=splits, rng_seed=seed)
+    return found["inception_score_mean"], found["inception_score_std"]
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Distances of the first N images, and the line d(N) = limit + slope / N through them."""
+
+    counts: list[int]
+    distances: list[float]
+    limit: float
+    slope: float
+    r_squared: float
+
+
+def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequence[int] | None = None) -> Extrapolation:
+    """The distance at several N and its limit for N to infinity, by least squares in 1/N (Chong & Forsyth, 2020).
+
+    Image i does not depend on the others, so the first N are a fair sample of N. The bias that remains is the
+    reference's own, from its own count.
+
+    Args:
+        generated: features (images, d).
+        counts: the N; None: five, evenly spaced from half of the images to all.
+    """
+    counts = list(counts or np.linspace(len(generated) / 2, len(generated), 5).round().astype(int).tolist())
+    distances = [frechet_distance(_statistics(generated[:count]), reference) for count in counts]
+    inverse = 1 / np.array(counts)
+    slope, limit = np.polyfit(inverse, distances, 1)
+    residual = np.array(distances) - (limit + slope * inverse)
+    spread = np.var(distances)
+    r_squared = 1 - np.mean(residual**2) / spread if spread > 0 else 1.0
+    return Extrapolation(counts, distances, float(limit), float(slope), float(r_squared))
+
+
+def _statistics(features: Tensor) -> FeatureStatistics:
+    features = features.double()
+    return FeatureStatistics(features.mean(0), torch.cov(features.T), len(features))

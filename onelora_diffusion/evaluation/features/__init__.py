@@ -1,0 +1,45 @@
+"""What of an image is compared: its pixels, Inception-2015's features, or DINOv2's."""
+
+from pathlib import Path
+
+from torch import nn
+
+FEATURES = ("pixels", "inception", "dinov2")
+# torch-fidelity's release of the Inception weights of 2015, weights-inception-2015-12-05-6726825d.pth
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+def load_features(name: str, resolution: int, weights: str | Path | None = None) -> nn.Module:
+    """A frozen module that turns uint8 images (batch, 3, R, R) into float64 features (batch, num_features).
+
+    It has the attributes `name`, `num_features`, `resize` (what is done to an image before it is looked at) and
+    `extractor` (what identifies the weights: their hash).
+
+    Args:
+        name: one of `FEATURES`.
+        resolution: R, of the images to come.
+        weights: for `inception` the file of torch-fidelity's release (None: its cache, else its download); for
+            `dinov2` a folder in the layout of transformers.
+
+    Raises:
+        ValueError: an unknown name; weights that are not what they should be, or cannot be fetched.
+        FileNotFoundError: there are no such weights.
+    """
+    if name == "pixels":
+        from .pixels import PixelFeatures
+
+        return PixelFeatures(resolution)
+    if name == "inception":
+        from .inception import inception_2015
+
+        return inception_2015(weights)
+    if name == "dinov2":
+        from .dinov2 import DinoV2Features
+
+        return DinoV2Features(weights)
+    raise ValueError(f"unknown features '{name}': choose one of {', '.join(FEATURES)}")
+
+
+def distance_name(features: str, extractor: str) -> str:
+    """`FID` for the 2048 features of Inception-2015 with the released weights; for any other, `FD` with their name."""
+    return "FID" if (features, extractor) == ("inception", INCEPTION_SHA256) else f"FD({features})"

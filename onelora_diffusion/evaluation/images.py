@@ -1,0 +1,172 @@
+"""Sets of images to measure: a folder of PNGs, an ADM .npz, a data set; uint8, batch by batch, shared by processes."""
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+class FolderImages(Dataset):
+    """The PNG files of a folder, in the order of their names, as uint8 (3, R, R).
+
+    ValueError or FileNotFoundError, at once, if there are none, or if one is unreadable, not RGB, not square, or of
+    another size than the first.
+    """
+
+    crop = "none"
+
+    def __init__(self, folder: str | Path):
+        self.name = str(folder)
+        self.files = sorted(Path(folder).glob("*.png"))
+        if not self.files:
+            raise FileNotFoundError(f"no .png in '{folder}': give a folder of PNG files, an .npz or statistics")
+        self.resolution = _png_size(self.files[0])
+        for file in self.files:
+            if (size := _png_size(file)) != self.resolution:
+                raise ValueError(
+                    f"'{file}' is {size}x{size}, but '{self.files[0].name}' is {self.resolution}x{self.resolution}: "
+                    "bring all images to one size first, as the reference was"
+                )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            with Image.open(self.files[index]) as image:
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(_unreadable(self.files[index], error)) from error
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        return _load(self, indices, batch_size)
+
+
+class NpzImages:
+    """The array `arr_0` of an .npz, uint8 (images, R, R, 3) as ADM writes them, read frame by frame.
+
+    ValueError or FileNotFoundError if it is not there, or is something else.
+    """
+
+    crop = "none"
+
+    def __init__(self, path: str | Path):
+        self.name, self.path = str(path), Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no file '{path}'")
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                self.shape, by_columns, dtype = _read_header(member)
+        except KeyError:
+            raise ValueError(f"'{path}' has no arr_0: save the images by numpy.savez(path, images)") from None
+        except (zipfile.BadZipFile, ValueError, OSError) as error:
+            raise ValueError(f"'{path}' is damaged or no .npz: {error}") from error
+        shape = self.shape
+        if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise ValueError(f"'{path}': arr_0 is {dtype} {shape}, not uint8 (images, R, R, 3) in C order")
+        self.resolution = shape[1]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Images of rising indices; the others of the file are read and passed over."""
+        frame = self.resolution**2 * 3
+        batch: list[int] = []
+        frames: list[bytes] = []
+        wanted = iter(indices)
+        following = next(wanted, None)
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            _read_header(member)
+            for index in range(len(self)):
+                if following is None:
+                    break
+                try:
+                    pixels = member.read(frame)
+                except (zipfile.BadZipFile, OSError) as error:
+                    raise ValueError(f"'{self.path}' is damaged at image {index}: {error}") from error
+                if index == following:
+                    batch.append(index)
+                    frames.append(pixels)
+                    following = next(wanted, None)
+                if len(batch) == batch_size or (following is None and batch):
+                    yield batch, self._tensor(frames)
+                    batch, frames = [], []
+
+    def _tensor(self, frames: list[bytes]) -> Tensor:
+        array = np.frombuffer(b"".join(frames), dtype=np.uint8).reshape(-1, *self.shape[1:])
+        return torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+
+
+class DatasetImages(Dataset):
+    """The images of a data set of `onelora_diffusion.data`, back from [-1, 1] to uint8, rounded."""
+
+    def __init__(self, dataset: Dataset, resolution: int):
+        self.dataset, self.resolution = dataset, resolution
+        self.name = dataset.name
+        self.crop = "none" if dataset.name == "digits" else "ADM centre crop"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_uint8(self.dataset[index][0])
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        return _load(self, indices, batch_size)
+
+
+def open_images(path: str | Path) -> FolderImages | NpzImages:
+    """The images of a folder or of an .npz file."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix == ".npz" or path.is_file():
+        return NpzImages(path)
+    raise FileNotFoundError(f"no images at '{path}': give a folder of PNG files or an .npz")
+
+
+def share(num_images: int, process_index: int, num_processes: int) -> range:
+    """Which images a process looks at: each image belongs to exactly one, and none is padded."""
+    return range(process_index, num_images, num_processes)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """From [-1, 1] to 0..255, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _load(images: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    loader = DataLoader(Subset(images, indices), batch_size=batch_size)
+    for number, batch in enumerate(loader):
+        yield list(indices[number * batch_size : (number + 1) * batch_size]), batch
+
+
+def _png_size(file: Path) -> int:
+    """The side of a square RGB image, from its header."""
+    try:
+        with Image.open(file) as image:
+            mode, (width, height) = image.mode, image.size
+    except (OSError, SyntaxError) as error:
+        raise ValueError(_unreadable(file, error)) from error
+    if mode != "RGB":
+        raise ValueError(f"'{file}' has mode {mode}, not RGB: convert all images the way the reference was")
+    if width != height:
+        raise ValueError(f"'{file}' is {width}x{height}, not square: crop all images the way the reference was")
+    return width
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    return f"'{file}' is not a readable image ({str(error).splitlines()[0]}): write it again, or take it out"
+
+
+def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, column order and dtype of an .npy stream, which is left at its first number."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)

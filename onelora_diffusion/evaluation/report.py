@@ -1,0 +1,42 @@
+"""Results as a table of 80 columns and as JSON."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from onelora_diffusion.training.checkpoints import write_bytes
+
+WIDTH = 80
+
+
+def format_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table with names to the left and values to the right, each row as long as `columns`."""
+    name_width = max(map(len, rows))
+    widths = [max(len(column), *(len(row[i]) for row in rows.values())) for i, column in enumerate(columns)]
+    cells = {"": columns, **rows}
+    lines = [
+        "   ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(row, widths, strict=True))])
+        for name, row in cells.items()
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([*textwrap.wrap(title, WIDTH), rule, lines[0], rule, *lines[1:], rule])
+
+
+def format_note(text: str) -> str:
+    """A sentence of the report, in lines of at most 80 columns."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def format_bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def write_json(path: Path, results: Mapping) -> None:
+    """Write results beside and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, (json.dumps(results, indent=2) + "\n").encode())

@@ -1,0 +1,148 @@
+"""The command line on a random miniature pipeline: gen, ref and calc tell one story; processes change nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit, randomize
+
+import eval_fid
+from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
+from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.sampling import generate_images
+
+SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale", "1.5"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A base of five classes at 16 by 16 pixels and an adapter of the digits 5-9, both random."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    DiTPipeline(make_dit(num_classes=5), vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
+    model = randomize(inject_adapter(load_base(folder / "base").transformer, AdapterConfig(num_classes=5)))
+    names = {label: str(label + 5) for label in range(5)}
+    save_adapter(model, folder, id2label=names, base=str(folder / "base"), training={"dataset": "digits"})
+    return folder
+
+
+def run(*arguments):
+    eval_fid.main(eval_fid.parse([str(argument) for argument in arguments]))
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_gen_reports_base_and_adapted(run_folder, capsys):
+    run("--adapter", run_folder, *SMALL)
+    report, printed = read(run_folder / "evaluation.json"), capsys.readouterr().out
+    assert report["distance_name"] == "FD(pixels)" and list(report["results"]) == ["base", "adapted"]
+    base, adapted = report["results"]["base"], report["results"]["adapted"]
+    assert base["distance"] != adapted["distance"] and 0 <= adapted["recognition"] <= 1
+    assert report["reference"]["dataset"] == "digits" and report["reference"]["count"] == 719
+    assert report["features"]["resize"] == "none, 16x16 pixels" and report["features"]["num_features"] == 768
+    assert report["seed"] == 0 and report["sampler"] == "ddim" and report["num_inference_steps"] == 2
+    model = load_adapter(load_base(run_folder / "base").transformer, run_folder)
+    assert report["num_trainable_params"] == count_trainable(model)
+    assert report["adapter_bytes"] == (run_folder / "onelora_weights.safetensors").stat().st_size
+    assert f"{adapted['distance']:.4f}" in printed and f"{base['distance']:.4f}" in printed
+    assert "23 generated images for 768 features" in " ".join(printed.split())
+    assert "it draws i mod 5" in " ".join(printed.split())
+    assert max(map(len, printed.replace(str(run_folder), "").splitlines())) <= 80
+
+
+def test_gen_ref_and_calc_agree(run_folder, tmp_path):
+    run("ref", "--output", tmp_path / "digits.safetensors")
+    gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
+    run("gen", *gen, "--reference", tmp_path / "digits.safetensors")
+
+    pipeline = load_base(run_folder / "base")
+    load_adapter(pipeline.transformer, run_folder)
+    labels = [index % 5 for index in range(23)]
+    batches = generate_images(pipeline, labels, 0, range(23), num_inference_steps=2, guidance_scale=1.5, batch_size=64)
+    images = torch.cat([images for _, images in batches])
+    np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
+    calc = ["calc", "--images", tmp_path / "images.npz", "--output", tmp_path / "calc.json"]
+    run(*calc, "--metrics", "kid", "precision-recall", "limit")
+
+    by_gen, by_calc = (read(tmp_path / name)["results"] for name in ("gen.json", "calc.json"))
+    distance = by_gen["adapted"]["distance"]
+    assert list(by_gen) == ["adapted"]
+    assert by_calc["images.npz"]["distance"] == pytest.approx(distance, rel=1e-9)
+    assert by_calc["images.npz"]["limit"]["distances"][-1] == pytest.approx(distance, rel=1e-4)
+    assert {"kid", "kid_spread", "precision", "recall"} <= set(by_calc["images.npz"])
+
+    run("ref", "--images", tmp_path / "images.npz", "--output", tmp_path / "images.safetensors")
+    files = ["--images", tmp_path / "images.safetensors", "--reference", tmp_path / "digits.safetensors"]
+    run("calc", *files, "--output", tmp_path / "calc.json")
+    (from_files,) = read(tmp_path / "calc.json")["results"].values()
+    assert from_files["distance"] == pytest.approx(distance, rel=1e-9)
+
+
+def test_two_processes_change_nothing(run_folder, tmp_path):
+    # One image at a time in both: a float32 product may round differently at another batch size, and now and then
+    # that moves a pixel by one level. test_statistics.py has the other batch sizes, on images that are given.
+    arguments = ["gen", "--adapter", run_folder, *SMALL, "--batch-size", "1", "--metrics", "kid", "--output"]
+    run(*arguments, tmp_path / "one.json")
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    launch += " --mixed_precision no --dynamo_backend no"
+    script = [eval_fid.__file__, *arguments, tmp_path / "two.json"]
+    subprocess.run(
+        [sys.executable, "-m", *launch.split(), *map(str, script)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one, two = read(tmp_path / "one.json")["results"], read(tmp_path / "two.json")["results"]
+    for model in ("base", "adapted"):
+        assert two[model] == pytest.approx(one[model], rel=1e-6)
+
+
+def error_of(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    message = str(caught.value.code)
+    assert message.startswith("eval_fid.py: ") and "\n" not in message
+    return message
+
+
+def test_wrong_input_is_named_in_one_line(run_folder, tmp_path):
+    assert "no adapter at 'nowhere/onelora_weights.safetensors'" in error_of("--adapter", "nowhere")
+    wrong = ["--adapter", run_folder, "--output", tmp_path / "evaluation.json"]
+    assert "--num-images 1" in error_of(*wrong, "--num-images", "1")
+    assert "9000 inference steps" in error_of(*wrong, "--num-inference-steps", "9000")
+    assert "inception-score needs --features inception" in error_of(*wrong, "--metrics", "inception-score")
+    assert "no statistics at" in error_of(*wrong, "--reference", tmp_path / "none.safetensors")
+    assert "no such folder" in error_of(*wrong, "--base", "nowhere")
+    assert "no Inception weights at" in error_of(*wrong, "--features", "inception", "--inception-weights", "nowhere")
+    run("ref", "--output", tmp_path / "eight.safetensors", "--resolution", "8")
+    assert "same --features" in error_of(*wrong, "--reference", tmp_path / "eight.safetensors")
+    assert "unknown split 'none'" in error_of("ref", "--output", tmp_path / "a.safetensors", "--split", "none")
+    assert "are a .safetensors file" in error_of("ref", "--output", tmp_path / "statistics.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eight.safetensors"]
+
+
+def test_damaged_adapter_and_unknown_flag(run_folder, tmp_path):
+    shutil.copy(run_folder / "onelora_weights.safetensors", tmp_path)
+    whole = (tmp_path / "onelora_weights.safetensors").read_bytes()
+    (tmp_path / "onelora_weights.safetensors").write_bytes(whole[:-10])
+    assert "is damaged" in error_of("--adapter", tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run("--no-such-flag")
+    assert caught.value.code == 2

@@ -1,0 +1,103 @@
+"""Folders and .npz files: the pixels come back as written, and bad input is named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from onelora_diffusion.data import load_dataset
+from onelora_diffusion.evaluation.images import DatasetImages, FolderImages, NpzImages, open_images, to_uint8
+
+
+def write_images(folder, count=5, size=8, mode="RGB"):
+    folder.mkdir(exist_ok=True)
+    arrays = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    for index, array in enumerate(arrays):
+        Image.fromarray(array).convert(mode).save(folder / f"{index:03d}.png")
+    return arrays
+
+
+def assert_reads(images, arrays, indices):
+    batches = list(images.batches(indices, batch_size=2))
+    assert [index for batch, _ in batches for index in batch] == list(indices)
+    np.testing.assert_array_equal(torch.cat([b for _, b in batches]).permute(0, 2, 3, 1), arrays[list(indices)])
+    assert all(pixels.dtype == torch.uint8 for _, pixels in batches)
+
+
+@pytest.mark.parametrize("indices", [range(5), range(1, 5, 3), range(4, 5)])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_folder_and_npz_come_back_as_written(tmp_path, indices, save):
+    arrays = write_images(tmp_path / "pngs")
+    save(tmp_path / "images.npz", arrays)
+    for source in ("pngs", "images.npz"):
+        images = open_images(tmp_path / source)
+        assert len(images) == 5 and images.resolution == 8
+        assert_reads(images, arrays, indices)
+
+
+def test_dataset_is_rounded_to_bytes():
+    digits = load_dataset("digits", resolution=8)
+    (indices, pixels), *_ = DatasetImages(digits, 8).batches([3, 1], 10)
+    assert indices == [3, 1]
+    expected = torch.stack([(digits[index][0] + 1) * 127.5 for index in indices])
+    torch.testing.assert_close(pixels.float(), expected, rtol=0, atol=0.5)
+
+
+def test_to_uint8_rounds():
+    assert to_uint8(torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_empty_folder_and_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no .png in"):
+        open_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no images at"):
+        open_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_grey_and_transparent_images(tmp_path, mode):
+    write_images(tmp_path, mode=mode)
+    with pytest.raises(ValueError, match=f"000.png' has mode {mode}, not RGB"):
+        FolderImages(tmp_path)
+
+
+def test_mixed_sizes(tmp_path):
+    write_images(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "003.png")
+    with pytest.raises(ValueError, match="003.png' is 9x9, but '000.png' is 8x8"):
+        FolderImages(tmp_path)
+    Image.new("RGB", (8, 9)).save(tmp_path / "003.png")
+    with pytest.raises(ValueError, match="003.png' is 8x9, not square"):
+        FolderImages(tmp_path)
+
+
+def test_unreadable_images(tmp_path):
+    write_images(tmp_path, size=32)
+    whole = (tmp_path / "002.png").read_bytes()
+    (tmp_path / "002.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="002.png' is not a readable image"):
+        list(FolderImages(tmp_path).batches(range(5), 2))
+    (tmp_path / "002.png").write_text("no image")
+    with pytest.raises(ValueError, match="002.png' is not a readable image"):
+        FolderImages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no arr_0"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0 is float32"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \(2, 3, 8, 8\), not uint8"),
+        ({"arr_0": np.zeros((2, 8, 3), np.uint8)}, "not uint8"),
+    ],
+)
+def test_npz_of_something_else(tmp_path, arrays, message):
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        NpzImages(tmp_path / "wrong.npz")
+
+
+def test_damaged_npz(tmp_path):
+    (tmp_path / "damaged.npz").write_bytes(b"PK not really")
+    with pytest.raises(ValueError, match="damaged or no .npz"):
+        NpzImages(tmp_path / "damaged.npz")

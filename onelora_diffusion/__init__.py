@@ -1,6 +1,9 @@
 """1LoRA for diffusion transformers: y = W0 x + bias + b · Σᵢ xᵢ, one trained vector per linear layer."""
 
+import importlib
+
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.exporting import export_lora
 from onelora_diffusion.injection import (
     adapter_state_dict,
     count_trainable,
@@ -10,21 +13,38 @@ from onelora_diffusion.injection import (
     unload_adapter,
 )
 from onelora_diffusion.merging import merge_adapter, unmerge_adapter
+from onelora_diffusion.routing import route_adapters
 from onelora_diffusion.saving import load_adapter, read_adapter, save_adapter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfig",
+    "OneLoRADiTPipeline",
+    "OneLoRALoaderMixin",
     "adapter_state_dict",
     "count_trainable",
     "disable_adapter",
+    "export_lora",
     "inject_adapter",
     "load_adapter",
     "merge_adapter",
     "read_adapter",
+    "route_adapters",
     "save_adapter",
     "set_adapters",
     "unload_adapter",
     "unmerge_adapter",
 ]
+
+# diffusers' pipelines take seconds to import, so that these two are imported when they are first asked for.
+_PIPELINES = {
+    "OneLoRADiTPipeline": "onelora_diffusion.dit_pipeline",
+    "OneLoRALoaderMixin": "onelora_diffusion.loaders",
+}
+
+
+def __getattr__(name: str):
+    if name not in _PIPELINES:
+        raise AttributeError(f"module 'onelora_diffusion' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PIPELINES[name]), name)

@@ -6,6 +6,7 @@ import logging
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.layer import keeping_precision
 from onelora_diffusion.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ class ClassTable(nn.Module):
         null_row = base_table.weight.detach()[-1:].float()
         self.weight = nn.Parameter(torch.cat([rows.to(null_row.device), null_row]))
 
+    def _apply(self, fn, recurse=True):
+        return super()._apply(keeping_precision(fn), recurse)
+
 
 class AdaptedLabelEmbedding(nn.Module):
     """The base's class table and those of its adapters; any label past a table's classes is its null row.
@@ -42,6 +46,7 @@ class AdaptedLabelEmbedding(nn.Module):
         self.num_classes, self.dropout_prob = base.num_classes, base.dropout_prob
         self.onelora = tables
         self.active: str | None = None
+        self.route = None
 
     def table(self) -> torch.Tensor:
         """(num_classes + 1, width) of the adapter that serves, or the base's."""
@@ -49,14 +54,27 @@ class AdaptedLabelEmbedding(nn.Module):
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """(batch,) labels -> (batch, width), in the base's dtype."""
+        dtype = self.embedding_table.weight.dtype
+        if self.route is not None:
+            return self.route(labels, self.base_rows(labels)).to(dtype)
+        if self.active is None:
+            return self.base_rows(labels)
         table = self.table()
-        rows = nn.functional.embedding(labels.clamp(max=table.shape[0] - 1), table)
-        return rows.to(self.embedding_table.weight.dtype)
+        return nn.functional.embedding(labels.clamp(max=len(table) - 1), table.to(labels.device)).to(dtype)
+
+    def base_rows(self, labels: torch.Tensor) -> torch.Tensor:
+        # By way of the module, whose weight may be somewhere else until it is called (CPU offload).
+        return self.embedding_table(labels.clamp(max=self.embedding_table.num_embeddings - 1))
 
     def set_active(self, active: dict[str, float]) -> None:
-        """The newest of the active adapters that brought a table and has a weight other than 0 serves."""
-        names = [name for name, weight in active.items() if name in self.onelora and weight != 0]
-        self.active = names[-1] if names else None
+        """Let the table of `serving_table` serve."""
+        self.active = serving_table(self.onelora, active)
+
+
+def serving_table(tables: nn.ModuleDict, active: dict[str, float]) -> str | None:
+    """Tables are not summed: the last named of the active adapters that brought one and weigh other than 0 serves."""
+    names = [name for name, weight in active.items() if name in tables and weight != 0]
+    return names[-1] if names else None
 
 
 class SharedConditioning(nn.Module):

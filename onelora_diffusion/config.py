@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 
 METHODS = ("1lora", "bitfit", "difffit", "mora1", "mora6", "lora", "dora", "vera", "full")
+PEFT_METHODS = ("lora", "dora", "vera")  # and any `peft:<tuner>`
 
 # The parts of the vector family, y = γ ⊙ (W0 x + bias + β + b·Σx), that each method trains.
 VECTOR_METHODS = {
@@ -22,15 +23,20 @@ class AdapterConfig:
     (1LoRA, Tables S11 and S12); left at None they take the method's own value.
 
     Args:
-        method: `1lora`, `bitfit`, `difffit`, `mora1`, `mora6`, `lora`, `dora`, `vera` or `full`.
-        rank: r of LoRA, DoRA and VeRA; the vector family and MoRA have none and ignore it.
+        method: `1lora`, `bitfit`, `difffit`, `mora1`, `mora6`, `lora`, `dora`, `vera`, `full`, or `peft:<tuner>`
+            for any other tuner of PEFT (`peft:ia3`, `peft:fourierft`, …).
+        rank: r of LoRA, DoRA and VeRA, LoRA's alpha being r too (a scale of 1). The vector family and MoRA have
+            none and ignore it; a `peft:<tuner>` has its own settings.
         targets: names of linear layers. A name matches a path or its last components (`to_q`, `ff.net.2`);
             `*` and `?` match as in a shell. None: the paper's set on a DiT, every linear but the output
-            head on any other model.
+            head on any other model. `full` trains every module that has weights, or only these layers.
         num_classes: N trains a new class table of N + 1 rows, the null row last. None keeps the base's.
         fuse_qkv: compute q, k and v by one matrix product. Vector adapters stay the same, and so do their
-            files; LoRA, DoRA, VeRA and MoRA then have one adapter for the three.
+            files; LoRA, DoRA, VeRA and MoRA then have one adapter for the three, of the layer `to_qkv`, which an
+            attention processor of your own must read.
         compression: `sum`, or `random`: a fixed vector drawn from `seed` in its place (ablation B.2).
+        peft_config: further settings of LoRA, DoRA, VeRA or a `peft:<tuner>` under PEFT's own names, such as
+            `{"lora_alpha": 8}` or `{"n_frequency": 500}`; values that JSON has.
         seed: of everything drawn for the adapter: new class rows, random compression, LoRA's A.
     """
 
@@ -45,10 +51,19 @@ class AdapterConfig:
     norms: bool | None = None
     compression: str = "sum"
     seed: int = 0
+    peft_config: dict | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
+        if self.method not in METHODS and not self.method.startswith("peft:"):
+            raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}, peft:<tuner>")
+        if self.peft_config and not self.is_peft:
+            raise ValueError(f"peft_config goes with {', '.join(PEFT_METHODS)} and peft:<tuner>, not '{self.method}'")
+        try:  # as it will be read back from a file
+            object.__setattr__(self, "peft_config", json.loads(json.dumps(self.peft_config)))
+        except TypeError as error:
+            raise ValueError(f"peft_config is written as JSON, and cannot be: {error}") from error
+        if self.fuse_qkv and self.method == "full":
+            raise ValueError("fuse_qkv goes with a frozen base, not with 'full', which trains q, k and v themselves")
         if self.compression not in ("sum", "random"):
             raise ValueError(f"unknown compression '{self.compression}': choose 'sum' or 'random'")
         if self.rank < 1:
@@ -70,6 +85,10 @@ class AdapterConfig:
     @property
     def is_vector(self) -> bool:
         return self.method in VECTOR_METHODS
+
+    @property
+    def is_peft(self) -> bool:
+        return self.method in PEFT_METHODS or self.method.startswith("peft:")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

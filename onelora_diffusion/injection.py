@@ -3,13 +3,17 @@
 import contextlib
 import fnmatch
 import hashlib
+import itertools
 import logging
+import math
 import types
 
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.layer import LayerAdapters, adapter_hook
+from onelora_diffusion.adapters.layer import LayerAdapters, Weight, adapter_hook, weight_at
+from onelora_diffusion.adapters.mora import MoraAdapter
+from onelora_diffusion.adapters.peft import PeftAdapter, build_peft_adapters
 from onelora_diffusion.adapters.swap import SwapAdapter, SwappedParameters
 from onelora_diffusion.adapters.vector import VectorAdapter
 from onelora_diffusion.attention import OneLoRAAttnProcessor
@@ -80,14 +84,21 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
 
 
 def set_adapters(
-    model: nn.Module, adapter_names: str | list[str], weights: float | list[float] | None = None
+    model: nn.Module, adapter_names: str | list[str], weights: Weight | list[Weight] | None = None
 ) -> nn.Module:
     """Let the named adapters serve together: their vectors are summed with these weights.
 
-    A weighted sum of 1LoRA adapters is a 1LoRA adapter, so that n of them cost what one costs.
+    A weighted sum of 1LoRA adapters is a 1LoRA adapter, so that n of them cost what one costs. Class tables are
+    not summed: the last named adapter that brought one and weighs other than 0 serves its classes.
+
+    Args:
+        weights: one for all or one for each: a number, or numbers by block, such as
+            `{"transformer_blocks.3": 0.5, "*.attn1": 0.0}`, where the longest key that fits counts and 1 is
+            the weight of all that no key names.
 
     Raises:
-        ValueError: an unknown name, or as many weights as there are not names. Nothing is changed then.
+        ValueError: an unknown name or block, a weight that is no finite number, or as many weights as there are
+            not names. Nothing is changed then.
     """
     book = adapters_of(model)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -96,7 +107,7 @@ def set_adapters(
         raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
     if book.merged is not None:
         raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them before others are set")
-    book.activate({book.known(name): float(weight) for name, weight in zip(names, weights, strict=True)})
+    book.activate({book.known(name): book.checked(weight, name) for name, weight in zip(names, weights, strict=True)})
     return model
 
 
@@ -167,6 +178,63 @@ def _matches(path: str, target: str) -> bool:
     return fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"*.{target}")
 
 
+def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """`layers` with one layer, `to_qkv`, in the place of an attention's q, k and v; made here where it is not yet.
+
+    Raises:
+        ValueError: only one or two of an attention's three are among the layers.
+    """
+    fused = {}
+    for path, linear in layers.items():
+        parent, _, name = path.rpartition(".")
+        if name not in ("to_q", "to_k", "to_v"):
+            fused[path] = linear
+        elif not all(f"{parent}.{name}" in layers for name in ("to_q", "to_k", "to_v")):
+            raise ValueError(f"fuse_qkv makes one layer of q, k and v, but of {parent} the targets have not all three")
+        elif f"{parent}.to_qkv" not in fused:
+            attn = model.get_submodule(parent)
+            fused[f"{parent}.to_qkv"] = attn.to_qkv if hasattr(attn, "to_qkv") else _joined(attn)
+    return fused
+
+
+def _joined(attn: nn.Module) -> nn.Linear:
+    linears = (attn.to_q, attn.to_k, attn.to_v)
+    with torch.device("meta"):
+        joined = nn.Linear(attn.to_q.in_features, sum(linear.out_features for linear in linears), bias=False)
+    joined.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+    return joined
+
+
+def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """What full fine-tuning trains: the targets, or every module with parameters of its own, by path.
+
+    The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
+    class table is left out where a new one is trained.
+    """
+    low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if low:
+        raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
+    if config.targets is not None:
+        return dict(target_layers(model, config.targets))
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if "onelora" not in path
+        and not path.endswith("to_qkv")
+        and any(True for _ in module.parameters(recurse=False))
+    }
+    if is_dit(model):
+        first, *others = (block.norm1.emb.state_dict().values() for block in model.transformer_blocks)
+        first = list(first)
+        if not first[0].is_meta and all(map(torch.equal, first * len(others), itertools.chain(*others))):
+            layers = {
+                p: m for p, m in layers.items() if ".norm1.emb." not in p or p.startswith("transformer_blocks.0.")
+            }
+        if config.num_classes is not None:
+            layers = {path: m for path, m in layers.items() if not path.endswith(".class_embedder.embedding_table")}
+    return layers
+
+
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers that have weights of their own, by path. A DiT's have none."""
     return {
@@ -184,24 +252,40 @@ def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modul
     """The modules of a new adapter by the path of the layer each serves; the model is not touched."""
     if config.fuse_qkv and not is_dit(model):
         raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
-    adapter: dict[str, nn.Module] = {}
-    if config.sum or config.bias or config.scale:
-        for path, linear in target_layers(model, config.targets).items():
-            adapter[path] = VectorAdapter(linear, config)
-        if not adapter:
-            raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
-    if config.norms:
-        norms = norm_layers(model)
-        if not norms:
-            logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
-        for path, norm in norms.items():
-            adapter[path] = SwapAdapter(norm)
-    if config.num_classes is not None:
-        if not is_dit(model):
-            raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
-        table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
-        adapter[CLASS_TABLE] = ClassTable(table, config)
+    if config.num_classes is not None and not is_dit(model):
+        raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
+    # Trained tensors that are in the base's place are no start for a new adapter.
+    with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
+        if config.method == "full":
+            copies = {}
+            adapter = {path: SwapAdapter(module, copies) for path, module in full_layers(model, config).items()}
+        else:
+            adapter = _linear_adapters(model, config)
+        if config.norms:
+            norms = norm_layers(model)
+            if not norms:
+                logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
+            for path, norm in norms.items():
+                adapter[path] = SwapAdapter(norm)
+        if config.num_classes is not None:
+            table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+            adapter[CLASS_TABLE] = ClassTable(table, config)
     return adapter
+
+
+def _linear_adapters(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    if config.is_vector and not (config.sum or config.bias or config.scale):
+        return {}
+    layers = target_layers(model, config.targets)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
+    if config.is_vector:
+        return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
+    if config.fuse_qkv:
+        layers = fused_layers(model, layers)
+    if config.is_peft:
+        return build_peft_adapters(layers, config)
+    return {path: MoraAdapter(linear, kind=int(config.method[-1])) for path, linear in layers.items()}
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter: dict[str, nn.Module]) -> None:
@@ -209,19 +293,24 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, a
     if not hasattr(model, "_onelora"):
         model._onelora = AdapterBook(model)
         model.save_pretrained = types.MethodType(_save_base, model)
+    model._onelora.activate({})
     model._onelora.attach(adapter_name, config, adapter)
     model.requires_grad_(False)
     model._onelora.activate({adapter_name: 1.0})
-    for module in adapter.values():
-        module.requires_grad_(True)
+    for parameter in state_dict_of(adapter).values():
+        parameter.requires_grad_(True)
 
 
-def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.{name}" if path == CLASS_TABLE else f"{path}.onelora_{name}": parameter
-        for path, module in adapter.items()
-        for name, parameter in module.named_parameters()
-    }
+def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The trained tensors by their names in an adapter file; one that several layers share has the first's name."""
+    tensors = {}
+    for path, module in adapter.items():
+        own = module.trained_tensors() if isinstance(module, PeftAdapter) else dict(module.named_parameters())
+        tensors |= {
+            f"{path}.{name}" if path == CLASS_TABLE else f"{path}.onelora_{name}": p for name, p in own.items()
+        }
+    first = {id(parameter): name for name, parameter in reversed(tensors.items())}
+    return {name: parameter for name, parameter in tensors.items() if first[id(parameter)] == name}
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
@@ -241,6 +330,8 @@ class AdapterBook:
         configs: name -> the adapter's settings.
         weights: name -> weight of the adapters that serve.
         merged: the weights that are folded into the base, or None.
+        origins: name -> what its file said of it (`id2label`, `base`, `training`).
+        paused, before_merging: the weights to bring back when a pipeline enables or unfuses its adapters.
     """
 
     def __init__(self, model: nn.Module):
@@ -248,8 +339,11 @@ class AdapterBook:
         self.fingerprint = fingerprint(model)
         self.adapters: dict[str, dict[str, nn.Module]] = {}
         self.configs: dict[str, AdapterConfig] = {}
-        self.weights: dict[str, float] = {}
-        self.merged: dict[str, float] | None = None
+        self.weights: dict[str, Weight] = {}
+        self.merged: dict[str, Weight] | None = None
+        self.origins: dict[str, dict] = {}
+        self.paused: dict[str, Weight] = {}
+        self.before_merging: dict[str, Weight] = {}
         self.originals: dict = {}
         self.hooks: dict = {}
         self.stock_processors: dict = {}
@@ -262,48 +356,92 @@ class AdapterBook:
             )
         return adapter_name
 
-    def served_layers(self) -> dict[str, nn.Module]:
-        """path -> base layer, of every layer that has at least one adapter."""
+    def checked(self, weight: Weight, adapter_name: str) -> Weight:
+        """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""
+        if isinstance(weight, dict):
+            for block in weight:
+                if not any(weight_at({block: 0.0}, path) == 0 for path in self.adapters[adapter_name]):
+                    raise ValueError(
+                        f"adapter '{adapter_name}' serves no layer in '{block}', which was given a weight"
+                    )
+            return {block: self.checked(value, adapter_name) for block, value in weight.items()}
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter '{adapter_name}' is {weight}; it must be a finite number")
+        return float(weight)
+
+    def served_layers(self) -> dict[str, nn.Linear]:
+        """path -> linear layer with `LayerAdapters`; a fused q, k, v comes before the three that are its parts."""
+        layers = self._layers_with("onelora")
+        return dict(sorted(layers.items(), key=lambda item: not item[0].endswith(".to_qkv")))
+
+    def swapped_layers(self) -> dict[str, nn.Module]:
+        """path -> module with `SwappedParameters`."""
+        return self._layers_with("onelora_swap")
+
+    def _layers_with(self, child: str) -> dict[str, nn.Module]:
         paths = dict.fromkeys(path for adapter in self.adapters.values() for path in adapter if path != CLASS_TABLE)
-        return {path: self.model.get_submodule(path) for path in paths}
+        layers = {path: self.model.get_submodule(path) for path in paths}
+        return {path: layer for path, layer in layers.items() if hasattr(layer, child)}
 
     def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, nn.Module]) -> None:
+        if config.fuse_qkv:
+            self.fuse_qkv()
         for path, module in adapter.items():
             if path == CLASS_TABLE:
                 self.conditioning.tables[adapter_name] = module
                 continue
             layer = self.model.get_submodule(path)
+            if isinstance(module, SwapAdapter):
+                if not hasattr(layer, "onelora_swap"):
+                    layer.onelora_swap = SwappedParameters(layer)
+                layer.onelora_swap[adapter_name] = module
+                continue
             if not hasattr(layer, "onelora"):
-                layer.onelora = SwappedParameters(layer) if isinstance(module, SwapAdapter) else LayerAdapters()
+                layer.onelora = LayerAdapters()
             layer.onelora[adapter_name] = module
+            if isinstance(module, PeftAdapter):
+                module.serve(layer)
         self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
-        if config.fuse_qkv:
-            self.fuse_qkv()
         self.add_hooks()
 
     def detach(self, adapter_name: str) -> None:
-        for path in self.adapters.pop(adapter_name):
+        for path, module in self.adapters.pop(adapter_name).items():
             if path == CLASS_TABLE:
                 del self.conditioning.tables[adapter_name]
                 continue
             layer = self.model.get_submodule(path)
-            del layer.onelora[adapter_name]
-            if not len(layer.onelora):
-                del layer.onelora
-                if path in self.hooks:
+            child = "onelora_swap" if isinstance(module, SwapAdapter) else "onelora"
+            adapters = getattr(layer, child)
+            del adapters[adapter_name]
+            if not len(adapters):
+                delattr(layer, child)
+                if child == "onelora" and path in self.hooks:
                     self.hooks.pop(path).remove()
         del self.configs[adapter_name]
+        self.origins.pop(adapter_name, None)
 
-    def activate(self, weights: dict[str, float]) -> None:
-        for layer in self.served_layers().values():
-            layer.onelora.set_active(layer, weights)
+    def activate(self, weights: dict[str, Weight]) -> None:
+        full = [name for name in weights if self.configs[name].method == "full"]
+        fused = [name for name in weights if self.configs[name].fuse_qkv and not self.configs[name].is_vector]
+        if full and fused:
+            raise ValueError(
+                f"'{full[0]}' trains q, k and v, which '{fused[0]}' adapts as one: they cannot serve together"
+            )
+        for path, layer in self.served_layers().items():
+            layer.onelora.set_active(layer, {name: weight_at(weight, path) for name, weight in weights.items()})
+        for path, layer in self.swapped_layers().items():
+            layer.onelora_swap.set_active(layer, {name: weight_at(weight, path) for name, weight in weights.items()})
+        if is_dit(self.model):
+            for attn in self.attentions().values():
+                if hasattr(attn, "to_qkv"):  # it holds the base's q, k and v, whatever is in their place
+                    attn.fused_projections = not full
         if self.conditioning is not None:
-            self.conditioning.set_active(weights)
+            self.conditioning.set_active({name: weight_at(weight, CLASS_TABLE) for name, weight in weights.items()})
         self.weights = weights
 
     def add_hooks(self) -> None:
         for path, layer in self.served_layers().items():
-            if isinstance(layer.onelora, LayerAdapters) and path not in self.hooks:
+            if path not in self.hooks:
                 self.hooks[path] = layer.register_forward_hook(adapter_hook)
         if is_dit(self.model):
             for path, attn in self.attentions().items():
@@ -324,7 +462,7 @@ class AdapterBook:
         if self.conditioning is not None:
             self.conditioning.restore()
             for attn in self.attentions().values():
-                if attn.fused_projections:  # q, k and v keep the matrix alive as its views
+                if hasattr(attn, "to_qkv"):  # q, k and v keep the matrix alive as its views
                     del attn.to_qkv
                     attn.fused_projections = False
 
@@ -337,7 +475,7 @@ class AdapterBook:
     def fuse_qkv(self) -> None:
         """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
         for attn in self.attentions().values():
-            if attn.fused_projections:
+            if hasattr(attn, "to_qkv"):
                 continue
             attn.fuse_projections()
             linears = (attn.to_q, attn.to_k, attn.to_v)

@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.layer import LayerAdapters
-from onelora_diffusion.adapters.swap import SwappedParameters
-from onelora_diffusion.injection import adapters_of
+from onelora_diffusion.injection import AdapterBook, adapters_of
 
 
 @torch.no_grad()
@@ -33,29 +31,52 @@ def merge_adapter(
 
     before = book.weights
     book.activate(weights)
-    merged = {}
-    for path, layer in book.served_layers().items():
-        if isinstance(layer.onelora, LayerAdapters):
-            bias = torch.zeros(layer.out_features, device=layer.weight.device) if layer.bias is None else layer.bias
-            merged[path] = layer.onelora.merged(layer.weight.float(), bias.float())
-            if safe_merging and not all(torch.isfinite(tensor).all() for tensor in merged[path]):
-                book.activate(before)
-                raise ValueError(f"merging {', '.join(weights)} into {path} gives NaN or infinity: nothing was merged")
+    try:
+        merged = _merged_layers(book)
+        if safe_merging:
+            _check_finite(book, merged, names=list(weights))
+    except ValueError:
+        book.activate(before)
+        raise
 
+    layers = {path: model.get_submodule(path) for path in merged}
+    for path, layer in layers.items():  # all before the first is changed: q, k and v are views of a fused to_qkv
+        bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
+        book.originals[path] = layer.weight.detach().cpu().clone(), bias
+    for layer in book.swapped_layers().values():
+        layer.onelora_swap.merge(layer)
     for path, (weight, bias) in merged.items():
-        layer = model.get_submodule(path)
-        book.originals[path] = (
-            layer.weight.detach().cpu().clone(),
-            None if layer.bias is None else layer.bias.detach().cpu().clone(),
-        )
-        layer.weight.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.copy_(bias)
+        layers[path].weight.copy_(weight)
+        if layers[path].bias is not None:
+            layers[path].bias.copy_(bias)
         elif bias.any():
-            layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+            layers[path].bias = nn.Parameter(bias.to(layers[path].weight.dtype), requires_grad=False)
     book.merged = dict(weights)
     book.remove_hooks()
     return model
+
+
+def _merged_layers(book: AdapterBook) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """path -> fp32 weight and bias of every linear layer with its active adapters folded in."""
+    merged = {}
+    for path, layer in book.served_layers().items():
+        if not layer.onelora.active:
+            continue
+        weight = layer.weight.float()
+        bias = torch.zeros(layer.out_features, device=weight.device) if layer.bias is None else layer.bias.float()
+        parent, _, name = path.rpartition(".")
+        if name in ("to_q", "to_k", "to_v") and f"{parent}.to_qkv" in merged:  # served after the three as one
+            part = ("to_q", "to_k", "to_v").index(name)
+            weight, bias = (tensor.chunk(3)[part] for tensor in merged[f"{parent}.to_qkv"])
+        merged[path] = layer.onelora.merged(weight, bias)
+    return merged
+
+
+def _check_finite(book: AdapterBook, merged: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str]) -> None:
+    swapped = {path: layer.parameters(recurse=False) for path, layer in book.swapped_layers().items()}
+    for path, tensors in (swapped | merged).items():
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise ValueError(f"merging {', '.join(names)} into {path} gives NaN or infinity: nothing was merged")
 
 
 @torch.no_grad()
@@ -73,28 +94,38 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
             layer.bias.copy_(bias)
     book.originals = {}
     book.merged = None
+    book.activate(book.weights)
     book.add_hooks()
     return model
 
 
-def stock_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stock_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], *, table_rows: int | None = None
+) -> dict[str, torch.Tensor]:
     """A model's state dict without adapters, as stock diffusers loads it.
 
     Unmerged, it is the base's. Merged, it is the adapted model's: new classes come first in the class table,
     and the null row stays last, where `DiTPipeline` looks for it.
 
+    Args:
+        table_rows: rows of a merged model's class table; None: as many as the base's has.
+
     Raises:
-        ValueError: the merged adapter has more classes than the base's table has room for.
+        ValueError: the merged adapter has more classes than there is room for.
     """
     book = adapters_of(model)
-    stock = {k: v for k, v in state_dict.items() if ".onelora." not in k and ".to_qkv." not in k}
+    stock = {k: v for k, v in state_dict.items() if ".onelora" not in k and ".to_qkv." not in k}
     if book.merged is None:
-        for path, layer in book.served_layers().items():
-            if isinstance(layer.onelora, SwappedParameters):
-                stock |= {f"{path}.{name}": tensor.detach() for name, tensor in layer.onelora.base.items()}
-    elif book.conditioning is not None and (table := book.conditioning.active_table()) is not None:
+        base_of = {}  # by address: the shared embedding is there under the name of every block
+        for layer in book.swapped_layers().values():
+            for name, base in layer.onelora_swap.base.items():
+                base_of[getattr(layer, name).data_ptr()] = base.detach()
+        stock = {key: base_of.get(tensor.data_ptr(), tensor) for key, tensor in stock.items()}
+    elif book.conditioning is not None:
+        table = book.conditioning.active_table()
         for key in [key for key in stock if key.endswith("class_embedder.embedding_table.weight")]:
-            stock[key] = _padded_table(table.detach(), stock[key])
+            own = stock[key] if table is None else table.detach().to(stock[key])
+            stock[key] = _padded_table(own, table_rows or len(stock[key]))
 
     seen = set()
     for key, tensor in stock.items():  # safetensors writes no tensor twice: shared ones become copies
@@ -104,11 +135,9 @@ def stock_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> d
     return stock
 
 
-def _padded_table(table: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    if len(table) > len(base):
+def _padded_table(table: torch.Tensor, rows: int) -> torch.Tensor:
+    if len(table) > rows:
         raise ValueError(
-            f"the adapter has {len(table) - 1} classes, but the base's class table only has room for {len(base) - 1}"
+            f"the adapter has {len(table) - 1} classes, but the base's class table only has room for {rows - 1}"
         )
-    padded = table[-1].to(base).repeat(len(base), 1)
-    padded[: len(table) - 1] = table[:-1].to(base)
-    return padded
+    return torch.cat([table, table[-1:].expand(rows - len(table), -1)])

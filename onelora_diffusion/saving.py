@@ -33,7 +33,7 @@ class AdapterFile:
     Attributes:
         config: the adapter's settings.
         tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
-        fingerprint: of the base's parameter names and shapes.
+        fingerprint: of the base's parameter names and shapes; None for an adapter that came without.
         base: hub id or folder of the base model, if it was known.
         id2label: class names by label.
         training: the training summary.
@@ -42,7 +42,7 @@ class AdapterFile:
 
     config: AdapterConfig
     tensors: dict[str, torch.Tensor]
-    fingerprint: str
+    fingerprint: str | None
     base: str | None = None
     id2label: dict[int, str] = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -72,6 +72,9 @@ def save_adapter(
         base: hub id or folder of the base model.
         training: a summary of the training that can be written as JSON.
         dtype: `torch.float32` or `torch.bfloat16`.
+
+    Raises:
+        OSError: the disk is full; an older file at `path` is still there.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"an adapter file is float32 or bfloat16, not {dtype}")
@@ -97,6 +100,8 @@ def save_adapter(
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
         os.replace(beside, path)
+    except SafetensorError as error:  # what it says of a full disk
+        raise OSError(f"{path} was not written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
     return path
@@ -161,15 +166,20 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
                 f"{source}: {PREFIX}{name} has {_shape(file.tensors[name])}, but this base needs {_shape(own[name])}"
             )
     base = model._onelora.fingerprint if hasattr(model, "_onelora") else fingerprint(model)
-    if file.fingerprint != base:
+    if file.fingerprint not in (base, None):
         raise ValueError(
             f"{source}: was made for another base ({file.base or 'unnamed'}): every adapted layer fits, but the names "
             f"or shapes of other parameters differ (fingerprint {file.fingerprint[:12]}, this model's {base[:12]})"
         )
+    for module in adapter.values():  # under sequential offload the base is on the meta device between calls
+        if any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device="cpu")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in state_dict_of(adapter).items():
             parameter.copy_(file.tensors[name])
     attach_adapter(model, file.config, adapter_name, adapter)
+    origin = {"id2label": file.id2label, "base": file.base, "training": file.training}
+    adapters_of(model).origins[adapter_name] = origin
 
 
 def _file_of(path: str | os.PathLike) -> Path:

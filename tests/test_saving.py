@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import make_dit, randomize
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from onelora_diffusion import (
@@ -146,7 +147,7 @@ def test_a_full_disk_leaves_the_old_file(dit, saved, monkeypatch):
     before = saved.read_bytes()
 
     def no_space(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("onelora_diffusion.saving.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):

@@ -20,7 +20,7 @@ class _FeatureSum(torch.autograd.Function):
 class _AddOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, s, b):
-        ctx.save_for_backward(s, b)
+        ctx.dtypes = s.dtype, b.dtype
         # A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a
         # copy of its gradient. No backward reads a linear's output, so the change needs no tracking:
         # `.data` is the same memory as a tensor of its own.
@@ -28,17 +28,18 @@ class _AddOuter(torch.autograd.Function):
         if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
             result.add_(s.unsqueeze(-1) * b)
         else:
-            result.view(-1, b.shape[0]).addr_(s.flatten().to(out.dtype), b.to(out.dtype))
+            s, b = s.to(out.dtype), b.to(out.dtype)  # saved as they are used: backward casts nothing again
+            result.view(-1, b.shape[0]).addmm_(s.reshape(-1, 1), b.unsqueeze(0))  # addr_ is slower in bf16
+        ctx.save_for_backward(s, b)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         s, b = ctx.saved_tensors
-        dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
-        rows = grad.reshape(-1, b.shape[0]).to(dtype)
-        grad_s = (rows @ b.to(dtype)).view(s.shape).to(s.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = (s.flatten().to(dtype) @ rows).to(b.dtype) if ctx.needs_input_grad[2] else None
+        rows = grad.reshape(-1, b.shape[0]).to(b.dtype)
+        grad_s = (rows @ b).view(s.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        grad_b = (s.flatten() @ rows).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return grad, grad_s, grad_b
 
 
@@ -80,7 +81,7 @@ class _AddVector(torch.autograd.Function):
     def forward(ctx, out, beta):
         ctx.dtype = beta.dtype
         result = out.data  # untracked for the reason given in _AddOuter
-        return result.add_(beta)
+        return result.add_(beta.to(out.dtype))  # of two dtypes, the add is several times slower
 
     @staticmethod
     @once_differentiable

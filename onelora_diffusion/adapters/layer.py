@@ -1,18 +1,37 @@
 """All adapters of one base layer, side by side, and the hook through which they serve it."""
 
+import fnmatch
+
 import torch
 from torch import nn
 
 from onelora_diffusion.adapters.functional import add_outer_, add_vector_
 from onelora_diffusion.adapters.vector import VectorAdapter, compress, random_compression, weighted_sum
 
+Weight = float | dict[str, float]  # of an adapter: one number, or numbers by block
+
+
+def weight_at(weight: Weight, path: str) -> float:
+    """An adapter's weight at one layer: that of the longest key that names the layer or a block around it, else 1.
+
+    `transformer_blocks.3` is the block and all in it; `*` and `?` match as in a shell (`*.attn1`).
+    """
+    if not isinstance(weight, dict):
+        return weight
+    keys = [key for key in weight if fnmatch.fnmatchcase(path, key) or fnmatch.fnmatchcase(path, f"{key}.*")]
+    return weight[max(keys, key=len)] if keys else 1.0
+
 
 class LayerAdapters(nn.ModuleDict):
-    """The named adapters of one linear layer; `active` says which of them serve and with what weight."""
+    """The named adapters of one linear layer; `active` says which of them serve and with what weight.
+
+    While a `route` is open, it decides sample by sample in their place.
+    """
 
     def __init__(self):
         super().__init__()
         self.active: dict[str, float] = {}
+        self.route = None
         self._cached_vectors = None
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
@@ -23,9 +42,16 @@ class LayerAdapters(nn.ModuleDict):
             out: (..., out_features), the base layer's output; its memory is reused.
             sums: the feature sums of x taken so far, filled here. Layers that read the same x share it.
         """
+        sums = {} if sums is None else sums
+        if self.route is not None:
+            return self.route(x, out, sums)
         if not self.active:
             return out
-        sums = {} if sums is None else sums
+        base = out
+        for name, weight in self.active.items():
+            if not isinstance(self[name], VectorAdapter):
+                adapted = self[name](x, base)  # new memory, which the vectors' terms below may reuse
+                out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
         decompressions, beta, gamma = self.vectors()
         for seed, b in decompressions.items():
             if seed not in sums:
@@ -35,9 +61,6 @@ class LayerAdapters(nn.ModuleDict):
             out = add_vector_(out, beta)
         if gamma is not None:
             out = gamma.to(out.dtype) * out
-        for name, weight in self.active.items():
-            if not isinstance(self[name], VectorAdapter):
-                out = out + weight * self[name](x)
         return out
 
     def vectors(self) -> tuple[dict[int | None, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
@@ -69,8 +92,13 @@ class LayerAdapters(nn.ModuleDict):
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight (out, in) and bias (out,) with the active adapters folded in.
 
-        W = γ ⊙ (W0 + b 1ᵀ), bias = γ ⊙ (bias0 + β), and ΔW of every other method.
+        W = γ ⊙ (W0 + ΔW + b 1ᵀ), bias = γ ⊙ (bias0 + β), where ΔW is that of every other method.
         """
+        base = weight, bias
+        for name, scale in self.active.items():
+            if not isinstance(self[name], VectorAdapter):
+                adapted = self[name].merged(*base)
+                weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
         decompressions, beta, gamma = self.vectors()
         for seed, b in decompressions.items():
             row = torch.ones_like(weight[0])
@@ -81,14 +109,22 @@ class LayerAdapters(nn.ModuleDict):
             bias = bias + beta.to(bias)
         if gamma is not None:
             weight, bias = gamma.to(weight).unsqueeze(1) * weight, gamma.to(bias) * bias
-        for name, scale in self.active.items():
-            if not isinstance(self[name], VectorAdapter):
-                weight = weight + scale * self[name].delta_weight().to(weight)
         return weight, bias
 
     def _apply(self, fn, recurse=True):
-        self._cached_vectors = None  # the vectors move to another device or dtype
-        return super()._apply(fn, recurse)
+        self._cached_vectors = None  # the vectors move to another device
+
+        return super()._apply(keeping_precision(fn), recurse)
+
+
+def keeping_precision(fn):
+    """`fn` of `Module._apply`, but that it moves tensors only: `model.half()` would ruin trained values."""
+
+    def apply(tensor):
+        moved = fn(tensor)
+        return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+    return apply
 
 
 def _sums_of(active: list[tuple[VectorAdapter, float]]):

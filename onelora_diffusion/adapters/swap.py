@@ -4,12 +4,20 @@ from torch import nn
 
 
 class SwapAdapter(nn.Module):
-    """Trained fp32 copies of a module's own parameters, under their own names."""
+    """Trained fp32 copies of a module's own parameters, under their own names.
 
-    def __init__(self, module: nn.Module):
+    Args:
+        copies: the copies made so far by the id of the base's parameter, filled here, so that parameters that the
+            base shares between modules stay shared.
+    """
+
+    def __init__(self, module: nn.Module, copies: dict[int, nn.Parameter] | None = None):
         super().__init__()
+        copies = {} if copies is None else copies
         for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, nn.Parameter(parameter.detach().float().clone()))
+            if id(parameter) not in copies:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().float().clone())
+            self.register_parameter(name, copies[id(parameter)])
 
 
 class SwappedParameters(nn.ModuleDict):
@@ -21,10 +29,12 @@ class SwappedParameters(nn.ModuleDict):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+        self.is_active = False
 
     def set_active(self, module: nn.Module, active: dict[str, float]) -> None:
         """Put p0 + Σₖ wₖ (pₖ − p0) in place; a single adapter of weight 1 is put there itself, and trains."""
         adapters = [(self[name], weight) for name, weight in active.items() if name in self]
+        self.is_active = bool(adapters)
         for name, base in self.base.items():
             if not adapters:
                 module._parameters[name] = base
@@ -34,6 +44,12 @@ class SwappedParameters(nn.ModuleDict):
                 start = base.detach().float()
                 mixed = start + sum(w * (getattr(adapter, name).detach() - start) for adapter, w in adapters)
                 module._parameters[name] = nn.Parameter(mixed.to(base.dtype), requires_grad=False)
+
+    def merge(self, module: nn.Module) -> None:
+        """Put frozen copies of the tensors in place there, in the base's dtype; `set_active` undoes it."""
+        for name, base in self.base.items():
+            merged = module._parameters[name].detach().to(base.dtype).clone()
+            module._parameters[name] = nn.Parameter(merged, requires_grad=False)
 
     def _apply(self, fn, recurse=True):
         for parameter in self.base.values():  # no child of the model while an adapter is in its place

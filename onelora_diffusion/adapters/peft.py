@@ -1,0 +1,177 @@
+"""LoRA, DoRA, VeRA and any other PEFT tuner: PEFT's own layers around the base's linear layers."""
+
+import contextlib
+import re
+import warnings
+
+import torch
+from torch import nn
+
+from onelora_diffusion.config import AdapterConfig
+
+TUNER_NAME = "default"  # what PEFT calls the one adapter of each of its layers
+
+# Tuners of layers that are not linear, or that want calls from the training loop or inputs of their own.
+OTHER_TUNERS = {"ADALORA", "ADAPTION_PROMPT", "LN_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS"}
+
+
+class PeftAdapter(nn.Module):
+    """One PEFT tuner layer, which serves a base layer that keeps its place and its name.
+
+    The tuner's base layer is a `BaseLinear`: it hands over the output that the base layer has already computed.
+    Trained tensors are fp32 and keep the names that PEFT gives them (`lora_A.weight`, `vera_lambda_b`).
+    """
+
+    def __init__(self, tuner: nn.Module):
+        super().__init__()
+        self.tuner = tuner
+        base = tuner._modules.pop("base_layer")
+        tuner.__dict__["base_layer"] = base  # no child: the base's weights are not the adapter's
+        self.trained = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad]
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) and the base layer's (..., out_features) -> (..., out_features)."""
+        with self.tuner.base_layer.already_computed(x, out):
+            return self.tuner(x)
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base layer's fp32 weight and bias with this adapter folded in, by the tuner's own merge."""
+        with self.tuner.base_layer.replaced(weight, bias) as base:
+            try:
+                self.tuner.merge()
+            except (NotImplementedError, AttributeError) as error:
+                tuner = type(self.tuner).__module__.split(".")[-2]  # peft.tuners.<tuner>.layer
+                raise ValueError(f"PEFT's {tuner} cannot be merged into a linear layer") from error
+            finally:
+                self.tuner.merged_adapters.clear()
+            return base.weight.detach(), base.bias.detach()
+
+    def serve(self, linear: nn.Linear) -> None:
+        self.tuner.base_layer.serve(linear)
+
+    def trained_tensors(self) -> dict[str, nn.Parameter]:
+        return {re.sub(rf"\.{TUNER_NAME}(?=\.|$)", "", name): self.tuner.get_parameter(name) for name in self.trained}
+
+
+class BaseLinear(nn.Linear):
+    """A base layer as its tuner sees it: its weights without owning them, and its output without computing it."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.given = self.own = None
+        self.is_built = False  # until then the weights are fp32, and with them all that a tuner derives from them
+        self.serve(linear)
+
+    def serve(self, linear: nn.Linear) -> None:
+        self.__dict__["linear"] = linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.own is not None:
+            return self.own[0]
+        if self.is_built:
+            return self.linear.weight
+        if self.linear.weight.is_meta:  # it has no values: the adapter's own are there all the same
+            return torch.zeros(()).expand(self.out_features, self.in_features)
+        return self.linear.weight.float()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.linear.bias if self.own is None else self.own[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.given is not None and x is self.given[0]:
+            return self.given[1]
+        return nn.functional.linear(x, self.weight, self.bias)  # a tuner that changes the input
+
+    @contextlib.contextmanager
+    def already_computed(self, x: torch.Tensor, out: torch.Tensor):
+        self.given = x, out
+        try:
+            yield self
+        finally:
+            self.given = None
+
+    @contextlib.contextmanager
+    def replaced(self, weight: torch.Tensor, bias: torch.Tensor):
+        """Inside, the tuner works on copies of these values."""
+        self.own = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias)]
+        try:
+            yield self
+        finally:
+            self.own = None
+
+
+def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, PeftAdapter]:
+    """PEFT's tuner layers for these linear layers, by path.
+
+    PEFT injects into a tree that holds nothing but stand-ins for the layers under their own paths, so that every
+    tuner is set up exactly as PEFT does it, state shared between layers included, and the model is not touched.
+    All that is drawn at random is drawn from `config.seed`.
+
+    Raises:
+        ValueError: PEFT is not installed, or has no such tuner of linear layers, or the tuner no such setting.
+    """
+    peft = _import_peft()
+    tree = _tree_of({path: BaseLinear(linear) for path, linear in layers.items()})
+    settings = _peft_config(peft, config, layers)
+    tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice to users of its own files
+        torch.manual_seed(config.seed)
+        tuner_class(tree, settings, TUNER_NAME)
+    adapters = {}
+    for path in layers:
+        tuner = tree.get_submodule(path)
+        tuner.base_layer.is_built = True
+        adapters[path] = PeftAdapter(tuner)
+    return adapters
+
+
+def _import_peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("this method needs PEFT: pip install onelora-diffusion[peft]") from error
+    return peft
+
+
+def _peft_config(peft, config: AdapterConfig, layers: dict[str, nn.Linear]):
+    """PEFT's settings: rank r and alpha = r (a scale of 1), then `config.peft_config`, which overrides them."""
+    kind, settings = {
+        "lora": ("LORA", {"r": config.rank, "lora_alpha": config.rank}),
+        "dora": ("LORA", {"r": config.rank, "lora_alpha": config.rank, "use_dora": True}),
+        "vera": ("VERA", {"r": config.rank, "projection_prng_key": config.seed}),
+    }.get(config.method, (config.method.removeprefix("peft:").upper(), {}))
+    configs = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    tuners = {
+        name.value
+        for name in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+        if name.value not in OTHER_TUNERS and "target_modules" in configs[name].__dataclass_fields__
+    }
+    if kind not in tuners:
+        known = ", ".join(sorted(tuners)).lower()
+        raise ValueError(
+            f"PEFT {peft.__version__} has no tuner of linear layers named '{kind.lower()}': it has {known}"
+        )
+    target_modules = "|".join(re.escape(path) for path in layers)
+    try:
+        return configs[kind](target_modules=target_modules, **settings | (config.peft_config or {}))
+    except TypeError as error:
+        raise ValueError(f"peft_config of '{config.method}': {error}") from error
+
+
+def _tree_of(modules: dict[str, nn.Module]) -> nn.Module:
+    """A module tree that holds these modules under their paths."""
+    tree = nn.Module()
+    tree.device_marker = nn.Parameter(torch.empty(0))  # PEFT asks a model's first parameter where the model is
+    for path, module in modules.items():
+        *parents, name = path.split(".")
+        parent = tree
+        for part in parents:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(name, module)
+    return tree

@@ -1,0 +1,87 @@
+"""The paper's numbers of trained weights, exactly: on DiT-XL/2 with 101 classes, LLaMA-2 and ViT-L."""
+
+import pytest
+import torch
+from torch import nn
+
+from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter
+
+# Table S8 counts one linear layer for q, k and v; diffusers' DiT has three.
+DIT_XL_2 = {
+    "1lora": (603_680, 603_680),
+    "bitfit": (603_680, 603_680),
+    "difffit": (1_089_856, 1_089_856),
+    "lora": (864_032, 928_544),
+    "dora": (1_350_208, 1_414_720),
+    "vera": (603_822, 603_878),  # b and, of rank 1, one number a layer: 603,680 + 142 (or 198) linear layers
+    "mora1": (604_412, 604_048),
+    "mora6": (596_516, 599_428),
+}
+
+
+@pytest.mark.parametrize("method", DIT_XL_2)
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+def test_dit_xl_2_with_101_classes(method, fuse_qkv):
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(out_channels=8)
+    inject_adapter(model, AdapterConfig(method, num_classes=101, fuse_qkv=fuse_qkv))
+    assert count_trainable(model) == DIT_XL_2[method][0 if fuse_qkv else 1]
+
+
+def llama2(size):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}[size]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    config = LlamaConfig(**dict(zip(names, shape, strict=True)), num_attention_heads=shape[2])
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "size, config, trainable",
+    [
+        ("7b", AdapterConfig(), 1_359_872),  # Table S6: 1.36M
+        ("7b", AdapterConfig("bitfit"), 1_359_872),  # 1.36M
+        ("7b", AdapterConfig("lora"), 2_498_560),  # 2.50M
+        ("7b", AdapterConfig("mora1"), 1_360_960),  # 1.36M
+        ("7b", AdapterConfig("mora6"), 1_347_584),  # 1.35M
+        ("7b", AdapterConfig("lora", targets=("q_proj", "k_proj", "v_proj")), 786_432),  # LoRA (QKV): 786.43K
+        ("7b", AdapterConfig("vera"), 1_359_872 + 224),  # 1.36M, and one number for each of 7 · 32 layers
+        ("13b", AdapterConfig(), 2_129_920),  # Table S7: 2.13M
+        ("13b", AdapterConfig("lora", targets=("q_proj", "k_proj", "v_proj")), 1_228_800),  # 1.23M
+    ],
+)
+def test_llama_2(size, config, trainable):
+    assert count_trainable(inject_adapter(llama2(size), config)) == trainable
+
+
+def test_vit_l():
+    """Tables S2 to S5: 221.18K."""
+    from transformers import ViTConfig, ViTModel
+
+    shape = ViTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    with torch.device("meta"):
+        model = ViTModel(shape, add_pooling_layer=False)
+    assert count_trainable(inject_adapter(model, AdapterConfig())) == 221_184
+
+
+@pytest.mark.parametrize(
+    "method, trainable",
+    [
+        ("1lora", 221_184),  # 221.18K
+        ("mora1", 220_056),  # 220.06K
+        ("mora6", 217_440),  # 217.44K
+        ("lora", 393_216),  # 393.22K
+        ("dora", 614_400),  # 614.40K
+        ("vera", 221_280),  # 221.28K
+    ],
+)
+def test_vit_l_with_one_linear_layer_for_q_k_and_v(method, trainable):
+    """Tables S2 to S5, whose ViT-L is DINOv2's."""
+    shapes = {"qkv": (1024, 3072), "proj": (1024, 1024), "fc1": (1024, 4096), "fc2": (4096, 1024)}
+    with torch.device("meta"):
+        blocks = [nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()}) for _ in range(24)]
+    assert count_trainable(inject_adapter(nn.ModuleList(blocks), AdapterConfig(method))) == trainable

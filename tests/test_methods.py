@@ -1,0 +1,257 @@
+"""One contract for every method: what a user may do with one adapter, they may do with any other."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_dit, randomize
+
+from onelora_diffusion import (
+    AdapterConfig,
+    adapter_state_dict,
+    count_trainable,
+    disable_adapter,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    set_adapters,
+    unload_adapter,
+    unmerge_adapter,
+)
+
+CONFIGS = {
+    "1lora": {},
+    "1lora-random": {"method": "1lora", "compression": "random"},
+    "1lora-everything": {"method": "difffit", "sum": True},
+    "bitfit": {},
+    "difffit": {},
+    "mora1": {},
+    "mora6": {},
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "vera": {"rank": 2},
+    "full": {},
+    "peft:ia3": {"peft_config": {"feedforward_modules": []}},
+    "peft:fourierft": {"peft_config": {"n_frequency": 5, "init_weights": True}},
+    "peft:vblora": {"peft_config": {"num_vectors": 8, "vector_length": 8, "topk": 2}},
+    "peft:road": {"peft_config": {"group_size": 16}},
+    "peft:miss": {"peft_config": {"r": 2}},
+}
+FUSABLE = [name for name in CONFIGS if name != "full"]
+
+
+def config_of(name, fuse_qkv=False):
+    return AdapterConfig(**{"method": name, "num_classes": 3, "fuse_qkv": fuse_qkv} | CONFIGS[name])
+
+
+def trained(name, fuse_qkv=False, seed=2):
+    return randomize(inject_adapter(make_dit(), config_of(name, fuse_qkv)), seed=seed)
+
+
+@pytest.fixture(
+    params=[(name, False) for name in CONFIGS] + [(name, True) for name in FUSABLE],
+    ids=lambda case: case[0] + "-fused" * case[1],
+)
+def case(request):
+    return request.param
+
+
+def test_starts_as_the_base(case, inputs):
+    base, model = make_dit(), inject_adapter(make_dit(), config_of(*case))
+    labels = {"class_labels": torch.full((3,), 10)}  # the null row, the only one of the new table that is the base's
+    out, expected = model(**inputs | labels).sample, base(**inputs | labels).sample
+    tolerance = 0.02 if case[0] == "peft:vblora" else 1e-5  # VB-LoRA's vectors and weights both start beside zero
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    with disable_adapter(model):
+        assert torch.equal(model(**inputs).sample, base(**inputs).sample)
+
+
+@pytest.mark.parametrize("method", ["1lora", "mora1", "mora6", "lora", "dora", "vera"])
+def test_starts_as_a_half_precision_base_with_fp32_tensors(inputs, method):
+    base, model = make_dit().to(torch.bfloat16), make_dit().to(torch.bfloat16)
+    inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+    inject_adapter(model, AdapterConfig(method))
+    out = model(**inputs).sample
+    assert torch.equal(out, base(**inputs).sample)
+    out.float().square().mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in adapter_state_dict(model).values())
+
+
+def test_only_the_adapter_trains_and_every_part_of_it_does(case, inputs):
+    model = trained(*case)
+    own = adapter_state_dict(model)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own.values()}
+    assert count_trainable(model) == sum(p.numel() for p in own.values())
+    assert all(p.dtype == torch.float32 for p in own.values())
+    base = {key: tensor.clone() for key, tensor in make_dit().state_dict().items()}
+
+    inputs["class_labels"] = torch.arange(3)
+    optimizer = torch.optim.SGD(own.values(), lr=1.0)
+    model(**inputs).sample.square().mean().backward()
+    gradients = {name: p.grad for name, p in own.items()}
+    assert not [name for name, grad in gradients.items() if grad is None or not grad.any()]
+    optimizer.step()
+    unload_adapter(model)
+    assert all(torch.equal(tensor, base[key]) for key, tensor in model.state_dict().items())
+
+
+def test_save_and_load(case, inputs, tmp_path):
+    model = trained(*case)
+    expected = model(**inputs).sample
+    path = save_adapter(model, tmp_path)
+    torch.manual_seed(12345)  # whatever else was drawn before
+    loaded = load_adapter(make_dit(), path)
+    assert torch.equal(loaded(**inputs).sample, expected)
+    assert adapter_state_dict(loaded).keys() == adapter_state_dict(model).keys()
+
+
+def test_merge_and_unmerge(case, inputs):
+    model = trained(*case)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        merge_adapter(model)
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+        assert not [m for m in model.modules() if m._forward_hooks]
+        unmerge_adapter(model)
+        assert torch.equal(model(**inputs).sample, expected)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert count_trainable(model) == sum(p.numel() for p in adapter_state_dict(model).values())
+
+
+def test_unload_leaves_the_plain_base(case, inputs):
+    model = trained(*case)
+    unload_adapter(model)
+    base = make_dit()
+    assert torch.equal(model(**inputs).sample, base(**inputs).sample)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in base.named_parameters()]
+
+
+def test_two_adapters_with_weights(case, inputs):
+    """Layer by layer the weighted terms add up, so that weight 0 is the base and merging is exact."""
+    model = trained(*case)
+    only_first = model(**inputs).sample
+    randomize(inject_adapter(model, config_of(*case), "second"), seed=5)
+    only_second = model(**inputs).sample
+    assert not torch.allclose(only_first, only_second)
+    with torch.no_grad():
+        set_adapters(model, "default")
+        assert torch.equal(model(**inputs).sample, only_first)
+        set_adapters(model, "second", 0.0)
+        torch.testing.assert_close(model(**inputs).sample, make_dit()(**inputs).sample, atol=1e-5, rtol=1e-5)
+        set_adapters(model, ["default", "second"], [0.75, -0.5])
+        both = model(**inputs).sample
+        merge_adapter(model)
+        torch.testing.assert_close(model(**inputs).sample, both, atol=1e-4, rtol=1e-4)
+        unload_adapter(model)
+    assert torch.equal(model(**inputs).sample, make_dit()(**inputs).sample)
+
+
+def test_deepcopy_is_independent(case, inputs):
+    model = trained(*case)
+    expected = model(**inputs).sample
+    twin = copy.deepcopy(model)
+    randomize(model, seed=9)
+    assert torch.equal(twin(**inputs).sample, expected)
+    assert not torch.equal(model(**inputs).sample, expected)
+
+
+def test_a_new_adapter_starts_from_the_base_whatever_serves(inputs):
+    """Trained norms and weights are in the base's place while they serve."""
+    model = trained("full")
+    null = {**inputs, "class_labels": torch.full((3,), 10)}
+    for name in ("dora", "full"):
+        inject_adapter(model, config_of(name), f"new-{name}")
+        torch.testing.assert_close(model(**null).sample, make_dit()(**null).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_methods_side_by_side(inputs):
+    """Fused and separate, vectors and matrices and trained tensors on the same layers, each as when alone."""
+    alone, model = {}, make_dit()
+    cases = {
+        "a": ("1lora", True),
+        "b": ("lora", True),
+        "c": ("full", False),
+        "d": ("lora", False),
+        "e": ("mora6", True),
+    }
+    for name, case in cases.items():
+        alone[name] = trained(*case)(**inputs).sample
+        randomize(inject_adapter(model, config_of(*case), name))
+    for name in cases:
+        set_adapters(model, name)
+        torch.testing.assert_close(model(**inputs).sample, alone[name], atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="'c' trains q, k and v, which 'b' adapts as one"):
+        set_adapters(model, ["b", "c"])
+
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for names in (["a", "b", "d", "e"], ["a", "c", "d"]):
+            set_adapters(model, names, 0.5)
+            expected = model(**inputs).sample
+            assert torch.equal(merge_adapter(model)(**inputs).sample, model(**inputs).sample)
+            torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+            unmerge_adapter(model)
+            torch.testing.assert_close(model(**inputs).sample, expected, atol=0, rtol=0)
+        set_adapters(model, "e")  # as when `state` was taken
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_full_trains_everything_once(inputs):
+    """The blocks' equal embeddings are one; where they differ, each is trained."""
+    base = make_dit()
+    embedding = sum(p.numel() for p in base.transformer_blocks[0].norm1.emb.parameters())
+    table = base.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.numel()
+    total = sum(p.numel() for p in base.parameters())
+    assert count_trainable(inject_adapter(make_dit(), AdapterConfig("full"))) == total - embedding
+    assert count_trainable(inject_adapter(make_dit(False), AdapterConfig("full"))) == total
+    new_table = AdapterConfig("full", num_classes=3)
+    assert count_trainable(inject_adapter(make_dit(), new_table)) == total - embedding - table + 4 * 32
+    with pytest.raises(ValueError, match="this one is torch.bfloat16: load it in float32"):
+        inject_adapter(make_dit().to(torch.bfloat16), AdapterConfig("full"))
+    with pytest.raises(ValueError, match="fuse_qkv goes with a frozen base"):
+        AdapterConfig("full", fuse_qkv=True)
+
+
+def test_full_is_plain_training(inputs):
+    """A step on the trained tensors is a step on the model itself."""
+    base = make_dit().requires_grad_(True)
+    first, second = base.transformer_blocks
+    second.norm1.emb = first.norm1.emb
+    model = inject_adapter(make_dit(), AdapterConfig("full"))
+    for network in (base, model):
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
+        network(**inputs).sample.square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(model(**inputs).sample, base(**inputs).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_save_pretrained_is_the_base_and_merged_the_adapted_model(inputs, name, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    model = trained(name)
+    inputs["class_labels"] = torch.tensor([0, 2, 10])
+    expected = model(**inputs).sample
+    model.save_pretrained(tmp_path / "base")
+    merge_adapter(model).save_pretrained(tmp_path / "merged")
+    for folder, output in (("base", make_dit()(**inputs).sample), ("merged", expected)):
+        stock, info = DiTTransformer2DModel.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info.values())
+        torch.testing.assert_close(stock.eval()(**inputs).sample, output, atol=1e-5, rtol=1e-4)
+
+
+def test_fused_layers_need_all_three():
+    with pytest.raises(ValueError, match="of transformer_blocks.0.attn1 the targets have not all three"):
+        inject_adapter(make_dit(), AdapterConfig("mora1", targets=("to_q", "to_v"), fuse_qkv=True))
+
+
+def test_file_names(tmp_path):
+    names = list(adapter_state_dict(inject_adapter(make_dit(), AdapterConfig("dora", targets=("to_q",)))))
+    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
+    assert names == [f"transformer_blocks.{i}.attn1.to_q.onelora_{part}" for i in (0, 1) for part in parts]
+    fused = AdapterConfig("mora1", targets=("to_q", "to_k", "to_v"), fuse_qkv=True)
+    names = list(adapter_state_dict(inject_adapter(make_dit(), fused)))
+    assert names == [f"transformer_blocks.{i}.attn1.to_qkv.onelora_M" for i in (0, 1)]

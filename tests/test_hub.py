@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_dit
+
+from onelora_diffusion import AdapterConfig, inject_adapter, read_adapter, save_adapter
+from onelora_diffusion.hub import push_to_hub
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = inject_adapter(make_dit(), AdapterConfig(num_classes=2))
+    names = {0: "pizza", 1: "sushi"}
+    return save_adapter(model, tmp_path / "run", id2label=names, base="facebook/DiT-XL-2-256", training={"steps": 9})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's client, which keeps what it is given."""
+    calls = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls["repo"] = repo_id, private, exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("onelora_diffusion.hub.HfApi", Hub)
+    return calls
+
+
+def test_what_is_pushed(adapter, hub, tmp_path):
+    (tmp_path / "grid.png").write_bytes(b"png")
+    url = push_to_hub(
+        adapter.parent,
+        "someone/food",
+        dataset="food101",
+        metrics={"FID": 12.5},
+        sample_grid=tmp_path / "grid.png",
+        license="cc-by-nc-4.0",
+        private=True,
+    )
+    assert url == "https://hub/someone/food" and hub["repo"] == ("someone/food", True, True)
+    assert hub["files"]["onelora_weights.safetensors"] == adapter.read_bytes()
+    assert hub["files"]["sample.png"] == b"png"
+    header, card = hub["files"]["README.md"].decode().removeprefix("---\n").split("\n---\n", 1)
+    header = yaml.safe_load(header)
+    assert (header["base_model"], header["license"]) == ("facebook/DiT-XL-2-256", "cc-by-nc-4.0")
+    assert header["datasets"] == ["food101"]
+    for text in (
+        "![samples](sample.png)",
+        "| FID | 12.5 |",
+        "| steps | 9 |",
+        "pizza, sushi",
+        'load_lora_weights("someone/food")',
+        "class_labels=['pizza']",
+        f"{sum(t.numel() for t in read_adapter(adapter).tensors.values()):,} trained weights",
+    ):
+        assert text in card
+
+
+def test_nothing_is_asked_of_the_hub_for_bad_input(adapter, hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no sample grid at"):
+        push_to_hub(adapter, "someone/food", sample_grid=tmp_path / "none.png")
+    nameless = save_adapter(inject_adapter(make_dit(), AdapterConfig()), tmp_path / "nameless")
+    with pytest.raises(ValueError, match="names no base model"):
+        push_to_hub(nameless, "someone/food")
+    adapter.write_bytes(adapter.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        push_to_hub(adapter, "someone/food")
+    assert hub == {}
+
+
+def test_a_refusal_of_the_hub_is_one_line(adapter, hub, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("onelora_diffusion.hub.HfApi.create_repo", refuse)
+    with pytest.raises(ValueError, match="'someone/food' cannot be pushed to: no network$"):
+        push_to_hub(adapter, "someone/food")

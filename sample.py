@@ -34,6 +34,7 @@ from tqdm import tqdm
 from onelora_diffusion.pipeline import load_base
 from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.saving import load_adapter, read_adapter
+from onelora_diffusion.training.launch import start_all_processes
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
 
@@ -59,8 +60,10 @@ class Settings:
     """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
     num_inference_steps: int = 50
     """Steps of the sampler."""
-    guidance_scale: float = 4.0
-    """Classifier-free guidance; 1 is none."""
+    guidance: Literal["cfg", "domain"] = "cfg"
+    """cfg: classifier-free guidance; domain: from the base without class to the adapter (Zhong et al., 2025)."""
+    guidance_scale: float | None = None
+    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, else 4."""
     guidance_channels: int | None = None
     """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
     guidance_interval: tuple[int, int] | None = None
@@ -68,15 +71,18 @@ class Settings:
     seed: int = 0
     """Of all noise."""
     batch_size: int = 32
-    """Images at a time in each process."""
+    """Images that each process hands on at a time; no image depends on it."""
 
 
 def main(settings: Settings) -> None:
     start = time.monotonic()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     try:
         output = check_settings(settings)
-        pipeline, labels = load(settings)
+        pipeline, labels, dataset = load(settings)
+        guidance_scale = settings.guidance_scale
+        if guidance_scale is None:
+            guidance_scale = 2.0 if dataset == "digits" else 4.0
         classes = find_classes(settings.classes, labels)
         names = {label: name for name, label in reversed(labels.items())}
         num_images = settings.num_images or settings.per_class * len(classes)
@@ -89,7 +95,8 @@ def main(settings: Settings) -> None:
             share,
             sampler=settings.sampler,
             num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            guidance=settings.guidance,
+            guidance_scale=guidance_scale,
             guidance_channels=settings.guidance_channels,
             guidance_interval=settings.guidance_interval,
             batch_size=settings.batch_size,
@@ -149,7 +156,7 @@ def check_settings(settings: Settings) -> Path:
 
 
 def load(settings: Settings):
-    """The base with its adapter, and the labels by class name."""
+    """The base with its adapter, the labels by class name, and the name of the data set."""
     adapter = read_adapter(settings.adapter)
     pipeline = load_base(settings.base or adapter.base)
     load_adapter(pipeline.transformer, settings.adapter)
@@ -159,7 +166,7 @@ def load(settings: Settings):
     else:
         names = {str(label): label for label in range(adapter.config.num_classes)}
         labels = {name: label for label, name in adapter.id2label.items()} or names
-    return pipeline, labels
+    return pipeline, labels, adapter.training.get("dataset")
 
 
 def find_classes(wanted: Sequence[str], labels: dict[str, int]) -> list[int]:
@@ -231,4 +238,5 @@ def written_beside(output: Path):
 
 
 if __name__ == "__main__":
+    start_all_processes()
     main(tyro.cli(Settings))

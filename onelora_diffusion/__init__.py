@@ -2,8 +2,10 @@
 
 import importlib
 
+from onelora_diffusion.combining import combine_adapters
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.exporting import export_lora
+from onelora_diffusion.hub import push_to_hub
 from onelora_diffusion.injection import (
     adapter_state_dict,
     count_trainable,
@@ -23,12 +25,14 @@ __all__ = [
     "OneLoRADiTPipeline",
     "OneLoRALoaderMixin",
     "adapter_state_dict",
+    "combine_adapters",
     "count_trainable",
     "disable_adapter",
     "export_lora",
     "inject_adapter",
     "load_adapter",
     "merge_adapter",
+    "push_to_hub",
     "read_adapter",
     "route_adapters",
     "save_adapter",

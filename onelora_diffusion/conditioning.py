@@ -121,7 +121,7 @@ class DiTConditioning:
         self.norms = [block.norm1 for block in transformer.transformer_blocks]
         self.stock = [norm.emb for norm in self.norms]
         self.hook = None
-        if _equal_copies(self.stock):
+        if equal_copies(self.stock):
             del self.stock[1:]
             shared = SharedConditioning(self.stock[0], self._adapted(self.stock[0].class_embedder))
             shared.train(self.stock[0].training)
@@ -129,6 +129,12 @@ class DiTConditioning:
                 norm.emb = shared
             self.hook = transformer.register_forward_pre_hook(compute_once, with_kwargs=True)
         else:
+            if not next(self.stock[0].parameters()).is_meta:
+                logger.warning(
+                    "The %d blocks of this DiT hold different timestep and class embeddings, as a random one does and "
+                    "no converted checkpoint: each keeps its own, and none is shared.",
+                    len(self.stock),
+                )
             self.stock_class_embedders = [emb.class_embedder for emb in self.stock]
             for emb in self.stock:
                 emb.class_embedder = self._adapted(emb.class_embedder)
@@ -165,15 +171,18 @@ class DiTConditioning:
         return AdaptedLabelEmbedding(class_embedder, self.tables).train(class_embedder.training)
 
 
-def _equal_copies(embeddings: list[nn.Module]) -> bool:
+def equal_copies(embeddings: list[nn.Module]) -> bool:
+    """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
     first = list(embeddings[0].parameters())
     if first[0].is_meta:  # no values to compare: each block keeps its own
         return False
-    equal = all(torch.equal(a, b) for emb in embeddings[1:] for a, b in zip(first, emb.parameters(), strict=True))
-    if not equal:
-        logger.warning(
-            "The %d blocks of this DiT hold different timestep and class embeddings, as a random one does and no "
-            "converted checkpoint: each keeps its own, and none is shared.",
-            len(embeddings),
-        )
-    return equal
+    first = [_words(parameter) for parameter in first]
+    return all(
+        torch.equal(a, _words(b)) for emb in embeddings[1:] for a, b in zip(first, emb.parameters(), strict=True)
+    )
+
+
+def _words(parameter: nn.Parameter) -> torch.Tensor:
+    """The same bits as integers of eight bytes where they fit, which compare several times faster than bf16 does."""
+    data = parameter.detach()
+    return data.view(torch.int64) if data.shape[-1] * data.itemsize % 8 == 0 else data

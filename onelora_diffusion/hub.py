@@ -5,9 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from onelora_diffusion.saving import WEIGHTS_NAME, AdapterFile, read_adapter
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -62,6 +59,9 @@ def push_to_hub(
         FileNotFoundError, ValueError: no such file, a damaged adapter, or the hub refuses. Files are checked
             before the hub is asked for anything.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     file = read_adapter(path)
     path = Path(path)
     weights = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
@@ -105,6 +105,8 @@ def model_card(
     Raises:
         ValueError: neither `base` nor the file names the base model.
     """
+    from huggingface_hub import ModelCardData
+
     base = base or file.base
     if base is None:
         raise ValueError("the adapter's file names no base model: give its hub id as base")

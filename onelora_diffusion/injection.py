@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import types
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from onelora_diffusion.adapters.peft import PeftAdapter, build_peft_adapters
 from onelora_diffusion.adapters.swap import SwapAdapter, SwappedParameters
 from onelora_diffusion.adapters.vector import VectorAdapter
 from onelora_diffusion.attention import OneLoRAAttnProcessor
-from onelora_diffusion.conditioning import ClassTable, DiTConditioning
+from onelora_diffusion.conditioning import ClassTable, DiTConditioning, equal_copies
 from onelora_diffusion.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -152,15 +153,11 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
     attention output and both MLP linears, and both output linears; the timestep embedder is left out.
     Elsewhere it is every linear but the output head.
     """
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "onelora" not in path and not path.endswith("to_qkv")
-    }
+    linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
     if targets is None and is_dit(model):
         return {path: linear for path, linear in linears.items() if ".norm1.emb." not in path}
     if targets is None:
-        return {path: linear for path, linear in linears.items() if path.split(".")[-1] not in OUTPUT_HEADS}
+        return {path: linear for path, linear in linears.items() if not _is_output_head(path)}
 
     chosen = {path for target in targets for path in linears if _matches(path, target)}
     for target in targets:
@@ -170,7 +167,37 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
                 f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
                 f"{', '.join(kinds)}"
             )
-    return {path: linear for path, linear in linears.items() if path in chosen}
+    return _without_copies(model, {path: linear for path, linear in linears.items() if path in chosen})
+
+
+def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """`layers` with the first only of a DiT's timestep and class embeddings, where it will serve all blocks."""
+    copies = {path for path in layers if ".norm1.emb." in path and not path.startswith("transformer_blocks.0.")}
+    if not copies or not is_dit(model) or not equal_copies([block.norm1.emb for block in model.transformer_blocks]):
+        return layers
+    return {path: module for path, module in layers.items() if path not in copies}
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without adapters, however many there are, and without the `to_qkv` made for them."""
+    seen = set()
+
+    def walk(module, path):
+        if module in seen:
+            return
+        seen.add(module)
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in ("onelora", "onelora_swap", "to_qkv"):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def _is_output_head(path: str) -> bool:
+    """By its name, unless it is in a list of blocks: Flux calls a linear layer of each single block `proj_out` too."""
+    *parents, name = path.split(".")
+    return name in OUTPUT_HEADS and not any(parent.isdigit() for parent in parents)
 
 
 def _matches(path: str, target: str) -> bool:
@@ -217,19 +244,10 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     if config.targets is not None:
         return dict(target_layers(model, config.targets))
     layers = {
-        path: module
-        for path, module in model.named_modules()
-        if "onelora" not in path
-        and not path.endswith("to_qkv")
-        and any(True for _ in module.parameters(recurse=False))
+        path: module for path, module in base_modules(model) if any(True for _ in module.parameters(recurse=False))
     }
     if is_dit(model):
-        first, *others = (block.norm1.emb.state_dict().values() for block in model.transformer_blocks)
-        first = list(first)
-        if not first[0].is_meta and all(map(torch.equal, first * len(others), itertools.chain(*others))):
-            layers = {
-                p: m for p, m in layers.items() if ".norm1.emb." not in p or p.startswith("transformer_blocks.0.")
-            }
+        layers = _without_copies(model, layers)
         if config.num_classes is not None:
             layers = {path: m for path, m in layers.items() if not path.endswith(".class_embedder.embedding_table")}
     return layers
@@ -239,7 +257,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers that have weights of their own, by path. A DiT's have none."""
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in base_modules(model)
         if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
     }
 
@@ -255,7 +273,8 @@ def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modul
     if config.num_classes is not None and not is_dit(model):
         raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
     # Trained tensors that are in the base's place are no start for a new adapter.
-    with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
+    is_swapped = hasattr(model, "_onelora") and model._onelora.swapped
+    with disable_adapter(model) if is_swapped else contextlib.nullcontext():
         if config.method == "full":
             copies = {}
             adapter = {path: SwapAdapter(module, copies) for path, module in full_layers(model, config).items()}
@@ -294,11 +313,9 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, a
         model._onelora = AdapterBook(model)
         model.save_pretrained = types.MethodType(_save_base, model)
     model._onelora.activate({})
+    model._onelora.freeze()
     model._onelora.attach(adapter_name, config, adapter)
-    model.requires_grad_(False)
     model._onelora.activate({adapter_name: 1.0})
-    for parameter in state_dict_of(adapter).values():
-        parameter.requires_grad_(True)
 
 
 def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -332,6 +349,7 @@ class AdapterBook:
         merged: the weights that are folded into the base, or None.
         origins: name -> what its file said of it (`id2label`, `base`, `training`).
         paused, before_merging: the weights to bring back when a pipeline enables or unfuses its adapters.
+        served, swapped: path -> layer with `LayerAdapters`, path -> module with `SwappedParameters`.
     """
 
     def __init__(self, model: nn.Module):
@@ -344,6 +362,8 @@ class AdapterBook:
         self.origins: dict[str, dict] = {}
         self.paused: dict[str, Weight] = {}
         self.before_merging: dict[str, Weight] = {}
+        self.served: dict[str, nn.Linear] = {}
+        self.swapped: dict[str, nn.Module] = {}
         self.originals: dict = {}
         self.hooks: dict = {}
         self.stock_processors: dict = {}
@@ -370,18 +390,17 @@ class AdapterBook:
         return float(weight)
 
     def served_layers(self) -> dict[str, nn.Linear]:
-        """path -> linear layer with `LayerAdapters`; a fused q, k, v comes before the three that are its parts."""
-        layers = self._layers_with("onelora")
-        return dict(sorted(layers.items(), key=lambda item: not item[0].endswith(".to_qkv")))
+        """`served`; a fused q, k, v comes before the three that are its parts."""
+        return dict(sorted(self.served.items(), key=lambda item: not item[0].endswith(".to_qkv")))
 
-    def swapped_layers(self) -> dict[str, nn.Module]:
-        """path -> module with `SwappedParameters`."""
-        return self._layers_with("onelora_swap")
-
-    def _layers_with(self, child: str) -> dict[str, nn.Module]:
-        paths = dict.fromkeys(path for adapter in self.adapters.values() for path in adapter if path != CLASS_TABLE)
-        layers = {path: self.model.get_submodule(path) for path in paths}
-        return {path: layer for path, layer in layers.items() if hasattr(layer, child)}
+    def freeze(self) -> None:
+        """Nothing requires gradients any more: no tensor of the base in its place, and none of an adapter."""
+        adapters = (module for adapter in self.adapters.values() for module in adapter.values())
+        for module in itertools.chain([self.model], adapters):
+            for _, part in base_modules(module):
+                for parameter in part._parameters.values():
+                    if parameter is not None and parameter.requires_grad:
+                        parameter.requires_grad_(False)
 
     def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, nn.Module]) -> None:
         if config.fuse_qkv:
@@ -390,14 +409,16 @@ class AdapterBook:
             if path == CLASS_TABLE:
                 self.conditioning.tables[adapter_name] = module
                 continue
-            layer = self.model.get_submodule(path)
             if isinstance(module, SwapAdapter):
-                if not hasattr(layer, "onelora_swap"):
+                if path not in self.swapped:
+                    layer = self.swapped[path] = self.model.get_submodule(path)
                     layer.onelora_swap = SwappedParameters(layer)
-                layer.onelora_swap[adapter_name] = module
+                self.swapped[path].onelora_swap[adapter_name] = module
                 continue
-            if not hasattr(layer, "onelora"):
-                layer.onelora = LayerAdapters()
+            if path not in self.served:
+                self.served[path] = self.model.get_submodule(path)
+                self.served[path].onelora = LayerAdapters()
+            layer = self.served[path]
             layer.onelora[adapter_name] = module
             if isinstance(module, PeftAdapter):
                 module.serve(layer)
@@ -409,13 +430,13 @@ class AdapterBook:
             if path == CLASS_TABLE:
                 del self.conditioning.tables[adapter_name]
                 continue
-            layer = self.model.get_submodule(path)
-            child = "onelora_swap" if isinstance(module, SwapAdapter) else "onelora"
-            adapters = getattr(layer, child)
+            is_swap = isinstance(module, SwapAdapter)
+            layers, child = (self.swapped, "onelora_swap") if is_swap else (self.served, "onelora")
+            adapters = getattr(layers[path], child)
             del adapters[adapter_name]
             if not len(adapters):
-                delattr(layer, child)
-                if child == "onelora" and path in self.hooks:
+                delattr(layers.pop(path), child)
+                if not is_swap and path in self.hooks:
                     self.hooks.pop(path).remove()
         del self.configs[adapter_name]
         self.origins.pop(adapter_name, None)
@@ -427,9 +448,9 @@ class AdapterBook:
             raise ValueError(
                 f"'{full[0]}' trains q, k and v, which '{fused[0]}' adapts as one: they cannot serve together"
             )
-        for path, layer in self.served_layers().items():
-            layer.onelora.set_active(layer, {name: weight_at(weight, path) for name, weight in weights.items()})
-        for path, layer in self.swapped_layers().items():
+        for path, layer in self.served.items():
+            layer.onelora.set_active({name: weight_at(weight, path) for name, weight in weights.items()})
+        for path, layer in self.swapped.items():
             layer.onelora_swap.set_active(layer, {name: weight_at(weight, path) for name, weight in weights.items()})
         if is_dit(self.model):
             for attn in self.attentions().values():
@@ -440,7 +461,7 @@ class AdapterBook:
         self.weights = weights
 
     def add_hooks(self) -> None:
-        for path, layer in self.served_layers().items():
+        for path, layer in self.served.items():
             if path not in self.hooks:
                 self.hooks[path] = layer.register_forward_hook(adapter_hook)
         if is_dit(self.model):
@@ -478,6 +499,7 @@ class AdapterBook:
             if hasattr(attn, "to_qkv"):
                 continue
             attn.fuse_projections()
+            attn.to_qkv.requires_grad_(False)
             linears = (attn.to_q, attn.to_k, attn.to_v)
             for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
                 linear.weight.data = weight

@@ -515,9 +515,9 @@ def _download(repo_id, names, subfolder, revision, token, cache_dir, force_downl
 
 
 def _read_file(model: nn.Module, path: Path) -> AdapterFile:
-    tensors, metadata = _read_safetensors(path)
-    if "onelora" in metadata:
+    if "onelora" in _read_metadata(path):
         return read_adapter(path)
+    tensors, metadata = _read_safetensors(path)
     settings = {}
     config = path.with_name(PEFT_CONFIG)
     if "lora_adapter_metadata" in metadata:
@@ -532,6 +532,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
 

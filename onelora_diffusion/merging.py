@@ -43,7 +43,7 @@ def merge_adapter(
     for path, layer in layers.items():  # all before the first is changed: q, k and v are views of a fused to_qkv
         bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
         book.originals[path] = layer.weight.detach().cpu().clone(), bias
-    for layer in book.swapped_layers().values():
+    for layer in book.swapped.values():
         layer.onelora_swap.merge(layer)
     for path, (weight, bias) in merged.items():
         layers[path].weight.copy_(weight)
@@ -73,7 +73,7 @@ def _merged_layers(book: AdapterBook) -> dict[str, tuple[torch.Tensor, torch.Ten
 
 
 def _check_finite(book: AdapterBook, merged: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str]) -> None:
-    swapped = {path: layer.parameters(recurse=False) for path, layer in book.swapped_layers().items()}
+    swapped = {path: layer.parameters(recurse=False) for path, layer in book.swapped.items()}
     for path, tensors in (swapped | merged).items():
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise ValueError(f"merging {', '.join(names)} into {path} gives NaN or infinity: nothing was merged")
@@ -117,7 +117,7 @@ def stock_state_dict(
     stock = {k: v for k, v in state_dict.items() if ".onelora" not in k and ".to_qkv." not in k}
     if book.merged is None:
         base_of = {}  # by address: the shared embedding is there under the name of every block
-        for layer in book.swapped_layers().values():
+        for layer in book.swapped.values():
             for name, base in layer.onelora_swap.base.items():
                 base_of[getattr(layer, name).data_ptr()] = base.detach()
         stock = {key: base_of.get(tensor.data_ptr(), tensor) for key, tensor in stock.items()}

@@ -1,7 +1,7 @@
 """From noise and class labels to images: one noise stream per image, guidance, three samplers, decoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
 import numpy as np
@@ -10,7 +10,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from onelora_diffusion.routing import route_beside_base
+
 SAMPLERS = ("ddim", "dpm-solver++", "ddpm")
+GUIDANCES = ("cfg", "domain")
+# A matrix product of another shape is summed in another order. So the networks always see this many images.
+IMAGES_AT_ONCE = 16
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -33,6 +38,7 @@ def sample_latents(
     *,
     sampler: str = "ddim",
     num_inference_steps: int = 50,
+    guidance: str = "cfg",
     guidance_scale: float = 4.0,
     guidance_channels: int | None = None,
     guidance_interval: tuple[int, int] | None = None,
@@ -43,20 +49,23 @@ def sample_latents(
     `ddim` is DDIM with eta 0 (Song et al. 2020), `dpm-solver++` the second-order multistep solver (Lu et al.
     2022), `ddpm` ancestral sampling with the learned variance (Nichol & Dhariwal 2021) on DiT's evenly
     respaced steps. The first noise and that of every step come from each image's own generator, so an image
-    does not depend on the others of its batch (but for the last bits of a matrix product, which may round
-    differently at another batch size).
+    does not depend on the others of its batch; on their number only by rounding, which `generate_images` avoids.
 
     Args:
         transformer: a DiT; it runs in eval mode, under the caller's autocast, and gets its own mode back.
         scheduler_config: the `config` of the pipeline's scheduler.
         class_labels: (batch,) int64.
         generators: one per image, as `image_generators` gives them.
+        guidance: `cfg`, classifier-free guidance of one model, or `domain`, which leads from the base without
+            class to the adapted model (Zhong et al., ICLR 2025); both in one batch of twice the images.
         guidance_scale, guidance_channels, guidance_interval, null_label: see `guided_denoiser`.
 
     Raises:
         ValueError: see `check_settings`.
     """
-    check_settings(transformer, scheduler_config, sampler, num_inference_steps, guidance_channels)
+    check_settings(
+        transformer, scheduler_config, sampler, num_inference_steps, guidance, guidance_channels, guidance_interval
+    )
     channels, size = transformer.config.in_channels, transformer.config.sample_size
     learned_variance = sampler == "ddpm" and transformer.config.out_channels == 2 * channels
     scheduler = _scheduler(sampler, scheduler_config, num_inference_steps, learned_variance)
@@ -75,7 +84,9 @@ def sample_latents(
         guidance_channels=guidance_channels,
         guidance_interval=guidance_interval,
     )
-    with _eval_mode(transformer):
+    # The second half of a guided batch is the one without class: the adapters leave it to the base.
+    is_domain = guidance == "domain" and guidance_scale > 1
+    with _eval_mode(transformer), route_beside_base(transformer, len(generators)) if is_domain else nullcontext():
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
             model_output = denoise(latents, int(timestep))
             if not learned_variance:
@@ -97,7 +108,7 @@ def guided_denoiser(
 
         ε(x, t) = ε(x, t, ∅) + w · (ε(x, t, y) - ε(x, t, ∅))
 
-    (Ho & Salimans 2022). Both halves run as one batch. The learned variance stays that of class y.
+    (Ho & Salimans 2022). Both halves run as one batch, y first. The learned variance stays that of class y.
 
     Args:
         class_labels: (batch,), y.
@@ -143,6 +154,7 @@ def generate_images(
     *,
     sampler: str = "ddim",
     num_inference_steps: int = 50,
+    guidance: str = "cfg",
     guidance_scale: float = 4.0,
     guidance_channels: int | None = None,
     guidance_interval: tuple[int, int] | None = None,
@@ -151,10 +163,13 @@ def generate_images(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generate image `indices[k]` of class `class_labels[k]` for every k, batch by batch.
 
-    Image i is a function of (seed, i), its class and the sampler: each process may take any share of them.
+    Image i is a function of (seed, i), its class and the sampler, to the bit: the networks always run on
+    `IMAGES_AT_ONCE` images, the last ones padded, so that neither `batch_size` nor the share of a process
+    changes a sum's order. (On one kind of machine, with as many CPU threads: see docs/evaluation.md.)
 
     Args:
         pipeline: a `DiTPipeline`; its transformer, vae and scheduler config are used.
+        batch_size: how many images the iterator gives at a time.
 
     Returns:
         An iterator of (indices, images), a batch each; images are (batch, 3, R, R), uint8, on the pipeline's
@@ -166,24 +181,37 @@ def generate_images(
     config = pipeline.scheduler.config
     if len(class_labels) != len(indices):
         raise ValueError(f"{len(class_labels)} class labels for {len(indices)} images; one each is needed")
-    check_settings(pipeline.transformer, config, sampler, num_inference_steps, guidance_channels)
+    check_settings(
+        pipeline.transformer, config, sampler, num_inference_steps, guidance, guidance_channels, guidance_interval
+    )
 
-    def batches():
-        for first in range(0, len(indices), batch_size):
-            batch = [int(index) for index in indices[first : first + batch_size]]
+    def chunks():
+        for first in range(0, len(indices), IMAGES_AT_ONCE):
+            chunk = list(range(first, min(first + IMAGES_AT_ONCE, len(indices))))
+            padded = chunk + [chunk[-1]] * (IMAGES_AT_ONCE - len(chunk))
             latents = sample_latents(
                 pipeline.transformer,
                 config,
-                torch.as_tensor(class_labels[first : first + batch_size]),
-                image_generators(seed, batch),
+                torch.tensor([int(class_labels[k]) for k in padded]),
+                image_generators(seed, [indices[k] for k in padded]),
                 sampler=sampler,
                 num_inference_steps=num_inference_steps,
+                guidance=guidance,
                 guidance_scale=guidance_scale,
                 guidance_channels=guidance_channels,
                 guidance_interval=guidance_interval,
                 null_label=null_label,
             )
-            yield batch, decode_latents(pipeline.vae, latents)
+            yield decode_latents(pipeline.vae, latents)[: len(chunk)]
+
+    def batches():
+        made, images = chunks(), []
+        for first in range(0, len(indices), batch_size):
+            batch = [int(index) for index in indices[first : first + batch_size]]
+            while len(images) < len(batch):
+                images = [*images, *next(made)]
+            yield batch, torch.stack(images[: len(batch)])
+            images = images[len(batch) :]
 
     return batches()
 
@@ -193,9 +221,17 @@ def check_settings(
     scheduler_config: Mapping,
     sampler: str,
     num_inference_steps: int,
-    guidance_channels: int | None,
+    guidance: str = "cfg",
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[int, int] | None = None,
 ) -> None:
-    """Raise ValueError for an unknown sampler, or for steps or channels that the model does not have."""
+    """Raise ValueError for an unknown sampler or guidance, or for steps or channels that the model does not have."""
+    if guidance not in GUIDANCES:
+        raise ValueError(f"unknown guidance {guidance!r}; choose from {', '.join(GUIDANCES)}")
+    if guidance == "domain" and guidance_interval is not None:
+        raise ValueError("domain guidance knows no guidance interval: the base takes part in every step")
+    if guidance == "domain" and not hasattr(transformer, "_onelora"):
+        raise ValueError("domain guidance leads from the base to an adapter: load one first")
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
     most = scheduler_config["num_train_timesteps"]

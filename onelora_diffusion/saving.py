@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -127,7 +128,8 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         raise ValueError(f"'{path}' is no onelora adapter: its header has no settings")
     header = json.loads(metadata["onelora"])
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        # A sum is finite only if every value is; one that is not may also have overflown.
+        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"'{path}': {name} holds NaN or infinity")
     return AdapterFile(
         config=AdapterConfig.from_json(json.dumps(header["config"])),
@@ -155,6 +157,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
 def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
     """Check every key and shape of an adapter against a model, and only then attach it."""
     adapter = build_adapter(model, file.config)
+    for module in adapter.values():  # under sequential offload the base is on the meta device between calls
+        if any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device="cpu")
     own = state_dict_of(adapter)
     for name in sorted(set(own) | set(file.tensors)):
         if name not in file.tensors:
@@ -171,11 +176,8 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
             f"{source}: was made for another base ({file.base or 'unnamed'}): every adapted layer fits, but the names "
             f"or shapes of other parameters differ (fingerprint {file.fingerprint[:12]}, this model's {base[:12]})"
         )
-    for module in adapter.values():  # under sequential offload the base is on the meta device between calls
-        if any(parameter.is_meta for parameter in module.parameters()):
-            module.to_empty(device="cpu")
     with torch.no_grad():
-        for name, parameter in state_dict_of(adapter).items():
+        for name, parameter in own.items():
             parameter.copy_(file.tensors[name])
     attach_adapter(model, file.config, adapter_name, adapter)
     origin = {"id2label": file.id2label, "base": file.base, "training": file.training}

@@ -5,12 +5,12 @@ from conftest import dit_inputs, make_dit, randomize
 from onelora_diffusion import (
     AdapterConfig,
     adapter_state_dict,
+    combine_adapters,
     inject_adapter,
     load_adapter,
     save_adapter,
     set_adapters,
 )
-from onelora_diffusion.combining import combine_adapters
 
 CONFIGS = {
     "sum": {"targets": ("to_q", "ff.net.2")},

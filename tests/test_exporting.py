@@ -166,6 +166,12 @@ def test_inject_train_export_and_stock_loading_gives_the_same_output(make, tmp_p
         torch.testing.assert_close(stock(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_flux_is_adapted_in_all_its_blocks_and_not_at_its_output():
+    model, _ = flux()
+    paths = {key.removesuffix(".onelora_b") for key in adapter_state_dict(inject_adapter(model, AdapterConfig()))}
+    assert "single_transformer_blocks.0.proj_out" in paths and "proj_out" not in paths
+
+
 def test_stock_flux_pipeline_loads_the_export(tmp_path):
     from diffusers import FluxPipeline
 

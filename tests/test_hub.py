@@ -4,8 +4,7 @@ import pytest
 import yaml
 from conftest import make_dit
 
-from onelora_diffusion import AdapterConfig, inject_adapter, read_adapter, save_adapter
-from onelora_diffusion.hub import push_to_hub
+from onelora_diffusion import AdapterConfig, inject_adapter, push_to_hub, read_adapter, save_adapter
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def hub(monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
 
-    monkeypatch.setattr("onelora_diffusion.hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     return calls
 
 
@@ -81,6 +80,6 @@ def test_a_refusal_of_the_hub_is_one_line(adapter, hub, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no network\nat all")
 
-    monkeypatch.setattr("onelora_diffusion.hub.HfApi.create_repo", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     with pytest.raises(ValueError, match="'someone/food' cannot be pushed to: no network$"):
         push_to_hub(adapter, "someone/food")

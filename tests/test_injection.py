@@ -205,6 +205,42 @@ def test_targets(dit):
     assert not hasattr(dit, "_onelora")
 
 
+def test_an_output_head_is_not_inside_a_list_of_blocks():
+    model = nn.ModuleDict({"single_transformer_blocks": nn.ModuleList(), "proj_out": nn.Linear(4, 2)})
+    for _ in range(2):
+        model["single_transformer_blocks"].append(nn.ModuleDict({"proj_out": nn.Linear(4, 4)}))
+    assert list(target_layers(model, None)) == [f"single_transformer_blocks.{i}.proj_out" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("equal_copies", [True, False])
+def test_a_shared_timestep_embedder_has_one_adapter(inputs, equal_copies):
+    model = make_dit(equal_copies)
+    expected = model(**inputs).sample
+    randomize(inject_adapter(model, AdapterConfig(targets=("timestep_embedder.linear_1",))))
+    assert len(adapter_state_dict(model)) == (1 if equal_copies else 2)
+    vector = next(iter(adapter_state_dict(model).values()))
+    linear, x = model.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1, torch.ones(1, 256)
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias) + 256 * vector)
+    assert not torch.equal(model(**inputs).sample, expected)
+    assert torch.equal(unload_adapter(model)(**inputs).sample, expected)
+
+
+def test_layers_are_the_same_beside_other_adapters(dit):
+    before = target_layers(dit, None)
+    for name, config in {"fused": AdapterConfig(fuse_qkv=True), "mora": AdapterConfig(method="mora1")}.items():
+        inject_adapter(dit, config, name)
+    assert target_layers(dit, None) == before
+
+
+def test_injecting_freezes_whatever_trained_before(dit):
+    inject_adapter(dit, AdapterConfig(num_classes=3), "first")
+    inject_adapter(dit, AdapterConfig(method="lora"), "second")
+    dit.requires_grad_(True)
+    inject_adapter(dit, AdapterConfig(fuse_qkv=True), "third")
+    own = adapter_state_dict(dit, "third").values()
+    assert {id(p) for p in dit.parameters() if p.requires_grad} == {id(p) for p in own}
+
+
 def test_any_module_with_linear_layers():
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -276,7 +312,7 @@ def test_import_is_light():
 
     code = (
         "import sys, onelora_diffusion; "
-        "print([m for m in ('diffusers', 'peft', 'transformers', 'matplotlib', 'torchmetrics', 'sklearn') "
-        "if m in sys.modules])"
+        "print([m for m in ('diffusers', 'peft', 'transformers', 'huggingface_hub', 'matplotlib', 'torchmetrics', "
+        "'sklearn') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_dit, randomize
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -16,6 +17,7 @@ from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.sampling import (
+    IMAGES_AT_ONCE,
     SAMPLERS,
     decode_latents,
     generate_images,
@@ -207,7 +209,8 @@ def test_equals_the_stock_pipeline(sampler, guidance_scale):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(sampler):
-    # To 1e-5 of their size, not to the bit: a matrix product may round differently at another batch size.
+    # To 1e-5 of their size, not to the bit: a matrix product may round differently at another batch size, and
+    # `generate_images` keeps to one.
     model = tiny_transformer()
     labels = torch.arange(7) * 100
 
@@ -226,12 +229,43 @@ def test_batches_cover_every_index_once():
     indices, labels = [9, 2, 4, 7, 5], [1, 2, 3, 4, 5]
     settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
     batches = list(generate_images(pipeline, labels, 0, indices, batch_size=2, **settings))
-    assert [index for batch, _ in batches for index in batch] == indices
+    assert [batch for batch, _ in batches] == [[9, 2], [4, 7], [5]]
     [(_, together)] = generate_images(pipeline, labels, 0, indices, batch_size=64, **settings)
-    difference = torch.cat([images for _, images in batches]).int() - together.int()
-    assert difference.abs().max() <= 1  # a value between two grey levels may fall to either side
+    assert torch.equal(torch.cat([images for _, images in batches]), together)
+    assert list(generate_images(pipeline, [], 0, [], **settings)) == []
     with pytest.raises(ValueError, match="5 class labels for 4 images"):
         generate_images(pipeline, labels, 0, indices[:4])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_image_is_the_same_to_the_bit_in_any_company(sampler, guidance_scale, bf16):
+    """Alone, in a set of 35 and in one of three shares of it: the place in a chunk and its other images differ."""
+    pipeline = tiny_pipeline()
+    settings = {"sampler": sampler, "guidance_scale": guidance_scale, "num_inference_steps": 2}
+
+    def images_of(indices, batch_size):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            batches = generate_images(
+                pipeline, [7 * i for i in indices], 3, indices, batch_size=batch_size, **settings
+            )
+            return {index: image for batch, images in batches for index, image in zip(batch, images, strict=True)}
+
+    together = images_of(range(35), 64)
+    assert len({image.numpy().tobytes() for image in together.values()}) == 35
+    for indices, batch_size in ((range(1, 35, 3), 7), (range(34, -1, -2), 5), ([20], 1)):
+        for index, image in images_of(indices, batch_size).items():
+            assert torch.equal(image, together[index])
+
+
+def test_the_networks_always_see_as_many_images():
+    pipeline, seen = tiny_pipeline(), set()
+    pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.add(("transformer", len(args[0]))))
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: seen.add(("vae", len(args[0]))))
+    for count in (1, 17):
+        list(generate_images(pipeline, range(count), 0, range(count), num_inference_steps=1, batch_size=3))
+    assert seen == {("transformer", 2 * IMAGES_AT_ONCE), ("vae", IMAGES_AT_ONCE)}
 
 
 def test_every_image_has_its_own_noise():
@@ -289,3 +323,28 @@ def test_refuses_what_it_cannot_sample(settings, message):
         sample_latents(
             Analytic(point_noise), SCHEDULER.config, torch.tensor([0]), image_generators(0, [0]), **settings
         )
+
+
+def test_domain_guidance_equals_two_models():
+    """ε_base(∅) + w · (ε_adapted(y) − ε_base(∅)), with the base as a second model."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    adapted = randomize(inject_adapter(make_dit(num_classes=10), AdapterConfig(num_classes=3)))
+    base, labels = make_dit(num_classes=10), torch.tensor([0, 2])
+    latents = sample_latents(
+        adapted, scheduler.config, labels, image_generators(0, [0, 1]), num_inference_steps=2, guidance="domain"
+    )
+
+    expected = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in image_generators(0, [0, 1])])
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps:
+        timestep = t.expand(2)
+        with torch.no_grad():
+            null = base(expected, timestep, torch.tensor([10, 10])).sample[:, :4]
+            own = adapted(expected, timestep, labels).sample[:, :4]
+        expected = scheduler.step(null + 4.0 * (own - null), t, expected).prev_sample
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_domain_guidance_needs_an_adapter():
+    with pytest.raises(ValueError, match="domain guidance leads from the base to an adapter"):
+        sample_latents(make_dit(), SCHEDULER.config, torch.tensor([0]), image_generators(0, [0]), guidance="domain")

@@ -84,6 +84,7 @@ B = "transformer.proj_out_2.onelora_b"
         (lambda t: t.update(extra=torch.zeros(2)), "extra with shape \\(2,\\) fits nothing in this base"),
         (lambda t: t[B].fill_(float("nan")), f"{B} holds NaN"),
         (lambda t: t[B].fill_(float("inf")), f"{B} holds NaN or infinity"),
+        (lambda t: t[B].copy_(torch.tensor([float("inf"), -float("inf")] * 16)), f"{B} holds NaN or infinity"),
     ],
 )
 def test_wrong_contents_leave_the_model_as_it_was(inputs, saved, change, message):
@@ -94,6 +95,11 @@ def test_wrong_contents_leave_the_model_as_it_was(inputs, saved, change, message
         load_adapter(model, saved)
     assert list(model.modules()) == modules
     assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_large_finite_values_are_no_infinity(saved):
+    rewrite(saved, lambda t: t[B].fill_(3e38))  # whose sum overflows
+    assert (read_adapter(saved).tensors[B.removeprefix("transformer.")] == 3e38).all()
 
 
 def test_truncated_foreign_and_missing_files(dit, saved, tmp_path):

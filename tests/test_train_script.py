@@ -17,10 +17,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_dit
+from onelora_diffusion.data import latent_cache
 from onelora_diffusion.saving import read_adapter
-from train_dit import main, parse_command_line, recipe
+from onelora_diffusion.training import settings as settings_module
+from train_dit import RECIPES, main
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def settings_of(**changes):
+    """The defaults of the code: what a test finds must not depend on the recipe of the digits."""
+    return settings_module.Settings(**changes)
+
+
+def parse_command_line(arguments):
+    return settings_module.parse_command_line(arguments, RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def train(base, tmp_path):
 
     def run(name="run", exit_code=0, **changes):
         short = dict(base=str(base), output_dir=tmp_path / name, max_steps=4, batch_size=8, log_every=1)
-        settings = recipe("digits", **(short | dict(sample_every=0, checkpoint_every=2) | changes))
+        settings = settings_of(**(short | dict(sample_every=0, checkpoint_every=2) | changes))
         assert main(settings) == exit_code
         return settings.output_dir
 
@@ -60,7 +71,12 @@ def adapter_of(run):
 
 def losses_of(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["loss"], line["mse"], line["vb"]) for line in lines}
+    return {line["step"]: (line["loss"], line["mse"], line["vb"]) for line in lines if "loss" in line}
+
+
+def distances_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["distance"] for line in lines if "distance" in line}
 
 
 def assert_same_run(one, other, tolerance=0.0):
@@ -92,7 +108,7 @@ def fails_with(message, settings):
 
 
 def test_a_run_writes_what_sampling_and_evaluation_need(train, base):
-    run = train(sample_every=4, sample_steps=2, log_every=2, ema_decay=0.5)
+    run = train(sample_every=4, sample_steps=2, log_every=2, ema_decay=(0.5,))
     assert {path.name for path in run.iterdir()} == {
         *("checkpoints", "metrics.jsonl", "onelora_weights.safetensors", "samples", "settings.json")
     }
@@ -102,7 +118,7 @@ def test_a_run_writes_what_sampling_and_evaluation_need(train, base):
     assert sum(tensor.numel() for tensor in adapter.tensors.values()) == adapter.training["num_trainable_params"]
     grid = np.array(Image.open(run / "samples" / "step-00000004.png"))
     assert grid.shape == (4 * 18 + 2, 5 * 18 + 2, 3) and grid.std() > 10
-    assert json.loads((run / "settings.json").read_text())["ema_decay"] == 0.5
+    assert json.loads((run / "settings.json").read_text())["ema_decay"] == [0.5]
 
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert list(line) == ["step", "loss", "mse", "vb", "lr", "seconds", "images_per_second"]
@@ -124,28 +140,80 @@ def test_accumulation_and_gradient_checkpointing_change_nothing(train):
 
 
 ONE_OF_TWO_STOPS = """
-import os, sys, train_dit
-from itertools import count
+import os, runpy, sys
+from pathlib import Path
+from onelora_diffusion.training import randomness
 from onelora_diffusion.training.stopping import Stop
 
-asked = count()
-Stop.asked = lambda stop: int(os.environ["RANK"] == "1" and next(asked) >= 5)  # its budget is used up after 5 steps
-sys.exit(train_dit.main(train_dit.parse_command_line(sys.argv[1:])))
+rank, steps, draw_step = os.environ.get("RANK"), [], randomness.draw_step
+randomness.draw_step = lambda seed, step, *args: steps.append(step) or draw_step(seed, step, *args)
+Stop.asked = lambda stop: int(rank == "1" and len(steps) >= 5)  # its budget is used up after 5 steps
+try:
+    runpy.run_path("train_dit.py", run_name="__main__")
+finally:
+    Path(sys.argv[0]).with_name(f"rank-{rank}").write_text(f"{len(steps)} steps")
 """
 
 
-def test_two_processes_train_what_one_does_and_end_at_the_same_step(train, base, tmp_path):
+@pytest.fixture
+def defaults(tmp_path):
+    """A recipe that changes nothing of the code's defaults."""
+    path = tmp_path / "defaults.yaml"
+    path.write_text("dataset: digits\n")
+    return path
+
+
+def launch(*command):
+    """Runs a script by `accelerate launch` from the repository; returns what it printed."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *map(str, command)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_accelerate_launch_on_cpus_trains_with_two_processes_that_end_at_the_same_step(
+    train, base, defaults, tmp_path
+):
     run, script = tmp_path / "two", tmp_path / "one_of_two_stops.py"
     script.write_text(ONE_OF_TWO_STOPS)
-    flags = "--batch-size 8 --log-every 1 --sample-every 0 --gradient-accumulation-steps 2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    command += [*flags.split(), "--base", str(base), "--output-dir", str(run)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "the time budget is used up at step 5" in done.stdout
+    flags = "--batch-size 8 --log-every 1 --sample-every 0 --gradient-accumulation-steps 2".split()
+    said = launch(
+        "--num_processes", 2, "--cpu", script, "--config", defaults, *flags, "--base", base, "--output-dir", run
+    )
+    assert "the time budget is used up at step 5" in said
+    assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {
+        "rank-0": "5 steps",
+        "rank-1": "5 steps",
+    }
     assert read_adapter(run).training["num_processes"] == 2
     assert_same_run(train("one", max_steps=5), run, tolerance=1e-5)
+
+
+def test_a_base_that_two_processes_share_out_trains_what_one_does(train, base, defaults, tmp_path):
+    flags = "--batch-size 8 --max-steps 3 --log-every 1 --sample-every 3 --sample-steps 2 --max-grad-norm 0.1".split()
+    flags += ["--eval-every", 3, "--eval-images", 9, "--eval-steps", 2, "--engine", "fsdp2", "--config", defaults]
+    run = tmp_path / "shared"
+    launch("--num_processes", 2, "--cpu", "train_dit.py", *flags, "--base", base, "--output-dir", run)
+    options = dict(sample_every=3, sample_steps=2, eval_every=3, eval_images=9, eval_steps=2, max_grad_norm=0.1)
+    one = train("one", max_steps=3, **options)
+    assert_same_run(one, run, tolerance=1e-5)
+    assert distances_of(run) == pytest.approx(distances_of(one), rel=1e-3)  # an image may round differently
+    grids = [np.array(Image.open(each / "samples/step-00000003.png")).astype(int) for each in (run, one)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def test_compiled_blocks_train_the_same(train, monkeypatch):
+    # The default compiler takes a minute; this backend traces the same graphs and runs them as they are.
+    compiled = []
+
+    def compile_eagerly(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    assert_same_run(train("plain", max_steps=2), train("compiled", max_steps=2, compile=True), tolerance=1e-5)
+    assert len(compiled) == 2
 
 
 def test_four_steps_are_two_and_a_resume_and_two_bit_for_bit(train):
@@ -164,6 +232,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(tr
     assert read_adapter(run).training["steps"] == 3
     train()
     assert_same_run(train("whole"), run)
+
+
+def test_a_signal_while_images_are_encoded_ends_the_run_before_its_first_step(train, monkeypatch):
+    encode = latent_cache.encode_moments
+
+    def encode_and_stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache, "encode_moments", encode_and_stop)
+        run = train(exit_code=128 + signal.SIGTERM)
+    assert read_adapter(run).training["steps"] == 0
+    train()
+    assert_same_run(run, train("whole"))
 
 
 def test_a_run_that_was_killed_goes_on_from_its_newest_whole_checkpoint(train, tmp_path, monkeypatch, capsys):
@@ -187,7 +270,7 @@ def test_a_run_that_was_killed_goes_on_from_its_newest_whole_checkpoint(train, t
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(train, base, tmp_path, log_every):
     train(max_steps=1, learning_rate=1e30)
-    settings = recipe("digits", base=str(base), output_dir=tmp_path / "run", batch_size=8, learning_rate=1e30)
+    settings = settings_of(base=str(base), output_dir=tmp_path / "run", batch_size=8, learning_rate=1e30)
     settings.log_every, settings.checkpoint_every = log_every, 3
     message = fails_with("loss is nan at step 2, with learning rate 1e+30", settings)
     assert "step-00000001. Go on" in message
@@ -223,10 +306,10 @@ def test_the_time_budget_ends_a_run_and_counts_earlier_time(train, capsys):
 def test_changed_settings_are_listed_and_refused_unless_allowed(train, base, tmp_path):
     run = train(learning_rate=1e-3)
     changed = dict(base=str(base), output_dir=run, batch_size=8, max_steps=5, sample_every=0)
-    fails_with("learning_rate was 0.001 and is 0.005, seed was 0 and is 9", recipe("digits", **changed, seed=9))
-    assert main(recipe("digits", **changed, seed=9, allow_changed_settings=True)) == 0
+    fails_with("learning_rate was 0.001 and is 0.005, seed was 0 and is 9", settings_of(**changed, seed=9))
+    assert main(settings_of(**changed, seed=9, allow_changed_settings=True)) == 0
     changed |= dict(max_steps=6, bias=True, allow_changed_settings=True, seed=9)
-    fails_with("it is of another adapter: ", recipe("digits", **changed))
+    fails_with("it is of another adapter: ", settings_of(**changed))
 
 
 def test_a_full_disk_is_said_and_training_goes_on(train, monkeypatch, capsys):
@@ -241,6 +324,67 @@ def test_a_full_disk_is_said_and_training_goes_on(train, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "no checkpoint at step 4 (No space left on device); the last good one is" in said
     assert read_adapter(run).training["steps"] == 5
+
+
+def test_several_averages_are_kept_and_saved(train):
+    run = train("both", ema_decay=(0.1, 0.9), max_steps=2)
+    assert run == train("both", ema_decay=(0.1, 0.9))
+    other = train("other", ema_decay=(0.9,))
+    second = read_adapter(run / "onelora_weights_ema_0.9.safetensors")
+    assert second.training["ema_decay"] == 0.9
+    assert all(torch.equal(second.tensors[name], tensor) for name, tensor in read_adapter(other).tensors.items())
+    assert_same_run(run, train("first", ema_decay=(0.1,)))
+
+
+EVALUATED = dict(eval_every=2, eval_images=7, eval_steps=2, max_steps=6)
+
+
+def test_evaluations_are_logged_and_plotted_and_the_best_adapter_is_kept(train, monkeypatch):
+    from onelora_diffusion.training import evaluating
+
+    distances, measured = iter([3.0, 1.0, 2.0]), []
+
+    def distance(generated, real):
+        measured.append((generated.count, real.count))
+        return next(distances)
+
+    monkeypatch.setattr(evaluating, "frechet_distance", distance)
+    run = train(**EVALUATED)
+    assert measured == [(7, 719)] * 3 and distances_of(run) == {2: 3.0, 4: 1.0, 6: 2.0}
+    adapter, last = read_adapter(run), read_adapter(run / "onelora_weights_last.safetensors")
+    assert (adapter.training["steps"], adapter.training["best"]["step"]) == (6, 4)
+    assert adapter.training["best"]["distance"] == 1.0 and 0 <= adapter.training["best"]["recognition"] <= 1
+    stored = load_file(run / "checkpoints/step-00000004/tensors.safetensors")
+    final = load_file(run / "checkpoints/step-00000006/tensors.safetensors")
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(tensor, stored[f"ema.{name}"]) and torch.equal(last.tensors[name], final[f"ema.{name}"])
+    assert np.array(Image.open(run / "distance.png")).std() > 10
+
+
+def test_evaluations_do_not_depend_on_interruptions(train, monkeypatch):
+    whole = train("whole", **EVALUATED)
+    with monkeypatch.context() as patch:
+        call_at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        run = train(exit_code=128 + signal.SIGTERM, **EVALUATED | dict(max_steps=8))
+    assert 6 not in distances_of(run)  # the one at this step was left midway
+    train(**EVALUATED | dict(max_steps=8))
+    train("whole", **EVALUATED | dict(max_steps=8))
+    ours, theirs = distances_of(run), distances_of(whole)
+    assert ours == {step: distance for step, distance in theirs.items() if step != 6}
+    assert len(theirs) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(eval_features="pixel"), "unknown features 'pixel'"),
+        (dict(eval_reference=Path("none.safetensors")), "no statistics at 'none.safetensors'"),
+        (dict(eval_images=1), "--eval-images must be at least 2, not 1"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_fails_at_the_start(base, tmp_path, changes, message):
+    fails_with(message, settings_of(base=str(base), output_dir=tmp_path / "run", eval_every=5, **changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_vectors_and_class_table_have_their_own_learning_rates(train):
@@ -258,13 +402,6 @@ def test_dropped_labels_train_the_null_row_and_no_other(train, label_drop):
     run = train(max_steps=1, batch_size=32, label_drop=label_drop)
     gradient = load_file(run / "checkpoints/step-00000001/tensors.safetensors")["exp_avg.class_embedding.weight"]
     assert gradient.any(1).tolist() == [label_drop == 0] * 5 + [label_drop == 1]
-
-
-def test_min_snr_weights_by_hand():
-    scheduler = DDIMScheduler()
-    scheduler.alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])  # signal to noise 9, 1 and 1 / 9
-    weights = train_dit.min_snr_weights(torch.tensor([0, 1, 2]), scheduler, gamma=5.0)
-    assert weights.tolist() == pytest.approx([5 / 9, 1, 1])
 
 
 @pytest.fixture
@@ -296,6 +433,18 @@ def test_food101_trains_the_same_from_cached_latents_and_from_images(food, base)
     assert adapter.tensors["class_embedding.weight"].shape == (4, 32)
 
 
+def test_broken_images_are_skipped_and_counted_the_same_with_and_without_the_cache(food, base):
+    for name in ("apple_pie/1", "sushi/3"):
+        (food / f"food-101/images/{name}.jpg").write_bytes(b"no image")
+    for name, cache in {"cached": "1", "cached-again": "1", "images": "0"}.items():
+        flags = ["--broken-images", "skip", "--output-dir", str(food / name), "--latent-cache-gb", cache]
+        assert main(food_command(food, base, *flags)) == 0
+        assert read_adapter(food / name).training["num_broken_images"] == 2
+    assert_same_run(food / "cached", food / "images", tolerance=1e-5)
+    assert_same_run(food / "cached", food / "cached-again")
+    assert len(list((food / "latents").iterdir())) == 1
+
+
 @pytest.mark.parametrize("cache", ["0", "1"])
 def test_a_broken_image_is_named_in_one_line(food, base, cache):
     broken = food / "food-101/images/sushi/3.jpg"
@@ -322,7 +471,7 @@ def test_a_broken_image_is_named_in_one_line(food, base, cache):
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(base, tmp_path, changes, message):
     short = dict(dataset="digits", base=str(base), output_dir=tmp_path / "run", batch_size=8)
-    settings = train_dit.Settings(**(short | changes))
+    settings = settings_of(**(short | changes))
     if settings.mixed_precision == "fp16" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     fails_with(message, settings)
@@ -333,7 +482,7 @@ def test_unknown_flags_fail_and_each_dataset_has_its_defaults(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_command_line(["--learning-rat", "1"])
     assert caught.value.code == 2 and "--learning-rat" in capsys.readouterr().err
-    assert parse_command_line([]) == recipe("digits")
+    assert parse_command_line([]) == settings_module.recipe("digits", RECIPES)
     assert parse_command_line(["--dataset=food101"]).base == "facebook/DiT-XL-2-256"
     settings = parse_command_line(["--batch-size", "7", "--dataset", "imagefolder"])
     assert (settings.batch_size, settings.output_dir) == (7, Path("runs/imagefolder"))

@@ -8,7 +8,7 @@ class _FeatureSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        return x.sum(-1, dtype=torch.float32)
+        return _sum(x)
 
     @staticmethod
     @once_differentiable
@@ -50,11 +50,17 @@ def feature_sum(x: torch.Tensor) -> torch.Tensor:
         x: (..., in_features), any floating dtype.
 
     Returns:
-        (...), fp32: a bf16 sum over thousands of features would lose the small ones.
+        (...), accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones, and
+        then rounded to x's dtype, but fp32 for fp16.
     """
     if torch.compiler.is_compiling():
-        return x.sum(-1, dtype=torch.float32)
+        return _sum(x)
     return _FeatureSum.apply(x)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    # PyTorch accumulates a bf16 sum in fp32 by itself; told to return fp32, it converts all of x first.
+    return x.sum(-1, dtype=torch.float32 if x.dtype == torch.float16 else None)
 
 
 def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -65,7 +71,7 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
     Args:
         out: (..., out_features), contiguous, changed in place.
-        s: (...), fp32.
+        s: (...), as `feature_sum` gives it.
         b: (out_features,), any floating dtype.
 
     Returns:

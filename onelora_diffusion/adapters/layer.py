@@ -84,8 +84,8 @@ class LayerAdapters(nn.ModuleDict):
             self._cached_vectors = versions, _sums_of(active)
         return self._cached_vectors[1]
 
-    def set_active(self, linear: nn.Module, active: dict[str, float]) -> None:
-        self.active = {name: weight for name, weight in active.items() if name in self}
+    def set_active(self, active: dict[str, float]) -> None:
+        self.active = {name: weight for name, weight in active.items() if name in self._modules}
         self._cached_vectors = None
 
     @torch.no_grad()

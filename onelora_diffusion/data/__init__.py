@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-DATASETS = ("digits", "food101", "imagefolder")
+DATASETS = ("digits", "fashion-mnist", "food101", "imagefolder")
 
 
 def load_dataset(
@@ -14,37 +14,56 @@ def load_dataset(
     resolution: int = 256,
     classes: tuple[int, ...] | None = None,
     download: bool = False,
+    broken: str = "fatal",
 ) -> Dataset:
     """A data set of `(image, label)`: image float32 (3, resolution, resolution) in [-1, 1], label an int.
 
     It has the attributes `name`, `num_classes` and `id2label: dict[int, str]`.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`; or `torchvision:CLASS`, any of torchvision's classification data sets; or `hf:NAME`,
+            one of the Hugging Face hub or a folder that its library `datasets` reads.
         root: where the files lie: for `food101` the folder that holds `food-101/` (default `data`), for
-            `imagefolder` the folder of one folder a class, or of `train/` and `test/` with those inside.
-        split: `train` or `test`.
-        classes: for `digits`, which of the ten; None is its own default.
-        download: for `food101`, fetch the 5 GB archive where it is missing.
+            `imagefolder` the folder of one folder a class, or of `train/` and `test/` with those inside, for
+            `fashion-mnist` see `data.fashion`.
+        split: `train` or `test`; of the last two also others that they have.
+        classes: for `digits` and `fashion-mnist`, which of the ten; None is its own default.
+        download: for `food101` (5 GB), `fashion-mnist` (30 MB) and torchvision's, fetch the files where they are
+            missing; `hf:` does without being asked.
+        broken: what an unreadable photograph is: `fatal`, or `skip` (see `data.images.ClassifiedImages`).
 
     Raises:
-        ValueError: an unknown name, or `classes` for another data set than `digits`.
+        ValueError: an unknown name, or `classes` for a data set that cannot choose.
         FileNotFoundError: there is no such data, with what to do about it.
     """
-    if classes is not None and name != "digits":
-        raise ValueError(f"classes can be chosen for digits only, not for {name!r}")
+    if classes is not None and name not in ("digits", "fashion-mnist"):
+        raise ValueError(f"classes can be chosen for digits and fashion-mnist only, not for {name!r}")
+    chosen = {} if classes is None else {"classes": classes}
     if name == "digits":
         from .digits import Digits
 
-        return Digits(split=split, resolution=resolution, **({} if classes is None else {"classes": classes}))
+        return Digits(split=split, resolution=resolution, **chosen)
+    if name == "fashion-mnist":
+        from .fashion import FashionMNIST
+
+        return FashionMNIST(root, split, resolution, download=download, **chosen)
     if name == "food101":
         from .images import food101
 
-        return food101(root or "data", split, resolution, download)
+        return food101(root or "data", split, resolution, download, broken)
     if name == "imagefolder":
         from .images import image_folder
 
         if root is None:
             raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
-        return image_folder(root, split, resolution)
-    raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+        return image_folder(root, split, resolution, broken)
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision":
+        from .from_torchvision import torchvision_images
+
+        return torchvision_images(rest, root or "data", split, resolution, download, broken)
+    if kind == "hf":
+        from .from_hub import hub_images
+
+        return hub_images(rest, root, split, resolution, broken)
+    raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, torchvision:CLASS, hf:NAME")

@@ -1,5 +1,7 @@
-"""Photographs in folders, cropped to squares: Food-101 and any folder of one folder a class."""
+"""Photographs as squares: Food-101, any folder of one folder a class, and whatever else gives (PIL image, label)."""
 
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -7,32 +9,61 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 
 class BrokenImageError(ValueError):
-    """An image file that cannot be read; the message names it."""
+    """An image that cannot be read; the message names it."""
+
+
+# What PIL raises for an image that is damaged, missing, too large or none.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ClassifiedImages(Dataset):
-    """A torchvision data set of (PIL image, label), cropped and scaled to [-1, 1], with its class names."""
+    """A source of (PIL image, label), cropped and scaled to [-1, 1], with its class names.
 
-    def __init__(self, name: str, source: Dataset, class_names: list[str], resolution: int):
+    Args:
+        broken: `fatal`, an unreadable image is a BrokenImageError; or `skip`, it is named on stderr, and the next
+            readable one is in its place, so that an index means the same image in every run.
+
+    Attributes:
+        broken: (images,) bool, which images were found unreadable; loader processes share it.
+    """
+
+    def __init__(self, name: str, source: Dataset, class_names: Sequence[str], resolution: int, broken: str = "fatal"):
         self.name = name
         self.source = source
         self.resolution = resolution
         self.id2label = dict(enumerate(class_names))
         self.num_classes = len(class_names)
+        self.skips = broken == "skip"
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.source[index]
-        pixels = np.array(center_crop(image, self.resolution))
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, label
+        for candidate in chain(range(index, len(self)), range(index)):
+            try:
+                image, label = self.source[candidate]
+                pixels = np.array(center_crop(image.convert("RGB"), self.resolution))
+            except UNREADABLE as error:
+                named = isinstance(error, BrokenImageError)
+                message = str(error) if named else f"image {candidate} of {self.name} is not readable: {error}"
+                if not self.skips:
+                    raise BrokenImageError(message) from error
+                if not self.broken[candidate]:
+                    self.broken[candidate] = True
+                    tqdm.write(f"skipped: {message}")
+            else:
+                return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, int(label)
+        raise BrokenImageError(f"none of the {len(self)} images of {self.name} can be read")
 
 
-def food101(root: str | Path, split: str, resolution: int, download: bool = False) -> ClassifiedImages:
+def food101(
+    root: str | Path, split: str, resolution: int, download: bool = False, broken: str = "fatal"
+) -> ClassifiedImages:
     """Food-101 (Bossard et al., ECCV 2014) in torchvision's layout; class names with spaces for underscores."""
     from torchvision.datasets import Food101
 
@@ -46,10 +77,11 @@ def food101(root: str | Path, split: str, resolution: int, download: bool = Fals
             "food-101/ (--data-root)"
         )
     source = Food101(root, split=split, loader=read_image, download=download)
-    return ClassifiedImages("food101", source, [name.replace("_", " ") for name in source.classes], resolution)
+    names = [name.replace("_", " ") for name in source.classes]
+    return ClassifiedImages("food101", source, names, resolution, broken)
 
 
-def image_folder(root: str | Path, split: str, resolution: int) -> ClassifiedImages:
+def image_folder(root: str | Path, split: str, resolution: int, broken: str = "fatal") -> ClassifiedImages:
     """Images in `root/<split>/<class>/`, or in `root/<class>/` where there is no folder of the split's name."""
     from torchvision.datasets import ImageFolder
 
@@ -59,7 +91,7 @@ def image_folder(root: str | Path, split: str, resolution: int) -> ClassifiedIma
     except FileNotFoundError as error:
         reason = str(error).split("Supported extensions")[0].strip()
         raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None
-    return ClassifiedImages("imagefolder", source, source.classes, resolution)
+    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -67,7 +99,7 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them PIL's
+    except UNREADABLE as error:
         raise BrokenImageError(f"{path} is not a readable image: {error}") from error
 
 

@@ -1,9 +1,8 @@
-"""From images to latents: the VAE's mean and standard deviation, once per image, and samples of them."""
+"""From images to latents: the VAE's mean and standard deviation, and samples of them."""
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 
 @torch.no_grad()
@@ -33,30 +32,3 @@ class FlippableImages(Dataset):
         index, flip = key
         image, label = self.dataset[index]
         return (image.flip(-1) if flip else image), label
-
-
-class CachedMoments(Dataset):
-    """`[index, flip] -> (moments, label)`: every image of a data set encoded once and kept in memory."""
-
-    def __init__(self, dataset: Dataset, vae, flip: bool, batch_size=32, num_workers=0, show_progress=True):
-        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
-        moments, labels = [], []
-        for images, batch_labels in tqdm(loader, desc="encode", unit="batch", disable=not show_progress):
-            images = images.to(vae.device)
-            both = [images, images.flip(-1)] if flip else [images]
-            moments.append(torch.stack([encode_moments(vae, each).cpu() for each in both]))
-            labels.append(batch_labels)
-        self.moments = torch.cat(moments, dim=1)  # (1 or 2, images, 2, C, H, W)
-        self.labels = torch.cat(labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, Tensor]:
-        index, flip = key
-        return self.moments[int(flip), index], self.labels[index]
-
-    @staticmethod
-    def size_in_bytes(num_images: int, flip: bool, latent_shape: tuple[int, int, int]) -> int:
-        channels, height, width = latent_shape
-        return num_images * (1 + flip) * 2 * channels * height * width * 4

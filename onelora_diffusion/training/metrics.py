@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import write_bytes
+from .stopping import Clock
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,21 +58,49 @@ class LossWindow:
         self.rows = []
 
 
+class MetricsFile:
+    """metrics.jsonl: a line of losses every so often, and lines of evaluations."""
+
+    def __init__(self, path: Path, accelerator, batch_size: int, step: int, clock: Clock):
+        self.path, self.accelerator, self.batch_size, self.clock = path, accelerator, batch_size, clock
+        self.last_step, self.last_seconds = step, clock.seconds
+
+    def write_losses(self, window: LossWindow, step: int, learning_rate: float) -> dict:
+        """Writes the means over the window, empties it, and returns the line."""
+        losses = window.read(self.accelerator, step)
+        line = {"step": step} | {name: sum(row[name] for row in losses) / len(losses) for name in losses[0]}
+        seconds = self.clock.seconds
+        speed = (step - self.last_step) * self.batch_size / (seconds - self.last_seconds)
+        line |= {"lr": learning_rate, "seconds": seconds, "images_per_second": speed}
+        self.last_step, self.last_seconds = step, seconds
+        window.clear()
+        return self.write(line)
+
+    def write(self, line: dict) -> dict:
+        self.accelerator.log(line, step=line["step"])
+        if self.accelerator.is_main_process:
+            append_line(self.path, line)
+        return line
+
+
 def append_line(path: Path, values: dict) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(values) + "\n")
 
 
-def cut_lines_after(path: Path, step: int) -> None:
-    """Drops what an interrupted run wrote after the checkpoint it is resumed from, and a line cut in half."""
+def cut_lines_after(path: Path, step: int, steps_without_line: int = 0) -> None:
+    """Drops what an interrupted run wrote after the checkpoint it is resumed from, and a line cut in half.
+
+    The losses of the last `steps_without_line` steps come in a line that is still to be written.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] > step:
-                break
+            values = json.loads(line)
         except ValueError:
             break
-        kept.append(line + "\n")
+        if values["step"] <= (step - steps_without_line if "loss" in values else step):
+            kept.append(line + "\n")
     write_bytes(path, "".join(kept).encode())

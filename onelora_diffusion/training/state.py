@@ -1,5 +1,6 @@
 """Trained values, their averages and the optimiser's moments, to and from one flat dictionary of tensors."""
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -7,13 +8,20 @@ from .ema import ExponentialMovingAverage, copy_values
 
 
 def training_tensors(
-    trained: dict[str, Tensor], ema: ExponentialMovingAverage, optimizer: Optimizer
+    trained: dict[str, Tensor],
+    emas: list[ExponentialMovingAverage],
+    optimizer: Optimizer,
+    best: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """`trained.<name>`, `ema.<name>`, and `exp_avg.<name>` and the like, whatever the optimiser keeps."""
+    """`trained.<name>`, `ema.<name>` (`ema2.` of the second average), `best.<name>`, and `exp_avg.<name>` and the
+    like, whatever the optimiser keeps."""
     tensors = {f"trained.{name}": tensor for name, tensor in trained.items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema.values.items()}
+    for key, ema in _keyed(emas).items():
+        tensors |= {f"{key}.{name}": tensor for name, tensor in ema.values.items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in (best or {}).items()}
     for name, parameter in trained.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
     return tensors
 
 
@@ -27,20 +35,40 @@ def check_same_adapter(tensors: dict[str, Tensor], trained: dict[str, Tensor]) -
 
 
 def restore_training_tensors(
-    tensors: dict[str, Tensor], trained: dict[str, Tensor], ema: ExponentialMovingAverage, optimizer: Optimizer
-) -> None:
-    """The inverse of `training_tensors`."""
+    tensors: dict[str, Tensor],
+    trained: dict[str, Tensor],
+    emas: list[ExponentialMovingAverage],
+    optimizer: Optimizer,
+) -> dict[str, Tensor]:
+    """The inverse of `training_tensors`; returns the best values, if any were kept.
+
+    An average that is new since then starts from the trained values.
+    """
     parts: dict[str, dict[str, Tensor]] = {}  # "trained", "ema", "exp_avg", ... -> name -> tensor
     for key, tensor in tensors.items():
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = tensor
     copy_values(trained, parts.pop("trained"))
-    copy_values(ema.values, parts.pop("ema"))
+    for key, ema in _keyed(emas).items():
+        copy_values(ema.values, parts.pop(key, trained))
+
+    best = parts.pop("best", {})
+    parts = {key: values for key, values in parts.items() if not key.startswith("ema")}  # dropped since then
 
     names = {parameter: name for name, parameter in trained.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {part: values[name] for part, values in parts.items() if name in values}
+        index: {part: _value(values[name]) for part, values in parts.items() if name in values}
         for index, name in enumerate(order)
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return best
+
+
+def _keyed(emas: list[ExponentialMovingAverage]) -> dict[str, ExponentialMovingAverage]:
+    return {f"ema{number if number > 1 else ''}": ema for number, ema in enumerate(emas, 1)}
+
+
+def _value(tensor: Tensor) -> Tensor | int:
+    # Optimisers count in Python's integers, or in float tensors.
+    return int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.int64 else tensor

@@ -4,10 +4,13 @@ from onelora_diffusion.adapters.functional import add_outer_, add_vector_, featu
 
 
 def test_feature_sum_accumulates_bf16_in_fp32():
-    x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
-    x[0, 0] = 0.5
-    assert feature_sum(x).dtype == torch.float32
-    assert feature_sum(x).item() == 4095.5  # a bf16 result would be 4096
+    x = torch.full((1, 4097), 1 / 512, dtype=torch.bfloat16)
+    x[0, 0] = 1
+    assert feature_sum(x).item() == 9  # 1 + 4096 / 512; added one by one in bf16, it would stay 1
+
+
+def test_feature_sum_of_fp16_is_fp32():
+    assert feature_sum(torch.full((1, 4096), 100.0, dtype=torch.float16)).item() == 409_600  # past fp16's range
 
 
 def test_add_outer_by_hand():

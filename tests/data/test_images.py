@@ -71,7 +71,7 @@ def test_food101_reads_the_lists_of_its_splits(tmp_path):
         ("imagefolder", "empty", FileNotFoundError, "no images in .*empty"),
         ("imagefolder", "nowhere", FileNotFoundError, "no images in .*nowhere"),
         ("imagefolder", None, ValueError, "imagefolder needs a data root"),
-        ("food102", None, ValueError, "unknown dataset 'food102': choose one of digits, food101"),
+        ("food102", None, ValueError, "unknown dataset 'food102': choose one of digits, .*torchvision:CLASS, hf:NAME"),
     ],
 )
 def test_missing_data_is_one_clear_line(tmp_path, name, root, error, message):
@@ -81,18 +81,48 @@ def test_missing_data_is_one_clear_line(tmp_path, name, root, error, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_is_named(tmp_path, num_workers):
+def test_a_broken_image_is_named(tmp_path):
     write_image(tmp_path / "a" / "1.png", seed=0)
     broken = tmp_path / "a" / "2.png"
     broken.write_bytes((tmp_path / "a" / "1.png").read_bytes()[:100])
-    loader = DataLoader(load_dataset("imagefolder", tmp_path, resolution=8), num_workers=num_workers)
+    loader = DataLoader(load_dataset("imagefolder", tmp_path, resolution=8))
     with pytest.raises(BrokenImageError) as caught:
         list(loader)
     assert f"{broken} is not a readable image" in str(caught.value).splitlines()[-1]
 
 
+def broken_folder(tmp_path):
+    """Images 0 to 4 of one colour each, of which 1, 2 and 4 are cut."""
+    paths = [tmp_path / "a" / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+        if number in (1, 2, 4):
+            path.write_bytes(path.read_bytes()[:40])
+    return paths
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_images_are_named_once_counted_and_replaced_by_the_next(tmp_path, num_workers, capfd):
+    paths = broken_folder(tmp_path)
+    dataset = load_dataset("imagefolder", tmp_path, resolution=8, broken="skip")
+    for _ in range(2):
+        red = [(image[0, 0, 0, 0] + 1) * 127.5 for image, _ in DataLoader(dataset, num_workers=num_workers)]
+        assert [round(float(value)) for value in red] == [0, 3, 3, 3, 0]
+    assert dataset.broken.tolist() == [False, True, True, False, True]
+    said = "".join(capfd.readouterr())
+    assert all(f"skipped: {paths[number]} is not a readable image" in said for number in (1, 2, 4))
+    assert num_workers or said.count("skipped: ") == 3
+
+
+def test_if_all_images_are_broken_it_is_said(tmp_path):
+    write_image(tmp_path / "a" / "1.png", seed=0)
+    (tmp_path / "a" / "1.png").write_bytes(b"cut")
+    with pytest.raises(BrokenImageError, match="none of the 1 images of imagefolder can be read"):
+        load_dataset("imagefolder", tmp_path, resolution=8, broken="skip")[0]
+
+
 def test_digits_choose_their_classes():
     assert load_dataset("digits", resolution=8, classes=(0, 3)).id2label == {0: "0", 1: "3"}
-    with pytest.raises(ValueError, match="for digits only"):
+    with pytest.raises(ValueError, match="for digits and fashion-mnist only"):
         load_dataset("food101", classes=(0, 3))

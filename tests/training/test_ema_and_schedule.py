@@ -1,8 +1,10 @@
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.schedule import learning_rate_factor
+from onelora_diffusion.training.weighting import min_snr_weights
 
 
 def test_average_equals_the_formula_by_hand():
@@ -40,3 +42,10 @@ def test_averages_serve_inside_the_context_and_values_come_back_bit_for_bit():
 def test_schedules_by_hand(schedule, factors):
     found = [learning_rate_factor(step, schedule, warmup_steps=2, max_steps=6) for step in range(5)]
     assert found == pytest.approx(factors)
+
+
+def test_min_snr_weights_by_hand():
+    scheduler = DDIMScheduler()
+    scheduler.alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])  # signal to noise 9, 1 and 1 / 9
+    weights = min_snr_weights(torch.tensor([0, 1, 2]), scheduler, gamma=5.0)
+    assert weights.tolist() == pytest.approx([5 / 9, 1, 1])

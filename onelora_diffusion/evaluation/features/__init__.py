@@ -1,10 +1,10 @@
-"""What of an image is compared: its pixels, Inception-2015's features, or DINOv2's."""
+"""What of an image is compared: its pixels, or features of Inception-2015, DINOv2 or a Fashion-MNIST classifier."""
 
 from pathlib import Path
 
 from torch import nn
 
-FEATURES = ("pixels", "inception", "dinov2")
+FEATURES = ("pixels", "inception", "dinov2", "fashion-mnist")
 # torch-fidelity's release of the Inception weights of 2015, weights-inception-2015-12-05-6726825d.pth
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -19,7 +19,7 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
         name: one of `FEATURES`.
         resolution: R, of the images to come.
         weights: for `inception` the file of torch-fidelity's release (None: its cache, else its download); for
-            `dinov2` a folder in the layout of transformers.
+            `dinov2` a folder in the layout of transformers; for `fashion-mnist` the file of its classifier.
 
     Raises:
         ValueError: an unknown name; weights that are not what they should be, or cannot be fetched.
@@ -37,6 +37,10 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
         from .dinov2 import DinoV2Features
 
         return DinoV2Features(weights)
+    if name == "fashion-mnist":
+        from .fashion import FashionFeatures
+
+        return FashionFeatures(weights)
     raise ValueError(f"unknown features '{name}': choose one of {', '.join(FEATURES)}")
 
 

@@ -81,11 +81,17 @@ def inception_2015(weights: str | Path | None = None) -> InceptionFeatures:
 
 
 def inception_random(seed: int = 0, layer: str = "2048") -> InceptionFeatures:
-    """The same network with random weights, a function of `seed`: for tests and comparisons of tools, not for FID."""
+    """The same network with random weights, a function of `seed`: for tests and comparisons of tools, not for FID.
+
+    They are He-normal (He et al., ICCV 2015), so that the last layers' activations do not vanish.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        state_dict = _Network(layer).state_dict()
-    return InceptionFeatures(state_dict, f"random-{seed}", "inception-random", layer)
+        network = _Network(layer)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return InceptionFeatures(network.state_dict(), f"random-{seed}", "inception-random", layer)
 
 
 def _released_weights() -> Path:

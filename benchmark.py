@@ -1,0 +1,46 @@
+"""Measure what adapters cost, beside their peers.
+
+    python benchmark.py speed                                   # DiT-XL/2's width, 4 layers, batch 4
+    python benchmark.py speed --layers 28 --peers 1LoRA BitFit "PEFT LoRA r=1"
+    python benchmark.py scale                                   # against tokens, layers and resident adapters
+    python benchmark.py adapters                                # load and switch; many adapters in one batch
+    python benchmark.py compare                                 # train every method for an equal time: digits
+    python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
+
+`benchmark.py speed --help` shows the settings of one.
+"""
+
+import sys
+from typing import Annotated, Union
+
+import tyro
+
+from onelora_diffusion.benchmarking.adapters import AdaptersSettings, adapters
+from onelora_diffusion.benchmarking.compare import CompareSettings, compare, preset_asked_for
+from onelora_diffusion.benchmarking.scale import ScaleSettings, scale
+from onelora_diffusion.benchmarking.speed import SpeedSettings, speed
+
+# Settings, whose docstring is the help, and what runs them.
+SUBCOMMANDS = {SpeedSettings: speed, ScaleSettings: scale, AdaptersSettings: adapters, CompareSettings: compare}
+
+
+def parse(arguments: list[str]) -> SpeedSettings | ScaleSettings | AdaptersSettings | CompareSettings:
+    defaults = (SpeedSettings(), ScaleSettings(), AdaptersSettings(), preset_asked_for(arguments))
+    commands = [
+        Annotated[type(default), tyro.conf.subcommand(SUBCOMMANDS[type(default)].__name__, default=default)]
+        for default in defaults
+    ]
+    config = (tyro.conf.OmitSubcommandPrefixes,)
+    return tyro.cli(Union[tuple(commands)], args=arguments, description=__doc__, config=config)  # noqa: UP007
+
+
+def main() -> None:
+    settings = parse(sys.argv[1:])
+    try:
+        SUBCOMMANDS[type(settings)](settings)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"benchmark.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

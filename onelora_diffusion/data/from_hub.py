@@ -1,0 +1,52 @@
+"""Data sets of the Hugging Face hub, through its library `datasets`, which is an extra."""
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from .images import ClassifiedImages
+
+
+class HubImages(Dataset):
+    """(PIL image, label) of the rows of a `datasets.Dataset`."""
+
+    def __init__(self, rows, image_column: str, label_column: str):
+        self.rows, self.image_column, self.label_column = rows, image_column, label_column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        row = self.rows[index]
+        return row[self.image_column], row[self.label_column]
+
+
+def hub_images(
+    name: str, root: str | Path | None, split: str, resolution: int, broken: str = "fatal"
+) -> ClassifiedImages:
+    """A data set with one column of images and one of class labels, by its name on the hub, or a local folder.
+
+    Args:
+        root: where downloads are kept; None: the library's own cache.
+
+    Raises:
+        ValueError: the library is missing, or there is no such data set, split or pair of columns.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"hf:{name} needs a package that is missing: pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(name, split=split, cache_dir=root and str(root))
+    except Exception as error:  # the hub's client raises its own, the library's and the system's
+        raise ValueError(f"hf:{name}, split {split}, does not load: {str(error).splitlines()[0]}") from error
+    columns = {}
+    for kind in ("Image", "ClassLabel"):
+        found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
+        if len(found) != 1:
+            listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+            raise ValueError(f"hf:{name} has not one column of type {kind}: {listed}")
+        columns[kind] = found[0]
+    names = rows.features[columns["ClassLabel"]].names
+    source = HubImages(rows, columns["Image"], columns["ClassLabel"])
+    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken)

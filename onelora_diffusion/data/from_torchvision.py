@@ -1,0 +1,71 @@
+"""Any of torchvision's classification data sets, by the name of its class."""
+
+import difflib
+import inspect
+from pathlib import Path
+
+import torch
+import torchvision
+
+from .images import ClassifiedImages, read_image
+
+
+def torchvision_images(
+    name: str, root: str | Path, split: str, resolution: int, download: bool = False, broken: str = "fatal"
+) -> ClassifiedImages:
+    """`torchvision.datasets.<name>` in `root`, with its class names, or the labels' numbers where it has none.
+
+    `train` is the part that the class gives by itself (`trainval` of OxfordIIITPet, say), or all of a set without
+    parts; every other split is asked for by its name.
+
+    Raises:
+        ValueError: there is no such class, no such split, or its labels are no classes.
+        FileNotFoundError: its files are not there.
+    """
+    kind = _class_of(name)
+    parameters = inspect.signature(kind.__init__).parameters
+    arguments = {"root": str(root)}
+    if "train" in parameters:
+        if split not in ("train", "test"):
+            raise ValueError(f"torchvision:{name} has the splits train and test, not {split!r}")
+        arguments["train"] = split == "train"
+    elif "split" in parameters:
+        if split != "train" or parameters["split"].default is inspect.Parameter.empty:
+            arguments["split"] = split
+    elif split != "train":
+        raise ValueError(f"torchvision:{name} is one set without parts: it has the split train, not {split!r}")
+    if "download" in parameters:
+        arguments["download"] = download
+    if "loader" in parameters:
+        arguments["loader"] = read_image
+    try:
+        source = kind(**arguments)
+        _, label = source[0]
+    except (RuntimeError, FileNotFoundError) as error:  # torchvision's words for files that are missing
+        hint = "--download fetches them, or give another --data-root" if "download" in parameters else "--data-root"
+        reason = str(error).split("\n")[0].split(" You can use")[0]
+        raise FileNotFoundError(f"torchvision:{name} in {root}: {reason} ({hint})") from None
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"torchvision:{name} cannot be read by its name alone: {error}") from None
+    if not isinstance(label, int | torch.Tensor) or torch.as_tensor(label).ndim:
+        raise ValueError(f"torchvision:{name} is no classification data set: a label of it is {label!r:.60}")
+    return ClassifiedImages(f"torchvision:{name}", source, _class_names(source, name), resolution, broken)
+
+
+def _class_of(name: str) -> type:
+    kinds = {key: kind for key, kind in vars(torchvision.datasets).items() if inspect.isclass(kind)}
+    names = [key for key, kind in kinds.items() if "root" in inspect.signature(kind.__init__).parameters]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        raise ValueError(f"torchvision has no data set {name!r}: {', '.join(near or names[:5])} are some of its names")
+    return kinds[name]
+
+
+def _class_names(source, name: str) -> list[str]:
+    names = getattr(source, "classes", None) or getattr(source, "categories", None)
+    if names is not None:  # ImageNet has several names for a class
+        return [each if isinstance(each, str) else each[0] for each in names]
+    for attribute in ("targets", "labels", "_labels"):
+        if hasattr(source, attribute):
+            return [str(label) for label in range(int(max(getattr(source, attribute))) + 1)]
+    raise ValueError(f"torchvision:{name} tells neither the names nor the number of its classes")

@@ -1,0 +1,115 @@
+"""The command line of eval_fid.py: `gen`, `calc` and `ref`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
+OTHERS = {"num_images": 10_000, "num_inference_steps": 50, "guidance_scale": 1.5}
+
+Metric = Literal["kid", "precision-recall", "inception-score", "limit"]
+
+
+@dataclass(kw_only=True)
+class FeatureSettings:
+    features: Literal["pixels", "inception", "dinov2", "fashion-mnist"] | None = None
+    """What is compared. Only inception gives FID. None: pixels for digits, else inception."""
+    inception_weights: Path | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. None: torch's cache, or a download."""
+    dinov2_weights: Path | None = None
+    """Folder with config.json and model.safetensors, such as a copy of facebook/dinov2-large."""
+    fashion_weights: Path | None = None
+    """The file of the Fashion-MNIST classifier."""
+    batch_size: int = 64
+    """Images measured at a time in each process; no generated image depends on it."""
+
+
+@dataclass(kw_only=True)
+class DatasetSettings:
+    dataset: str | None = None
+    """Real images, as train_dit.py names them. None: what the adapter was trained on, else digits."""
+    data_root: Path | None = None
+    """Where the data set lies."""
+    split: str = "train"
+    """Which part of it: train or test."""
+
+
+@dataclass(kw_only=True)
+class Generate(FeatureSettings, DatasetSettings):
+    """Generate images from an adapter and its base, and measure them against real ones."""
+
+    adapter: Path | None = Path("runs/digits")
+    """Adapter file, or the folder of a training run. None: the base alone."""
+    base: str | None = None
+    """Base model: a folder or a hub id. None: the one the adapter was trained on."""
+    compare_base: bool | None = None
+    """True or False: also measure the base without the adapter, from the same noise. None: for digits only."""
+    reference: Path | None = None
+    """Statistics that `ref` wrote. None: computed from the data set."""
+    metrics: tuple[Metric, ...] = ()
+    """Further metrics; they keep all features in memory. `limit` is the distance at several numbers of images and
+    its extrapolation to infinitely many."""
+    num_images: int | None = None
+    """Images to generate, the classes taking turns. None: 500 for digits, else 10,000."""
+    sampler: Literal["ddim", "dpm-solver++", "ddpm"] = "ddim"
+    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
+    num_inference_steps: int | None = None
+    """Steps of the sampler. None: 25 for digits, else 50."""
+    guidance: Literal["cfg", "domain"] = "cfg"
+    """cfg: classifier-free guidance; domain: from the base without class to the adapter (Zhong et al., 2025)."""
+    guidance_scale: float | None = None
+    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. None: 2 for digits, else
+    1.5."""
+    guidance_channels: int | None = None
+    """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
+    guidance_interval: tuple[int, int] | None = None
+    """Guide only between these two timesteps of training (0 is the image). None: at all."""
+    seed: int = 0
+    """Of all noise."""
+    output: Path | None = None
+    """JSON file. None: evaluation.json beside the adapter, or here."""
+
+    def for_dataset(self, dataset: str) -> "Generate":
+        """The same with this data set's values where none are given: a minute's work for the embedded digits."""
+        values = DIGITS if dataset == "digits" else OTHERS
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+
+
+@dataclass(kw_only=True)
+class Calculate(FeatureSettings, DatasetSettings):
+    """Measure images on disk: a folder of PNG files, an .npz (arr_0, uint8 NHWC), or statistics."""
+
+    images: Path
+    """What to measure."""
+    reference: Path | None = None
+    """What to compare it with, any of the three. None: the data set."""
+    metrics: tuple[Metric, ...] = ()
+    """Further metrics; they keep all features in memory."""
+    output: Path | None = None
+    """JSON file. None: the table only."""
+
+
+@dataclass(kw_only=True)
+class Reference(FeatureSettings, DatasetSettings):
+    """Write the statistics of real images to a file, for --reference."""
+
+    output: Path
+    """The file, *.safetensors."""
+    images: Path | None = None
+    """A folder of PNG files or an .npz. None: the data set, with the crop that training uses."""
+    resolution: int | None = None
+    """To which a data set is cropped and resized. None: 16 for digits, 256 for others."""
+
+
+def parse(arguments: list[str], description: str | None) -> Generate | Calculate | Reference:
+    """`ref`, `calc` or `gen`; `gen` where none is named."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["gen", *arguments]
+    commands = (
+        Annotated[Generate, tyro.conf.subcommand("gen")]
+        | Annotated[Calculate, tyro.conf.subcommand("calc")]
+        | Annotated[Reference, tyro.conf.subcommand("ref")]
+    )
+    return tyro.cli(commands, args=arguments, description=description, config=(tyro.conf.OmitSubcommandPrefixes,))

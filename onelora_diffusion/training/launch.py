@@ -1,0 +1,55 @@
+"""`accelerate launch` on CPUs: it starts one process and leaves several to mpirun; here torchrun starts them."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
+
+
+def start_all_processes() -> None:
+    """Gives way to torchrun where `accelerate launch` was asked for several processes on CPUs and has started one.
+
+    To be called first in a script. Everywhere else it does nothing. The process id stays, so that signals arrive.
+    """
+    if not is_left_alone():
+        return
+    number, port = asked_of(psutil.Process().parent().cmdline())
+    if number == 1:
+        return
+    if number is None:
+        command = f"torchrun --nproc_per_node N {' '.join(sys.orig_argv[1:])}"
+        raise SystemExit(f"accelerate launch has started one process on the CPU; start several by: {command}")
+    where = [f"--master_port={port}"] if port else ["--standalone"]  # port 0 is any that is free
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", *where]
+    os.execv(sys.executable, [*torchrun, *sys.orig_argv[1:]])
+
+
+def is_left_alone() -> bool:
+    """Whether accelerate's launcher named a meeting point for several processes, and started no others."""
+    started_by = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" or not torch.accelerator.is_available()
+    is_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    return is_on_cpu and is_several and not any(name in os.environ for name in started_by)
+
+
+def asked_of(command_line: list[str]) -> tuple[int | None, int | None]:
+    """The number of processes, and their port if one was named, of an `accelerate launch`.
+
+    The number is None if it cannot be known, or if it is that of several machines.
+    """
+    first = next((i for i, word in enumerate(command_line) if Path(word).name in LAUNCHERS), None)
+    if first is None:
+        return None, None
+    flags, _ = launch_command_parser().parse_known_args(command_line[first + 1 :])
+    if flags.config_file or (Path(default_config_file).is_file() and not flags.cpu):
+        config = load_config_from_file(flags.config_file)
+        for name in ("num_processes", "num_machines", "main_process_port"):
+            if getattr(flags, name) is None:
+                setattr(flags, name, getattr(config, name, None))
+    return (flags.num_processes if flags.num_machines in (None, 1) else None), flags.main_process_port

@@ -1,0 +1,56 @@
+"""Optimisers of the trained tensors: the class table and the vectors, each with its learning rate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# What schedule-free's groups know beside their settings; a checkpoint must hold it.
+RUNNING = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
+
+
+def make_optimizer(
+    name: str, trained: dict[str, Tensor], learning_rate: float, table_rate: float | None = None
+) -> Optimizer:
+    """AdamW, bitsandbytes' 8-bit AdamW, or schedule-free AdamW (Defazio et al., 2024), without weight decay.
+
+    Each group has `peak_lr`, which the schedule multiplies; the class table's is `table_rate`, if that is given.
+    """
+    table = [tensor for name, tensor in trained.items() if name.startswith("class_embedding.")]
+    vectors = [tensor for name, tensor in trained.items() if not name.startswith("class_embedding.")]
+    groups = [(vectors, learning_rate), (table, learning_rate if table_rate is None else table_rate)]
+    groups = [{"params": params, "lr": rate, "peak_lr": rate} for params, rate in groups if params]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    if name == "adamw-8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, weight_decay=0.0)
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(groups, weight_decay=0.0)
+    optimizer.train()
+    return optimizer
+
+
+def running_values(optimizer: Optimizer) -> list[dict]:
+    """The numbers of each group that steps have changed, for JSON."""
+    return [{key: group[key] for key in RUNNING if key in group} for group in optimizer.param_groups]
+
+
+def restore_running(optimizer: Optimizer, values: list[dict]) -> None:
+    for group, running in zip(optimizer.param_groups, values, strict=True):
+        group.update(running)
+
+
+@contextmanager
+def averaged_values(optimizer: Optimizer) -> Iterator[None]:
+    """Inside the context, the trained tensors hold schedule-free's own average; of other optimisers, what they are."""
+    is_schedule_free = "train_mode" in optimizer.param_groups[0]
+    if is_schedule_free:
+        optimizer.eval()
+    yield
+    if is_schedule_free:
+        optimizer.train()

@@ -1,0 +1,258 @@
+"""The settings of a training run: flags, recipe files, and what is wrong with them before anything is loaded."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from onelora_diffusion.config import AdapterConfig
+
+
+@dataclass
+class Settings:
+    """Fine-tune a frozen DiT on new classes. The defaults are those of the chosen --config or --dataset."""
+
+    config: Path | None = None
+    """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
+    dataset: str = "digits"
+    """What to learn: digits, fashion-mnist, food101, imagefolder, torchvision:CLASS (torchvision:Flowers102, any of
+    its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
+    data_root: Path | None = None
+    """Where the data set lies: the folder that holds food-101/, or the one of one folder a class."""
+    download: bool = False
+    """Fetch the data set (Food-101: 5 GB) if it is not there."""
+    flip: bool = False
+    """Mirror half of the images."""
+    broken_images: Literal["fatal", "skip"] = "fatal"
+    """An unreadable image ends the run, or is named, counted and replaced by the next one."""
+    base: str | None = None
+    """Base model: a folder or a hub id. None: the miniature inside the package."""
+    output_dir: Path = Path("runs/digits")
+    """Where the adapter, checkpoints, metrics and samples go."""
+
+    method: str = "1lora"
+    """1lora, bitfit, difffit, mora1, mora6, lora, dora, vera or full."""
+    rank: int = 1
+    """Rank of the methods that have one."""
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers to adapt. None: the paper's set."""
+    fuse_qkv: bool = False
+    """Compute q, k and v by one matrix product."""
+    sum: bool | None = None
+    """Train b, the vector of the feature sum. None: as the method does; so for the next three."""
+    bias: bool | None = None
+    """Train a bias."""
+    scale: bool | None = None
+    """Train a scale of the outputs."""
+    norms: bool | None = None
+    """Train the affine weights of normalisation layers."""
+    compression: str = "sum"
+    """sum, or random: the ablation in which a fixed random vector stands for the sum."""
+
+    max_train_time: str | None = "10m"
+    """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""
+    max_steps: int | None = 1500
+    """Most updates to make."""
+    batch_size: int = 64
+    """Images an update, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Passes that an update's images are split into on each process."""
+    optimizer: Literal["adamw", "adamw-8bit", "schedule-free"] = "adamw"
+    """adamw-8bit is bitsandbytes', schedule-free is Meta's schedulefree; none of them decays weights."""
+    learning_rate: float = 5e-3
+    """The optimiser's."""
+    class_learning_rate: float | None = None
+    """Learning rate of the class table, if another."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """cosine and linear fall to 0 at --max-steps."""
+    warmup_steps: int = 0
+    """Updates in which the learning rate rises from 0."""
+    max_grad_norm: float | None = None
+    """Clip the norm of the gradient."""
+    label_drop: float = 0.1
+    """Share of samples that train the null label, for classifier-free guidance."""
+    snr_gamma: float | None = None
+    """Weigh the squared error by min(SNR, gamma) / SNR (Hang et al., 2023)."""
+    ema_decay: tuple[float, ...] = (0.999,)
+    """Decays of moving averages of the trained values: the first average is the adapter that is saved, the others
+    lie beside it."""
+    seed: int = 0
+    """Of everything random."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the frozen base and of its products; trained values stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile): a slow start, then faster steps."""
+    engine: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: the whole base on each, or a share of it on each (fsdp2)."""
+
+    eval_every: int = 0
+    """Updates between two evaluations, which keep the best adapter instead of the last; 0: none."""
+    eval_images: int = 500
+    """Images to generate for an evaluation."""
+    eval_steps: int = 50
+    """DDIM steps of those images."""
+    eval_guidance_scale: float = 1.5
+    """Classifier-free guidance of those images."""
+    eval_features: str | None = None
+    """What is compared: pixels, inception (FID), or others of eval_fid.py. None: pixels for digits, else inception."""
+    eval_weights: Path | None = None
+    """Weights of those features, as eval_fid.py takes them."""
+    eval_reference: Path | None = None
+    """Statistics that `eval_fid.py ref` wrote. None: those of the training images, computed at the start."""
+
+    log_every: int = 20
+    """Updates between two lines of metrics."""
+    sample_every: int = 500
+    """Updates between two grids of samples with the same noise; 0: none."""
+    sample_steps: int = 50
+    """DDIM steps of those samples."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of those samples."""
+    checkpoint_every: int = 500
+    """Updates between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of them to keep."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics there."""
+    num_workers: int = 0
+    """Processes that load images."""
+    latent_cache: Path | None = None
+    """Where encoded images are kept, for all runs. None: latents/ beside --output-dir."""
+    latent_cache_gb: float = 10.0
+    """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
+    allow_changed_settings: bool = False
+    """Resume although settings have changed."""
+    fresh: bool = False
+    """Start over, and delete the checkpoints and metrics of an earlier run in the output folder."""
+
+    def adapter_config(self, num_classes: int | None) -> AdapterConfig:
+        return AdapterConfig(
+            method=self.method,
+            rank=self.rank,
+            targets=self.targets,
+            num_classes=num_classes,
+            fuse_qkv=self.fuse_qkv,
+            sum=self.sum,
+            bias=self.bias,
+            scale=self.scale,
+            norms=self.norms,
+            compression=self.compression,
+            seed=self.seed,
+        )
+
+    def as_json(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def flag_of_output(self) -> str:
+        """What the other scripts need to find this run."""
+        return "" if self.output_dir == Settings.output_dir else f" --adapter {self.output_dir}"
+
+
+# Settings that may change between a run and its resume: they do not alter what an update computes.
+FREE_SETTINGS = {
+    *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
+    *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
+    *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
+    *("allow_changed_settings", "fresh"),
+}
+
+OWN_RECIPES = {"digits": "digits.yaml", "fashion-mnist": "fashion_mnist.yaml"}
+PHOTOGRAPHS = "food101.yaml"  # the recipe of every other data set
+
+
+def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
+    """Flags over a recipe: that of --config, else that of --dataset in the folder `recipes`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such recipe, or a setting in it is unknown.
+    """
+    # These two are read first, so that the defaults, and --help, are the recipe's.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", nargs="?")
+    first.add_argument("--config", nargs="?", type=Path)
+    chosen = first.parse_known_args(arguments)[0]
+    default = read_recipe(chosen.config) if chosen.config else recipe(chosen.dataset or "digits", recipes)
+    return tyro.cli(Settings, args=arguments, default=default)
+
+
+def recipe(dataset: str, recipes: Path) -> Settings:
+    """The recipe of a data set in the folder `recipes`; one without its own has that of Food-101."""
+    settings = read_recipe(recipes / OWN_RECIPES.get(dataset, PHOTOGRAPHS))
+    if dataset == settings.dataset:
+        return settings
+    name = dataset.replace(":", "/").split("/")[-1].lower()  # torchvision:Flowers102, hf:owner/name
+    return dataclasses.replace(settings, dataset=dataset, output_dir=settings.output_dir.with_name(name))
+
+
+def read_recipe(path: Path) -> Settings:
+    """The settings in a YAML file, over the defaults; they have the names of the flags, with _ for -."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no recipe {path}: give one by --config") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a list of `name: value`")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: unknown setting {name}{hint}")
+    # As flags, so that values are read in one way; YAML takes 1e-3 for a string.
+    flags = [word for name, value in values.items() for word in _as_flag(name, value)]
+    try:
+        return tyro.cli(Settings, args=flags)
+    except SystemExit:
+        print(f"in {path}", file=sys.stderr)
+        raise
+
+
+def _as_flag(name: str, value) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        is_switch = not isinstance(getattr(Settings, name), type(None))
+        return [f"--{flag}" if value else f"--no-{flag}"] if is_switch else [f"--{flag}", str(value)]
+    return [f"--{flag}", *(str(each) for each in (value if isinstance(value, list) else [value]))]
+
+
+def check_settings(settings: Settings) -> None:
+    """ValueError for what can be known to be wrong before a model is read."""
+    settings.adapter_config(num_classes=1)
+    for name in ("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
+    if settings.eval_images < 2:
+        raise ValueError(f"--eval-images must be at least 2, not {settings.eval_images}")
+    if settings.max_train_time is None and settings.max_steps is None:
+        raise ValueError("training would never end: give --max-train-time or --max-steps")
+    if settings.lr_schedule != "constant" and settings.max_steps is None:
+        raise ValueError(f"the {settings.lr_schedule} schedule ends at --max-steps: give one")
+    if not 0 <= settings.label_drop <= 1:
+        raise ValueError(f"--label-drop is a share from 0 to 1, not {settings.label_drop}")
+    if not settings.ema_decay or not all(0 <= decay < 1 for decay in settings.ema_decay):
+        raise ValueError(f"--ema-decay is at least 0 and below 1, not {settings.ema_decay}")
+    if settings.engine == "fsdp2" and (settings.method == "full" or settings.norms):
+        raise ValueError(
+            "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"
+        )
+    packages = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
+    for flag, value, package in (
+        ("optimizer", settings.optimizer, packages.get(settings.optimizer)),
+        ("track", settings.track, settings.track if settings.track != "none" else None),
+    ):
+        if package and importlib.util.find_spec(package) is None:
+            extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
+            raise ValueError(f"--{flag} {value} needs a package that is missing: pip install {extra}")

@@ -1,0 +1,151 @@
+import os
+import signal
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from onelora_diffusion.data import latent_cache, load_dataset
+from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size, inputs_of
+from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
+
+
+def make_vae(seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_vae()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return torch.utils.data.Subset(load_dataset("digits", resolution=8), range(11))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_SIZE", 4)  # 11 images: shards of 4, 4 and 3
+
+
+def shards(folder):
+    return sorted(path.name for path in folder.glob("shard-*"))
+
+
+def encoded_images(monkeypatch, vae):
+    """How many images are encoded from now on."""
+    counts, encode = [], latent_cache.encode_moments
+    monkeypatch.setattr(
+        latent_cache, "encode_moments", lambda vae, images: counts.append(len(images)) or encode(vae, images)
+    )
+    return counts
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_cache_gives_what_encoding_on_the_fly_gives(tmp_path, vae, digits, flip):
+    cache = LatentCache(build_cache(tmp_path, digits, vae, flip, batch_size=3), len(digits))
+    keys = [(index, False) for index in range(11)] + [(index, True) for index in range(11)] * flip
+    cached, labels = next(iter(DataLoader(cache, batch_sampler=[keys])))
+    images, expected_labels = next(iter(DataLoader(FlippableImages(digits), batch_sampler=[keys])))
+    assert torch.equal(labels, expected_labels)
+    noise = torch.randn(len(keys), 4, 8, 8)
+    latents = sample_moments(encode_moments(vae, images), noise)
+    assert torch.allclose(sample_moments(cached, noise), latents, atol=1e-5)
+    assert len(cache) == 11 and sum(shard["moments"].nbytes for shard in cache.shards) == cache_size(
+        11, flip, (4, 8, 8)
+    )
+
+
+def test_what_is_there_is_not_encoded_again_and_a_damaged_shard_is(tmp_path, vae, digits, monkeypatch):
+    folder = build_cache(tmp_path, digits, vae, flip=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    counts, said = encoded_images(monkeypatch, vae), []
+    assert build_cache(tmp_path, digits, vae, flip=False, report=said.append) == folder
+    assert (counts, said) == ([], [])
+
+    for damage in (lambda content: content[:-5] + b"\1" + content[-4:], lambda content: content[:50]):
+        path = folder / "shard-00001.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        build_cache(tmp_path, digits, vae, flip=False, report=said.append)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert counts == [4, 4] and said == [f"{path} is damaged: its images are encoded again"] * 2
+
+
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path, vae, digits, monkeypatch):
+    asked = iter([False, False, True])
+    folder = build_cache(tmp_path, digits, vae, flip=True, is_stopped=lambda: next(asked))
+    assert shards(folder) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    counts = encoded_images(monkeypatch, vae)
+    build_cache(tmp_path, digits, vae, flip=True)
+    assert counts == [3, 3]
+
+
+def test_kill_9_in_a_build_leaves_whole_shards(tmp_path, vae, digits):
+    if not (child := os.fork()):
+        torch.set_num_threads(1)
+        calls = iter(range(100))
+        encode = latent_cache.encode_moments
+
+        def kill(vae, images):
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(vae, images)
+
+        latent_cache.encode_moments = kill
+        build_cache(tmp_path, digits, vae, flip=False)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (folder,) = tmp_path.iterdir()
+    assert shards(folder) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert all(latent_cache.is_whole(folder / name) for name in shards(folder))
+
+
+def test_processes_share_the_shards(tmp_path, vae, digits):
+    folder = build_cache(tmp_path, digits, vae, flip=False, process_index=1, num_processes=2)
+    assert shards(folder) == ["shard-00001.safetensors"]
+    build_cache(tmp_path, digits, vae, flip=False, process_index=0, num_processes=2)
+    alone = build_cache(tmp_path / "alone", digits, vae, flip=False)
+    for name in ["inputs.json", *shards(alone)]:
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+
+
+def image_folder(tmp_path, colour=(0, 0, 0)):
+    (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "images" / "a" / "1.png")
+    return load_dataset("imagefolder", tmp_path / "images", resolution=8, broken="skip")
+
+
+def test_a_changed_input_makes_another_cache(tmp_path, vae):
+    folders = {build_cache(tmp_path / "latents", image_folder(tmp_path), vae, flip=False)}
+    assert {
+        build_cache(
+            tmp_path / "latents",
+            load_dataset("imagefolder", tmp_path / "images", resolution=8, broken="skip"),
+            vae,
+            flip=False,
+        )
+    } == folders
+    folders.add(build_cache(tmp_path / "latents", image_folder(tmp_path), make_vae(seed=1), flip=False))
+    folders.add(build_cache(tmp_path / "latents", image_folder(tmp_path), vae, flip=True))
+    changed = build_cache(tmp_path / "latents", image_folder(tmp_path, (255, 0, 0)), vae, flip=False)
+    assert len(folders | {changed}) == 4
+    first = LatentCache(changed, 1)[0, False][0]
+    assert not torch.allclose(first, LatentCache(min(folders), 1)[0, False][0])
+
+
+def test_the_description_of_the_inputs_is_the_same_every_time(vae):
+    first, second = (inputs_of(load_dataset("digits", resolution=8), vae, True) for _ in range(2))
+    assert first == second and first["images"] == 719
+    assert inputs_of(load_dataset("digits", resolution=8, classes=(5, 6, 7, 9, 8)), vae, True) != first
+
+
+def test_images_that_were_skipped_are_remembered(tmp_path, vae):
+    image_folder(tmp_path)
+    (tmp_path / "images" / "a" / "2.png").write_bytes(b"cut")
+    dataset = load_dataset("imagefolder", tmp_path / "images", resolution=8, broken="skip")
+    folder = build_cache(tmp_path / "latents", dataset, vae, flip=False)
+    assert LatentCache(folder, 2).broken().tolist() == [False, True]

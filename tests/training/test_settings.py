@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from onelora_diffusion.training.settings import Settings, check_settings, parse_command_line, read_recipe, recipe
+
+RECIPES = Path(__file__).parents[2] / "configs"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_without_flags_the_recipe_of_the_digits_runs_on_the_miniature():
+    settings = parse_command_line([], RECIPES)
+    assert settings == recipe("digits", RECIPES) == read_recipe(RECIPES / "digits.yaml")
+    assert (settings.dataset, settings.base, settings.output_dir) == ("digits", None, Path("runs/digits"))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_right_and_say_where_their_run_goes(path):
+    settings = read_recipe(path)
+    check_settings(settings)
+    assert settings.output_dir == Path("runs") / settings.dataset
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder"),
+    [("imagefolder", "imagefolder"), ("torchvision:Flowers102", "flowers102"), ("hf:owner/Birds", "birds")],
+)
+def test_a_set_without_a_recipe_has_that_of_photographs_and_a_run_of_its_own(dataset, folder):
+    settings = recipe(dataset, RECIPES)
+    assert (settings.dataset, settings.output_dir) == (dataset, Path("runs") / folder)
+    assert settings.base == "facebook/DiT-XL-2-256" and settings.learning_rate == 1e-3
+
+
+def test_a_file_sets_the_defaults_and_flags_override_it(tmp_path):
+    path = write(
+        tmp_path,
+        "dataset: fashion-mnist\nlearning_rate: 1e-3\nema_decay: [0.9, 0.99]\nmax_steps: null\nflip: true\n"
+        "bias: true\ntargets: [to_q, ff.net.2]\noutput_dir: here\ncompile: false\n",
+    )
+    settings = parse_command_line(["--config", str(path), "--max-steps", "7", "--no-flip"], RECIPES)
+    assert (settings.dataset, settings.learning_rate, settings.ema_decay) == ("fashion-mnist", 1e-3, (0.9, 0.99))
+    assert (settings.max_steps, settings.flip, settings.bias) == (7, False, True)
+    assert (settings.targets, settings.output_dir) == (("to_q", "ff.net.2"), Path("here"))
+    assert settings.config == path and settings.batch_size == Settings.batch_size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown setting lerning_rate: did you mean learning_rate?"),
+        ("data-root: here", "unknown setting data-root: did you mean data_root?"),
+        ("max_steps: [1", "is no YAML: "),
+        ("- 1", "a recipe is a list of `name: value`"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_the_file(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_value_of_the_wrong_kind_is_named_with_the_file(tmp_path, capsys):
+    path = write(tmp_path, "batch_size: many")
+    with pytest.raises(SystemExit) as caught:
+        read_recipe(path)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "--batch-size" in said and f"in {path}" in said
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match="no recipe nowhere.yaml: give one by --config"):
+        parse_command_line(["--config", "nowhere.yaml"], RECIPES)
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw-8bit", "bitsandbytes"), ("schedule-free", "schedulefree")])
+def test_an_optimizer_whose_library_is_missing_is_said(name, package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=f"--optimizer {name} needs a package that is missing: pip install {package}"):
+        check_settings(Settings(optimizer=name))

@@ -1,0 +1,255 @@
+"""Kill a training run at random moments, and train one for long: both must end as if nothing had happened.
+
+    python tools/soak.py kills                     # 20 kills, every second inside a save
+    python tools/soak.py steps                     # 10,000 steps of the smallest model
+
+`kills` ends train_dit.py by SIGKILL after a random time, or while it writes a checkpoint, and starts it again, until
+it has been killed often enough; then it may finish. Its adapter, averages and optimiser must be those of a run that
+was left alone, bit for bit, and so must the losses. `steps` watches memory and open files all along, and resumes a
+copy of the run from the middle, which must end in the same adapter.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import torch
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from onelora_diffusion.training.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where train_dit.py is
+ADAPTER = "onelora_weights.safetensors"
+
+
+@dataclass
+class Kills:
+    """End a run by SIGKILL at random moments; the last start may finish."""
+
+    kills: int = 20
+    """How often."""
+    max_steps: int = 400
+    """Updates of the run, with a checkpoint every ten."""
+    seed: int = 0
+    """Of the moments."""
+
+
+@dataclass
+class Steps:
+    """Train for long; memory and open files must stay as they are, and a resume from the middle must be exact."""
+
+    max_steps: int = 10_000
+    """Updates of the run."""
+    warmup: int = 1000
+    """Updates after which memory is first looked at."""
+    growth_mb: float = 16.0
+    """By how much memory may grow from there on."""
+
+
+def main(settings: Kills | Steps) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        write_smallest_base(Path(folder) / "base")
+        run = kill_often if isinstance(settings, Kills) else train_long
+        problems = run(settings, Path(folder))
+    print("\n".join(problems) or "passed")
+    return 1 if problems else 0
+
+
+def write_smallest_base(folder: Path) -> None:
+    """A random pipeline of two blocks of width 32, for images of 16 by 16."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    first, second = transformer.transformer_blocks
+    second.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, **blocks)
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+
+
+def settings_of(folder: Path, run: str, **changes) -> Settings:
+    small = dict(base=str(folder / "base"), batch_size=4, log_every=7, max_train_time="24h", sample_every=0)
+    return Settings(output_dir=folder / run, **(small | changes))
+
+
+def start(settings: Settings, log: Path):
+    """train_dit.py's main in a process of its own, forked from one that has imported it already."""
+    # Killed processes leave tqdm's locks, which the tracker removes and complains about.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["__main__", __name__, "train_dit", "sklearn.datasets"])
+    process = processes.Process(target=train_quietly, args=(settings, log))
+    process.start()
+    return process
+
+
+def train_quietly(settings: Settings, log: Path) -> None:
+    import train_dit
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    torch.set_num_threads(1)
+    sys.exit(train_dit.main(settings))
+
+
+def finish(process, log: Path) -> None:
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"train_dit.py ended with {process.exitcode}:\n{log.read_text()[-2000:]}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# kills
+
+
+def kill_often(settings: Kills, folder: Path) -> list[str]:
+    log = folder / "log.txt"
+    changes = dict(max_steps=settings.max_steps, checkpoint_every=10, ema_decay=(0.9, 0.99))
+    whole, killed = (settings_of(folder, run, **changes) for run in ("whole", "killed"))
+    finish(start(whole, log), log)
+
+    moments, killed_at, num_inside, newest = random.Random(settings.seed), [], 0, 0
+    checkpoints = killed.output_dir / "checkpoints"
+    for number in tqdm(range(settings.kills), unit="kill"):
+        left = half_written(checkpoints)
+        process = start(killed, log)
+        if number % 2:
+            while process.is_alive() and half_written(checkpoints) <= left:
+                time.sleep(0.0005)
+        else:
+            target = newest + moments.randint(0, settings.max_steps // settings.kills)
+            while process.is_alive() and (last_step(killed.output_dir) or -1) < target:
+                time.sleep(0.01)
+            process.join(timeout=moments.uniform(0, 0.2))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        num_inside += not half_written(checkpoints) <= left
+        newest = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
+        killed_at.append(newest)
+    finish(start(killed, log), log)
+
+    print(f"killed {len(killed_at)} times, {num_inside} of them inside a save, with these newest checkpoints:")
+    print("  " + ", ".join(map(str, killed_at)))
+    problems = differences(whole.output_dir, killed.output_dir)
+    if len(killed_at) < settings.kills:
+        problems.append(f"the run was done after {len(killed_at)} kills: give more --max-steps")
+    return problems
+
+
+def last_step(run: Path) -> int | None:
+    """That of the last whole line of a run's metrics."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("}")), None)
+
+
+def half_written(checkpoints: Path) -> set[tuple[str, int]]:
+    """Saves that are under way, or were cut short."""
+    found = set()
+    for path in checkpoints.glob(".*partial"):
+        try:
+            found.add((path.name, path.stat().st_ino))
+        except FileNotFoundError:  # it has just become whole
+            pass
+    return found
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """What is not the same, bit for bit, in two runs: adapters, the last checkpoint's tensors, losses."""
+    problems = []
+    last = sorted((whole / "checkpoints").glob("step-*"))[-1].name
+    files = [path.name for path in whole.glob("*.safetensors")] + [f"checkpoints/{last}/tensors.safetensors"]
+    for name in files:
+        ours, theirs = load_file(whole / name), load_file(other / name)
+        wrong = [key for key in ours if key not in theirs or not torch.equal(ours[key], theirs[key])]
+        problems += [f"{name}: {len(wrong)} of {len(ours)} tensors differ, {wrong[0]} for one"] if wrong else []
+    if losses(whole) != losses(other):
+        problems.append("metrics.jsonl: the losses differ")
+    return problems
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+# ---------------------------------------------------------------------------------------------------
+# steps
+
+
+def resources(process: psutil.Process) -> tuple[float, int, int] | None:
+    """Resident memory in MB, open files and threads; None once the process has ended."""
+    try:
+        memory = process.memory_info().rss
+        return (memory / 1e6, process.num_fds(), process.num_threads()) if memory else None
+    except psutil.Error:
+        return None
+
+
+def train_long(settings: Steps, folder: Path) -> list[str]:
+    middle = settings.max_steps // 2
+    changes = dict(max_steps=settings.max_steps, checkpoint_every=middle // 10, keep_checkpoints=20)
+    changes |= dict(sample_every=1000, sample_steps=4)
+    log = folder / "log.txt"
+    process = start(settings_of(folder, "whole", **changes), log)
+    watched, sizes, step = psutil.Process(process.pid), {}, 0
+    with tqdm(total=settings.max_steps, unit="step") as progress:
+        while process.is_alive():
+            time.sleep(0.2)
+            if (now := last_step(folder / "whole") or 0) > step:
+                progress.update(now - step)
+                step = now
+                if found := resources(watched):
+                    sizes[step] = found
+    finish(process, log)
+
+    shown = [step for step in sizes if step >= settings.warmup]
+    marks = [shown[len(shown) * part // 10] for part in range(10)] + shown[-1:]
+    print(f"{'step':>8} {'memory [MB]':>12} {'open files':>11} {'threads':>8}")
+    for step in marks:
+        memory, files, threads = sizes[step]
+        print(f"{step:8} {memory:12.1f} {files:11} {threads:8}")
+    first, last = sizes[marks[0]], sizes[marks[-1]]
+    problems = []
+    if last[0] - first[0] > settings.growth_mb:
+        problems.append(f"memory grew from {first[0]:.1f} to {last[0]:.1f} MB")
+    if last[1] > first[1] or last[2] > first[2]:
+        problems.append(f"open files or threads grew from {first[1:]} to {last[1:]}")
+
+    shutil.copytree(folder / "whole", folder / "resumed")
+    for path in (folder / "resumed/checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > middle:
+            shutil.rmtree(path)
+    (folder / "resumed" / ADAPTER).unlink()
+    finish(start(settings_of(folder, "resumed", **changes), log), log)
+    if f"resumed/checkpoints/step-{middle:08} after" not in log.read_text():
+        problems.append(f"the copy was not resumed from step {middle}")
+    print(f"resumed from step {middle} and trained to step {settings.max_steps}")
+    return problems + differences(folder / "whole", folder / "resumed")
+
+
+if __name__ == "__main__":
+    commands = Annotated[Kills, tyro.conf.subcommand("kills")] | Annotated[Steps, tyro.conf.subcommand("steps")]
+    sys.exit(main(tyro.cli(commands, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))))

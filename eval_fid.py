@@ -93,9 +93,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         features = features_of(settings, dataset, resolution, accelerator)
         digits = digits_of(names) if dataset == "digits" else None
         if dataset == "digits" and not (digits or settings.reference):
-            raise ValueError(
-                f"the model's classes are {', '.join(names[-5:])}, … and not all digits: give --reference"
-            )
+            raise ValueError(f"classes like '{names[-1]}' are no digits of --dataset digits: give a --reference")
         reference = reference_of(settings, dataset, features, resolution, digits, accelerator)
         check_metrics(settings.metrics, features, reference)
         classifier = DigitClassifier(resolution) if digits else None

@@ -58,10 +58,10 @@ def test_schedule_and_variance_are_those_of_dit_xl_2_256(pipeline):
     assert (config.patch_size, config.norm_type, config.activation_fn) == (2, "ada_norm_zero", "gelu-approximate")
 
 
-def test_all_blocks_own_the_same_embedder_with_five_classes_and_null(pipeline):
+def test_all_blocks_own_the_same_embedder_with_forty_classes_and_null(pipeline):
     weights = load_file(miniature_path() / "transformer" / "diffusion_pytorch_model.safetensors")
     first = {name: tensor for name, tensor in weights.items() if "blocks.0.norm1.emb." in name}
-    assert first["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"].shape[0] == 6
+    assert first["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"].shape[0] == 41
     for block in range(1, pipeline.transformer.config.num_layers):
         for name, tensor in first.items():
             assert torch.equal(tensor, weights[name.replace("blocks.0.", f"blocks.{block}.")])
@@ -72,7 +72,7 @@ def test_the_autoencoder_reconstructs_digits_it_has_never_seen(pipeline):
     with torch.no_grad():
         latents = pipeline.vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))
         reconstructed = pipeline.vae.decode(latents).sample
-    assert (reconstructed - images).square().mean().sqrt() < 0.05  # of a range of 2
+    assert (reconstructed - images).square().mean().sqrt() < 0.06  # of a range of 2
 
 
 @pytest.mark.parametrize("classes", [ZERO_TO_FOUR, (5, 6, 7, 8, 9)])

@@ -50,7 +50,8 @@ def main(settings: Settings) -> None:
         reference = folder / f"{max(settings.num_reference)}.safetensors"
         for count in settings.num_images:
             command = ["gen", "--adapter", "None", "--reference", reference, "--num-images", count]
-            command += ["--num-inference-steps", settings.num_inference_steps, "--output", folder / "gen.json"]
+            command += ["--num-inference-steps", settings.num_inference_steps, "--guidance-scale", 1.5]
+            command += ["--output", folder / "gen.json"]
             measured[f"gen, {count:,} images"] = run(command)
         rows = {name: [f"{seconds:.0f}", f"{size / 1e6:,.0f} MB"] for name, (seconds, size) in measured.items()}
         threads = torch.get_num_threads()

@@ -84,12 +84,15 @@ def finish(running: RunningStatistics, origin: Origin) -> Measured:
     return Measured(running.reduce(), origin, running.gather_kept() if running.kept is not None else None)
 
 
-def check_metrics(metrics: tuple[str, ...], features: nn.Module | None, *sets: Measured) -> None:
-    """ValueError if a metric needs images where there are statistics only, or other features."""
-    for each in sets:
-        if metrics and metrics != ("limit",) and each.kept is None:
+def check_metrics(
+    metrics: tuple[str, ...], features: nn.Module | None, reference: Measured, measured: Measured | None = None
+) -> None:
+    """ValueError if a metric needs other features, or images where `reference` or `measured` is statistics only."""
+    of_both = [metric for metric in metrics if metric in ("kid", "precision-recall")]
+    for each, needing in ((measured, metrics), (reference, of_both)):
+        if each and needing and each.kept is None:
             raise ValueError(
-                f"'{each.origin.dataset}' is given as statistics: --metrics {metrics[0]} needs the images"
+                f"'{each.origin.dataset}' is given as statistics: --metrics {needing[0]} needs the images"
             )
     if "inception-score" in metrics and not features.name.startswith("inception"):
         raise ValueError(f"--metrics inception-score needs --features inception, not {features.name}")

@@ -71,12 +71,12 @@ def test_gen_reports_base_and_adapted(run_folder, capsys):
 def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     run("ref", "--output", tmp_path / "digits.safetensors")
     gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
-    run("gen", *gen, "--reference", tmp_path / "digits.safetensors")
+    run("gen", *gen, "--reference", tmp_path / "digits.safetensors", "--metrics", "limit")
 
     pipeline = load_base(run_folder / "base")
     load_adapter(pipeline.transformer, run_folder)
     labels = [index % 5 for index in range(23)]
-    batches = generate_images(pipeline, labels, 0, range(23), num_inference_steps=2, guidance_scale=2.0, batch_size=64)
+    batches = generate_images(pipeline, labels, 0, range(23), num_inference_steps=2, guidance_scale=1.5, batch_size=64)
     images = torch.cat([images for _, images in batches])
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
     calc = ["calc", "--images", tmp_path / "images.npz", "--output", tmp_path / "calc.json"]
@@ -140,10 +140,17 @@ def test_wrong_input_is_named_in_one_line(run_folder, tmp_path):
     assert "inception-score needs --features inception" in error_of(*wrong, "--metrics", "inception-score")
     assert "no statistics at" in error_of(*wrong, "--reference", tmp_path / "none.safetensors")
     assert "no such folder" in error_of(*wrong, "--base", "nowhere")
-    assert "and not all digits: give --reference" in error_of("--adapter", "None", *wrong[2:])
+    assert "are no digits of --dataset digits: give a --reference" in error_of("--adapter", "None", *wrong[2:])
     assert "no Inception weights at" in error_of(*wrong, "--features", "inception", "--inception-weights", "nowhere")
     run("ref", "--output", tmp_path / "eight.safetensors", "--resolution", "8")
     assert "same --features" in error_of(*wrong, "--reference", tmp_path / "eight.safetensors")
+    files = ["calc", "--images", tmp_path / "eight.safetensors", "--reference", tmp_path / "eight.safetensors"]
+    assert "is given as statistics: --metrics limit needs the images" in error_of(*files, "--metrics", "limit")
+    assert "--metrics inception-score needs the images" in error_of(*files, "--metrics", "inception-score")
+    run("ref", "--output", tmp_path / "sixteen.safetensors")
+    filed = [*wrong, "--reference", tmp_path / "sixteen.safetensors", "--metrics", "limit"]
+    assert "--metrics kid needs the images" in error_of(*filed, "kid")
+    (tmp_path / "sixteen.safetensors").unlink()
     assert "unknown split 'none'" in error_of("ref", "--output", tmp_path / "a.safetensors", "--split", "none")
     assert "are a .safetensors file" in error_of("ref", "--output", tmp_path / "statistics.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eight.safetensors"]

@@ -35,7 +35,7 @@ def evaluate(pipeline, indices, batch_size):
     labels = [index % 5 for index in indices]
     made = {}
     for batch, images in generate_images(
-        pipeline, labels, 0, indices, num_inference_steps=2, guidance_scale=2.0, batch_size=batch_size
+        pipeline, labels, 0, indices, num_inference_steps=2, guidance_scale=1.5, batch_size=batch_size
     ):
         running.update(batch, images)
         made |= dict(zip(batch, images, strict=True))

@@ -4,6 +4,7 @@
     python benchmark.py speed --layers 28 --peers 1LoRA BitFit "PEFT LoRA r=1"
     python benchmark.py scale                                   # against tokens, layers and resident adapters
     python benchmark.py adapters                                # load and switch; many adapters in one batch
+    python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
 
@@ -16,19 +17,28 @@ from typing import Annotated, Union
 import tyro
 
 from onelora_diffusion.benchmarking.adapters import AdaptersSettings, adapters
+from onelora_diffusion.benchmarking.cache import CacheSettings, measure_cache
 from onelora_diffusion.benchmarking.compare import CompareSettings, compare, preset_asked_for
 from onelora_diffusion.benchmarking.scale import ScaleSettings, scale
 from onelora_diffusion.benchmarking.speed import SpeedSettings, speed
 
 # Settings, whose docstring is the help, and what runs them.
-SUBCOMMANDS = {SpeedSettings: speed, ScaleSettings: scale, AdaptersSettings: adapters, CompareSettings: compare}
+SUBCOMMANDS = {
+    SpeedSettings: speed,
+    ScaleSettings: scale,
+    AdaptersSettings: adapters,
+    CacheSettings: measure_cache,
+    CompareSettings: compare,
+}
 
 
-def parse(arguments: list[str]) -> SpeedSettings | ScaleSettings | AdaptersSettings | CompareSettings:
-    defaults = (SpeedSettings(), ScaleSettings(), AdaptersSettings(), preset_asked_for(arguments))
+def parse(
+    arguments: list[str],
+) -> SpeedSettings | ScaleSettings | AdaptersSettings | CacheSettings | CompareSettings:
+    defaults = (SpeedSettings(), ScaleSettings(), AdaptersSettings(), CacheSettings(), preset_asked_for(arguments))
+    names = {kind: command.__name__.replace("_", "-") for kind, command in SUBCOMMANDS.items()}
     commands = [
-        Annotated[type(default), tyro.conf.subcommand(SUBCOMMANDS[type(default)].__name__, default=default)]
-        for default in defaults
+        Annotated[type(default), tyro.conf.subcommand(names[type(default)], default=default)] for default in defaults
     ]
     config = (tyro.conf.OmitSubcommandPrefixes,)
     return tyro.cli(Union[tuple(commands)], args=arguments, description=__doc__, config=config)  # noqa: UP007

@@ -39,7 +39,7 @@ from onelora_diffusion.evaluation.report import format_note, write_json
 from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, parse
 from onelora_diffusion.evaluation.statistics import Origin, RunningStatistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, head_of_report, print_report
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.pipeline import load_base, resolution_of
 from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.saving import WEIGHTS_NAME
 from onelora_diffusion.training.launch import start_all_processes
@@ -89,7 +89,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             )
             for model in models
         }
-        resolution = pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        resolution = resolution_of(pipeline)
         features = features_of(settings, dataset, resolution, accelerator)
         digits = digits_of(names) if dataset == "digits" else None
         if dataset == "digits" and not (digits or settings.reference):

@@ -12,13 +12,11 @@ on the number of processes, which share one file system.
 
 import difflib
 import math
-import os
 import shutil
 import textwrap
 import time
 import zipfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +29,7 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from onelora_diffusion.files import written_beside
 from onelora_diffusion.pipeline import load_base
 from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.saving import load_adapter, read_adapter
@@ -201,13 +200,13 @@ def write_grid(output: Path, files: list[Path], names: list[str]) -> None:
     picture.paste(grid, (margin, 0))
     for row, name in enumerate(names):
         ImageDraw.Draw(picture).text((6, (row + 0.5) * grid.height / rows), name, fill="black", anchor="lm")
-    with written_beside(output) as file:
-        picture.save(file, format="PNG")
+    with written_beside(output) as part:
+        picture.save(part, format="PNG")
 
 
 def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
     """Write `arr_0`, (N, H, W, 3) uint8, and `arr_1`, (N,) int64 labels, one image in memory at a time."""
-    with written_beside(output) as file, zipfile.ZipFile(file, "w") as archive:
+    with written_beside(output) as part, zipfile.ZipFile(part, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             shape = (len(files), *read_image(files[0]).shape)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -221,20 +220,6 @@ def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
 def read_image(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(image)
-
-
-@contextmanager
-def written_beside(output: Path):
-    """A file to write to that takes the place of `output` once it is whole and on the disk."""
-    beside = output.with_name(f".{output.name}.new")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
 from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
 from onelora_diffusion.diffusion import training_losses
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.files import write_bytes
+from onelora_diffusion.pipeline import load_base, resolution_of
 from onelora_diffusion.saving import WEIGHTS_NAME
-from onelora_diffusion.training.checkpoints import checkpoint_path, checkpoint_paths, save_checkpoint, write_bytes
+from onelora_diffusion.training.checkpoints import checkpoint_path, checkpoint_paths, save_checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.launch import start_all_processes
 from onelora_diffusion.training.metrics import LossWindow, MetricsFile, NonFiniteError, check_finite, cut_lines_after
@@ -112,14 +113,13 @@ def main(settings: Settings) -> int:
 def load_inputs(settings: Settings, accelerator: Accelerator):
     """The base model, its adapter and the data, or an error: nothing has been written yet."""
     pipeline = load_base(settings.base)
-    transformer, vae = pipeline.transformer, pipeline.vae
-    resolution = transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    transformer = pipeline.transformer
     with accelerator.main_process_first() if settings.download else nullcontext():
         dataset = load_dataset(
             settings.dataset,
             settings.data_root,
             "train",
-            resolution,
+            resolution_of(pipeline),
             download=settings.download,
             broken=settings.broken_images,
         )

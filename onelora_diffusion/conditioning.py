@@ -43,7 +43,6 @@ class AdaptedLabelEmbedding(nn.Module):
     def __init__(self, base: nn.Module, tables: nn.ModuleDict):
         super().__init__()
         self.embedding_table = base.embedding_table
-        self.num_classes, self.dropout_prob = base.num_classes, base.dropout_prob
         self.onelora = tables
         self.active: str | None = None
         self.route = None

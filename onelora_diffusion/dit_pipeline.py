@@ -11,11 +11,12 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
 
 from onelora_diffusion.adapters.layer import Weight, weight_at
 from onelora_diffusion.conditioning import serving_table
-from onelora_diffusion.exporting import write_beside
+from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection import CLASS_TABLE, adapters_of
 from onelora_diffusion.loaders import OneLoRALoaderMixin, scaled
 from onelora_diffusion.merging import stock_state_dict
 from onelora_diffusion.routing import Entry, route_adapters, route_beside_base
+from onelora_diffusion.sampling import eval_mode
 
 STOCK_NULL_LABEL = 1000  # what DiTPipeline takes for "no class", whatever the table
 GUIDANCES = ("cfg", "domain")
@@ -120,7 +121,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         for name, label in by_label:  # several names of one class are parted by commas
             id2label[str(label)] = f"{id2label[str(label)]}, {name}" if str(label) in id2label else name
         contents = json.loads(index.read_text()) | {"id2label": id2label}
-        write_beside(index, lambda part: part.write_text(json.dumps(contents, indent=2) + "\n"))
+        with written_beside(index) as part:
+            part.write_text(json.dumps(contents, indent=2) + "\n")
 
     def _stock(self) -> DiTPipeline:
         stock = super()._stock()
@@ -201,14 +203,10 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
         # With adapters the class embedding does it by itself.
         hook = model.register_forward_pre_hook(clamp, with_kwargs=True) if book is None else None
-        training = [module for module in model.modules() if module.training]
-        for module in training:
-            module.training = False
         try:
-            yield
+            with eval_mode(model):
+                yield
         finally:
-            for module in training:
-                module.training = True
             if hook is not None:
                 hook.remove()
 

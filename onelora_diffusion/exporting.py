@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection import CLASS_TABLE, adapters_of, target_layers
 from onelora_diffusion.saving import AdapterFile
 
@@ -84,8 +84,10 @@ def export_lora(
     peft_settings = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True} | settings
     path.mkdir(parents=True, exist_ok=True)
     _write_diffusers(path / DIFFUSERS_LORA, lora, settings, component)
-    write_beside(path / PEFT_LORA, lambda part: save_file({f"base_model.model.{k}": t for k, t in lora.items()}, part))
-    write_beside(path / PEFT_CONFIG, lambda part: part.write_text(json.dumps(peft_settings, indent=2) + "\n"))
+    with written_beside(path / PEFT_LORA) as part:
+        save_file({f"base_model.model.{k}": t for k, t in lora.items()}, part)
+    with written_beside(path / PEFT_CONFIG) as part:
+        part.write_text(json.dumps(peft_settings, indent=2) + "\n")
     return path
 
 
@@ -93,19 +95,8 @@ def _write_diffusers(path: Path, lora: dict[str, torch.Tensor], settings: dict, 
     metadata = {f"{component}.{name}": value for name, value in settings.items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path, lambda part: save_file({f"{component}.{k}": t for k, t in lora.items()}, part, header))
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written beside `path`, flush it, and only then put it there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_beside(path) as part:
+        save_file({f"{component}.{k}": t for k, t in lora.items()}, part, header)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -44,6 +44,11 @@ def load_base(base: str | Path | None = None):
         raise ValueError(f"base model '{base or folder}' does not load: {_first_line(error)}") from error
 
 
+def resolution_of(pipeline) -> int:
+    """The width of a `DiTPipeline`'s images in pixels."""
+    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+
+
 def _fetch(hub_id: str) -> Path:
     """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
     from diffusers import DiTPipeline

@@ -86,7 +86,7 @@ def sample_latents(
     )
     # The second half of a guided batch is the one without class: the adapters leave it to the base.
     is_domain = guidance == "domain" and guidance_scale > 1
-    with _eval_mode(transformer), route_beside_base(transformer, len(generators)) if is_domain else nullcontext():
+    with eval_mode(transformer), route_beside_base(transformer, len(generators)) if is_domain else nullcontext():
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
             model_output = denoise(latents, int(timestep))
             if not learned_variance:
@@ -273,7 +273,7 @@ def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_
 
 
 @contextmanager
-def _eval_mode(model: nn.Module):
+def eval_mode(model: nn.Module):
     """Put every submodule in eval mode, and each back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

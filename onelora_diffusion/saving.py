@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection import (
     adapters_of,
     attach_adapter,
@@ -95,16 +96,8 @@ def save_adapter(
     }
     path = _file_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, beside, metadata={"onelora": json.dumps(header)})
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, path)
-    except SafetensorError as error:  # what it says of a full disk
-        raise OSError(f"{path} was not written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(path) as part:
+        save_file(tensors, part, metadata={"onelora": json.dumps(header)})
     return path
 
 

@@ -29,12 +29,10 @@ class SwappedParameters(nn.ModuleDict):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
-        self.is_active = False
 
     def set_active(self, module: nn.Module, active: dict[str, float]) -> None:
         """Put p0 + Σₖ wₖ (pₖ − p0) in place; a single adapter of weight 1 is put there itself, and trains."""
         adapters = [(self[name], weight) for name, weight in active.items() if name in self]
-        self.is_active = bool(adapters)
         for name, base in self.base.items():
             if not adapters:
                 module._parameters[name] = base

@@ -18,7 +18,7 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, save_statistics
-from onelora_diffusion.pipeline import load_base, miniature_path
+from onelora_diffusion.pipeline import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import decode_latents
 from onelora_diffusion.training.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 
@@ -74,7 +74,7 @@ def prepare(settings) -> Inputs:
 
     pipeline = load_base(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolution = pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    resolution = resolution_of(pipeline)
     features = load_features(settings.features, resolution, weights)
     if hasattr(features, "describe"):
         notes.append(

@@ -8,7 +8,7 @@ import numpy as np
 
 from onelora_diffusion.benchmarking.compare_run import run_file
 from onelora_diffusion.evaluation.report import write_json
-from onelora_diffusion.training.checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
 from onelora_diffusion.training.stopping import parse_duration
 
 NAMES = {
@@ -22,10 +22,6 @@ NAMES = {
     "vera": "VeRA",
     "full": "all weights",
 }
-
-
-AVERAGED = ("distance", "time_to_best_s", "step_seconds", "steps")
-AVERAGED += ("memory_before_bytes", "peak_memory_bytes", "saved_bytes")
 
 
 def write_report(results: dict, folder: Path, name: str) -> list[Path]:

@@ -32,6 +32,7 @@ from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
 from onelora_diffusion.pipeline import load_base
@@ -39,7 +40,6 @@ from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.saving import save_adapter
 from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.evaluating import recognition_of
 from onelora_diffusion.training.metrics import NonFiniteError, check_finite
 from onelora_diffusion.training.randomness import batch_flips, batch_indices, draw_step
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors

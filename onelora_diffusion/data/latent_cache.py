@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from onelora_diffusion.training.checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
 
 from .latents import encode_moments
 

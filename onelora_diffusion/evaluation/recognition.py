@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from onelora_diffusion.data import load_dataset
+from onelora_diffusion.data.fashion import CLASSES as FASHION_CLASSES
 
 from .images import to_uint8
 
@@ -35,6 +36,15 @@ class DigitClassifier:
             f"support vector classifier of the ten digits, trained on {self.num_images} real ones, "
             f"{self.accuracy:.1%} right on {self.num_held_out} others"
         )
+
+
+def recognition_of(dataset: str, id2label: dict[int, str], features, resolution: int):
+    """A classifier's `predict` and, for each label, the class that it should find; (None, []) where there is none."""
+    if dataset == "digits":
+        return DigitClassifier(resolution).predict, [int(id2label[label]) for label in sorted(id2label)]
+    if dataset == features.name == "fashion-mnist":
+        return features.predict, [FASHION_CLASSES.index(id2label[label]) for label in sorted(id2label)]
+    return None, []
 
 
 def _digits(split: str, resolution: int) -> tuple[Tensor, list[int]]:

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onelora_diffusion.training.checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
 
 WIDTH = 80
 

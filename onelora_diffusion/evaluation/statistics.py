@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
-from onelora_diffusion.training.checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
 
 from .features import distance_name
 

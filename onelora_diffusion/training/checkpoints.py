@@ -17,6 +17,8 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from onelora_diffusion.files import flush_to_disk, write_bytes
+
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -93,19 +95,3 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob("step-*"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one go."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    flush_to_disk(partial)
-    os.replace(partial, path)
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,15 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from onelora_diffusion.data.fashion import CLASSES
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages, share
-from onelora_diffusion.evaluation.recognition import DigitClassifier
+from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
+from onelora_diffusion.files import write_bytes
+from onelora_diffusion.pipeline import resolution_of
 from onelora_diffusion.sampling import generate_images
 
-from .checkpoints import write_bytes
 from .settings import Settings
 
 
@@ -38,8 +38,7 @@ class Evaluation:
         self.best: dict | None = None
         self.best_values: dict[str, Tensor] = {}
 
-        vae = pipeline.vae
-        resolution = pipeline.transformer.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        resolution = resolution_of(pipeline)
         name = settings.eval_features or ("pixels" if settings.dataset == "digits" else "inception")
         with accelerator.main_process_first():  # it may download
             self.features = load_features(name, resolution, settings.eval_weights)
@@ -110,15 +109,6 @@ class Evaluation:
                 running.update(batch, pixels)
                 bar.update(len(batch))
         return running.reduce()
-
-
-def recognition_of(dataset: str, id2label: dict[int, str], features, resolution: int):
-    """A classifier's `predict` and, for each label, the class that it should find; (None, []) where there is none."""
-    if dataset == "digits":
-        return DigitClassifier(resolution).predict, [int(id2label[label]) for label in sorted(id2label)]
-    if dataset == features.name == "fashion-mnist":
-        return features.predict, [CLASSES.index(id2label[label]) for label in sorted(id2label)]
-    return None, []
 
 
 def plot_distances(metrics: Path, picture: Path, distance_name: str) -> None:

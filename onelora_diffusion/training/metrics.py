@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
+
 from .stopping import Clock
 
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+from onelora_diffusion.files import write_bytes
 from onelora_diffusion.sampling import generate_images
 
-from .checkpoints import write_bytes
 from .settings import Settings
 
 GRID_CLASSES, GRID_ROWS = 10, 4

@@ -2,8 +2,6 @@
 
 import math
 
-SCHEDULES = ("constant", "cosine", "linear")
-
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int | None) -> float:
     """What the learning rate is multiplied by at a step counted from 0.

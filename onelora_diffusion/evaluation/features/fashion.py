@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.data.fashion import FashionMNIST
 from onelora_diffusion.evaluation.images import to_uint8
-from onelora_diffusion.training.checkpoints import write_bytes
+from onelora_diffusion.files import write_bytes
 
 SIDE = 32
 

@@ -34,7 +34,7 @@ from onelora_diffusion.evaluation.measuring import (
     real_images,
     reference_of,
 )
-from onelora_diffusion.evaluation.recognition import DigitClassifier
+from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
 from onelora_diffusion.evaluation.report import format_note, write_json
 from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, parse
 from onelora_diffusion.evaluation.statistics import Origin, RunningStatistics, load_statistics, save_statistics
@@ -91,12 +91,12 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         }
         resolution = resolution_of(pipeline)
         features = features_of(settings, dataset, resolution, accelerator)
-        digits = digits_of(names) if dataset == "digits" else None
-        if dataset == "digits" and not (digits or settings.reference):
-            raise ValueError(f"classes like '{names[-1]}' are no digits of --dataset digits: give a --reference")
-        reference = reference_of(settings, dataset, features, resolution, digits, accelerator)
+        numbers = class_numbers(dataset, names)
+        if dataset in ("digits", "fashion-mnist") and not (numbers or settings.reference):
+            raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
+        reference = reference_of(settings, dataset, features, resolution, numbers, accelerator)
         check_metrics(settings.metrics, features, reference)
-        classifier = DigitClassifier(resolution) if digits else None
+        recognition = recognition_of(dataset, names, features, resolution)
 
     # Base and adapted, from the same noise; the images are made here, batch by batch.
     results = {}
@@ -110,15 +110,14 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         ):
             for batch, images in images_of[model]:
                 running.update(batch, images)
-                if classifier:
-                    asked = torch.tensor([digits[index % len(digits)] for index in batch])
-                    recognised += int((classifier.predict(images) == asked).sum())
+                if recognition:
+                    recognised += recognition.count(images, [index % len(names) for index in batch])
                 progress.update(len(batch))
         measured = finish(running, Origin.of(features, resolution, model))
         recognised = accelerator.reduce(recognised)
         if accelerator.is_main_process:
             results[model] = compare(measured, reference, settings.metrics, features)
-            if classifier:
+            if recognition:
                 results[model]["recognition"] = int(recognised) / measured.statistics.count
     accelerator.wait_for_everyone()
 
@@ -142,7 +141,8 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "guidance_interval": settings.guidance_interval,
             "num_trainable_params": count_trainable(pipeline.transformer) if adapter else None,
             "adapter_bytes": file.stat().st_size if adapter else None,
-            "classifier": classifier and {"description": classifier.describe(), "accuracy": classifier.accuracy},
+            "classifier": recognition
+            and {"description": recognition.classifier.describe(), "accuracy": recognition.classifier.accuracy},
             "results": results,
             "seconds": time.monotonic() - start,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -225,11 +225,6 @@ def load_models(settings: Generate):
 
 def num_base_classes(pipeline) -> int:
     return pipeline.transformer.config.num_embeds_ada_norm
-
-
-def digits_of(names: list[str]) -> tuple[int, ...] | None:
-    """Which digit each class is, if all of them are digits."""
-    return tuple(map(int, names)) if set(names) <= set("0123456789") else None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ def written_beside(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors' own writer leaves a file to its owner alone
         flush_to_disk(part)
         os.replace(part, path)
     except SafetensorError as error:  # what safetensors' own writer says of a full disk

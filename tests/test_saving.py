@@ -45,6 +45,11 @@ def test_the_file_describes_itself(dit, saved):
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
+def test_the_file_can_be_read_by_whom_any_new_file_can(saved, tmp_path):
+    (tmp_path / "other").touch()
+    assert saved.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_other_values_and_bf16(dit, tmp_path):
     inject_adapter(dit, CONFIG)
     ema = {name: torch.full_like(p, 0.123) for name, p in adapter_state_dict(dit).items()}

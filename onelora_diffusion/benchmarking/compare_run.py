@@ -205,8 +205,8 @@ class Judge:
         self.reference, origin = load_statistics(job.reference)
         Origin.of(self.features, self.resolution, "the generated images").check_comparable(origin)
         self.labels = [index % len(job.id2label) for index in range(job.num_images)]
-        id2label = {int(label): name for label, name in job.id2label.items()}
-        self.predict, self.class_numbers = recognition_of(job.dataset, id2label, self.features, self.resolution)
+        names = [job.id2label[str(label)] for label in range(len(job.id2label))]
+        self.recognition = recognition_of(job.dataset, names, self.features, self.resolution)
 
     def measure(self, name: str) -> tuple[dict[str, float], Tensor]:
         """`distance` and `recognition` of the pipeline as it is, and its first samples (NUM_SHOWN, 3, R, R)."""
@@ -221,13 +221,12 @@ class Judge:
             batch_size=job.eval_batch_size,
         ):
             running.update(indices, images)
-            if self.predict:
-                asked = torch.tensor([self.class_numbers[self.labels[index]] for index in indices])
-                recognised += int((self.predict(images).cpu() == asked).sum())
+            if self.recognition:
+                recognised += self.recognition.count(images, [self.labels[index] for index in indices])
             shown += images[: NUM_SHOWN - len(shown)].cpu()
         statistics: FeatureStatistics = running.reduce()
         measured = {"distance": frechet_distance(statistics, self.reference)}
-        if self.predict:
+        if self.recognition:
             measured["recognition"] = recognised / job.num_images
         print(f"evaluation {name}: {measured}", flush=True)
         return measured, torch.stack(shown)

@@ -17,6 +17,7 @@ class Digits(torch.utils.data.Dataset):
     """
 
     name = "digits"
+    crop = "none"
 
     def __init__(self, split: str = "train", resolution: int = 16, classes: tuple[int, ...] = (5, 6, 7, 8, 9)):
         from sklearn.datasets import load_digits

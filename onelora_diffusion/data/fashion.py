@@ -30,6 +30,7 @@ class FashionMNIST(torch.utils.data.Dataset):
     """
 
     name = "fashion-mnist"
+    crop = "none"
 
     def __init__(
         self,

@@ -31,6 +31,8 @@ class ClassifiedImages(Dataset):
         broken: (images,) bool, which images were found unreadable; loader processes share it.
     """
 
+    crop = "ADM centre crop"
+
     def __init__(self, name: str, source: Dataset, class_names: Sequence[str], resolution: int, broken: str = "fatal"):
         self.name = name
         self.source = source

@@ -109,7 +109,7 @@ class DatasetImages(Dataset):
     def __init__(self, dataset: Dataset, resolution: int):
         self.dataset, self.resolution = dataset, resolution
         self.name = dataset.name
-        self.crop = "none" if dataset.name == "digits" else "ADM centre crop"
+        self.crop = dataset.crop
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,4 +1,6 @@
-"""How many generated digits a classifier that has seen only real ones reads as the digit that was asked for."""
+"""How many generated images a classifier that has seen only real ones reads as the class that was asked for."""
+
+from collections.abc import Sequence
 
 import torch
 from sklearn.svm import SVC
@@ -38,13 +40,39 @@ class DigitClassifier:
         )
 
 
-def recognition_of(dataset: str, id2label: dict[int, str], features, resolution: int):
-    """A classifier's `predict` and, for each label, the class that it should find; (None, []) where there is none."""
-    if dataset == "digits":
-        return DigitClassifier(resolution).predict, [int(id2label[label]) for label in sorted(id2label)]
-    if dataset == features.name == "fashion-mnist":
-        return features.predict, [FASHION_CLASSES.index(id2label[label]) for label in sorted(id2label)]
-    return None, []
+def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Which class of the data set each name is; None if one is none of them, or the data set has no classifier."""
+    known = {"digits": "0123456789", "fashion-mnist": FASHION_CLASSES}.get(dataset, ())
+    return tuple(map(known.index, names)) if set(names) <= set(known) else None
+
+
+class Recognition:
+    """Counts the images in which a classifier finds the class that was asked for.
+
+    Args:
+        classifier: `predict(images)` gives the class of each; it also has `describe()` and `accuracy`.
+        numbers: the classifier's class for each label.
+    """
+
+    def __init__(self, classifier, numbers: Sequence[int]):
+        self.classifier, self.numbers = classifier, numbers
+
+    def count(self, images: Tensor, labels: Sequence[int]) -> int:
+        asked = torch.tensor([self.numbers[label] for label in labels])
+        return int((self.classifier.predict(images).cpu() == asked).sum())
+
+
+def recognition_of(dataset: str, names: Sequence[str], features, resolution: int) -> Recognition | None:
+    """For labels with these names; None where nothing reads them.
+
+    Digits have a classifier of their own; Fashion-MNIST that whose features are compared, where those are.
+    """
+    numbers = class_numbers(dataset, names)
+    if numbers and dataset == "digits":
+        return Recognition(DigitClassifier(resolution), numbers)
+    if numbers and dataset == features.name:
+        return Recognition(features, numbers)
+    return None
 
 
 def _digits(split: str, resolution: int) -> tuple[Tensor, list[int]]:

@@ -49,7 +49,7 @@ def print_report(report: dict) -> None:
     ]
     if report.get("classifier"):
         notes.append(
-            f"Recognition: the share read as the digit asked for, by a {report['classifier']['description']}."
+            f"Recognition: the share read as the class asked for, by a {report['classifier']['description']}."
         )
     if len(results) == 2:
         base_classes = report["num_base_classes"]

@@ -49,9 +49,8 @@ class Evaluation:
             origin.check_comparable(found)
         else:
             self.reference = self._statistics_of(DatasetImages(dataset, resolution))
-        self.predict, self.class_numbers = recognition_of(
-            settings.dataset, dataset.id2label, self.features, resolution
-        )
+        names = [dataset.id2label[label] for label in range(self.num_classes)]
+        self.recognition = recognition_of(settings.dataset, names, self.features, resolution)
 
     def measure(self, stop) -> dict | None:
         """`{"distance": ..., "recognition": ...}` of images made by all processes, or None if stopped midway."""
@@ -80,12 +79,11 @@ class Evaluation:
                 if counted:
                     images = images[: len(counted)]
                     running.update(counted, images)
-                    if self.predict:
-                        asked = torch.tensor([self.class_numbers[index % self.num_classes] for index in counted])
-                        recognised += int((self.predict(images.cpu()) == asked).sum())
+                    if self.recognition:
+                        recognised += self.recognition.count(images, [index % self.num_classes for index in counted])
                 progress.update(len(batch))
         measured = {"distance": frechet_distance(running.reduce(), self.reference)}
-        if self.predict:
+        if self.recognition:
             measured["recognition"] = int(accelerator.reduce(recognised)) / settings.eval_images
         return measured
 

@@ -25,7 +25,8 @@ def start_all_processes() -> None:
     if number is None:
         command = f"torchrun --nproc_per_node N {' '.join(sys.orig_argv[1:])}"
         raise SystemExit(f"accelerate launch has started one process on the CPU; start several by: {command}")
-    where = [f"--master_port={port}"] if port else ["--standalone"]  # port 0 is any that is free
+    # Port 0 is any that is free. The address is named, for a host's own name may be slow to resolve, or not do so.
+    where = [f"--master_port={port}"] if port else ["--standalone", "--local_addr=127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", *where]
     os.execv(sys.executable, [*torchrun, *sys.orig_argv[1:]])
 

@@ -39,9 +39,11 @@ class Settings:
     """Where the adapter, checkpoints, metrics and samples go."""
 
     method: str = "1lora"
-    """1lora, bitfit, difffit, mora1, mora6, lora, dora, vera or full."""
+    """1lora, bitfit, difffit, mora1, mora6, lora, dora, vera, full, or peft:TUNER for any other tuner of PEFT."""
     rank: int = 1
     """Rank of the methods that have one."""
+    peft_config: str | None = None
+    """JSON of PEFT's own settings for lora, dora, vera or peft:TUNER: '{"n_frequency": 500}'."""
     targets: tuple[str, ...] | None = None
     """Names of the linear layers to adapt. None: the paper's set."""
     fuse_qkv: bool = False
@@ -137,6 +139,11 @@ class Settings:
     """Start over, and delete the checkpoints and metrics of an earlier run in the output folder."""
 
     def adapter_config(self, num_classes: int | None) -> AdapterConfig:
+        """ValueError if a setting of the adapter is wrong."""
+        try:
+            peft_config = self.peft_config and json.loads(self.peft_config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--peft-config {self.peft_config} is no JSON: {error}") from None
         return AdapterConfig(
             method=self.method,
             rank=self.rank,
@@ -149,6 +156,7 @@ class Settings:
             norms=self.norms,
             compression=self.compression,
             seed=self.seed,
+            peft_config=peft_config,
         )
 
     def as_json(self) -> dict:

@@ -140,7 +140,7 @@ def test_wrong_input_is_named_in_one_line(run_folder, tmp_path):
     assert "inception-score needs --features inception" in error_of(*wrong, "--metrics", "inception-score")
     assert "no statistics at" in error_of(*wrong, "--reference", tmp_path / "none.safetensors")
     assert "no such folder" in error_of(*wrong, "--base", "nowhere")
-    assert "are no digits of --dataset digits: give a --reference" in error_of("--adapter", "None", *wrong[2:])
+    assert "is no class of --dataset digits: give a --reference" in error_of("--adapter", "None", *wrong[2:])
     assert "no Inception weights at" in error_of(*wrong, "--features", "inception", "--inception-weights", "nowhere")
     run("ref", "--output", tmp_path / "eight.safetensors", "--resolution", "8")
     assert "same --features" in error_of(*wrong, "--reference", tmp_path / "eight.safetensors")

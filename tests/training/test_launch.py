@@ -77,6 +77,7 @@ def test_the_process_gives_way_to_torchrun_with_its_own_arguments(left_alone, mo
         launch.start_all_processes()
     (command,) = left_alone
     assert command[1:3] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in command
+    assert "--local_addr=127.0.0.1" in command  # one machine: no name to resolve
     assert command[-3:] == ["train.py", "--seed", "1"]
 
 

@@ -83,3 +83,12 @@ def test_an_optimizer_whose_library_is_missing_is_said(name, package, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(ValueError, match=f"--optimizer {name} needs a package that is missing: pip install {package}"):
         check_settings(Settings(optimizer=name))
+
+
+def test_settings_of_peft_are_taken_as_json(tmp_path):
+    path = write(tmp_path, "method: peft:fourierft\npeft_config: '{\"n_frequency\": 50}'\n")
+    assert read_recipe(path).adapter_config(3).peft_config == {"n_frequency": 50}
+    with pytest.raises(ValueError, match="--peft-config n_frequency=50 is no JSON"):
+        check_settings(Settings(method="peft:fourierft", peft_config="n_frequency=50"))
+    with pytest.raises(ValueError, match="peft_config goes with"):
+        check_settings(Settings(peft_config='{"r": 2}'))

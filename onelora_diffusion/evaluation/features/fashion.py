@@ -75,7 +75,7 @@ class FashionFeatures(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The class (0..9) of each uint8 image (batch, 3, R, R): (batch,) int64."""
-        return self.network(grey_images(images)).argmax(1)
+        return self.network(grey_images(images.to(self.network.head[1].weight.device))).argmax(1)
 
     def describe(self) -> str:
         return f"convolutional classifier of the ten classes, {self.accuracy:.1%} right on the test split"

@@ -56,6 +56,7 @@ def job(tmp_path_factory):
     return Job(
         adapter={"method": "1lora"},
         learning_rate=5e-3,
+        class_learning_rate=2e-2,
         seed=0,
         time_budget_s=0.6,
         eval_every_s=0.3,

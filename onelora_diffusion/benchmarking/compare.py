@@ -49,6 +49,8 @@ class CompareSettings:
     """Learning rates that every method tries, rising by one factor. One rate: no sweep."""
     sweep_extra: int = 1
     """How many rates further outward a method tries while the best so far is at the edge."""
+    class_learning_rate: float | None = 1.6e-2
+    """Learning rate of the class table, which all methods train. None: that of the method."""
     jobs: int = 2
     """Runs at a time."""
     threads: int = 1
@@ -124,6 +126,7 @@ PRESETS = {
         eval_every="2h",
         sweep_time="1h",
         sweep_rates=(1e-4, 1e-3, 1e-2),
+        class_learning_rate=None,
         seeds=(0,),
         jobs=1,
         threads=8,
@@ -244,6 +247,7 @@ def job_of(
     return Job(
         adapter=adapter,
         learning_rate=learning_rate,
+        class_learning_rate=settings.class_learning_rate,
         seed=seed,
         time_budget_s=time_budget_s,
         eval_every_s=eval_every_s,

@@ -21,6 +21,7 @@ NAMES = {
     "dora": "DoRA",
     "vera": "VeRA",
     "full": "all weights",
+    "1lora (sum False)": "class table alone",
 }
 
 
@@ -158,7 +159,8 @@ def sweep_table(results: dict) -> list[str]:
     return [
         f"Learning rates: {results['inputs']['distance_name']} after {settings['sweep_time']} of training, seed "
         f"{settings['seeds'][0]}. Every method tries the same {len(settings['sweep_rates'])}; one whose best lies at "
-        f"the edge tries up to {extra} further outward.",
+        f"the edge tries up to {extra} further outward. The class table's rate is "
+        + ("the method's." if (rate := settings["class_learning_rate"]) is None else f"{rate:g} in every run."),
         "",
         *lines,
         *(["", note] if at_the_edge else []),

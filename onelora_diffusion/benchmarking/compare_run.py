@@ -41,6 +41,7 @@ from onelora_diffusion.saving import save_adapter
 from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import NonFiniteError, check_finite
+from onelora_diffusion.training.optimizers import make_optimizer
 from onelora_diffusion.training.randomness import batch_flips, batch_indices, draw_step
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 
@@ -53,6 +54,7 @@ class Job:
 
     adapter: dict
     learning_rate: float
+    class_learning_rate: float | None
     seed: int
     time_budget_s: float
     eval_every_s: float
@@ -111,7 +113,7 @@ def run(job: Job, result: Path) -> dict:
     judge = Judge(job, pipeline, device)
 
     trained = adapter_state_dict(transformer)
-    optimizer = torch.optim.AdamW(trained.values(), lr=job.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
     ema = ExponentialMovingAverage(trained, job.ema_decay)
     state = {"seconds": 0.0, "evaluations": [], "memory_before_bytes": None, "peak_memory_bytes": None}
     step = 0

@@ -232,10 +232,11 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     # Room for the labels in a column to the right, where they cannot cover a bubble or each other.
     low, high = left.get_xlim()
     left.set_xlim(low, high + 0.42 * (high - low))
-    bottom, top = left.get_ylim()
-    left.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-    bottom, top = left.get_ylim()
-    heights = pushed_apart(distances, 0.062 * (top - bottom), bottom, top)
+    left.set_yscale("log")
+    bottom, top = np.log10(left.get_ylim())
+    bottom, top = bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)
+    left.set_ylim(10**bottom, 10**top)
+    heights = 10 ** pushed_apart(np.log10(distances), 0.062 * (top - bottom), bottom, top)
     for row, time, distance, height in zip(shown, times, distances, heights, strict=True):
         left.annotate(
             f"{NAMES.get(row['method'], row['method'])}  ({short_count(row['num_trainable_params'])})",
@@ -247,9 +248,10 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
             arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour[row["method"]], "relpos": (0, 0.5)},
         )
     left.set_xlabel(f"training time to best [{unit}]")
-    left.set_ylabel(f"{results['inputs']['distance_name']}, lower is better")
+    show_plain_numbers(left.yaxis)
+    left.set_ylabel(f"{results['inputs']['distance_name']}, lower is better, log scale")
     left.set_title(f"{results['settings']['preset']}: area of a bubble = trained parameters", fontsize=10)
-    left.grid(alpha=0.25)
+    left.grid(alpha=0.25, which="both")
 
     names = [NAMES.get(row["method"], row["method"]) for row in shown]
     before, peak = (
@@ -263,6 +265,14 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     right.set_xlabel("peak memory [MB]")
     right.set_title("best distance on top; grey: before training", fontsize=9)
     drawn.savefig(path)
+
+
+def show_plain_numbers(axis) -> None:
+    """90 instead of 9 x 10^1 along a logarithmic axis."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def pushed_apart(values: np.ndarray, gap: float, bottom: float, top: float) -> np.ndarray:
@@ -284,8 +294,6 @@ def pushed_apart(values: np.ndarray, gap: float, bottom: float, top: float) -> n
 
 def plot_curves(rows: list[dict], results: dict, path: Path) -> None:
     """Distance against training time: the mean of the seeds, with the range of them as a band."""
-    from matplotlib.ticker import StrMethodFormatter
-
     colour, (unit, seconds) = colours(rows), time_unit(results)
     drawn = figure(figsize=(8.5, 5), dpi=130)
     axes = drawn.subplots()
@@ -298,8 +306,7 @@ def plot_curves(rows: list[dict], results: dict, path: Path) -> None:
         axes.plot(times, values.mean(0), marker="o", ms=3, color=colour[row["method"]], label=name)
         axes.fill_between(times, values.min(0), values.max(0), color=colour[row["method"]], alpha=0.15, lw=0)
     axes.set_yscale("log")
-    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_formatter(StrMethodFormatter("{x:g}"))
+    show_plain_numbers(axes.yaxis)
     axes.set_xlabel(f"training time [{unit}]")
     axes.set_ylabel(f"{results['inputs']['distance_name']}, log scale")
     axes.grid(alpha=0.25, which="both")

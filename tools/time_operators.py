@@ -1,12 +1,14 @@
-"""What each operator of an adapter costs on this machine, beside the other ways to write it.
+"""What each operator of an adapter adds to a linear layer on this machine, beside the other ways to write it.
 
     python tools/time_operators.py            # two threads; --threads 1 for one
 
-Tensors have the shapes of four samples of DiT-XL/2: 1024 tokens of 1152 features, or of 4608 inside the MLP. For
-each place in the formula, all ways to compute it take turns, and the table gives the median time of each. The linear
-layers themselves are in it too, to say how much of a layer the rest is.
+The layers have the shapes of DiT-XL/2's: 1152 features in attention, 4608 inside the MLP, for four samples of 256
+tokens. Every operator runs right after a product, since how fast it is depends on what the product has left in the
+caches. The first row is the product alone, in milliseconds; the others are what they add to it, the median over the
+rounds. In the rows of the backward pass, the product stands for ∂x = ∂out W0, its input for ∂out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +20,16 @@ from onelora_diffusion.adapters.functional import add_outer_, add_vector_, featu
 from onelora_diffusion.benchmarking.measure import interleave
 from onelora_diffusion.evaluation.report import format_table
 
+SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152))
+
 
 @dataclass
 class Settings:
-    """Time the operators of an adapter."""
+    """Time the operators of an adapter, each after the product of its layer."""
 
     tokens: int = 1024
     """Rows of the matrices."""
-    features: tuple[int, ...] = (1152, 4608)
-    """Columns, a table column each."""
-    rounds: int = 200
+    rounds: int = 60
     """How often each is timed."""
     threads: int = 2
     """Threads of PyTorch."""
@@ -37,40 +39,41 @@ class Settings:
 def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        found = {}
-        for features in settings.features:
-            steps = operators(settings.tokens, features, dtype)
-            for step, seconds in interleave(steps, settings.rounds, label=f"{name}, {features}").items():
-                found.setdefault(step, []).append(f"{1e3 * np.median(seconds):.3f}")
+        rows = {}
+        for shape in SHAPES:
+            seconds = interleave(steps(*shape, settings.tokens, dtype), settings.rounds, label=f"{name}, {shape}")
+            alone = seconds["the product"]
+            for step, own in seconds.items():
+                added = own if own is alone else own - alone
+                rows.setdefault(step, []).append(f"{1e3 * np.median(added):.2f}")
         title = f"milliseconds in {name}, {settings.tokens} tokens, {settings.threads} thread(s)"
-        print(format_table(title, [str(features) for features in settings.features], found), end="\n\n")
+        print(format_table(title, [f"{k} -> {n}" for k, n in SHAPES], rows), end="\n\n")
 
 
-def operators(tokens: int, features: int, dtype: torch.dtype) -> dict:
-    """Name -> a function of no arguments."""
+def steps(in_features: int, out_features: int, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Name -> the product, followed by an operator."""
     torch.manual_seed(0)
-    x, out, grad = (torch.randn(tokens, features).to(dtype) for _ in range(3))
-    weight = (torch.randn(features, features) / features).to(dtype)
-    s, b, beta = torch.randn(tokens).to(dtype), 1e-6 * torch.randn(features), 1e-6 * torch.randn(features)
-    b16 = b.to(dtype)
-    zeros = torch.zeros(features)
-    return {
-        "the linear layer, square": lambda: linear(x, weight),
-        "W + b 1ᵀ, to add nothing else": lambda: weight + b16.unsqueeze(1),
-        "s = Σx: feature_sum": lambda: feature_sum(x),
-        "  sum(-1, dtype=float32)": lambda: x.sum(-1, dtype=torch.float32),
-        "  x @ 1": lambda: x @ torch.ones(features, dtype=dtype),
-        "out += s bᵀ: add_outer_": lambda: add_outer_(out, s, b),
-        "  addr_": lambda: out.addr_(s, b16),
-        "  addcmul_": lambda: out.addcmul_(s.unsqueeze(-1), b16),
-        "  add_ of the product": lambda: out.add_(s.unsqueeze(-1) * b16),
-        "out += β: add_vector_": lambda: add_vector_(out, zeros),
-        "  add_ of an fp32 β": lambda: out.add_(beta),
-        "∂s = ∂out b": lambda: grad @ b16,
-        "∂b = sᵀ ∂out": lambda: s @ grad,
-        "∂x += ∂s 1ᵀ, out of place": lambda: x + s.unsqueeze(-1),
-        "  in place": lambda: out.add_(s.unsqueeze(-1), alpha=1e-6),
+    x = torch.randn(tokens, in_features).to(dtype)
+    weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
+    s = torch.randn(tokens).to(dtype)
+    b, b_in = torch.randn(out_features), torch.randn(in_features).to(dtype)
+    b_cast = b.to(dtype)
+    operators = {
+        "the product": lambda out: out,
+        "s = Σx: feature_sum": lambda out: feature_sum(x),
+        "  sum(-1, dtype=float32)": lambda out: x.sum(-1, dtype=torch.float32),
+        "out += s bᵀ: add_outer_": lambda out: add_outer_(out, s, b),
+        "  addcmul_": lambda out: out.addcmul_(s.unsqueeze(-1), b_cast),
+        "  addr_": lambda out: out.addr_(s, b_cast),
+        "  add_ of the product": lambda out: out.add_(s.unsqueeze(-1) * b_cast),
+        "out += β: add_vector_": lambda out: add_vector_(out, b),
+        "  add_ of an fp32 β": lambda out: out.add_(b),
+        "∂s = ∂out b": lambda out: x @ b_in,
+        "∂b = sᵀ ∂out": lambda out: s @ x,
+        "∂x += ∂s 1ᵀ, out of place": lambda out: out + s.unsqueeze(-1),
+        "  in place": lambda out: out.add_(s.unsqueeze(-1)),
     }
+    return {name: lambda operator=operator: operator(linear(x, weight)) for name, operator in operators.items()}
 
 
 if __name__ == "__main__":

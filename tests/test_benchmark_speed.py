@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -110,6 +111,18 @@ def test_saved_bytes_by_hand():
     assert saved_bytes(linear, lambda: linear(x).exp()) == 4 * (16 * 8 + 16 * 4)  # x, and the exponential
     linear.requires_grad_(False).bias.requires_grad_()
     assert saved_bytes(linear, lambda: linear(x).exp()) == 4 * 16 * 4
+
+
+def test_counting_saved_bytes_leaves_nothing_in_memory():
+    linear, made = nn.Linear(8, 4), []
+
+    def forward():
+        output = linear(torch.randn(16, 8)).exp()  # which its own node keeps
+        made.append(weakref.ref(output))
+        return output
+
+    saved_bytes(linear, forward)
+    assert made[0]() is None
 
 
 def test_work_by_hand():

@@ -76,9 +76,12 @@ def resident_bytes(model: nn.Module) -> int:
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes that autograd keeps after a forward pass, the model's own parameters and buffers left out."""
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def pack(tensor):
+        saved.append(tensor.detach())  # a node that kept its own output, graph and all, would never be freed
+        return saved[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()  # noqa: F841  keeps the graph, and by it the memory, alive while it is counted
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     return storage_bytes(tensor for tensor in saved if tensor.untyped_storage()._cdata not in own)

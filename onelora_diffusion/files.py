@@ -1,7 +1,8 @@
-"""Files that are whole or not there at all."""
+"""Files and folders that are whole or not there at all."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     flush_to_disk(partial)
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def folder_written_beside(path: Path) -> Iterator[Path]:
+    """Context manager: an empty folder beside `path` to fill, which at the end replaces the one at `path`."""
+    beside = path.with_name(path.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)
 
 
 def flush_to_disk(path: Path) -> None:

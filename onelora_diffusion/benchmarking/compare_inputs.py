@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, save_statistics
+from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipeline import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import decode_latents
 from onelora_diffusion.training.from_scratch import BaseRecipe, draw_samples, train_base, write_base
@@ -121,13 +121,9 @@ def made_once(folder: Path, recipe: dict, make: Callable[[Path], None]) -> Path:
     note = folder / "recipe.json"
     if note.is_file() and json.loads(note.read_text()) == recipe:
         return folder
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    make(beside)
-    write_json(beside / "recipe.json", recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with folder_written_beside(folder) as beside:
+        make(beside)
+        write_json(beside / "recipe.json", recipe)
     return folder
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from onelora_diffusion.data import load_dataset
 
 from .companions import extrapolate, inception_score, kernel_distance, precision_recall
-from .features import load_features
+from .features import default_features, load_features
 from .frechet import frechet_distance
 from .images import DatasetImages, open_images, share
 from .settings import FeatureSettings
@@ -35,7 +35,7 @@ def is_statistics(path: Path | None) -> bool:
 
 def features_of(settings: FeatureSettings, dataset: str, resolution: int, accelerator: Accelerator) -> nn.Module:
     """The feature module; the main process goes first, since it may download."""
-    name = settings.features or ("pixels" if dataset == "digits" else "inception")
+    name = settings.features or default_features(dataset)
     weights = {
         "inception": settings.inception_weights,
         "dinov2": settings.dinov2_weights,

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from onelora_diffusion.evaluation.features import load_features
+from onelora_diffusion.evaluation.features import default_features, load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages, share
 from onelora_diffusion.evaluation.recognition import recognition_of
@@ -39,7 +39,7 @@ class Evaluation:
         self.best_values: dict[str, Tensor] = {}
 
         resolution = resolution_of(pipeline)
-        name = settings.eval_features or ("pixels" if settings.dataset == "digits" else "inception")
+        name = settings.eval_features or default_features(settings.dataset)
         with accelerator.main_process_first():  # it may download
             self.features = load_features(name, resolution, settings.eval_weights)
         origin = Origin.of(self.features, resolution, settings.dataset)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipeline import load_base
 from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.training.ema import ExponentialMovingAverage
@@ -172,18 +172,15 @@ def initialize_weights(transformer: DiTTransformer2DModel) -> None:
 
 def write_base(pipeline: DiTPipeline, id2label: dict[int, str], output: Path) -> None:
     """Save in half precision, with the class names that `save_pretrained` would leave out; replaces the folder."""
-    beside = output.with_name(output.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
     pipeline.transformer.half()
     pipeline.vae.half()
-    pipeline.save_pretrained(beside)
-    for weights in beside.rglob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors writes them for the owner alone
-    index = json.loads((beside / "model_index.json").read_text())
-    index["id2label"] = {str(label): name for label, name in id2label.items()}
-    (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
-    beside.rename(output)
+    with folder_written_beside(output) as beside:
+        pipeline.save_pretrained(beside)
+        for weights in beside.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes them for the owner alone
+        index = json.loads((beside / "model_index.json").read_text())
+        index["id2label"] = {str(label): name for label, name in id2label.items()}
+        (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def draw_samples(folder: Path, picture: Path, seed: int = 0) -> None:

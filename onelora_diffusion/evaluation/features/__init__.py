@@ -9,6 +9,11 @@ FEATURES = ("pixels", "inception", "dinov2", "fashion-mnist")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+def default_features(dataset: str) -> str:
+    """What is compared on a data set where nothing is chosen."""
+    return "pixels" if dataset == "digits" else "inception"
+
+
 def load_features(name: str, resolution: int, weights: str | Path | None = None) -> nn.Module:
     """A frozen module that turns uint8 images (batch, 3, R, R) into float64 features (batch, num_features).
 

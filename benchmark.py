@@ -16,11 +16,11 @@ from typing import Annotated, Union
 
 import tyro
 
-from onelora_diffusion.benchmarking.adapters import AdaptersSettings, adapters
-from onelora_diffusion.benchmarking.cache import CacheSettings, measure_cache
-from onelora_diffusion.benchmarking.compare import CompareSettings, compare, preset_asked_for
-from onelora_diffusion.benchmarking.scale import ScaleSettings, scale
-from onelora_diffusion.benchmarking.speed import SpeedSettings, speed
+from benchmarks.adapters import AdaptersSettings, adapters
+from benchmarks.cache import CacheSettings, measure_cache
+from benchmarks.compare import CompareSettings, compare, preset_asked_for
+from benchmarks.scale import ScaleSettings, scale
+from benchmarks.speed import SpeedSettings, speed
 
 # Settings, whose docstring is the help, and what runs them.
 SUBCOMMANDS = {

@@ -39,10 +39,10 @@ from onelora_diffusion.evaluation.report import format_note, write_json
 from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, parse
 from onelora_diffusion.evaluation.statistics import Origin, RunningStatistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, head_of_report, print_report
-from onelora_diffusion.pipeline import load_base, resolution_of
+from onelora_diffusion.launch import start_all_processes
+from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import generate_images
-from onelora_diffusion.saving import WEIGHTS_NAME
-from onelora_diffusion.training.launch import start_all_processes
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 
 
 def main(settings: Generate | Calculate | Reference) -> None:

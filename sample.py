@@ -30,10 +30,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from onelora_diffusion.files import written_beside
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.launch import start_all_processes
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import generate_images
-from onelora_diffusion.saving import load_adapter, read_adapter
-from onelora_diffusion.training.launch import start_all_processes
+from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
 

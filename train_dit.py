@@ -30,11 +30,11 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_
 from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.pipeline import load_base, resolution_of
-from onelora_diffusion.saving import WEIGHTS_NAME
+from onelora_diffusion.launch import start_all_processes
+from onelora_diffusion.pipelines.base import load_base, resolution_of
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 from onelora_diffusion.training.checkpoints import checkpoint_path, checkpoint_paths, save_checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.launch import start_all_processes
 from onelora_diffusion.training.metrics import LossWindow, MetricsFile, NonFiniteError, check_finite, cut_lines_after
 from onelora_diffusion.training.optimizers import averaged_values, make_optimizer, restore_running, running_values
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step, micro_batches

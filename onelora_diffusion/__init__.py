@@ -2,21 +2,21 @@
 
 import importlib
 
-from onelora_diffusion.combining import combine_adapters
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.exporting import export_lora
-from onelora_diffusion.hub import push_to_hub
-from onelora_diffusion.injection import (
+from onelora_diffusion.injection.book import disable_adapter
+from onelora_diffusion.injection.combining import combine_adapters
+from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
+from onelora_diffusion.injection.routing import route_adapters
+from onelora_diffusion.injection.verbs import (
     adapter_state_dict,
     count_trainable,
-    disable_adapter,
     inject_adapter,
     set_adapters,
     unload_adapter,
 )
-from onelora_diffusion.merging import merge_adapter, unmerge_adapter
-from onelora_diffusion.routing import route_adapters
-from onelora_diffusion.saving import load_adapter, read_adapter, save_adapter
+from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter, save_adapter
+from onelora_diffusion.storage.hub import push_to_hub
+from onelora_diffusion.storage.lora import export_lora
 
 __version__ = "0.1.0"
 
@@ -43,8 +43,8 @@ __all__ = [
 
 # diffusers' pipelines take seconds to import, so that these two are imported when they are first asked for.
 _PIPELINES = {
-    "OneLoRADiTPipeline": "onelora_diffusion.dit_pipeline",
-    "OneLoRALoaderMixin": "onelora_diffusion.loaders",
+    "OneLoRADiTPipeline": "onelora_diffusion.pipelines.dit",
+    "OneLoRALoaderMixin": "onelora_diffusion.pipelines.loaders",
 }
 
 

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from onelora_diffusion.routing import route_beside_base
+from onelora_diffusion.injection.routing import route_beside_base
 
 SAMPLERS = ("ddim", "dpm-solver++", "ddpm")
 GUIDANCES = ("cfg", "domain")

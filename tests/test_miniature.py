@@ -12,7 +12,7 @@ from sklearn.svm import SVC
 
 from onelora_diffusion.data.digits import Digits
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.pipeline import load_base, miniature_path
+from onelora_diffusion.pipelines.base import load_base, miniature_path
 from onelora_diffusion.sampling import generate_images
 
 ZERO_TO_FOUR = (0, 1, 2, 3, 4)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_dit
 from onelora_diffusion.data import latent_cache
-from onelora_diffusion.saving import read_adapter
+from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training import settings as settings_module
 from train_dit import RECIPES, main
 

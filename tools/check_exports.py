@@ -22,14 +22,8 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from onelora_diffusion import (
-    AdapterConfig,
-    OneLoRADiTPipeline,
-    export_lora,
-    inject_adapter,
-    save_adapter,
-)
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion import AdapterConfig, OneLoRADiTPipeline, export_lora, inject_adapter, save_adapter
+from onelora_diffusion.pipelines.base import load_base
 
 PACKAGES = ("torch", "diffusers", "accelerate", "peft", "transformers")
 TOLERANCE = 1e-4  # of images in [0, 1], and of SD3's output: the sums are taken in another order there

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
 from onelora_diffusion.evaluation.report import format_table
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import IMAGES_AT_ONCE
 
 BATCH = list(range(IMAGES_AT_ONCE))

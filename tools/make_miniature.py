@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.pipeline import load_base, miniature_path
+from onelora_diffusion.pipelines.base import load_base, miniature_path
 from onelora_diffusion.training.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 
 DIGITS = (0, 1, 2, 3, 4)

@@ -16,8 +16,8 @@ import torch
 import tyro
 from torch.nn.functional import linear
 
+from benchmarks.measure import interleave
 from onelora_diffusion.adapters.functional import add_outer_, add_vector_, feature_sum
-from onelora_diffusion.benchmarking.measure import interleave
 from onelora_diffusion.evaluation.report import format_table
 
 SHAPES = ((1152, 1152), (1152, 4608), (4608, 1152))

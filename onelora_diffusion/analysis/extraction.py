@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.analysis.updates import weight_updates
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection import CLASS_TABLE, adapter_state_dict, check_name, inject_adapter, is_dit
+from onelora_diffusion.injection.book import check_name
+from onelora_diffusion.injection.layers import is_dit
+from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter
 
 
 @dataclass(frozen=True)

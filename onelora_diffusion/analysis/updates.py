@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from onelora_diffusion.injection import target_layers
+from onelora_diffusion.injection.layers import target_layers
 
 
 def weight_updates(

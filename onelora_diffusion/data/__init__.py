@@ -40,30 +40,30 @@ def load_dataset(
         raise ValueError(f"classes can be chosen for digits and fashion-mnist only, not for {name!r}")
     chosen = {} if classes is None else {"classes": classes}
     if name == "digits":
-        from .digits import Digits
+        from onelora_diffusion.data.digits import Digits
 
         return Digits(split=split, resolution=resolution, **chosen)
     if name == "fashion-mnist":
-        from .fashion import FashionMNIST
+        from onelora_diffusion.data.fashion import FashionMNIST
 
         return FashionMNIST(root, split, resolution, download=download, **chosen)
     if name == "food101":
-        from .images import food101
+        from onelora_diffusion.data.images import food101
 
         return food101(root or "data", split, resolution, download, broken)
     if name == "imagefolder":
-        from .images import image_folder
+        from onelora_diffusion.data.images import image_folder
 
         if root is None:
             raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
         return image_folder(root, split, resolution, broken)
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
-        from .from_torchvision import torchvision_images
+        from onelora_diffusion.data.from_torchvision import torchvision_images
 
         return torchvision_images(rest, root or "data", split, resolution, download, broken)
     if kind == "hf":
-        from .from_hub import hub_images
+        from onelora_diffusion.data.from_hub import hub_images
 
         return hub_images(rest, root, split, resolution, broken)
     raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, torchvision:CLASS, hf:NAME")

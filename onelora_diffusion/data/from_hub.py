@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from .images import ClassifiedImages
+from onelora_diffusion.data.images import ClassifiedImages
 
 
 class HubImages(Dataset):

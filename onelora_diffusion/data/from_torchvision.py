@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from .images import ClassifiedImages, read_image
+from onelora_diffusion.data.images import ClassifiedImages, read_image
 
 
 def torchvision_images(

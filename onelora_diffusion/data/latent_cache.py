@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.files import write_bytes
-
-from .latents import encode_moments
 
 SHARD_SIZE = 1024  # images
 TRANSFORM = "ADM centre crop, [-1, 1]; mean and std of the scaled latents, float32; 1"

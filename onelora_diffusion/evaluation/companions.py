@@ -13,8 +13,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from .frechet import frechet_distance
-from .statistics import FeatureStatistics
+from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.statistics import FeatureStatistics
 
 
 def kernel_distance(generated: Tensor, real: Tensor, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .statistics import FeatureStatistics, GivenFeatures
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, GivenFeatures
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

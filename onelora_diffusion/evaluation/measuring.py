@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from onelora_diffusion.data import load_dataset
-
-from .companions import extrapolate, inception_score, kernel_distance, precision_recall
-from .features import default_features, load_features
-from .frechet import frechet_distance
-from .images import DatasetImages, open_images, share
-from .settings import FeatureSettings
-from .statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
+from onelora_diffusion.evaluation.companions import extrapolate, inception_score, kernel_distance, precision_recall
+from onelora_diffusion.evaluation.features import default_features, load_features
+from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.images import DatasetImages, open_images, share
+from onelora_diffusion.evaluation.settings import FeatureSettings
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.fashion import CLASSES as FASHION_CLASSES
-
-from .images import to_uint8
+from onelora_diffusion.evaluation.images import to_uint8
 
 
 class DigitClassifier:

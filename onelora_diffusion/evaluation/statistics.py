@@ -12,9 +12,8 @@ from torch import Tensor, distributed, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
+from onelora_diffusion.evaluation.features import distance_name
 from onelora_diffusion.files import write_bytes
-
-from .features import distance_name
 
 
 @dataclass(frozen=True)

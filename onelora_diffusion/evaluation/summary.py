@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from .report import format_bytes, format_note, format_table
-from .statistics import FeatureStatistics, Origin, shortage
+from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, shortage
 
 
 def head_of_report(origin: Origin, statistics: FeatureStatistics, reference: Origin, real: FeatureStatistics) -> dict:

@@ -15,10 +15,9 @@ from onelora_diffusion.evaluation.images import DatasetImages, share
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.pipeline import resolution_of
+from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.sampling import generate_images
-
-from .settings import Settings
+from onelora_diffusion.training.settings import Settings
 
 
 class Evaluation:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.files import folder_written_beside
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import generate_images
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 

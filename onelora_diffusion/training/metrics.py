@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.files import write_bytes
-
-from .stopping import Clock
+from onelora_diffusion.training.stopping import Clock
 
 
 class NonFiniteError(ArithmeticError):

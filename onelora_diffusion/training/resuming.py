@@ -1,10 +1,9 @@
 """Which checkpoint a run goes on from, and whether its settings allow it."""
 
-from onelora_diffusion.saving import WEIGHTS_NAME, read_adapter
-
-from .checkpoints import Checkpoint, load_newest_checkpoint
-from .settings import FREE_SETTINGS, Settings
-from .stopping import parse_duration
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
+from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
+from onelora_diffusion.training.settings import FREE_SETTINGS, Settings
+from onelora_diffusion.training.stopping import parse_duration
 
 
 def find_checkpoint(settings: Settings, report) -> Checkpoint | None:

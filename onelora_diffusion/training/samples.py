@@ -9,8 +9,7 @@ from torchvision.utils import make_grid
 
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.sampling import generate_images
-
-from .settings import Settings
+from onelora_diffusion.training.settings import Settings
 
 GRID_CLASSES, GRID_ROWS = 10, 4
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .ema import ExponentialMovingAverage, copy_values
+from onelora_diffusion.training.ema import ExponentialMovingAverage, copy_values
 
 
 def training_tensors(

@@ -7,7 +7,7 @@ import torch
 from conftest import make_dit, randomize
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, merge_adapter
-from onelora_diffusion.injection import target_layers
+from onelora_diffusion.injection.layers import target_layers
 
 
 def peft_twin(base, config):

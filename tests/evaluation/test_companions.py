@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from onelora_diffusion.evaluation.companions import (
-    extrapolate,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from onelora_diffusion.evaluation.companions import extrapolate, inception_score, kernel_distance, precision_recall
 from onelora_diffusion.evaluation.statistics import FeatureStatistics
 
 

@@ -15,7 +15,7 @@ from conftest import make_dit, randomize
 import eval_fid
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
 from onelora_diffusion.evaluation.settings import parse
-from onelora_diffusion.pipeline import load_base
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import generate_images
 
 SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale", "1.5"]

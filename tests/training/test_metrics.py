@@ -4,13 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from onelora_diffusion.training.metrics import (
-    LossWindow,
-    NonFiniteError,
-    append_line,
-    check_finite,
-    cut_lines_after,
-)
+from onelora_diffusion.training.metrics import LossWindow, NonFiniteError, append_line, check_finite, cut_lines_after
 
 
 @pytest.fixture

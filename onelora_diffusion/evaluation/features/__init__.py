@@ -31,19 +31,19 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
         FileNotFoundError: there are no such weights.
     """
     if name == "pixels":
-        from .pixels import PixelFeatures
+        from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 
         return PixelFeatures(resolution)
     if name == "inception":
-        from .inception import inception_2015
+        from onelora_diffusion.evaluation.features.inception import inception_2015
 
         return inception_2015(weights)
     if name == "dinov2":
-        from .dinov2 import DinoV2Features
+        from onelora_diffusion.evaluation.features.dinov2 import DinoV2Features
 
         return DinoV2Features(weights)
     if name == "fashion-mnist":
-        from .fashion import FashionFeatures
+        from onelora_diffusion.evaluation.features.fashion import FashionFeatures
 
         return FashionFeatures(weights)
     raise ValueError(f"unknown features '{name}': choose one of {', '.join(FEATURES)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from . import INCEPTION_SHA256
+from onelora_diffusion.evaluation.features import INCEPTION_SHA256
 
 
 class InceptionFeatures(nn.Module):

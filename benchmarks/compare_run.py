@@ -1,0 +1,296 @@
+"""One run of `benchmark.py compare`, in a process of its own: train an adapter for a time, measure it at intervals.
+
+    python -m benchmarks.compare_run JOB.json RESULT.json
+
+The clock counts training alone: loading, evaluations and checkpoints stand outside it. Killed, the run goes on from
+its last evaluation when it is started again.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from benchmarks.measure import saved_bytes
+from onelora_diffusion import AdapterConfig, __version__, adapter_state_dict, count_trainable, inject_adapter
+from onelora_diffusion.data.latent_cache import LatentCache
+from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.evaluation.features import load_features
+from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.recognition import recognition_of
+from onelora_diffusion.evaluation.report import write_json
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.storage.adapter_file import save_adapter
+from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from onelora_diffusion.training.ema import ExponentialMovingAverage
+from onelora_diffusion.training.metrics import NonFiniteError, check_finite
+from onelora_diffusion.training.optimizers import make_optimizer
+from onelora_diffusion.training.randomness import batch_flips, batch_indices, draw_step
+from onelora_diffusion.training.state import restore_training_tensors, training_tensors
+
+NUM_SHOWN = 12  # samples of the best evaluation that are kept as a picture
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run depends on. `adapter` holds AdapterConfig's settings but num_classes and seed."""
+
+    adapter: dict
+    learning_rate: float
+    class_learning_rate: float | None
+    seed: int
+    time_budget_s: float
+    eval_every_s: float
+    base: str | None
+    dataset: str
+    id2label: dict[str, str]
+    inputs: str  # hash of what the next two were made of
+    latents: str  # the cache of the training images' moments
+    num_train_images: int
+    reference: str  # file of the real images' statistics
+    features: str
+    features_weights: str | None
+    num_images: int
+    num_inference_steps: int
+    guidance_scale: float
+    eval_batch_size: int
+    batch_size: int
+    flip: bool
+    label_drop: float
+    ema_decay: float
+    max_grad_norm: float | None
+    mixed_precision: str
+
+
+def slug(method: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-")
+
+
+def run_file(runs: Path, method: str, seed: int) -> Path:
+    return runs / "runs" / f"{slug(method)}-seed-{seed}.json"
+
+
+def sweep_file(runs: Path, method: str, rate: float) -> Path:
+    return runs / "sweep" / f"{slug(method)}-lr-{rate:g}.json"
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def run(job: Job, result: Path) -> dict:
+    """Train and measure; returns what is to be written to `result`, beside which the best adapter is saved."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if job.mixed_precision == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+    # The base with its adapter, the data, and what judges the images.
+    pipeline = load_base(job.base)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    num_classes = len(job.id2label)
+    if job.adapter["method"] != "full":
+        transformer.to(dtype)
+    inject_adapter(transformer, AdapterConfig(**job.adapter, num_classes=num_classes, seed=job.seed))
+    pipeline.to(device)
+    latent_cache = LatentCache(Path(job.latents), job.num_train_images)
+    judge = Judge(job, pipeline, device)
+
+    trained = adapter_state_dict(transformer)
+    optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
+    ema = ExponentialMovingAverage(trained, job.ema_decay)
+    state = {"seconds": 0.0, "evaluations": [], "memory_before_bytes": None, "peak_memory_bytes": None}
+    step = 0
+    checkpoints = result.with_suffix(".checkpoints")
+    if checkpoint := load_newest_checkpoint(checkpoints):
+        restore_training_tensors(checkpoint.tensors, trained, [ema], optimizer)
+        step, state = checkpoint.step, checkpoint.state
+
+    def loss_of(step: int) -> Tensor:
+        """The mean loss of a global batch: the same images, noise, timesteps and drops for every method."""
+        drawn = draw_step(
+            job.seed,
+            step,
+            job.batch_size,
+            (transformer.config.in_channels, *[transformer.config.sample_size] * 2),
+            scheduler.config.num_train_timesteps,
+            job.label_drop,
+        ).rows(slice(None), device)
+        indices = batch_indices(job.seed, step, job.batch_size, job.num_train_images)
+        flips = batch_flips(job.seed, step, job.batch_size) if job.flip else [False] * job.batch_size
+        examples = [latent_cache[key] for key in zip(indices, flips, strict=True)]
+        moments, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
+        x_start = sample_moments(moments, drawn.posterior_noise)
+        class_labels = torch.where(drawn.label_drops, num_classes, labels)
+        latents = scheduler.add_noise(x_start, drawn.noise, drawn.timesteps)
+        with autocast:
+            output = transformer(latents, timestep=drawn.timesteps, class_labels=class_labels).sample
+        return training_losses(output, x_start, drawn.noise, drawn.timesteps, scheduler)["loss"].mean()
+
+    state["memory_before_bytes"] = state["memory_before_bytes"] or reset_peak_memory(device)
+    while state["seconds"] < job.time_budget_s:
+        mark = min((state["seconds"] // job.eval_every_s + 1) * job.eval_every_s, job.time_budget_s)
+        transformer.train()
+        started = time.perf_counter() - state["seconds"]
+        while time.perf_counter() - started < mark:
+            loss_of(step).backward()
+            if job.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(trained.values(), job.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            ema.update(step)
+        synchronize(device)
+        state["seconds"] = time.perf_counter() - started
+
+        # Outside the clock. Memory is read before the first evaluation, whose batch is another.
+        check_finite(trained, step)
+        state["peak_memory_bytes"] = state["peak_memory_bytes"] or peak_memory_bytes(device)
+        with ema.applied(), autocast:
+            measured, shown = judge.measure(f"{len(state['evaluations']) + 1}")
+        state["evaluations"].append({"step": step, "seconds": state["seconds"], **measured})
+        best = min(state["evaluations"], key=lambda evaluation: evaluation["distance"])
+        if best is state["evaluations"][-1]:
+            save_adapter(
+                transformer,
+                result.with_suffix(".safetensors"),
+                state_dict=ema.values,
+                id2label={int(label): name for label, name in job.id2label.items()},
+                base=job.base,
+                training={"dataset": job.dataset, "learning_rate": job.learning_rate, "seed": job.seed, **best},
+            )
+            save_image(shown / 255, result.with_suffix(".png"), nrow=NUM_SHOWN, padding=0)
+        if state["seconds"] < job.time_budget_s:
+            save_checkpoint(checkpoints, step, training_tensors(trained, [ema], optimizer), state, keep=1)
+
+    transformer.train()
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "distance": best["distance"],
+        "recognition": best.get("recognition"),
+        "time_to_best_s": best["seconds"],
+        "step_seconds": state["seconds"] / step,
+        "steps": step,
+        "num_trainable_params": count_trainable(transformer),
+        "memory_before_bytes": state["memory_before_bytes"],
+        "peak_memory_bytes": state["peak_memory_bytes"],
+        "saved_bytes": saved_bytes(transformer, lambda: loss_of(0)),
+        "adapter_bytes": result.with_suffix(".safetensors").stat().st_size,
+        "evaluations": state["evaluations"],
+    }
+
+
+class Judge:
+    """The same noise and classes at every evaluation; Fréchet distance to the reference, recognition where known."""
+
+    def __init__(self, job: Job, pipeline, device: torch.device):
+        self.job, self.pipeline, self.device = job, pipeline, device
+        levels = len(pipeline.vae.config.block_out_channels)
+        self.resolution = pipeline.transformer.config.sample_size * 2 ** (levels - 1)
+        self.features = load_features(job.features, self.resolution, job.features_weights)
+        self.reference, origin = load_statistics(job.reference)
+        Origin.of(self.features, self.resolution, "the generated images").check_comparable(origin)
+        self.labels = [index % len(job.id2label) for index in range(job.num_images)]
+        names = [job.id2label[str(label)] for label in range(len(job.id2label))]
+        self.recognition = recognition_of(job.dataset, names, self.features, self.resolution)
+
+    def measure(self, name: str) -> tuple[dict[str, float], Tensor]:
+        """`distance` and `recognition` of the pipeline as it is, and its first samples (NUM_SHOWN, 3, R, R)."""
+        job, running, recognised, shown = self.job, RunningStatistics(self.features, self.device), 0, []
+        for indices, images in generate_images(
+            self.pipeline,
+            self.labels,
+            job.seed,
+            range(job.num_images),
+            num_inference_steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            batch_size=job.eval_batch_size,
+        ):
+            running.update(indices, images)
+            if self.recognition:
+                recognised += self.recognition.count(images, [self.labels[index] for index in indices])
+            shown += images[: NUM_SHOWN - len(shown)].cpu()
+        statistics: FeatureStatistics = running.reduce()
+        measured = {"distance": frechet_distance(statistics, self.reference)}
+        if self.recognition:
+            measured["recognition"] = recognised / job.num_images
+        print(f"evaluation {name}: {measured}", flush=True)
+        return measured, torch.stack(shown)
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Let the peak start anew from what is in use now, and return that: loading may have taken more than training."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        gc.collect()
+        with suppress(OSError):  # Linux alone has it; elsewhere the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_bytes(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the device where there is one, else the largest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine() -> dict:
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": __version__,
+        "load": os.getloadavg()[0],
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
+    }
+
+
+def main(job_file: Path, result_file: Path) -> None:
+    if importlib.util.find_spec("peft"):
+        import peft  # noqa: F401  for every method alike: its 100 MB are no property of LoRA
+    job = Job(**json.loads(job_file.read_text()))
+    facts = {"job": dataclasses.asdict(job), "machine": machine(), "failed": None}
+    try:
+        facts |= run(job, result_file)
+    except torch.OutOfMemoryError:
+        facts["failed"] = "out of memory"
+    except NonFiniteError as error:
+        facts["failed"] = f"diverged: {error}"
+    write_json(result_file, facts)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

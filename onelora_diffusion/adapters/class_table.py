@@ -1,0 +1,36 @@
+"""New classes: a table of trained rows in the place of the base's."""
+
+import torch
+from torch import nn
+
+from onelora_diffusion.adapters.weights import keeping_precision
+from onelora_diffusion.config import AdapterConfig
+
+CLASS_TABLE = "class_embedding"
+
+
+class ClassTable(nn.Module):
+    """A trained class table: N + 1 rows, the null row last.
+
+    New classes start as N(0, 0.02) (DiT's own initialisation), the null row as the base's null row, which
+    classifier-free guidance already knows.
+
+    Attributes:
+        weight: (num_classes + 1, width), fp32.
+    """
+
+    def __init__(self, base_table: nn.Embedding, config: AdapterConfig):
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = 0.02 * torch.randn(config.num_classes, base_table.embedding_dim, generator=generator)
+        null_row = base_table.weight.detach()[-1:].float()
+        self.weight = nn.Parameter(torch.cat([rows.to(null_row.device), null_row]))
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(keeping_precision(fn), recurse)
+
+
+def serving_table(tables: nn.ModuleDict, active: dict[str, float]) -> str | None:
+    """Tables are not summed: the last named of the active adapters that brought one and weigh other than 0 serves."""
+    names = [name for name, weight in active.items() if name in tables and weight != 0]
+    return names[-1] if names else None

@@ -1,0 +1,33 @@
+"""An adapter's weight at a layer, and the precision that its trained values keep."""
+
+import fnmatch
+
+Weight = float | dict[str, float]  # of an adapter: one number, or numbers by block
+
+
+def weight_at(weight: Weight, path: str) -> float:
+    """An adapter's weight at one layer: that of the longest key that names the layer or a block around it, else 1.
+
+    `transformer_blocks.3` is the block and all in it; `*` and `?` match as in a shell (`*.attn1`).
+    """
+    if not isinstance(weight, dict):
+        return weight
+    keys = [key for key in weight if fnmatch.fnmatchcase(path, key) or fnmatch.fnmatchcase(path, f"{key}.*")]
+    return weight[max(keys, key=len)] if keys else 1.0
+
+
+def scaled(weight: Weight, scale: float) -> Weight:
+    if isinstance(weight, dict):
+        # "*" is what no other key names, which weighs 1.
+        return {"*": scale} | {block: value * scale for block, value in weight.items()}
+    return weight * scale
+
+
+def keeping_precision(fn):
+    """`fn` of `Module._apply`, but that it moves tensors only: `model.half()` would ruin trained values."""
+
+    def apply(tensor):
+        moved = fn(tensor)
+        return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+    return apply

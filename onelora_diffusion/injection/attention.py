@@ -1,0 +1,77 @@
+"""Attention processors: one feature sum for q, k and v, which read the same input."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class OneLoRAAttnProcessor:
+    """Self-attention of a DiT block whose q, k and v share one feature sum.
+
+    A plain callable that reads the vectors from the linear layers: diffusers drops the keyword arguments of a
+    processor that is a Module and counts its weights among the base's. Any other processor is right as well,
+    since the linear layers' own hooks then add the same terms, with a sum for each.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, tokens, features) -> (batch, tokens, features)."""
+        batch, tokens, _ = hidden_states.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+
+        sums = {}
+        if attn.fused_projections:
+            parts = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = (
+                _with_adapters(linear, hidden_states, part, sums)
+                for linear, part in zip((attn.to_q, attn.to_k, attn.to_v), parts, strict=True)
+            )
+        else:
+            query, key, value = (
+                _with_adapters(linear, hidden_states, linear.forward(hidden_states), sums)
+                for linear in (attn.to_q, attn.to_k, attn.to_v)
+            )
+
+        query, key, value = (x.view(batch, tokens, attn.heads, -1).transpose(1, 2) for x in (query, key, value))
+        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        hidden_states = hidden_states.transpose(1, 2).reshape(batch, tokens, -1)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _with_adapters(linear, x, out, sums):
+    return linear.onelora(x, out, sums) if hasattr(linear, "onelora") else out
+
+
+def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """`layers` with one layer, `to_qkv`, in the place of an attention's q, k and v; made here where it is not yet.
+
+    Raises:
+        ValueError: only one or two of an attention's three are among the layers.
+    """
+    fused = {}
+    for path, linear in layers.items():
+        parent, _, name = path.rpartition(".")
+        if name not in ("to_q", "to_k", "to_v"):
+            fused[path] = linear
+        elif not all(f"{parent}.{name}" in layers for name in ("to_q", "to_k", "to_v")):
+            raise ValueError(f"fuse_qkv makes one layer of q, k and v, but of {parent} the targets have not all three")
+        elif f"{parent}.to_qkv" not in fused:
+            attn = model.get_submodule(parent)
+            fused[f"{parent}.to_qkv"] = attn.to_qkv if hasattr(attn, "to_qkv") else _joined(attn)
+    return fused
+
+
+def _joined(attn: nn.Module) -> nn.Linear:
+    linears = (attn.to_q, attn.to_k, attn.to_v)
+    with torch.device("meta"):
+        joined = nn.Linear(attn.to_q.in_features, sum(linear.out_features for linear in linears), bias=False)
+    joined.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+    return joined

@@ -1,0 +1,131 @@
+"""Which layers an adapter serves."""
+
+import fnmatch
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from onelora_diffusion.config import AdapterConfig
+
+OUTPUT_HEADS = (
+    "lm_head",
+    "classifier",
+    "score",
+    "head",
+    "proj_out",
+    "proj_out_1",
+    "proj_out_2",
+    "final_layer",
+)
+
+
+def is_dit(model: nn.Module) -> bool:
+    """Whether this is diffusers' DiT, told without importing diffusers."""
+    return any(cls.__name__ == "DiTTransformer2DModel" for cls in type(model).__mro__)
+
+
+def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
+    """The linear layers that an adapter serves, by path.
+
+    `targets=None` on a DiT is the paper's set, found from its parameter counts: per block adaLN, q, k, v,
+    attention output and both MLP linears, and both output linears; the timestep embedder is left out.
+    Elsewhere it is every linear but the output head.
+    """
+    linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
+    if targets is None and is_dit(model):
+        return {path: linear for path, linear in linears.items() if ".norm1.emb." not in path}
+    if targets is None:
+        return {path: linear for path, linear in linears.items() if not _is_output_head(path)}
+
+    chosen = {path for target in targets for path in linears if _matches(path, target)}
+    for target in targets:
+        if not any(_matches(path, target) for path in linears):
+            kinds = sorted({path.split(".")[-1] for path in linears if not path.split(".")[-1].isdigit()})
+            raise ValueError(
+                f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
+                f"{', '.join(kinds)}"
+            )
+    return _without_copies(model, {path: linear for path, linear in linears.items() if path in chosen})
+
+
+def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """`layers` with the first only of a DiT's timestep and class embeddings, where it will serve all blocks."""
+    copies = {path for path in layers if ".norm1.emb." in path and not path.startswith("transformer_blocks.0.")}
+    if not copies or not is_dit(model) or not equal_copies([block.norm1.emb for block in model.transformer_blocks]):
+        return layers
+    return {path: module for path, module in layers.items() if path not in copies}
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without adapters, however many there are, and without the `to_qkv` made for them."""
+    seen = set()
+
+    def walk(module, path):
+        if module in seen:
+            return
+        seen.add(module)
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in ("onelora", "onelora_swap", "to_qkv"):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def _is_output_head(path: str) -> bool:
+    """By its name, unless it is in a list of blocks: Flux calls a linear layer of each single block `proj_out` too."""
+    *parents, name = path.split(".")
+    return name in OUTPUT_HEADS and not any(parent.isdigit() for parent in parents)
+
+
+def _matches(path: str, target: str) -> bool:
+    """Whole components only: 'proj' is the end of 'ff.net.0.proj', not of 'linear_proj'."""
+    return fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"*.{target}")
+
+
+def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """What full fine-tuning trains: the targets, or every module with parameters of its own, by path.
+
+    The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
+    class table is left out where a new one is trained.
+    """
+    low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if low:
+        raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
+    if config.targets is not None:
+        return dict(target_layers(model, config.targets))
+    layers = {
+        path: module for path, module in base_modules(model) if any(True for _ in module.parameters(recurse=False))
+    }
+    if is_dit(model):
+        layers = _without_copies(model, layers)
+        if config.num_classes is not None:
+            layers = {path: m for path, m in layers.items() if not path.endswith(".class_embedder.embedding_table")}
+    return layers
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The normalisation layers that have weights of their own, by path. A DiT's have none."""
+    return {
+        path: module
+        for path, module in base_modules(model)
+        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def equal_copies(embeddings: list[nn.Module]) -> bool:
+    """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
+    first = list(embeddings[0].parameters())
+    if first[0].is_meta:  # no values to compare: each block keeps its own
+        return False
+    first = [_words(parameter) for parameter in first]
+    return all(
+        torch.equal(a, _words(b)) for emb in embeddings[1:] for a, b in zip(first, emb.parameters(), strict=True)
+    )
+
+
+def _words(parameter: nn.Parameter) -> torch.Tensor:
+    """The same bits as integers of eight bytes where they fit, which compare several times faster than bf16 does."""
+    data = parameter.detach()
+    return data.view(torch.int64) if data.shape[-1] * data.itemsize % 8 == 0 else data

@@ -1,0 +1,91 @@
+"""The verbs on a model with adapters."""
+
+import torch
+from torch import nn
+
+from onelora_diffusion.adapters.weights import Weight
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.injection.attaching import attach_adapter, build_adapter, state_dict_of
+from onelora_diffusion.injection.book import adapters_of, check_name
+from onelora_diffusion.injection.merging import unmerge_adapter
+
+
+def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> nn.Module:
+    """Freeze a base model and add a trainable adapter, which leaves its output as it was.
+
+    Base layers stay where and what they are; an adapter is a child, `onelora`, of the layer it serves.
+    Earlier adapters of the model stay, frozen and inactive. Works on the meta device.
+
+    Args:
+        model: `DiTTransformer2DModel`, or any module with linear layers; changed in place.
+        config: what is trained, and where.
+        adapter_name: a new name without dots.
+
+    Returns:
+        `model`; its parameters that require gradients are exactly the adapter's, in fp32.
+
+    Raises:
+        ValueError: the name is in use, a target matches no layer, or a class table is asked of a model
+            without class embeddings. The model is left as it was.
+    """
+    check_name(model, adapter_name)
+    attach_adapter(model, config, adapter_name, build_adapter(model, config))
+    return model
+
+
+def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Module:
+    """Remove an adapter, or every one; after the last the model is the plain base, bit for bit.
+
+    Merged weights are unmerged first.
+    """
+    book = adapters_of(model)
+    names = list(book.adapters) if adapter_name is None else [book.known(adapter_name)]
+    if book.merged is not None:
+        unmerge_adapter(model)
+    remaining = {name: weight for name, weight in book.weights.items() if name not in names}
+    book.activate(remaining)
+    for name in names:
+        book.detach(name)
+    if not book.adapters:
+        book.restore()
+        del model._onelora, model.save_pretrained
+    return model
+
+
+def set_adapters(
+    model: nn.Module, adapter_names: str | list[str], weights: Weight | list[Weight] | None = None
+) -> nn.Module:
+    """Let the named adapters serve together: their vectors are summed with these weights.
+
+    A weighted sum of 1LoRA adapters is a 1LoRA adapter, so that n of them cost what one costs. Class tables are
+    not summed: the last named adapter that brought one and weighs other than 0 serves its classes.
+
+    Args:
+        weights: one for all or one for each: a number, or numbers by block, such as
+            `{"transformer_blocks.3": 0.5, "*.attn1": 0.0}`, where the longest key that fits counts and 1 is
+            the weight of all that no key names.
+
+    Raises:
+        ValueError: an unknown name or block, a weight that is no finite number, or as many weights as there are
+            not names. Nothing is changed then.
+    """
+    book = adapters_of(model)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
+    if len(weights) != len(names):
+        raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
+    if book.merged is not None:
+        raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them before others are set")
+    book.activate({book.known(name): book.checked(weight, name) for name, weight in zip(names, weights, strict=True)})
+    return model
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The trained tensors of an adapter, live, by their names in an adapter file (without its prefix)."""
+    book = adapters_of(model)
+    return state_dict_of(book.adapters[book.known(adapter_name)])
+
+
+def count_trainable(model: nn.Module) -> int:
+    """The number of weights that require gradients; each shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

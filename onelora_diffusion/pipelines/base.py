@@ -1,0 +1,66 @@
+"""Where a base model comes from: the miniature inside the package, a folder, or the hub."""
+
+import json
+import re
+from pathlib import Path
+
+
+def miniature_path() -> Path:
+    """The pipeline folder that ships with the package: a small DiT of handwritten digits 0-4."""
+    return Path(__file__).parents[1] / "miniature"
+
+
+def load_base(base: str | Path | None = None):
+    """Load a base model as diffusers' `DiTPipeline`, in float32.
+
+    Args:
+        base: a pipeline folder (with `model_index.json`), a hub id (`facebook/DiT-XL-2-256`), or None for
+            the miniature inside the package.
+
+    Raises:
+        FileNotFoundError: `base` is neither a pipeline folder nor shaped like a hub id.
+        ValueError: it is one, but does not load as a DiT: damaged, of another kind, not on the hub, no network.
+    """
+    from diffusers import DiTPipeline
+
+    folder = miniature_path() if base is None else Path(base).expanduser()
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(base)):
+        folder = _fetch(str(base))
+    elif not folder.is_dir():
+        raise FileNotFoundError(
+            f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like "
+            "facebook/DiT-XL-2-256"
+        )
+    elif not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"base model '{folder}': the folder has no model_index.json, so it is no diffusers pipeline"
+        )
+    try:
+        # JSON has no integer keys; left to itself, diffusers warns about the strings.
+        names = json.loads((folder / "model_index.json").read_text()).get("id2label")
+        id2label = names and {int(label): name for label, name in names.items()}
+        return DiTPipeline.from_pretrained(folder, id2label=id2label)
+    except Exception as error:  # whatever the JSON reader, the safetensors reader or a wrong class raises
+        raise ValueError(f"base model '{base or folder}' does not load: {_first_line(error)}") from error
+
+
+def resolution_of(pipeline) -> int:
+    """The width of a `DiTPipeline`'s images in pixels."""
+    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+
+
+def _fetch(hub_id: str) -> Path:
+    """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
+    from diffusers import DiTPipeline
+
+    try:
+        return Path(DiTPipeline.download(hub_id))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's
+        raise ValueError(
+            f"base model '{hub_id}': no such folder, and it cannot be fetched from the hub (no network, no "
+            f"such model, or no access to it); {type(error).__name__}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,239 @@
+"""DiTPipeline with adapters: class names of each adapter, adapters by sample, domain guidance."""
+
+import contextlib
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
+
+from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
+from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
+from onelora_diffusion.files import written_beside
+from onelora_diffusion.injection.book import adapters_of
+from onelora_diffusion.injection.merging import stock_state_dict
+from onelora_diffusion.injection.routing import Entry, route_adapters, route_beside_base
+from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
+from onelora_diffusion.sampling import eval_mode
+
+STOCK_NULL_LABEL = 1000  # what DiTPipeline takes for "no class", whatever the table
+GUIDANCES = ("cfg", "domain")
+
+
+class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
+    """diffusers' `DiTPipeline` with adapters.
+
+    pipe = OneLoRADiTPipeline.from_pretrained("facebook/DiT-XL-2-256")   # or .from_pipe(a DiTPipeline)
+    pipe.load_lora_weights("runs/food101", adapter_name="food")
+    pipe(class_labels=["pizza", "sushi"])
+    pipe(class_labels=["pizza", "robin", 207], adapter_names=["food", "birds", None])
+    """
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> label, of the adapter whose class table serves, or else of the base."""
+        return self._labels_of(None if self._book() is None else self._book().merged or self._book().weights)
+
+    @labels.setter
+    def labels(self, base_labels: dict[str, int]) -> None:
+        self.__dict__["labels"] = base_labels
+
+    def get_label_ids(self, label: str | list[str], adapter_names: str | Sequence[Entry] | None = None) -> list[int]:
+        """Labels of class names.
+
+        Args:
+            label: a name or several.
+            adapter_names: whose class each is, as in the call; None: the adapter's that serves.
+
+        Raises:
+            ValueError: no such class.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        return self._resolve(names, _entries(adapter_names, len(names)))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        adapter_names: str | Sequence[Entry] | None = None,
+        guidance: str = "cfg",
+        cross_attention_kwargs: dict[str, float] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images as `DiTPipeline` does, from the same noise.
+
+        Args:
+            class_labels: labels or class names, one for each image. Each belongs to the class table of its
+                image's adapter; with None for an adapter, to the base's.
+            guidance_scale: w; 1 or less is without guidance.
+            adapter_names: which adapter draws which image (None for the base), all in one batch; a single name
+                is for all. Not given: the adapters that `set_adapters` set.
+            guidance: `cfg`, ε(∅) + w · (ε(y) − ε(∅)) of one model (Ho & Salimans 2022), or `domain`,
+                ε_base(∅) + w · (ε_adapted(y) − ε_base(∅)) (Zhong et al., ICLR 2025), as fast, in one model.
+            cross_attention_kwargs: `{"scale": s}` weighs the adapters s times what they do, in this call.
+
+        Raises:
+            ValueError: no such class, adapter or guidance; not one adapter for each label.
+        """
+        if guidance not in GUIDANCES:
+            raise ValueError(f"unknown guidance '{guidance}': choose {' or '.join(GUIDANCES)}")
+        if set(cross_attention_kwargs or {}) - {"scale"}:
+            raise ValueError(f"cross_attention_kwargs {cross_attention_kwargs}: a DiT knows no other than 'scale'")
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        elif isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        entries = _entries(adapter_names, len(class_labels))
+        labels = self._resolve(class_labels, entries)
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        if entries is not None and scale != 1:
+            entries = [_scaled_entry(entry, scale) for entry in entries]
+        is_domain = guidance == "domain" and guidance_scale > 1
+        with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
+            return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write a plain `DiTPipeline` with its class names: the base's, or with fused adapters in it.
+
+        Fused, the class table has at least the 1001 rows that `DiTPipeline` counts on: the adapter's classes
+        first, the null row in all the others.
+
+        Raises:
+            ValueError: adapters serve unfused, and would be lost; or a fused one has more than 1000 classes.
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        index = Path(save_directory) / "model_index.json"
+        id2label: dict[str, str] = {}
+        by_label = sorted(self.labels.items(), key=lambda item: item[1])
+        for name, label in by_label:  # several names of one class are parted by commas
+            id2label[str(label)] = f"{id2label[str(label)]}, {name}" if str(label) in id2label else name
+        contents = json.loads(index.read_text()) | {"id2label": id2label}
+        with written_beside(index) as part:
+            part.write_text(json.dumps(contents, indent=2) + "\n")
+
+    def _stock(self) -> DiTPipeline:
+        stock = super()._stock()
+        if self.num_fused_loras:
+            stock.register_modules(transformer=_plain_transformer(self._adapted_model()))
+        return stock
+
+    # -----------------------------------------------------------------------------------------------
+    # Classes
+
+    def _table_of(self, weights: Mapping[str, Weight] | None) -> tuple[str | None, int]:
+        """(the adapter whose class table serves under these weights, None for the base's; its number of classes)."""
+        model, book = self._adapted_model(), self._book()
+        if book is None:
+            return None, model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.num_embeddings - 1
+        at_table = {name: weight_at(weight, CLASS_TABLE) for name, weight in (weights or {}).items()}
+        name = serving_table(book.conditioning.tables, at_table)
+        if name is None:
+            return None, book.conditioning.base_table.num_embeddings - 1
+        return name, len(book.conditioning.tables[name].weight) - 1
+
+    def _labels_of(self, weights: Mapping[str, Weight] | None) -> dict[str, int]:
+        name, _ = self._table_of(weights)
+        if name is None:
+            return self.__dict__["labels"]
+        id2label = self._book().origins.get(name, {}).get("id2label") or {}
+        return dict(sorted((part.strip(), label) for label, names in id2label.items() for part in names.split(",")))
+
+    def _resolve(self, classes: Sequence[int | str], entries: list[Entry] | None) -> list[int]:
+        """Labels of class names and numbers, each in the class table of its own sample's adapter."""
+        book = self._book()
+        serving = {} if book is None else book.merged or book.weights
+        if entries is None:
+            mixtures = [serving] * len(classes)
+        else:
+            mixtures = [{} if e is None else {e: 1.0} if isinstance(e, str) else e for e in entries]
+            for name in {name for mixture in mixtures for name in mixture}:
+                adapters_of(self._adapted_model()).known(name)
+        return [self._label(wanted, mixture) for wanted, mixture in zip(classes, mixtures, strict=True)]
+
+    def _label(self, wanted: int | str, weights: Mapping[str, Weight]) -> int:
+        adapter, num_classes = self._table_of(weights)
+        owner = "the base" if adapter is None else f"adapter '{adapter}'"
+        if not isinstance(wanted, str):
+            if not 0 <= wanted <= num_classes and wanted != STOCK_NULL_LABEL:
+                raise ValueError(f"label {wanted} is none of the {num_classes} classes of {owner}")
+            return int(wanted)
+        labels = self._labels_of(weights)
+        if wanted in labels:
+            return labels[wanted]
+        plain = {_plain(name): label for name, label in labels.items()}
+        if _plain(wanted) not in plain:
+            near = difflib.get_close_matches(_plain(wanted), plain, n=5) or list(labels)[:5]
+            there = f"there is {', '.join(near)}" if near else f"it has no class names; give 0 to {num_classes - 1}"
+            raise ValueError(f"'{wanted}' does not exist among the {num_classes} classes of {owner}: {there}")
+        return plain[_plain(wanted)]
+
+    # -----------------------------------------------------------------------------------------------
+    # Sampling
+
+    def _routed(self, entries: list[Entry] | None, is_domain: bool, batch_size: int):
+        """Context manager: which adapters serve which part of the batch in this call."""
+        model = self._adapted_model()
+        if self._book() is None:  # the base is all there is: domain guidance is its classifier-free guidance
+            return contextlib.nullcontext()
+        if is_domain:
+            return route_beside_base(model, batch_size, entries)
+        return contextlib.nullcontext() if entries is None else route_adapters(model, entries)
+
+    @contextlib.contextmanager
+    def _null_label_in_reach(self):
+        """Inside, label 1000 is the null row of smaller class tables as well, and no label is dropped."""
+        model, book = self._adapted_model(), self._book()
+        last_row = self._table_of(None)[1]
+
+        def clamp(model, args, kwargs):
+            return args, kwargs | {"class_labels": kwargs["class_labels"].clamp(max=last_row)}
+
+        # With adapters the class embedding does it by itself.
+        hook = model.register_forward_pre_hook(clamp, with_kwargs=True) if book is None else None
+        try:
+            with eval_mode(model):
+                yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+
+def _plain_transformer(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """A merged transformer as diffusers has it, with a class table that reaches to `DiTPipeline`'s null label."""
+    rows = max(adapters_of(model).conditioning.base_table.num_embeddings, STOCK_NULL_LABEL + 1)
+    weights = stock_state_dict(model, model.state_dict(), table_rows=rows)
+    with torch.device("meta"):
+        plain = DiTTransformer2DModel.from_config(model.config, num_embeds_ada_norm=rows - 1)
+    plain.load_state_dict(weights, assign=True)
+    return plain
+
+
+def _entries(adapter_names: str | Sequence[Entry] | None, batch_size: int) -> list[Entry] | None:
+    if adapter_names is None:
+        return None
+    entries = [adapter_names] * batch_size if isinstance(adapter_names, str) else list(adapter_names)
+    if len(entries) != batch_size:
+        raise ValueError(f"{len(entries)} adapter names for {batch_size} class labels; one each is needed")
+    return entries
+
+
+def _scaled_entry(entry: Entry, scale: float) -> Entry:
+    weights = {entry: 1.0} if isinstance(entry, str) else entry or {}
+    return {name: scaled(weight, scale) for name, weight in weights.items()}
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace(" ", "_")

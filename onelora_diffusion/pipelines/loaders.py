@@ -1,0 +1,427 @@
+"""The adapter verbs of diffusers' pipelines, for 1LoRA: load, set, fuse, unload, save."""
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from onelora_diffusion.adapters.weights import Weight, scaled
+from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, refuse_merged
+from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
+from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
+from onelora_diffusion.storage.finding import find_weights
+from onelora_diffusion.storage.reading import json_or_text, read_dict, read_file, read_safetensors
+
+CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+class OneLoRALoaderMixin:
+    """`load_lora_weights` and its family, over any diffusers pipeline with a `transformer` or a `unet`.
+
+        class OneLoRAFluxPipeline(OneLoRALoaderMixin, FluxPipeline): ...
+        pipe = OneLoRALoaderMixin.from_pipe(pipe)     # the same for a pipeline that is in memory
+
+    Names and keyword arguments are those of diffusers. Every error is a ValueError or FileNotFoundError of one
+    line, after which the pipeline computes what it did before, bit for bit.
+    """
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline):
+        """A pipeline that shares all of `pipeline`, weights and offloading included, and has the verbs as well.
+
+        Raises:
+            ValueError: `pipeline` is of another kind than this class.
+        """
+        if cls is OneLoRALoaderMixin:
+
+            class OneLoRAPipeline(OneLoRALoaderMixin, type(pipeline)):
+                __doc__ = type(pipeline).__doc__
+
+            cls = OneLoRAPipeline
+        if not isinstance(pipeline, cls.stock_class()):
+            raise ValueError(
+                f"{cls.__name__} is made from a {cls.stock_class().__name__}, not {type(pipeline).__name__}"
+            )
+        adapted = copy.copy(pipeline)
+        adapted.__class__ = cls
+        adapted._adapted_model()
+        return adapted
+
+    @classmethod
+    def stock_class(cls) -> type[DiffusionPipeline]:
+        """The pipeline class of diffusers below this one."""
+        return next(
+            c for c in cls.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, OneLoRALoaderMixin)
+        )
+
+    # -----------------------------------------------------------------------------------------------
+    # Load and save
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = None,
+        proxies: dict[str, str] | None = None,
+        low_cpu_mem_usage: bool = True,
+    ) -> None:
+        """Load an adapter; it is the active one then.
+
+        Takes a file of this library, a LoRA that is exactly 1LoRA (A is all ones), PEFT's MiSS of rank 1, and any
+        other LoRA or DoRA of linear layers by way of PEFT; as a file, a folder, a hub id or a state dict.
+
+        Args:
+            adapter_name: a new name; None: `default_0`, `default_1`, …
+            hotswap: write the values into the present adapter `adapter_name`, which must be of the same kind; a
+                compiled model is not compiled again.
+            weight_name: which file of a folder or repository.
+            low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
+
+        Raises:
+            FileNotFoundError: no such file, folder, or repository in reach.
+            ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
+        """
+        model = self._adapted_model()
+        if proxies is not None:
+            raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
+        if hotswap and adapter_name is None:
+            raise ValueError("hotswap=True needs the adapter_name whose values are replaced")
+        if hotswap:
+            adapters_of(model).known(adapter_name)
+        else:
+            present = adapters_of(model).adapters if hasattr(model, "_onelora") else {}
+            free = (f"default_{i}" for i in range(len(present) + 1))
+            adapter_name = adapter_name or next(name for name in free if name not in present)
+            check_name(model, adapter_name)
+
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, dict):
+            file, shown = read_dict(model, source, {}, "the state dict"), "the state dict"
+        else:
+            path = find_weights(
+                source,
+                weight_name=weight_name,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+            file, shown = read_file(model, path), str(path)
+        if hotswap:
+            swap_values(adapters_of(model), file, adapter_name, shown)
+        else:
+            attach_adapter_file(model, file, adapter_name, shown)
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = None,
+        proxies: dict[str, str] | None = None,
+        return_lora_metadata: bool = False,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict]:
+        """The tensors of an adapter file by their keys, and on request what its header says as well."""
+        if proxies is not None:
+            raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, dict):
+            tensors, metadata = dict(source), {}
+        else:
+            path = find_weights(
+                source,
+                weight_name=weight_name,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+            tensors, metadata = read_safetensors(path)
+            metadata = {name: json_or_text(text) for name, text in metadata.items()}
+        return (tensors, metadata) if return_lora_metadata else tensors
+
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
+        *,
+        adapter_name: str | None = None,
+        id2label: dict[int, str] | None = None,
+        base: str | None = None,
+        training: dict | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Write an adapter to `save_directory/onelora_weights.safetensors`, with all that its own file said of it.
+
+        Args:
+            transformer_lora_layers: other values for the tensors of `adapter_state_dict`, such as their average.
+            weight_name: another name for the file.
+            adapter_name: which adapter; None: the only one that is active.
+            id2label, base, training, dtype: as in `save_adapter`; None: what the adapter was loaded with.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
+        book = adapters_of(self._adapted_model())
+        if adapter_name is None:
+            serving = list(book.merged or book.weights or book.adapters)
+            if len(serving) != 1:
+                raise ValueError(f"adapters {', '.join(serving)} are active: give the adapter_name to save")
+            adapter_name = serving[0]
+        if Path(save_directory).is_file():
+            raise ValueError(f"save_directory '{save_directory}' is a file, and a folder is needed")
+        name = weight_name or WEIGHTS_NAME
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"weight_name '{name}' must end in .safetensors")
+        origin = book.origins.get(book.known(adapter_name), {})
+        if is_main_process:
+            save_adapter(
+                book.model,
+                Path(save_directory) / name,
+                adapter_name,
+                state_dict=transformer_lora_layers,
+                id2label=origin.get("id2label") if id2label is None else id2label,
+                base=base or origin.get("base") or getattr(self.config, "_name_or_path", None) or None,
+                training=origin.get("training") if training is None else training,
+                dtype=dtype,
+            )
+
+    def unload_lora_weights(self) -> None:
+        """Remove every adapter, fused or not; the model is the plain base again, bit for bit."""
+        if self._book() is not None:
+            unload_adapter(self._adapted_model())
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """Remove the named adapters; the others serve as before. Fused weights are unfused first."""
+        book = adapters_of(self._adapted_model())
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            book.known(name)
+        if book.merged is not None:
+            self.unfuse_lora()
+        for name in dict.fromkeys(names):
+            unload_adapter(book.model, name)
+
+    # -----------------------------------------------------------------------------------------------
+    # Which adapters serve
+
+    def set_adapters(
+        self, adapter_names: str | list[str], adapter_weights: float | dict | list[float | dict] | None = None
+    ) -> None:
+        """Let the named adapters serve together, their vectors summed with these weights.
+
+        Args:
+            adapter_weights: one for all or one for each: a number, or numbers by block, as in
+                `{"transformer_blocks.3": 0.5, "*.attn1": 0}`; diffusers' nested form of a UNet,
+                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well.
+        """
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]
+        weights = [self._weight(weight) for weight in weights]
+        set_adapters(
+            self._adapted_model(), adapter_names, weights if isinstance(adapter_weights, list) else weights[0]
+        )
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that serve; fused ones too, and none while they are disabled."""
+        book = self._book()
+        return [] if book is None else list(book.weights if book.merged is None else book.merged)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Component -> the names of its adapters, in the order of loading."""
+        book = self._book()
+        return {} if book is None else {self._component(): list(book.adapters)}
+
+    def disable_lora(self) -> None:
+        """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
+        book = adapters_of(self._adapted_model())
+        refuse_merged(book, "disabled")
+        book.paused = book.weights or book.paused
+        book.activate({})
+
+    def enable_lora(self) -> None:
+        """Bring back the adapters that `disable_lora` put out of service, with their weights."""
+        book = adapters_of(self._adapted_model())
+        if not book.weights:
+            book.activate({name: weight for name, weight in book.paused.items() if name in book.adapters})
+
+    # -----------------------------------------------------------------------------------------------
+    # Fuse
+
+    def fuse_lora(
+        self,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | list[str] | None = None,
+        components: list[str] | None = None,
+    ) -> None:
+        """Fold adapters into the base weights, times `lora_scale`, so that they cost nothing at all.
+
+        Args:
+            safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite.
+            adapter_names: which adapters; None: those that serve. They count with the weights they have.
+        """
+        self._check_components(components)
+        model = self._adapted_model()
+        book = adapters_of(model)
+        refuse_merged(book, "fused again")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("the base's weights are offloaded: fuse before enable_sequential_cpu_offload")
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = list(book.weights) if names is None else [book.known(name) for name in names]
+        if not names:
+            raise ValueError("no adapter is active: name the adapters to fuse")
+        before = book.weights
+        fused = {n: book.checked(scaled(before.get(n, 1.0), lora_scale), n) for n in names}
+        book.activate(fused)
+        try:
+            merge_adapter(model, safe_merging=safe_fusing)
+        except ValueError:
+            book.activate(before)
+            raise
+        book.before_merging = before
+
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
+        """Restore the base weights bit for bit, and the adapters with the weights they had before."""
+        self._check_components(components)
+        book = adapters_of(self._adapted_model())
+        unmerge_adapter(book.model)
+        book.activate(book.before_merging or book.weights)
+        book.before_merging = {}
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        book = self._book()
+        return set() if book is None else set(book.merged or ())
+
+    # -----------------------------------------------------------------------------------------------
+    # Call and write
+
+    def __call__(self, *args, **kwargs):
+        """The pipeline's own call; a `scale` in its attention kwargs weighs the adapters during it."""
+        scale, kwargs = _take_scale(kwargs) if self._book() is not None else (1.0, kwargs)
+        with self._weighed(scale):
+            return super().__call__(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write a plain pipeline for machines without this library: the base's, or with fused adapters in it.
+
+        Raises:
+            ValueError: adapters serve unfused, and would be lost.
+        """
+        if (book := self._book()) is not None and book.merged is None and book.weights:
+            raise ValueError(
+                f"adapters {', '.join(book.weights)} serve unfused, which a plain pipeline cannot hold: fuse_lora() "
+                "writes them into its weights, disable_lora() leaves the base, save_lora_weights() writes an adapter"
+            )
+        self._stock().save_pretrained(
+            save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
+        )
+
+    def _stock(self) -> DiffusionPipeline:
+        """This pipeline as diffusers' own class, whose name it writes."""
+        stock = copy.copy(self)
+        stock.__class__ = self.stock_class()
+        return stock
+
+    # -----------------------------------------------------------------------------------------------
+
+    def _component(self) -> str:
+        for name in ("transformer", "unet"):
+            if isinstance(getattr(self, name, None), nn.Module):
+                return name
+        raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to adapt")
+
+    def _adapted_model(self) -> nn.Module:
+        model = getattr(self, self._component())
+        return getattr(model, "_orig_mod", model)  # torch.compile wraps it
+
+    def _book(self) -> AdapterBook | None:
+        return getattr(self._adapted_model(), "_onelora", None)
+
+    def _check_components(self, components: list[str] | None) -> None:
+        if components is not None and list(components) != [self._component()]:
+            raise ValueError(f"components {list(components)}: adapters are in '{self._component()}' only")
+
+    def _weight(self, weight: float | dict | None) -> Weight:
+        if weight is None:
+            return 1.0
+        component = self._component()
+        if isinstance(weight, dict) and set(weight) == {component}:
+            weight = weight[component]
+        return _flat(weight) if isinstance(weight, dict) else weight
+
+    @contextlib.contextmanager
+    def _weighed(self, scale: float):
+        """Inside, the adapters that serve weigh `scale` times what they do."""
+        if scale == 1:
+            yield
+            return
+        book = adapters_of(self._adapted_model())
+        refuse_merged(book, f"scaled by {scale}")
+        before = book.weights
+        book.activate({name: book.checked(scaled(weight, scale), name) for name, weight in before.items()})
+        try:
+            yield
+        finally:
+            book.activate(before)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _flat(weights: dict | list, prefix: str = "") -> dict[str, float]:
+    """diffusers' nested weights by path: `{"up": {"block_0": 0.2}}` -> `{"up_blocks.0": 0.2}`."""
+    flat = {}
+    items = enumerate(weights) if isinstance(weights, list) else weights.items()
+    for key, value in items:
+        key = f"attentions.{key}" if isinstance(weights, list) else UNET_BLOCKS.get(key, key).removeprefix("block_")
+        path = f"{prefix}.{key}" if prefix else key
+        flat |= _flat(value, path) if isinstance(value, dict | list) else {path: value}
+    return flat
+
+
+def _take_scale(kwargs: dict) -> tuple[float, dict]:
+    """(the `scale` among a call's attention kwargs, the call's kwargs without it)."""
+    for name in CALL_KWARGS:
+        if "scale" in (given := kwargs.get(name) or {}):
+            rest = {key: value for key, value in given.items() if key != "scale"}
+            return given["scale"], kwargs | {name: rest or None}
+    return 1.0, kwargs

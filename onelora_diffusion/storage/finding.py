@@ -1,0 +1,103 @@
+"""Find the file of an adapter: on disk, in a folder, or on the hub."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
+from onelora_diffusion.storage.lora import DIFFUSERS_LORA, PEFT_CONFIG, PEFT_LORA
+
+KNOWN_NAMES = (WEIGHTS_NAME, DIFFUSERS_LORA, PEFT_LORA)
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def find_weights(
+    source: str | os.PathLike,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+) -> Path:
+    """The file of an adapter: `source` itself, or the one in that folder or hub repository.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a folder holds several, or the file is a pickle.
+    """
+    local = Path(source).expanduser()
+    folder = local / subfolder if subfolder else local
+    if local.is_file():
+        if weight_name not in (None, local.name):
+            raise ValueError(f"'{source}' is a file, and weight_name '{weight_name}' would be another in a folder")
+        return _no_pickle(local)
+    if folder.is_dir():
+        return _file_in(folder, weight_name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or local.is_dir():
+        raise FileNotFoundError(f"no adapter at '{folder}': there is no such file or folder, and it is no hub id")
+    names = [weight_name] if weight_name else KNOWN_NAMES
+    _no_pickle(Path(names[0]))
+    return _download(str(source), names, subfolder, revision, token, cache_dir, force_download, local_files_only)
+
+
+def _no_pickle(path: Path) -> Path:
+    if path.suffix in PICKLES:
+        raise ValueError(f"'{path}' is a pickle, which could run any code; only .safetensors files are read")
+    return path
+
+
+def _file_in(folder: Path, weight_name: str | None) -> Path:
+    if weight_name is not None:
+        if not (folder / weight_name).is_file():
+            raise FileNotFoundError(f"no file '{weight_name}' in '{folder}'; there is {_listed(folder)}")
+        return _no_pickle(folder / weight_name)
+    for name in KNOWN_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise ValueError(f"'{folder}' holds {', '.join(path.name for path in found)}: give the weight_name to load")
+    if not found:
+        raise FileNotFoundError(f"no adapter in '{folder}': it holds {_listed(folder)}")
+    return found[0]
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+def _download(repo_id, names, subfolder, revision, token, cache_dir, force_download, local_files_only) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    settings = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": bool(local_files_only) or constants.HF_HUB_OFFLINE,
+    }
+    failure = None
+    for name in names:
+        try:
+            path = Path(hf_hub_download(repo_id, name, **settings))
+        except LocalEntryNotFoundError as error:  # it is not in the cache, and the hub is out of reach
+            failure = f"'{repo_id}' is not in the cache, and the hub cannot be reached or is not to be used", error
+        except EntryNotFoundError as error:
+            failure = f"'{repo_id}' has no {' or '.join(names)}; give the weight_name", error
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            failure = f"'{repo_id}' cannot be had from the hub: {str(error).strip().splitlines()[0]}", error
+            break
+        else:
+            if name == PEFT_LORA:  # its settings lie beside it
+                with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+                    hf_hub_download(repo_id, PEFT_CONFIG, **settings)
+            return path
+    message, error = failure
+    raise FileNotFoundError(f"no adapter: {message}") from error

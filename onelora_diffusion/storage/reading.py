@@ -1,0 +1,93 @@
+"""Read whatever adapter a file holds."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from onelora_diffusion.adapters.class_table import CLASS_TABLE
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.injection.attaching import PREFIX, AdapterFile
+from onelora_diffusion.injection.layers import norm_layers, target_layers
+from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.lora import PEFT_CONFIG, import_foreign, is_foreign
+
+
+def read_file(model: nn.Module, path: Path) -> AdapterFile:
+    if "onelora" in _read_metadata(path):
+        return read_adapter(path)
+    tensors, metadata = read_safetensors(path)
+    settings = {}
+    config = path.with_name(PEFT_CONFIG)
+    if "lora_adapter_metadata" in metadata:
+        flat = json.loads(metadata["lora_adapter_metadata"])
+        settings = {name.split(".", 1)[1]: value for name, value in flat.items() if "." in name}
+    elif config.is_file():
+        settings = json.loads(config.read_text())
+    return read_dict(model, tensors, settings, str(path))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
+
+
+def read_dict(model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str) -> AdapterFile:
+    """An adapter from bare tensors, told by their keys."""
+    own = [key for key in tensors if ".onelora_" in key or key.removeprefix(PREFIX).startswith(f"{CLASS_TABLE}.")]
+    if own:
+        return _read_own(model, tensors, source)
+    if not is_foreign(tensors):
+        found = ", ".join(list(tensors)[:3]) or "no keys at all"
+        raise ValueError(
+            f"{source} holds no adapter: none of its {len(tensors)} keys is one of 1LoRA, LoRA, DoRA or MiSS ({found})"
+        )
+    return import_foreign(model, tensors, settings, source)
+
+
+def _read_own(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> AdapterFile:
+    """Settings are read off the keys; of a vector adapter that is all of them but a random compression."""
+    values = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    for key, tensor in values.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: {PREFIX}{key} holds NaN or infinity")
+    parts = {tuple(key.rsplit(".onelora_", 1)) for key in values if ".onelora_" in key}
+    vectors = {path for path, part in parts if part in ("b", "beta", "gamma")}
+    others = {path for path, part in parts if part not in ("b", "beta", "gamma")}
+    if not others <= set(norm_layers(model)):
+        odd = sorted(others - set(norm_layers(model)))[0]
+        raise ValueError(f"{source}: the settings of what it holds for {odd} are in its file's header: load the file")
+    table = values.get(f"{CLASS_TABLE}.weight")
+    names = {part for path, part in parts if path in vectors}
+    return AdapterFile(
+        config=AdapterConfig(
+            sum="b" in names,
+            bias="beta" in names,
+            scale="gamma" in names,
+            norms=bool(others),
+            targets=None if not vectors or vectors == set(target_layers(model, None)) else tuple(sorted(vectors)),
+            num_classes=None if table is None else len(table) - 1,
+        ),
+        tensors=values,
+        fingerprint=None,
+    )
+
+
+def json_or_text(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

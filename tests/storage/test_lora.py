@@ -1,0 +1,350 @@
+import copy
+import json
+
+import pytest
+import torch
+from conftest import dit_inputs, make_dit, randomize
+from safetensors.torch import load_file, save_file
+
+from onelora_diffusion import (
+    AdapterConfig,
+    OneLoRADiTPipeline,
+    OneLoRALoaderMixin,
+    adapter_state_dict,
+    export_lora,
+    inject_adapter,
+    unload_adapter,
+)
+from onelora_diffusion.pipelines.base import load_base
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+        "pooled_projections": torch.randn(2, 8),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "img_ids": torch.randn(16, 3),
+        "txt_ids": torch.randn(5, 3),
+    }
+    return model, inputs
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pooled_projection_dim=8,
+        out_channels=4,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "pooled_projections": torch.randn(2, 8),
+        "timestep": torch.tensor([10, 700]),
+    }
+    return model, inputs
+
+
+def pixart():
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "timestep": torch.tensor([10, 700]),
+        "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
+    }
+    return model, inputs
+
+
+def sana():
+    from diffusers import SanaTransformer2DModel
+
+    model = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+        "timestep": torch.tensor([10.0, 700.0]),
+    }
+    return model, inputs
+
+
+def unet():
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([10, 700]),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+    }
+    return model, inputs
+
+
+MODELS = [flux, sd3, pixart, sana, unet]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_inject_train_export_and_stock_loading_gives_the_same_output(make, tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    stock, inputs = make()
+    model = inject_adapter(copy.deepcopy(stock), AdapterConfig())
+    base = stock(**inputs).sample
+    torch.testing.assert_close(model(**inputs).sample, base)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    (model(**inputs).sample - torch.randn_like(base)).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        randomize(model, scale=0.02)
+        expected = model(**inputs).sample
+        assert not torch.allclose(expected, base, atol=1e-4)
+
+        export_lora(model, tmp_path)
+        if make is pixart:  # diffusers gives it no LoRA verbs
+            stock = PeftModel.from_pretrained(stock, tmp_path)
+        else:
+            component = "unet" if make is unet else "transformer"
+            stock.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix=component)
+        torch.testing.assert_close(stock(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_flux_is_adapted_in_all_its_blocks_and_not_at_its_output():
+    model, _ = flux()
+    paths = {key.removesuffix(".onelora_b") for key in adapter_state_dict(inject_adapter(model, AdapterConfig()))}
+    assert "single_transformer_blocks.0.proj_out" in paths and "proj_out" not in paths
+
+
+def test_stock_flux_pipeline_loads_the_export(tmp_path):
+    from diffusers import FluxPipeline
+
+    torch.manual_seed(0)
+    stock, inputs = flux()
+    model = randomize(inject_adapter(copy.deepcopy(stock), AdapterConfig()))
+    export_lora(model, tmp_path)
+    pipe = FluxPipeline(None, None, None, None, None, None, transformer=stock)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**inputs).sample, model(**inputs).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fuse_qkv", [False, True])
+def test_peft_loads_the_export_of_a_dit(tmp_path, fuse_qkv):
+    from peft import PeftModel
+
+    model, inputs = make_dit(), dit_inputs()
+    randomize(inject_adapter(model, AdapterConfig(fuse_qkv=fuse_qkv)))
+    export_lora(model, tmp_path)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        loaded = PeftModel.from_pretrained(make_dit(), tmp_path).eval()
+        torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_export_is_ones_and_b(dit, tmp_path):
+    randomize(inject_adapter(dit, AdapterConfig()))
+    export_lora(dit, tmp_path, dtype=torch.bfloat16)
+    lora = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    own = adapter_state_dict(dit)
+    assert len(lora) == 2 * len(own)
+    for key, b in own.items():
+        path = f"transformer.{key.removesuffix('.onelora_b')}"
+        assert torch.equal(lora[f"{path}.lora_B.weight"][:, 0], b.bfloat16())
+        assert torch.equal(lora[f"{path}.lora_A.weight"], torch.ones_like(lora[f"{path}.lora_A.weight"]))
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (AdapterConfig(num_classes=3), "trains a class table"),
+        (AdapterConfig(bias=True), "trains biases"),
+        (AdapterConfig(scale=True), "trains scales"),
+        (AdapterConfig(method="bitfit"), "no sum part"),
+        (AdapterConfig(compression="random"), "compression is random"),
+        (AdapterConfig(method="mora1"), "of method 'mora1'"),
+    ],
+)
+def test_what_a_lora_cannot_carry_is_refused(dit, tmp_path, config, reason):
+    inject_adapter(dit, config)
+    with pytest.raises(ValueError, match=f"adapter 'default' cannot be a LoRA: .*{reason}.*save_pretrained"):
+        export_lora(dit, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def peft_pair(config, tmp_path):
+    """A stock DiT with random PEFT weights, saved in a folder, and what it computes."""
+    from peft import get_peft_model
+
+    model = get_peft_model(make_dit(), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(tmp_path)
+        return model.eval()(**dit_inputs()).sample
+
+
+TARGETS = ["to_q", "to_k", "to_v", "ff.net.2", "proj_out_2"]
+
+
+def loaded_output(tmp_path):
+    from diffusers import DiTPipeline
+
+    base = load_base()
+    pipe = OneLoRADiTPipeline.from_pipe(DiTPipeline(make_dit(), base.vae, base.scheduler))
+    pipe.load_lora_weights(tmp_path, adapter_name="x")
+    with torch.no_grad():
+        return pipe.transformer(**dit_inputs()).sample, pipe.transformer._onelora.configs["x"]
+
+
+def test_a_miss_folder_of_rank_1_is_1lora(tmp_path):
+    from peft import MissConfig
+
+    expected = peft_pair(MissConfig(r=1, target_modules=TARGETS), tmp_path)
+    out, config = loaded_output(tmp_path)
+    assert config.method == "1lora"
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 1, "init_weights": "mini", "mini_r": 1}])
+def test_other_miss_is_refused(tmp_path, settings):
+    from peft import MissConfig
+
+    peft_pair(MissConfig(**settings, target_modules=["to_q"]), tmp_path)
+    with pytest.raises(ValueError, match="only the plain one of rank 1 is 1LoRA"):
+        loaded_output(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, method",
+    [
+        ({"r": 2, "lora_alpha": 8}, "lora"),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "lora"),
+        ({"r": 2, "lora_alpha": 6, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 1}}, "lora"),
+        ({"r": 2, "lora_alpha": 2, "use_dora": True}, "dora"),
+    ],
+)
+def test_ordinary_lora_and_dora_by_way_of_peft(tmp_path, settings, method):
+    from peft import LoraConfig
+
+    expected = peft_pair(LoraConfig(**settings, target_modules=TARGETS), tmp_path)
+    out, config = loaded_output(tmp_path)
+    assert config.method == method
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_with_constant_rows_is_1lora_with_its_scale(tmp_path, dit):
+    """B A x with A = ((2 … 2), (3 … 3)) and α/r = 4/2 is b Σx with b = 2 · (2 b₁ + 3 b₂)."""
+    b1, b2 = torch.arange(32.0), torch.ones(32)
+    tensors = {
+        "transformer.transformer_blocks.0.attn1.to_q.lora.down.weight": torch.tensor([[2.0], [3.0]]).expand(2, 32),
+        "transformer.transformer_blocks.0.attn1.to_q.lora.up.weight": torch.stack([b1, b2], 1),
+        "transformer.transformer_blocks.0.attn1.to_q.alpha": torch.tensor(4.0),
+    }
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "x.safetensors")
+    pipe = OneLoRADiTPipeline.from_pipe(load_base())
+    pipe.transformer = dit
+    pipe.load_lora_weights(tmp_path, adapter_name="x")
+    (vector,) = adapter_state_dict(dit, "x").values()
+    assert torch.equal(vector, 2 * (2 * b1 + 3 * b2))
+
+
+def test_settings_that_cannot_be_kept_are_refused(tmp_path):
+    from peft import LoraConfig
+
+    peft_pair(LoraConfig(r=1, target_modules=["to_q"], bias="lora_only"), tmp_path)
+    with pytest.raises(ValueError, match="to_q.*bias.* is no part of a LoRA|its bias is 'lora_only'"):
+        loaded_output(tmp_path)
+
+
+def test_a_path_that_also_ends_another_path(tmp_path):
+    """Flux has `proj_out` and `single_transformer_blocks.0.proj_out`."""
+    torch.manual_seed(0)
+    model, inputs = flux()
+    expected_base = model(**inputs).sample
+    b = torch.randn(4, 1)
+    tensors = {"transformer.proj_out.lora_A.weight": torch.ones(1, 32), "transformer.proj_out.lora_B.weight": b}
+    from diffusers import FluxPipeline
+
+    pipe = OneLoRALoaderMixin.from_pipe(FluxPipeline(None, None, None, None, None, None, transformer=model))
+    pipe.load_lora_weights(tensors, adapter_name="x")
+    own = adapter_state_dict(model, "x")
+    assert torch.equal(own["proj_out.onelora_b"], b[:, 0])
+    assert not own["single_transformer_blocks.0.proj_out.onelora_b"].any()
+    assert not torch.allclose(model(**inputs).sample, expected_base)
+    assert pipe.get_list_adapters() == {"transformer": ["x"]}
+    unload_adapter(model)
+    assert torch.equal(model(**inputs).sample, expected_base)
+
+
+def test_the_files_say_where_they_come_from(dit, tmp_path):
+    inject_adapter(dit, AdapterConfig(targets=("to_q",)))
+    export_lora(dit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (1, 1, "LORA")
+    assert config["target_modules"] == [f"transformer_blocks.{i}.attn1.to_q" for i in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ]
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        export_lora(dit, tmp_path / "adapter_config.json")

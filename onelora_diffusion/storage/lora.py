@@ -76,6 +76,7 @@ def export_lora(
         lora[f"{layer}.lora_A.weight"] = torch.ones(1, in_features, dtype=dtype)
         lora[f"{layer}.lora_B.weight"] = module.b.detach().to("cpu", dtype).unsqueeze(1).clone()
     settings = {"r": 1, "lora_alpha": 1, "target_modules": list(adapter), "bias": "none"}
+    settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
     path = Path(path)
     if path.suffix == ".safetensors":
         _write_diffusers(path, lora, settings, component)

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from conftest import dit_inputs, make_dit, randomize
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from onelora_diffusion import (
@@ -341,6 +342,10 @@ def test_the_files_say_where_they_come_from(dit, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (1, 1, "LORA")
     assert config["target_modules"] == [f"transformer_blocks.{i}.attn1.to_q" for i in (0, 1)]
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    # diffusers 0.36 to 0.39 reads both by name, and fails where one is missing
+    assert (metadata["transformer.rank_pattern"], metadata["transformer.alpha_pattern"]) == ({}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

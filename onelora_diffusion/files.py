@@ -1,11 +1,14 @@
 """Files and folders that are whole or not there at all."""
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 
@@ -14,39 +17,72 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Context manager: a file beside `path` to write, which is flushed at the end and only then put there.
 
     Raises:
-        OSError: the disk is full; an older file at `path` is still there, and nothing is left beside it.
+        OSError: the disk is full; it names `path`. What was there is still there, and nothing is left beside it.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _beside(path) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
         part.chmod(mode)  # safetensors' own writer leaves a file to its owner alone
         flush_to_disk(part)
         os.replace(part, path)
-    except SafetensorError as error:  # what safetensors' own writer says of a full disk
-        raise OSError(f"{path} was not written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one go; what a killed process left beside it is overwritten by the next."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    flush_to_disk(partial)
-    os.replace(partial, path)
+    """Replaces a file in one go, or leaves it as it was: see `written_beside`."""
+    with written_beside(path) as part:
+        part.write_bytes(content)
 
 
 @contextlib.contextmanager
 def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Context manager: an empty folder beside `path` to fill, which at the end replaces the one at `path`."""
-    beside = path.with_name(path.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
+    """Context manager: an empty folder beside `path` to fill, flushed at the end, which then replaces the one there.
+
+    Raises:
+        OSError: as `written_beside`.
+    """
+    with _beside(path) as part:
+        part.mkdir(parents=True)
+        yield part
+        for written in (*part.rglob("*"), part):
+            flush_to_disk(written)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(part, path)
+        flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no other process takes; what has it at the end is removed.
+
+    So is what processes that were killed left in that folder: on this machine, their numbers are nobody's.
+    """
+    machine = platform.node()
+    for left in path.parent.glob(f".*.{glob.escape(machine)}.*.part"):
+        process = left.name.split(".")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            _remove(left)
+    part = path.with_name(f".{path.name}.{machine}.{os.getpid()}.part")
+    _remove(part)
+    try:
+        yield part
+    except SafetensorError as error:  # what safetensors' own writer says of a full disk
+        raise OSError(f"{path} was not written: {error}") from error
+    except OSError as error:
+        # Of a full disk no file is named, of others one that nobody knows.
+        if error.errno and str(error.filename or part).startswith(str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -168,7 +168,7 @@ def last_step(run: Path) -> int | None:
 def half_written(checkpoints: Path) -> set[tuple[str, int]]:
     """Saves that are under way, or were cut short."""
     found = set()
-    for path in checkpoints.glob(".*partial"):
+    for path in checkpoints.glob(".*.part"):
         try:
             found.add((path.name, path.stat().st_ino))
         except FileNotFoundError:  # it has just become whole

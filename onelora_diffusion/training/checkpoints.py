@@ -2,14 +2,14 @@
 
     checkpoints/step-00000500/
         tensors.safetensors
-        state.json             step, sha256 of the tensors' file, and what the caller gave
+        state.json             sha256 of both files, the step, and what the caller gave
 
 A checkpoint is written into a folder beside, flushed to the disk and renamed; older ones are removed afterwards.
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-from onelora_diffusion.files import flush_to_disk, write_bytes
+from onelora_diffusion.files import folder_written_beside, write_bytes
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+CHECKSUM = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,24 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     OSError (a full disk, for one) leaves the checkpoints that were there, and no rest of this one.
     """
     path = checkpoint_path(folder, step)
-    partial = folder / f".{path.name}.partial"
     # Bytes written by Python: safetensors' own writer hides a full disk in an error that is no OSError.
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    state = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), **state}
-    state_text = json.dumps(state, indent=2) + "\n"
+    text = json.dumps({"sha256": "0" * 64, "step": step, **state}, indent=2).encode() + b"\n"
+    text = text.replace(b"0" * 64, checksum(content, text).encode(), 1)
     if (path / TENSORS).exists() and (path / TENSORS).read_bytes() == content:  # only time has passed
-        write_bytes(path / STATE, state_text.encode())
+        write_bytes(path / STATE, text)
         return path
-    for leftover in folder.glob(".step-*.partial"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        (partial / TENSORS).write_bytes(content)
-        (partial / STATE).write_text(state_text)
-        for written in (partial / TENSORS, partial / STATE, partial):
-            flush_to_disk(written)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)  # a damaged one that the run has come by again
-    os.rename(partial, path)
-    flush_to_disk(folder)
+    with folder_written_beside(path) as beside:  # `path` is there where the run comes by a damaged one again
+        (beside / TENSORS).write_bytes(content)
+        (beside / STATE).write_bytes(text)
     for old in [p for p in checkpoint_paths(folder) if p <= path][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def checksum(tensors: bytes, state: bytes) -> str:
+    """sha256 of both files of a checkpoint, but for the 64 digits that it takes in the state's."""
+    return hashlib.sha256(tensors + CHECKSUM.sub(b"", state, count=1)).hexdigest()
 
 
 def load_newest_checkpoint(folder: Path, report=print) -> Checkpoint | None:
@@ -81,10 +75,15 @@ def load_newest_checkpoint(folder: Path, report=print) -> Checkpoint | None:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """ValueError or OSError if anything in it is missing, cut or changed."""
-    state = json.loads((path / STATE).read_text())
-    content = (path / TENSORS).read_bytes()
-    if hashlib.sha256(content).hexdigest() != state.pop("sha256", None):
-        raise ValueError(f"{TENSORS} is not what was written")
+    content, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
+    written = CHECKSUM.search(text)
+    # Version 0.1 counted the tensors alone.
+    if not written or written[1].decode() not in (checksum(content, text), hashlib.sha256(content).hexdigest()):
+        raise ValueError(f"{TENSORS} and {STATE} are not what was written")
+    state = json.loads(text)
+    if checkpoint_path(path.parent, state.get("step", -1)) != path:
+        raise ValueError(f"{STATE} is of another step")
+    del state["sha256"]
     return Checkpoint(path, state.pop("step"), load(content), state)
 
 
@@ -94,4 +93,4 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name))

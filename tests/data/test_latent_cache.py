@@ -1,5 +1,7 @@
+import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,22 @@ def test_kill_9_in_a_build_leaves_whole_shards(tmp_path, vae, digits):
     (folder,) = tmp_path.iterdir()
     assert shards(folder) == ["shard-00000.safetensors", "shard-00001.safetensors"]
     assert all(latent_cache.is_whole(folder / name) for name in shards(folder))
+
+
+def test_a_full_disk_in_a_build_names_the_shard_and_leaves_whole_ones(tmp_path, vae, digits, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        if "shard-00001" in path.name:
+            write(path, content[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/shard-00001.safetensors'"):
+        build_cache(tmp_path, digits, vae, flip=False)
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"inputs.json", "shard-00000.safetensors"}
 
 
 def test_processes_share_the_shards(tmp_path, vae, digits):

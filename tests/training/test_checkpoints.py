@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from onelora_diffusion import files
 from onelora_diffusion.training import checkpoints
-from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from onelora_diffusion.training.checkpoints import load_newest_checkpoint, read_checkpoint, save_checkpoint
 
 
 def save(folder, step, keep=2, seconds=0.0):
@@ -48,6 +49,9 @@ def change_a_bit(path):
         ("tensors.safetensors", change_a_bit),
         ("tensors.safetensors", Path.unlink),
         ("state.json", lambda path: path.write_text(path.read_text()[:20])),
+        ("state.json", lambda path: path.write_text("null")),
+        ("state.json", lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 910'))),
+        ("state.json", lambda path: path.write_text(path.read_text().replace("seconds", "secnods"))),
         ("state.json", Path.unlink),
     ],
 )
@@ -59,6 +63,26 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, name, da
     assert len(reports) == 1 and "step-00000002 is damaged" in reports[0]
     save(tmp_path, 2)  # the run comes by again
     assert load_newest_checkpoint(tmp_path, pytest.fail).step == 2
+
+
+def test_no_bit_of_a_checkpoint_can_change_in_silence(tmp_path):
+    for name in ("state.json", "tensors.safetensors"):
+        path = save(tmp_path, 2, seconds=8.25e-5) / name
+        content = path.read_bytes()
+        for bit in range(8 * len(content)):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match="are not what was written"):
+                read_checkpoint(path.parent)
+        path.write_bytes(content)
+    assert read_checkpoint(path.parent).step == 2
+
+
+def test_a_step_in_another_ones_folder_is_refused(tmp_path):
+    save(tmp_path, 110).rename(tmp_path / "step-00000910")
+    with pytest.raises(ValueError, match="state.json is of another step"):
+        read_checkpoint(tmp_path / "step-00000910")
 
 
 def test_no_checkpoint_is_none_but_only_damaged_ones_are_an_error(tmp_path):
@@ -81,7 +105,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_rest(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: '.*step-00000002'"):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert load_newest_checkpoint(tmp_path).step == 1
@@ -135,8 +159,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
         assert {path.name for path in flushed} == {"tensors.safetensors", "state.json", source.name}
         rename(source, target)
 
-    monkeypatch.setattr(checkpoints, "flush_to_disk", flushed.append)
-    monkeypatch.setattr(checkpoints.os, "rename", rename_when_flushed)
+    monkeypatch.setattr(files, "flush_to_disk", flushed.append)
+    monkeypatch.setattr(files.os, "rename", rename_when_flushed)
     save(tmp_path, 1)
     assert flushed[-1] == tmp_path
 

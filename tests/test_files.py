@@ -1,0 +1,60 @@
+import errno
+import os
+import platform
+import signal
+from pathlib import Path
+
+import pytest
+
+from onelora_diffusion.files import folder_written_beside, write_bytes, written_beside
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_is_replaced_in_one_go_with_the_rights_of_any_file(tmp_path):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"one")
+    with written_beside(path) as part:
+        part.write_bytes(b"two")
+        part.chmod(0o600)
+        assert path.read_bytes() == b"one" and part.parent == tmp_path
+    other = tmp_path / "other"
+    other.touch()
+    assert path.read_bytes() == b"two" and path.stat().st_mode == other.stat().st_mode
+    assert sorted(tmp_path.iterdir()) == [path, other]
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there_and_nothing_beside(tmp_path, monkeypatch):
+    path, folder = tmp_path / "a.bin", tmp_path / "folder"
+    write_bytes(path, b"one")
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr(Path, "write_bytes", full)
+        write_bytes(path, b"two")
+    assert caught.value.errno == errno.ENOSPC and str(caught.value).endswith(f"No space left on device: '{path}'")
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"), folder_written_beside(folder) as part:
+        (part / "first").write_bytes(b"1")
+        full()
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for number in (1, 2):
+        with folder_written_beside(tmp_path / "folder") as part:
+            (part / f"{number}").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/2"]
+
+
+def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path):
+    path = tmp_path / "a.bin"
+    if not (child := os.fork()):
+        with written_beside(path) as part:
+            part.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    living, foreign = (left.with_name(f".a.bin.{where}.part") for where in (f"{platform.node()}.1", "elsewhere.99"))
+    living.touch(), foreign.touch()
+    write_bytes(path, b"whole")
+    assert set(tmp_path.iterdir()) == {path, living, foreign}

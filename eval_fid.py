@@ -14,6 +14,7 @@ the number of processes or the batch size. The protocol is in docs/evaluation.md
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from onelora_diffusion.evaluation.statistics import Origin, RunningStatistics, l
 from onelora_diffusion.evaluation.summary import describe, head_of_report, print_report
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 
 
@@ -79,12 +80,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
                 labels[model],
                 settings.seed,
                 indices,
-                sampler=settings.sampler,
-                num_inference_steps=settings.num_inference_steps,
-                guidance=settings.guidance,
-                guidance_scale=settings.guidance_scale,
-                guidance_channels=settings.guidance_channels,
-                guidance_interval=settings.guidance_interval,
+                settings,
                 batch_size=settings.batch_size,
             )
             for model in models
@@ -133,12 +129,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "num_base_classes": num_base_classes(pipeline),
             "num_images": settings.num_images,
             "seed": settings.seed,
-            "sampler": settings.sampler,
-            "num_inference_steps": settings.num_inference_steps,
-            "guidance": settings.guidance,
-            "guidance_scale": settings.guidance_scale,
-            "guidance_channels": settings.guidance_channels,
-            "guidance_interval": settings.guidance_interval,
+            **{field.name: getattr(settings, field.name) for field in fields(SamplerSettings)},
             "num_trainable_params": count_trainable(pipeline.transformer) if adapter else None,
             "adapter_bytes": file.stat().st_size if adapter else None,
             "classifier": recognition

@@ -17,9 +17,8 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,17 +28,18 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.files import written_beside
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
 
 
-@dataclass
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(SamplerSettings):
     """Generate images from an adapter and its base model."""
 
     adapter: Path = Path("runs/digits")
@@ -55,18 +55,8 @@ class Settings:
     """Images of each class."""
     num_images: int | None = None
     """Images in total, classes taking turns; replaces --per-class."""
-    sampler: Literal["ddim", "dpm-solver++", "ddpm"] = "ddim"
-    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
-    num_inference_steps: int = 50
-    """Steps of the sampler."""
-    guidance: Literal["cfg", "domain"] = "cfg"
-    """cfg: classifier-free guidance; domain: from the base without class to the adapter (Zhong et al., 2025)."""
     guidance_scale: float | None = None
     """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, else 4."""
-    guidance_channels: int | None = None
-    """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
-    guidance_interval: tuple[int, int] | None = None
-    """Guide only between these two timesteps of training (0 is the image). None: at all."""
     seed: int = 0
     """Of all noise."""
     batch_size: int = 32
@@ -79,9 +69,8 @@ def main(settings: Settings) -> None:
     try:
         output = check_settings(settings)
         pipeline, labels, dataset = load(settings)
-        guidance_scale = settings.guidance_scale
-        if guidance_scale is None:
-            guidance_scale = 2.0 if dataset == "digits" else 4.0
+        if settings.guidance_scale is None:
+            settings = replace(settings, guidance_scale=defaults_of(dataset).guidance_scale)
         classes = find_classes(settings.classes, labels)
         names = {label: name for name, label in reversed(labels.items())}
         num_images = settings.num_images or settings.per_class * len(classes)
@@ -92,12 +81,7 @@ def main(settings: Settings) -> None:
             [class_of[index] for index in share],
             settings.seed,
             share,
-            sampler=settings.sampler,
-            num_inference_steps=settings.num_inference_steps,
-            guidance=settings.guidance,
-            guidance_scale=guidance_scale,
-            guidance_channels=settings.guidance_channels,
-            guidance_interval=settings.guidance_interval,
+            settings,
             batch_size=settings.batch_size,
         )
         images_folder = output.with_name(f".{output.name}.part")  # every process writes its share here

@@ -36,7 +36,7 @@ from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
@@ -218,8 +218,7 @@ class Judge:
             self.labels,
             job.seed,
             range(job.num_images),
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
+            SamplerSettings(num_inference_steps=job.num_inference_steps, guidance_scale=job.guidance_scale),
             batch_size=job.eval_batch_size,
         ):
             running.update(indices, images)

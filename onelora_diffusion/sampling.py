@@ -1,8 +1,10 @@
 """From noise and class labels to images: one noise stream per image, guidance, three samplers, decoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,12 +12,59 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from onelora_diffusion.injection.routing import route_beside_base
+from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_beside_base
+from onelora_diffusion.pipelines.base import eval_mode
 
-SAMPLERS = ("ddim", "dpm-solver++", "ddpm")
-GUIDANCES = ("cfg", "domain")
+Sampler = Literal["ddim", "dpm-solver++", "ddpm"]
+SAMPLERS = get_args(Sampler)
 # A matrix product of another shape is summed in another order. So the networks always see this many images.
 IMAGES_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """How noise becomes an image of a class.
+
+    `ddim` is DDIM with eta 0 (Song et al. 2020), `dpm-solver++` the second-order multistep solver (Lu et al.
+    2022), `ddpm` ancestral sampling with the learned variance (Nichol & Dhariwal 2021) on DiT's evenly
+    respaced steps. Guidance is classifier-free (Ho & Salimans 2022) or leads from the base without class to the
+    adapted model (Zhong et al., ICLR 2025), in a batch of twice the images either way; it may be left to some of the
+    timesteps (Kynkäänniemi et al. 2024).
+    """
+
+    sampler: Sampler = "ddim"
+    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
+    num_inference_steps: int = 50
+    """Steps of the sampler."""
+    guidance: Guidance = "cfg"
+    """cfg: classifier-free guidance; domain: from the base without class to the adapter (Zhong et al., 2025)."""
+    guidance_scale: float = 4.0
+    """Strength of the guidance; 1 is none."""
+    guidance_channels: int | None = None
+    """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
+    guidance_interval: tuple[int, int] | None = None
+    """Guide only between these two timesteps of training (0 is the image), the lower first. None: at all."""
+
+    def check(self, transformer: nn.Module, scheduler_config: Mapping) -> None:
+        """ValueError for an unknown sampler or guidance, or for steps or channels that the model does not have."""
+        if self.guidance not in GUIDANCES:
+            raise ValueError(f"unknown guidance {self.guidance!r}; choose from {', '.join(GUIDANCES)}")
+        if self.guidance == "domain" and self.guidance_interval is not None:
+            raise ValueError("domain guidance knows no guidance interval: the base takes part in every step")
+        if self.guidance == "domain" and not hasattr(transformer, "_onelora"):
+            raise ValueError("domain guidance leads from the base to an adapter: load one first")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}; choose from {', '.join(SAMPLERS)}")
+        most, channels = scheduler_config["num_train_timesteps"], transformer.config.in_channels
+        if not 1 <= self.num_inference_steps <= most:
+            raise ValueError(f"{self.num_inference_steps} inference steps asked for; this model takes 1 to {most}")
+        if self.guidance_channels is not None and not 1 <= self.guidance_channels <= channels:
+            raise ValueError(f"guidance of {self.guidance_channels} channels asked for; the latents have {channels}")
+        lowest, highest = self.guidance_interval or (0, most - 1)
+        if not 0 <= lowest <= highest < most:
+            raise ValueError(
+                f"guidance interval {lowest} to {highest}: give two timesteps from 0 to {most - 1}, the lower first"
+            )
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -35,57 +84,42 @@ def sample_latents(
     scheduler_config: Mapping,
     class_labels: Tensor,
     generators: list[torch.Generator],
+    settings: SamplerSettings,
     *,
-    sampler: str = "ddim",
-    num_inference_steps: int = 50,
-    guidance: str = "cfg",
-    guidance_scale: float = 4.0,
-    guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | None = None,
     null_label: int | None = None,
 ) -> Tensor:
     """Sample latents of the given classes: (batch,) labels -> (batch, C, H, W) float32.
 
-    `ddim` is DDIM with eta 0 (Song et al. 2020), `dpm-solver++` the second-order multistep solver (Lu et al.
-    2022), `ddpm` ancestral sampling with the learned variance (Nichol & Dhariwal 2021) on DiT's evenly
-    respaced steps. The first noise and that of every step come from each image's own generator, so an image
-    does not depend on the others of its batch; on their number only by rounding, which `generate_images` avoids.
+    The first noise and that of every step come from each image's own generator, so an image does not depend on the
+    others of its batch; on their number only by rounding, which `generate_images` avoids.
 
     Args:
         transformer: a DiT; it runs in eval mode, under the caller's autocast, and gets its own mode back.
         scheduler_config: the `config` of the pipeline's scheduler.
         class_labels: (batch,) int64.
         generators: one per image, as `image_generators` gives them.
-        guidance: `cfg`, classifier-free guidance of one model, or `domain`, which leads from the base without
-            class to the adapted model (Zhong et al., ICLR 2025); both in one batch of twice the images.
-        guidance_scale, guidance_channels, guidance_interval, null_label: see `guided_denoiser`.
+        null_label: the label of no class. None: the last row of the model's class tables.
 
     Raises:
-        ValueError: see `check_settings`.
+        ValueError: see `SamplerSettings.check`; or a label is none of the classes that serve.
     """
-    check_settings(
-        transformer, scheduler_config, sampler, num_inference_steps, guidance, guidance_channels, guidance_interval
-    )
-    channels, size = transformer.config.in_channels, transformer.config.sample_size
-    learned_variance = sampler == "ddpm" and transformer.config.out_channels == 2 * channels
-    scheduler = _scheduler(sampler, scheduler_config, num_inference_steps, learned_variance)
+    settings.check(transformer, scheduler_config)
     if null_label is None:
-        # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
-        tables = transformer.transformer_blocks[0].norm1.emb.class_embedder.parameters()
-        null_label = max(len(table) for table in tables) - 1
+        null_label, last_label = _null_and_last_label(transformer)
+    else:
+        last_label = null_label
+    for label in class_labels.tolist():
+        if not 0 <= label <= last_label and label != null_label:
+            raise ValueError(f"label {label} is none of the model's {last_label} classes: give 0 to {last_label - 1}")
+    channels, size = transformer.config.in_channels, transformer.config.sample_size
+    learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * channels
+    scheduler = _scheduler(settings.sampler, scheduler_config, settings.num_inference_steps, learned_variance)
 
     shape = (len(generators), channels, size, size)
     latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
-    denoise = guided_denoiser(
-        transformer,
-        class_labels.to(latents.device),
-        null_label=null_label,
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        guidance_interval=guidance_interval,
-    )
+    denoise = guided_denoiser(transformer, class_labels.to(latents.device), settings, null_label)
     # The second half of a guided batch is the one without class: the adapters leave it to the base.
-    is_domain = guidance == "domain" and guidance_scale > 1
+    is_domain = settings.guidance == "domain" and settings.guidance_scale > 1
     with eval_mode(transformer), route_beside_base(transformer, len(generators)) if is_domain else nullcontext():
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
             model_output = denoise(latents, int(timestep))
@@ -96,30 +130,21 @@ def sample_latents(
 
 
 def guided_denoiser(
-    transformer: nn.Module,
-    class_labels: Tensor,
-    *,
-    null_label: int,
-    guidance_scale: float,
-    guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | None = None,
+    transformer: nn.Module, class_labels: Tensor, settings: SamplerSettings, null_label: int
 ) -> Callable[[Tensor, int], Tensor]:
     """Adapt a DiT to `denoise(latents, timestep) -> model_output`, with classifier-free guidance.
 
         ε(x, t) = ε(x, t, ∅) + w · (ε(x, t, y) - ε(x, t, ∅))
 
-    (Ho & Salimans 2022). Both halves run as one batch, y first. The learned variance stays that of class y.
+    (Ho & Salimans 2022). Both halves run as one batch, y first. The learned variance stays that of class y. Where
+    w is 1 or less, and outside the guidance interval, the model runs on y alone.
 
     Args:
         class_labels: (batch,), y.
         null_label: ∅, the label of no class.
-        guidance_scale: w; 1 or less runs the model on y alone.
-        guidance_channels: guide only the first so many latent channels (3 in DiT's own code); None: all.
-        guidance_interval: the lowest and the highest timestep to guide at (Kynkäänniemi et al. 2024); outside
-            it the model runs on y alone. None guides everywhere.
     """
-    channels = guidance_channels or transformer.config.in_channels
-    lowest, highest = guidance_interval or (-float("inf"), float("inf"))
+    channels = settings.guidance_channels or transformer.config.in_channels
+    lowest, highest = settings.guidance_interval or (-float("inf"), float("inf"))
     null_labels = torch.full_like(class_labels, null_label)
 
     def predict(latents: Tensor, timestep: int, labels: Tensor) -> Tensor:
@@ -128,14 +153,23 @@ def guided_denoiser(
         return output.sample.float()
 
     def denoise(latents: Tensor, timestep: int) -> Tensor:
-        if guidance_scale <= 1 or not lowest <= timestep <= highest:
+        if settings.guidance_scale <= 1 or not lowest <= timestep <= highest:
             return predict(latents, timestep, class_labels)
         labels = torch.cat([class_labels, null_labels])
         conditional, unconditional = predict(torch.cat([latents, latents]), timestep, labels).chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
+        guided = unconditional + settings.guidance_scale * (conditional - unconditional)
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     return denoise
+
+
+def _null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
+    """(the label that every class table takes for none, the last label of the table that serves)."""
+    embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
+    # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
+    null_label = max(len(table) for table in embedder.parameters()) - 1
+    serving = transformer._onelora.conditioning.active_table() if hasattr(transformer, "_onelora") else None
+    return null_label, len(embedder.embedding_table.weight if serving is None else serving) - 1
 
 
 @torch.no_grad()
@@ -151,14 +185,8 @@ def generate_images(
     class_labels: Sequence[int],
     seed: int,
     indices: Sequence[int],
+    settings: SamplerSettings,
     *,
-    sampler: str = "ddim",
-    num_inference_steps: int = 50,
-    guidance: str = "cfg",
-    guidance_scale: float = 4.0,
-    guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | None = None,
-    null_label: int | None = None,
     batch_size: int = 32,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generate image `indices[k]` of class `class_labels[k]` for every k, batch by batch.
@@ -176,14 +204,13 @@ def generate_images(
         device.
 
     Raises:
-        ValueError: at once, not at the first image: see `check_settings`; or labels and indices do not pair up.
+        ValueError: at once, not at the first image: see `SamplerSettings.check`; or labels and indices do not pair
+            up. At the first image: see `sample_latents`.
     """
     config = pipeline.scheduler.config
     if len(class_labels) != len(indices):
         raise ValueError(f"{len(class_labels)} class labels for {len(indices)} images; one each is needed")
-    check_settings(
-        pipeline.transformer, config, sampler, num_inference_steps, guidance, guidance_channels, guidance_interval
-    )
+    settings.check(pipeline.transformer, config)
 
     def chunks():
         for first in range(0, len(indices), IMAGES_AT_ONCE):
@@ -194,13 +221,7 @@ def generate_images(
                 config,
                 torch.tensor([int(class_labels[k]) for k in padded]),
                 image_generators(seed, [indices[k] for k in padded]),
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
-                guidance=guidance,
-                guidance_scale=guidance_scale,
-                guidance_channels=guidance_channels,
-                guidance_interval=guidance_interval,
-                null_label=null_label,
+                settings,
             )
             yield decode_latents(pipeline.vae, latents)[: len(chunk)]
 
@@ -214,32 +235,6 @@ def generate_images(
             images = images[len(batch) :]
 
     return batches()
-
-
-def check_settings(
-    transformer: nn.Module,
-    scheduler_config: Mapping,
-    sampler: str,
-    num_inference_steps: int,
-    guidance: str = "cfg",
-    guidance_channels: int | None = None,
-    guidance_interval: tuple[int, int] | None = None,
-) -> None:
-    """Raise ValueError for an unknown sampler or guidance, or for steps or channels that the model does not have."""
-    if guidance not in GUIDANCES:
-        raise ValueError(f"unknown guidance {guidance!r}; choose from {', '.join(GUIDANCES)}")
-    if guidance == "domain" and guidance_interval is not None:
-        raise ValueError("domain guidance knows no guidance interval: the base takes part in every step")
-    if guidance == "domain" and not hasattr(transformer, "_onelora"):
-        raise ValueError("domain guidance leads from the base to an adapter: load one first")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-    most = scheduler_config["num_train_timesteps"]
-    if not 1 <= num_inference_steps <= most:
-        raise ValueError(f"{num_inference_steps} inference steps asked for; this model takes 1 to {most}")
-    channels = transformer.config.in_channels
-    if guidance_channels is not None and not 1 <= guidance_channels <= channels:
-        raise ValueError(f"guidance of {guidance_channels} channels asked for; the latents have {channels}")
 
 
 def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_variance: bool):
@@ -270,15 +265,3 @@ def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_
         timesteps = accumulate([0.0] + [stride] * (num_inference_steps - 1))
         scheduler.set_timesteps(timesteps=[round(timestep) for timestep in timesteps][::-1])
     return scheduler
-
-
-@contextmanager
-def eval_mode(model: nn.Module):
-    """Put every submodule in eval mode, and each back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

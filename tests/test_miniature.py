@@ -13,7 +13,7 @@ from sklearn.svm import SVC
 from onelora_diffusion.data.digits import Digits
 from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.pipelines.base import load_base, miniature_path
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 
 ZERO_TO_FOUR = (0, 1, 2, 3, 4)
 
@@ -88,9 +88,8 @@ def test_its_samples_are_the_digits_asked_for(pipeline):
     real = Digits("all", classes=ZERO_TO_FOUR)
     classifier = SVC(C=10).fit(real.images[:, 0].flatten(1).numpy(), real.labels)
     labels = [index % 5 for index in range(100)]
-    batches = generate_images(
-        pipeline, labels, seed=0, indices=range(100), guidance_scale=1.5, num_inference_steps=20, batch_size=100
-    )
+    settings = SamplerSettings(guidance_scale=1.5, num_inference_steps=20)
+    batches = generate_images(pipeline, labels, 0, range(100), settings, batch_size=100)
     images = torch.cat([images for _, images in batches]).float() / 127.5 - 1
     recognised = classifier.predict(images.mean(1).flatten(1).numpy()) == np.array(labels)
     assert recognised.mean() >= 0.9

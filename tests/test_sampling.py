@@ -19,6 +19,7 @@ from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.sampling import (
     IMAGES_AT_ONCE,
     SAMPLERS,
+    SamplerSettings,
     decode_latents,
     generate_images,
     image_generators,
@@ -28,7 +29,7 @@ from onelora_diffusion.sampling import (
 SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)
 ALPHAS_CUMPROD = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
 MEANS = torch.tensor([[-1.5, 0.5, 2.0, 3.0], [1.0, -2.0, 0.25, -0.5], [0.5, 0.1, -0.4, 1.0]])  # null last
-POINTS = {"null_label": 2, "num_inference_steps": 20}
+NULL_LABEL, STEPS = 2, 20
 
 
 class Analytic(nn.Module):
@@ -56,8 +57,9 @@ def point_noise(x, timestep, labels):
 def sample_points(sampler, **settings):
     labels = torch.tensor([0, 1, 0])
     generators = image_generators(0, range(3))
+    settings = SamplerSettings(sampler=sampler, num_inference_steps=STEPS, **settings)
     latents = sample_latents(
-        Analytic(point_noise), SCHEDULER.config, labels, generators, sampler=sampler, **POINTS | settings
+        Analytic(point_noise), SCHEDULER.config, labels, generators, settings, null_label=NULL_LABEL
     )
     return latents, MEANS[labels]
 
@@ -98,8 +100,8 @@ def test_guidance_interval_includes_both_ends(sampler, atol):
 @pytest.mark.parametrize("scale, labels", [(1.0, [[0, 1]]), (1.5, [[0, 1, 2, 2]])])
 def test_guidance_is_one_batch_and_only_where_it_guides(scale, labels):
     model = Analytic(point_noise)
-    settings = {"guidance_scale": scale, "num_inference_steps": 1, "null_label": 2}
-    sample_latents(model, SCHEDULER.config, torch.tensor([0, 1]), image_generators(0, [0, 1]), **settings)
+    settings, labels_asked = SamplerSettings(guidance_scale=scale, num_inference_steps=1), torch.tensor([0, 1])
+    sample_latents(model, SCHEDULER.config, labels_asked, image_generators(0, [0, 1]), settings, null_label=2)
     assert model.labels == labels
 
 
@@ -114,8 +116,8 @@ def test_deterministic_samplers_follow_the_flow_of_a_gaussian(sampler, steps):
 
     generators = image_generators(0, range(2))
     labels = torch.zeros(2, dtype=torch.long)
-    settings = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": 1.0, "null_label": 0}
-    latents = sample_latents(Analytic(noise, 4), SCHEDULER.config, labels, generators, **settings)
+    settings = SamplerSettings(sampler=sampler, num_inference_steps=steps, guidance_scale=1.0)
+    latents = sample_latents(Analytic(noise, 4), SCHEDULER.config, labels, generators, settings, null_label=0)
     first = torch.stack([torch.randn(4, 4, 4, generator=generator) for generator in image_generators(0, range(2))])
     expected = first * s / math.sqrt(ALPHAS_CUMPROD[-1] * s**2 + 1 - ALPHAS_CUMPROD[-1])
     torch.testing.assert_close(latents, expected, rtol=0, atol=0.01)
@@ -143,9 +145,9 @@ def test_ancestral_sampler_equals_dits_own_code(steps, monkeypatch):
         return 1.4 * torch.sin(frequency * torch.arange(64, dtype=torch.float64)).view(shape).float()
 
     monkeypatch.setattr(torch, "randn", wave)
-    settings = {"sampler": "ddpm", "num_inference_steps": steps, "guidance_scale": 1.0, "null_label": 0}
+    settings = SamplerSettings(sampler="ddpm", num_inference_steps=steps, guidance_scale=1.0)
     generators, labels = image_generators(0, range(2)), torch.zeros(2, dtype=torch.long)
-    latents = sample_latents(Analytic(learned), SCHEDULER.config, labels, generators, **settings)
+    latents = sample_latents(Analytic(learned), SCHEDULER.config, labels, generators, settings, null_label=0)
     torch.testing.assert_close(latents[:, :, 1, 2].flatten(), torch.tensor(ANCESTRAL[steps]), rtol=0, atol=5e-6)
 
 
@@ -153,8 +155,8 @@ def test_a_config_of_another_scheduler_does_not_clip():
     config = DPMSolverMultistepScheduler(variance_type="learned_range").config
     for sampler in SAMPLERS:
         labels, generators = torch.tensor([0]), image_generators(0, [0])
-        settings = POINTS | {"sampler": sampler, "guidance_scale": 1.0}
-        latents = sample_latents(Analytic(point_noise), config, labels, generators, **settings)
+        settings = SamplerSettings(sampler=sampler, guidance_scale=1.0, num_inference_steps=STEPS)
+        latents = sample_latents(Analytic(point_noise), config, labels, generators, settings, null_label=NULL_LABEL)
         assert_flat(latents, MEANS[labels])
 
 
@@ -196,7 +198,7 @@ def tiny_pipeline():
 def test_equals_the_stock_pipeline(sampler, guidance_scale):
     pipeline = tiny_pipeline()
     labels, settings = [3, 999, 0], {"num_inference_steps": 5, "guidance_scale": guidance_scale}
-    [(indices, images)] = generate_images(pipeline, labels, 7, [4, 5, 6], sampler=sampler, **settings)
+    [(indices, images)] = generate_images(pipeline, labels, 7, [4, 5, 6], SamplerSettings(sampler=sampler, **settings))
     assert indices == [4, 5, 6] and images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
 
     if sampler == "dpm-solver++":
@@ -216,8 +218,8 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 
     def sample(indices):
         generators = image_generators(3, indices)
-        settings = {"sampler": sampler, "num_inference_steps": 10, "guidance_scale": 1.5}
-        return sample_latents(model, SCHEDULER.config, labels[indices], generators, **settings)
+        settings = SamplerSettings(sampler=sampler, num_inference_steps=10, guidance_scale=1.5)
+        return sample_latents(model, SCHEDULER.config, labels[indices], generators, settings)
 
     together = sample(list(range(7)))
     for share in ([0], [1, 3, 5], [6, 2, 0, 4]):
@@ -227,14 +229,14 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 def test_batches_cover_every_index_once():
     pipeline = tiny_pipeline()
     indices, labels = [9, 2, 4, 7, 5], [1, 2, 3, 4, 5]
-    settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    batches = list(generate_images(pipeline, labels, 0, indices, batch_size=2, **settings))
+    settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.0)
+    batches = list(generate_images(pipeline, labels, 0, indices, settings, batch_size=2))
     assert [batch for batch, _ in batches] == [[9, 2], [4, 7], [5]]
-    [(_, together)] = generate_images(pipeline, labels, 0, indices, batch_size=64, **settings)
+    [(_, together)] = generate_images(pipeline, labels, 0, indices, settings, batch_size=64)
     assert torch.equal(torch.cat([images for _, images in batches]), together)
-    assert list(generate_images(pipeline, [], 0, [], **settings)) == []
+    assert list(generate_images(pipeline, [], 0, [], settings)) == []
     with pytest.raises(ValueError, match="5 class labels for 4 images"):
-        generate_images(pipeline, labels, 0, indices[:4])
+        generate_images(pipeline, labels, 0, indices[:4], settings)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -243,13 +245,12 @@ def test_batches_cover_every_index_once():
 def test_an_image_is_the_same_to_the_bit_in_any_company(sampler, guidance_scale, bf16):
     """Alone, in a set of 35 and in one of three shares of it: the place in a chunk and its other images differ."""
     pipeline = tiny_pipeline()
-    settings = {"sampler": sampler, "guidance_scale": guidance_scale, "num_inference_steps": 2}
+    settings = SamplerSettings(sampler=sampler, guidance_scale=guidance_scale, num_inference_steps=2)
 
     def images_of(indices, batch_size):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            batches = generate_images(
-                pipeline, [7 * i for i in indices], 3, indices, batch_size=batch_size, **settings
-            )
+            labels = [7 * i for i in indices]
+            batches = generate_images(pipeline, labels, 3, indices, settings, batch_size=batch_size)
             return {index: image for batch, images in batches for index, image in zip(batch, images, strict=True)}
 
     together = images_of(range(35), 64)
@@ -264,7 +265,8 @@ def test_the_networks_always_see_as_many_images():
     pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.add(("transformer", len(args[0]))))
     pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: seen.add(("vae", len(args[0]))))
     for count in (1, 17):
-        list(generate_images(pipeline, range(count), 0, range(count), num_inference_steps=1, batch_size=3))
+        settings = SamplerSettings(num_inference_steps=1)
+        list(generate_images(pipeline, range(count), 0, range(count), settings, batch_size=3))
     assert seen == {("transformer", 2 * IMAGES_AT_ONCE), ("vae", IMAGES_AT_ONCE)}
 
 
@@ -281,12 +283,12 @@ def test_the_model_keeps_its_mode_and_drops_no_labels():
     model = tiny_transformer().train()
     model.transformer_blocks[1].eval()
     modes = [module.training for module in model.modules()]
-    settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.0)
     labels, generators = torch.arange(20), image_generators(0, range(20))
-    in_training = sample_latents(model, SCHEDULER.config, labels, generators, **settings)
+    in_training = sample_latents(model, SCHEDULER.config, labels, generators, settings)
     assert [module.training for module in model.modules()] == modes
     generators = image_generators(0, range(20))
-    assert torch.equal(sample_latents(model.eval(), SCHEDULER.config, labels, generators, **settings), in_training)
+    assert torch.equal(sample_latents(model.eval(), SCHEDULER.config, labels, generators, settings), in_training)
 
 
 @pytest.mark.parametrize("base_classes, new_classes", [(1000, 5), (5, 12)])
@@ -295,9 +297,8 @@ def test_the_null_label_is_the_adapters_null_row(base_classes, new_classes):
 
     def sample(null_label):
         labels, generators = torch.arange(4), image_generators(0, range(4))
-        return sample_latents(
-            model, SCHEDULER.config, labels, generators, num_inference_steps=3, null_label=null_label
-        )
+        settings = SamplerSettings(num_inference_steps=3)
+        return sample_latents(model, SCHEDULER.config, labels, generators, settings, null_label=null_label)
 
     assert torch.equal(sample(None), sample(new_classes))
     assert not torch.allclose(sample(None), sample(new_classes - 1), atol=1e-4)
@@ -316,13 +317,34 @@ def test_decoding_rounds_and_undoes_the_scaling():
     "settings, message",
     [({"sampler": "euler"}, "'euler'; choose from ddim"), ({"num_inference_steps": 0}, "0 inference steps"),
      ({"num_inference_steps": 1001}, "1 to 1000"),
-     ({"guidance_channels": 5}, "5 channels asked for; the latents have 4")],
+     ({"guidance_channels": 5}, "5 channels asked for; the latents have 4"),
+     ({"guidance_interval": (900, 100)}, "interval 900 to 100: give two timesteps from 0 to 999, the lower first"),
+     ({"guidance_interval": (0, 1000)}, "interval 0 to 1000: give two timesteps from 0 to 999")],
 )  # fmt: skip
 def test_refuses_what_it_cannot_sample(settings, message):
     with pytest.raises(ValueError, match=message):
-        sample_latents(
-            Analytic(point_noise), SCHEDULER.config, torch.tensor([0]), image_generators(0, [0]), **settings
-        )
+        SamplerSettings(**settings).check(Analytic(point_noise), SCHEDULER.config)
+
+
+@pytest.mark.parametrize(
+    "adapter, labels, wrong",
+    [(None, [0, 10], "label 11 is none of the model's 10 classes: give 0 to 9"), (3, [2, 3, 10], "label 4 is none")],
+)
+def test_draws_no_class_that_is_not_there(adapter, labels, wrong):
+    """Neither by the table of the base (10 classes) nor by an adapter's; either's null label is allowed."""
+    model = make_dit(num_classes=10)
+    if adapter:
+        inject_adapter(model, AdapterConfig(num_classes=adapter))
+
+    def draw(label):
+        settings = SamplerSettings(num_inference_steps=1)
+        sample_latents(model, SCHEDULER.config, torch.tensor([label]), image_generators(0, [0]), settings)
+
+    for label in labels:
+        draw(label)
+    for label in (int(wrong.split()[1]), 999_999, -1):
+        with pytest.raises(ValueError, match=wrong if label >= 0 and label < 20 else f"label {label} is none"):
+            draw(label)
 
 
 def test_domain_guidance_equals_two_models():
@@ -330,9 +352,8 @@ def test_domain_guidance_equals_two_models():
     scheduler = DDIMScheduler(clip_sample=False)
     adapted = randomize(inject_adapter(make_dit(num_classes=10), AdapterConfig(num_classes=3)))
     base, labels = make_dit(num_classes=10), torch.tensor([0, 2])
-    latents = sample_latents(
-        adapted, scheduler.config, labels, image_generators(0, [0, 1]), num_inference_steps=2, guidance="domain"
-    )
+    settings = SamplerSettings(num_inference_steps=2, guidance="domain")
+    latents = sample_latents(adapted, scheduler.config, labels, image_generators(0, [0, 1]), settings)
 
     expected = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in image_generators(0, [0, 1])])
     scheduler.set_timesteps(2)
@@ -347,4 +368,4 @@ def test_domain_guidance_equals_two_models():
 
 def test_domain_guidance_needs_an_adapter():
     with pytest.raises(ValueError, match="domain guidance leads from the base to an adapter"):
-        sample_latents(make_dit(), SCHEDULER.config, torch.tensor([0]), image_generators(0, [0]), guidance="domain")
+        SamplerSettings(guidance="domain").check(make_dit(), SCHEDULER.config)

@@ -6,13 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from onelora_diffusion.sampling import SamplerSettings
+
 DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
 OTHERS = {"num_images": 10_000, "num_inference_steps": 50, "guidance_scale": 1.5}
 
 Metric = Literal["kid", "precision-recall", "inception-score", "limit"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
     features: Literal["pixels", "inception", "dinov2", "fashion-mnist"] | None = None
     """What is compared. Only inception gives FID. None: pixels for digits, else inception."""
@@ -26,7 +28,7 @@ class FeatureSettings:
     """Images measured at a time in each process; no generated image depends on it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
     dataset: str | None = None
     """Real images, as train_dit.py names them. None: what the adapter was trained on, else digits."""
@@ -36,8 +38,8 @@ class DatasetSettings:
     """Which part of it: train or test."""
 
 
-@dataclass(kw_only=True)
-class Generate(FeatureSettings, DatasetSettings):
+@dataclass(frozen=True, kw_only=True)
+class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
     """Generate images from an adapter and its base, and measure them against real ones."""
 
     adapter: Path | None = Path("runs/digits")
@@ -53,19 +55,11 @@ class Generate(FeatureSettings, DatasetSettings):
     its extrapolation to infinitely many."""
     num_images: int | None = None
     """Images to generate, the classes taking turns. None: 500 for digits, else 10,000."""
-    sampler: Literal["ddim", "dpm-solver++", "ddpm"] = "ddim"
-    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
     num_inference_steps: int | None = None
     """Steps of the sampler. None: 25 for digits, else 50."""
-    guidance: Literal["cfg", "domain"] = "cfg"
-    """cfg: classifier-free guidance; domain: from the base without class to the adapter (Zhong et al., 2025)."""
     guidance_scale: float | None = None
     """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. None: 2 for digits, else
     1.5."""
-    guidance_channels: int | None = None
-    """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
-    guidance_interval: tuple[int, int] | None = None
-    """Guide only between these two timesteps of training (0 is the image). None: at all."""
     seed: int = 0
     """Of all noise."""
     output: Path | None = None
@@ -77,7 +71,7 @@ class Generate(FeatureSettings, DatasetSettings):
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Calculate(FeatureSettings, DatasetSettings):
     """Measure images on disk: a folder of PNG files, an .npz (arr_0, uint8 NHWC), or statistics."""
 
@@ -91,7 +85,7 @@ class Calculate(FeatureSettings, DatasetSettings):
     """JSON file. None: the table only."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference(FeatureSettings, DatasetSettings):
     """Write the statistics of real images to a file, for --reference."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from onelora_diffusion.injection.book import AdapterBook, adapters_of
 from onelora_diffusion.injection.linear import LayerAdapters
 
 Entry = str | Mapping[str, Weight] | None
+Guidance = Literal["cfg", "domain"]  # classifier-free, of one model; or from the base without class to the adapters
+GUIDANCES = get_args(Guidance)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import nn
 
 
 def miniature_path() -> Path:
@@ -47,6 +50,18 @@ def load_base(base: str | Path | None = None):
 def resolution_of(pipeline) -> int:
     """The width of a `DiTPipeline`'s images in pixels."""
     return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Put every submodule in eval mode, and each back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _fetch(hub_id: str) -> Path:

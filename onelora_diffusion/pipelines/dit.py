@@ -14,12 +14,11 @@ from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.merging import stock_state_dict
-from onelora_diffusion.injection.routing import Entry, route_adapters, route_beside_base
+from onelora_diffusion.injection.routing import GUIDANCES, Entry, route_adapters, route_beside_base
+from onelora_diffusion.pipelines.base import eval_mode
 from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
-from onelora_diffusion.sampling import eval_mode
 
 STOCK_NULL_LABEL = 1000  # what DiTPipeline takes for "no class", whatever the table
-GUIDANCES = ("cfg", "domain")
 
 
 class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):

@@ -16,7 +16,7 @@ from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.training.settings import Settings
 
 
@@ -64,9 +64,7 @@ class Evaluation:
             [index % self.num_classes for index in indices],
             settings.seed,
             indices,
-            num_inference_steps=settings.eval_steps,
-            guidance_scale=settings.eval_guidance_scale,
-            null_label=self.num_classes,
+            SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale),
             batch_size=max(1, settings.batch_size // accelerator.num_processes),
         )
         is_quiet = not accelerator.is_main_process

@@ -15,7 +15,7 @@ from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 
 LATENT_SHAPE = (4, 8, 8)
@@ -188,5 +188,5 @@ def draw_samples(folder: Path, picture: Path, seed: int = 0) -> None:
     pipeline = load_base(folder)
     num_classes = pipeline.transformer.config.num_embeds_ada_norm
     labels = [label for label in range(num_classes) for _ in range(10)]
-    batches = generate_images(pipeline, labels, seed, range(len(labels)), guidance_scale=1.5)
+    batches = generate_images(pipeline, labels, seed, range(len(labels)), SamplerSettings(guidance_scale=1.5))
     save_image(torch.cat([batch for _, batch in batches]) / 255, picture, nrow=10)

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.training.settings import Settings
 
 GRID_CLASSES, GRID_ROWS = 10, 4
@@ -24,9 +24,7 @@ def sample_grid(pipeline, num_classes: int, settings: Settings, is_stopped) -> b
         labels,
         settings.seed,
         range(len(labels)),
-        num_inference_steps=settings.sample_steps,
-        guidance_scale=settings.guidance_scale,
-        null_label=num_classes,
+        SamplerSettings(num_inference_steps=settings.sample_steps, guidance_scale=settings.guidance_scale),
         batch_size=columns,
     )
     for _, batch in batches:

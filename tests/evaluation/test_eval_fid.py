@@ -16,7 +16,7 @@ import eval_fid
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
 from onelora_diffusion.evaluation.settings import parse
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 
 SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale", "1.5"]
 
@@ -76,7 +76,8 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     pipeline = load_base(run_folder / "base")
     load_adapter(pipeline.transformer, run_folder)
     labels = [index % 5 for index in range(23)]
-    batches = generate_images(pipeline, labels, 0, range(23), num_inference_steps=2, guidance_scale=1.5, batch_size=64)
+    settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.5)
+    batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
     images = torch.cat([images for _, images in batches])
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
     calc = ["calc", "--images", tmp_path / "images.npz", "--output", tmp_path / "calc.json"]

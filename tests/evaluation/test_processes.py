@@ -13,7 +13,7 @@ from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import share
 from onelora_diffusion.evaluation.statistics import RunningStatistics
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images
 
 NUM_IMAGES = 37  # a prime: no number of processes or batch size divides it
 PROCESSES, BATCH_SIZES = (1, 2, 3), (1, 7, 64)
@@ -34,9 +34,8 @@ def evaluate(pipeline, indices, batch_size):
     running = RunningStatistics(PixelFeatures(16), keep=True)
     labels = [index % 5 for index in indices]
     made = {}
-    for batch, images in generate_images(
-        pipeline, labels, 0, indices, num_inference_steps=2, guidance_scale=1.5, batch_size=batch_size
-    ):
+    settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.5)
+    for batch, images in generate_images(pipeline, labels, 0, indices, settings, batch_size=batch_size):
         running.update(batch, images)
         made |= dict(zip(batch, images, strict=True))
     return made, running.reduce(), running.gather_kept()

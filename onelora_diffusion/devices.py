@@ -1,0 +1,42 @@
+"""What a device computes in, and how a report says so."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings:
+    """In what precision a pipeline generates."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision that the base is held in and computes in; no is float32. Trained values and the sampler stay
+    float32, and so does a VAE that half precision would overflow."""
+    tf32: bool = True
+    """On CUDA, float32 products round their factors to TF32: ten bits of mantissa, and several times as fast."""
+
+    def place(self, pipeline, device: torch.device) -> None:
+        """Move a pipeline to `device` in this precision; adapters keep theirs.
+
+        Raises:
+            ValueError: fp16 is asked of a CPU, which has no arithmetic for it.
+        """
+        if self.mixed_precision == "fp16" and device.type == "cpu":
+            raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        dtype = DTYPES[self.mixed_precision]
+        overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
+        pipeline.transformer.to(device, dtype)
+        pipeline.vae.to(device, torch.float32 if overflows else dtype)
+
+    def report(self, device: torch.device) -> dict:
+        """What a number depends on beside what made it."""
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "num_threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "mixed_precision": self.mixed_precision,
+            "tf32": device.type == "cuda" and self.tf32,
+        }

@@ -19,27 +19,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from onelora_diffusion import count_trainable, disable_adapter, load_adapter, read_adapter
-from onelora_diffusion.evaluation.images import open_images, share
-from onelora_diffusion.evaluation.measuring import (
-    Measured,
-    check_metrics,
-    compare,
-    features_of,
-    finish,
-    is_statistics,
-    measure,
-    peak_memory_bytes,
-    real_images,
-    reference_of,
-)
+from onelora_diffusion.devices import peak_memory_bytes
+from onelora_diffusion.evaluation.images import Source, open_images, share
+from onelora_diffusion.evaluation.judge import Judge, Measured, check_metrics, compare, with_progress
+from onelora_diffusion.evaluation.measuring import features_of, is_statistics, measure, real_images, references_of
 from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
 from onelora_diffusion.evaluation.report import format_note, write_json
 from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, parse
-from onelora_diffusion.evaluation.statistics import Origin, RunningStatistics, load_statistics, save_statistics
-from onelora_diffusion.evaluation.summary import describe, head_of_report, print_report
+from onelora_diffusion.evaluation.statistics import Origin, load_statistics, save_statistics
+from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -90,31 +80,22 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         numbers = class_numbers(dataset, names)
         if dataset in ("digits", "fashion-mnist") and not (numbers or settings.reference):
             raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
-        reference = reference_of(settings, dataset, features, resolution, numbers, accelerator)
-        check_metrics(settings.metrics, features, reference)
-        recognition = recognition_of(dataset, names, features, resolution)
+        origins = [Origin.of(each, Source(models[-1], resolution)) for each in features]
+        references = references_of(settings, dataset, origins, features, numbers, accelerator)
+        recognition = recognition_of(dataset, names, features[0], resolution)
+        judge = Judge(features, references, settings.metrics, recognition, accelerator.device)
 
     # Base and adapted, from the same noise; the images are made here, batch by batch.
-    results = {}
+    seen, results = {}, {}
     for model in models:
-        running = RunningStatistics(features, accelerator.device, keep=bool(settings.metrics))
-        recognised = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        batches = with_progress(images_of[model], len(indices), model, accelerator.is_main_process)
         with (
             disable_adapter(pipeline.transformer) if adapter and model == "base" else nullcontext(),
             accelerator.autocast(),
-            tqdm(total=len(indices), desc=model, unit="image", disable=not accelerator.is_main_process) as progress,
         ):
-            for batch, images in images_of[model]:
-                running.update(batch, images)
-                if recognition:
-                    recognised += recognition.count(images, [index % len(names) for index in batch])
-                progress.update(len(batch))
-        measured = finish(running, Origin.of(features, resolution, model))
-        recognised = accelerator.reduce(recognised)
+            seen[model] = judge.look(batches, Source(model, resolution))
         if accelerator.is_main_process:
-            results[model] = compare(measured, reference, settings.metrics, features)
-            if recognition:
-                results[model]["recognition"] = int(recognised) / measured.statistics.count
+            results[model] = judge.compare(seen[model])
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -122,7 +103,10 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             settings.adapter if settings.adapter.suffix == ".safetensors" else settings.adapter / WEIGHTS_NAME
         )
         report = {
-            **head_of_report(measured.origin, measured.statistics, reference.origin, reference.statistics),
+            **in_sections(
+                section(seen[models[-1]].measured[k], reference, {model: results[model][k] for model in models})
+                for k, reference in enumerate(references)
+            ),
             "adapter": str(settings.adapter) if adapter else None,
             "base": settings.base or (adapter and adapter.base) or "miniature",
             "num_classes": len(names),
@@ -134,9 +118,8 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "adapter_bytes": file.stat().st_size if adapter else None,
             "classifier": recognition
             and {"description": recognition.classifier.describe(), "accuracy": recognition.classifier.accuracy},
-            "results": results,
             "seconds": time.monotonic() - start,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         }
         print_report(report)
         output = settings.output or (file.parent if adapter else Path()) / "evaluation.json"
@@ -148,28 +131,27 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
     start = time.monotonic()
     with errors_in_one_line(accelerator):
         dataset = settings.dataset or "digits"
-        filed = Measured(*load_statistics(settings.images)) if is_statistics(settings.images) else None
+        filed = [Measured(*load_statistics(settings.images))] if is_statistics(settings.images) else None
         images = None if filed else open_images(settings.images)
-        resolution = filed.origin.resolution if filed else images.resolution
-        both_filed = filed and is_statistics(settings.reference)
-        features = None if both_filed else features_of(settings, dataset, resolution, accelerator)
-        reference = reference_of(settings, dataset, features, resolution, None, accelerator)
-        if filed:
-            filed.origin.check_comparable(reference.origin)
-            check_metrics(settings.metrics, features, reference, filed)
-            measured = filed
-        else:
-            check_metrics(settings.metrics, features, reference)
-            measured = measure(images, "", features, settings.batch_size, accelerator, keep=bool(settings.metrics))
+        resolution = filed[0].origin.resolution if filed else images.resolution
+        both_filed = filed and any(map(is_statistics, settings.reference))
+        features = [None] if both_filed else features_of(settings, dataset, resolution, accelerator)
+        origins = [each.origin for each in filed] if filed else [Origin.of(each, images) for each in features]
+        references = references_of(settings, dataset, origins, features, None, accelerator)
+        for k, each in enumerate(features):
+            check_metrics(settings.metrics, each, references[k], filed and filed[k])
+        measured = filed or measure(images, features, settings.metrics, settings.batch_size, accelerator)
 
     if accelerator.is_main_process:
-        name = Path(measured.origin.dataset).name
+        name = Path(measured[0].origin.dataset).name
         report = {
-            **head_of_report(measured.origin, measured.statistics, reference.origin, reference.statistics),
-            "num_images": measured.statistics.count,
-            "results": {name: compare(measured, reference, settings.metrics, features)},
+            **in_sections(
+                section(one, other, {name: compare(one, other, settings.metrics, each)})
+                for one, other, each in zip(measured, references, features, strict=True)
+            ),
+            "num_images": measured[0].statistics.count,
             "seconds": time.monotonic() - start,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         }
         print_report(report)
         if settings.output:
@@ -184,9 +166,9 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
             raise ValueError(f"--output {settings.output}: statistics are a .safetensors file")
         dataset = settings.dataset or "digits"
         resolution = settings.resolution or (16 if dataset == "digits" else 256)
-        images, split = real_images(settings, settings.images, dataset, resolution)
+        images = real_images(settings, settings.images, dataset, resolution)
         features = features_of(settings, dataset, images.resolution, accelerator)
-        measured = measure(images, split, features, settings.batch_size, accelerator)
+        (measured,) = measure(images, features, (), settings.batch_size, accelerator)
     if accelerator.is_main_process:
         save_statistics(settings.output, measured.statistics, measured.origin)
         print(format_note(f"{settings.output}: {describe(measured.origin, measured.statistics.count)}"))

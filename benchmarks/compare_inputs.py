@@ -12,11 +12,12 @@ from torch import nn
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
-from onelora_diffusion.evaluation.features import load_features
+from onelora_diffusion.evaluation.features import distance_name, load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
+from onelora_diffusion.evaluation.judge import Batches, look
 from onelora_diffusion.evaluation.report import write_json
-from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, save_statistics
+from onelora_diffusion.evaluation.statistics import save_statistics
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import decode_latents
@@ -109,7 +110,7 @@ def prepare(settings) -> Inputs:
         num_train_images=len(train),
         reference=str(folder / "statistics.safetensors"),
         features_weights=None if weights is None else str(weights),
-        distance_name=Origin.of(features, resolution, "").distance_name,
+        distance_name=distance_name(features.name, features.extractor),
         notes=notes,
         **json.loads((folder / "facts.json").read_text()),
     )
@@ -139,29 +140,28 @@ def measure_real_images(
 ) -> None:
     """Write the statistics of the real images, and the distance of training images that the autoencoder has passed."""
     images = DatasetImages(real, real[0][0].shape[-1])
-    running = RunningStatistics(features, vae.device)
-    for indices, pixels in images.batches(range(len(images)), 64):
-        running.update(indices, pixels)
-    reference = running.reduce()
-    origin = Origin.of(features, images.resolution, images.name, settings.reference_split)
-    save_statistics(folder / "statistics.safetensors", reference, origin)
-    distance = autoencoder_distance(latents, vae, features, reference, settings.num_images)
-    write_json(folder / "facts.json", {"reference_count": reference.count, "autoencoder_distance": distance})
+    batches = images.batches(range(len(images)), 64)
+    (reference,) = look(batches, images, [features], device=vae.device).measured
+    save_statistics(folder / "statistics.safetensors", reference.statistics, reference.origin)
+
+    passed = passed_batches(latents, vae, settings.num_images)
+    (after,) = look(passed, images, [features], device=vae.device).measured
+    facts = {
+        "reference_count": reference.statistics.count,
+        "autoencoder_distance": frechet_distance(after.statistics, reference.statistics),
+    }
+    write_json(folder / "facts.json", facts)
 
 
 @torch.no_grad()
-def autoencoder_distance(
-    latents: LatentCache, vae: nn.Module, features: nn.Module, reference: FeatureStatistics, num_images: int
-) -> float:
-    """Distance to the reference of `num_images` training images, evenly chosen, encoded and decoded."""
-    running = RunningStatistics(features, vae.device)
+def passed_batches(latents: LatentCache, vae: nn.Module, num_images: int) -> Batches:
+    """Training images, evenly chosen, encoded and decoded."""
     chosen = torch.linspace(0, len(latents) - 1, min(num_images, len(latents))).long()
     generator = torch.Generator().manual_seed(0)
     for indices in chosen.split(64):
         moments = torch.stack([latents[index, False][0] for index in indices.tolist()])
         noise = torch.randn(moments[:, 0].shape, generator=generator)
-        running.update(indices.tolist(), decode_latents(vae, sample_moments(moments, noise).to(vae.device)))
-    return frechet_distance(running.reduce(), reference)
+        yield indices.tolist(), decode_latents(vae, sample_moments(moments, noise).to(vae.device))
 
 
 def identity(base: str | Path | None) -> str:

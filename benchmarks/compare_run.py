@@ -7,17 +7,15 @@ its last evaluation when it is started again.
 """
 
 import dataclasses
-import gc
 import importlib.util
 import json
 import os
 import platform
 import re
-import resource
 import shutil
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +27,16 @@ from benchmarks.measure import saved_bytes
 from onelora_diffusion import AdapterConfig, __version__, adapter_state_dict, count_trainable, inject_adapter
 from onelora_diffusion.data.latent_cache import LatentCache
 from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.devices import peak_memory_bytes, reset_peak_memory
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.evaluation.features import load_features
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.images import Source
+from onelora_diffusion.evaluation.judge import Batches, Judge, Measured
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
-from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
-from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.evaluation.statistics import Origin, load_statistics
+from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
@@ -110,7 +111,9 @@ def run(job: Job, result: Path) -> dict:
     inject_adapter(transformer, AdapterConfig(**job.adapter, num_classes=num_classes, seed=job.seed))
     pipeline.to(device)
     latent_cache = LatentCache(Path(job.latents), job.num_train_images)
-    judge = Judge(job, pipeline, device)
+    source = Source("generated", resolution_of(pipeline))
+    features = load_features(job.features, source.resolution, job.features_weights)
+    judge = judge_of(job, features, source, device)
 
     trained = adapter_state_dict(transformer)
     optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
@@ -163,7 +166,8 @@ def run(job: Job, result: Path) -> dict:
         check_finite(trained, step)
         state["peak_memory_bytes"] = state["peak_memory_bytes"] or peak_memory_bytes(device)
         with ema.applied(), autocast:
-            measured, shown = judge.measure(f"{len(state['evaluations']) + 1}")
+            measured, shown = evaluate(job, judge, pipeline, source)
+        print(f"evaluation {len(state['evaluations']) + 1}: {measured}", flush=True)
         state["evaluations"].append({"step": step, "seconds": state["seconds"], **measured})
         best = min(state["evaluations"], key=lambda evaluation: evaluation["distance"])
         if best is state["evaluations"][-1]:
@@ -196,62 +200,38 @@ def run(job: Job, result: Path) -> dict:
     }
 
 
-class Judge:
-    """The same noise and classes at every evaluation; Fréchet distance to the reference, recognition where known."""
-
-    def __init__(self, job: Job, pipeline, device: torch.device):
-        self.job, self.pipeline, self.device = job, pipeline, device
-        levels = len(pipeline.vae.config.block_out_channels)
-        self.resolution = pipeline.transformer.config.sample_size * 2 ** (levels - 1)
-        self.features = load_features(job.features, self.resolution, job.features_weights)
-        self.reference, origin = load_statistics(job.reference)
-        Origin.of(self.features, self.resolution, "the generated images").check_comparable(origin)
-        self.labels = [index % len(job.id2label) for index in range(job.num_images)]
-        names = [job.id2label[str(label)] for label in range(len(job.id2label))]
-        self.recognition = recognition_of(job.dataset, names, self.features, self.resolution)
-
-    def measure(self, name: str) -> tuple[dict[str, float], Tensor]:
-        """`distance` and `recognition` of the pipeline as it is, and its first samples (NUM_SHOWN, 3, R, R)."""
-        job, running, recognised, shown = self.job, RunningStatistics(self.features, self.device), 0, []
-        for indices, images in generate_images(
-            self.pipeline,
-            self.labels,
-            job.seed,
-            range(job.num_images),
-            SamplerSettings(num_inference_steps=job.num_inference_steps, guidance_scale=job.guidance_scale),
-            batch_size=job.eval_batch_size,
-        ):
-            running.update(indices, images)
-            if self.recognition:
-                recognised += self.recognition.count(images, [self.labels[index] for index in indices])
-            shown += images[: NUM_SHOWN - len(shown)].cpu()
-        statistics: FeatureStatistics = running.reduce()
-        measured = {"distance": frechet_distance(statistics, self.reference)}
-        if self.recognition:
-            measured["recognition"] = recognised / job.num_images
-        print(f"evaluation {name}: {measured}", flush=True)
-        return measured, torch.stack(shown)
+def judge_of(job: Job, features: Features, source: Source, device: torch.device) -> Judge:
+    """Fréchet distance to the reference, and recognition where the classes are known."""
+    reference = Measured(*load_statistics(job.reference))
+    Origin.of(features, source).check_comparable(reference.origin)
+    names = [job.id2label[str(label)] for label in range(len(job.id2label))]
+    recognition = recognition_of(job.dataset, names, features, source.resolution)
+    return Judge([features], [reference], recognition=recognition, device=device)
 
 
-def reset_peak_memory(device: torch.device) -> int:
-    """Let the peak start anew from what is in use now, and return that: loading may have taken more than training."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        gc.collect()
-        with suppress(OSError):  # Linux alone has it; elsewhere the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_bytes(device)
+def evaluate(job: Job, judge: Judge, pipeline, source: Source) -> tuple[dict[str, float], Tensor]:
+    """`distance` and `recognition` of the pipeline as it is, and its first samples (NUM_SHOWN, 3, R, R).
+
+    The noise and the classes are the same every time.
+    """
+    shown: list[Tensor] = []
+    batches = generate_images(
+        pipeline,
+        [index % len(job.id2label) for index in range(job.num_images)],
+        job.seed,
+        range(job.num_images),
+        SamplerSettings(num_inference_steps=job.num_inference_steps, guidance_scale=job.guidance_scale),
+        batch_size=job.eval_batch_size,
+    )
+    (measured,) = judge.compare(judge.look(keeping_first(batches, shown), source))
+    return measured, torch.stack(shown)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of the device where there is one, else the largest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+def keeping_first(batches: Batches, shown: list[Tensor]) -> Batches:
+    """The same batches; the first NUM_SHOWN images are left in `shown`."""
+    for indices, images in batches:
+        shown += images[: NUM_SHOWN - len(shown)].cpu()
+        yield indices, images
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,6 +1,11 @@
-"""What a device computes in, and how a report says so."""
+"""What a device computes in and takes of memory, and how a report says so."""
 
+import gc
+import re
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,3 +45,24 @@ class PrecisionSettings:
             "mixed_precision": self.mixed_precision,
             "tf32": device.type == "cuda" and self.tf32,
         }
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Let the peak start anew from what is in use now, and return that in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        gc.collect()
+        with suppress(OSError):  # Linux alone has it; elsewhere the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_bytes(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the device where it is a GPU, else the largest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

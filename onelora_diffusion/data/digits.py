@@ -36,6 +36,7 @@ class Digits(torch.utils.data.Dataset):
 
         grey = torch.from_numpy(pixels[chosen]).float()[:, None] / 8 - 1
         grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", align_corners=False)
+        self.split = split
         self.images = grey.expand(-1, 3, -1, -1)  # the three channels are views of one
         self.labels = [classes.index(digit) for digit in digits[chosen].tolist()]
         self.id2label = {label: str(digit) for label, digit in enumerate(classes)}

@@ -54,6 +54,7 @@ class FashionMNIST(torch.utils.data.Dataset):
         grey = pad(grey, (2, 2, 2, 2), value=-1.0)
         if resolution != 32:
             grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", antialias=True)
+        self.split = split
         self.images = grey.expand(-1, 3, -1, -1)  # the three channels are views of one
         self.labels = [classes.index(label) for label in labels[chosen].tolist()]
         self.id2label = {label: CLASSES[number] for label, number in enumerate(classes)}

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a set of images is: its name, their resolution R, the part of a data set, how they came to R.
+
+    The sets of images below say the same of themselves.
+    """
+
+    name: str
+    resolution: int
+    split: str = ""
+    crop: str = "none"
+
+
 class FolderImages(Dataset):
     """The PNG files of a folder, in the order of their names, as uint8 (3, R, R).
 
@@ -18,7 +32,7 @@ class FolderImages(Dataset):
     another size than the first.
     """
 
-    crop = "none"
+    split, crop = "", "none"
 
     def __init__(self, folder: str | Path):
         self.name = str(folder)
@@ -53,7 +67,7 @@ class NpzImages:
     ValueError or FileNotFoundError if it is not there, or is something else.
     """
 
-    crop = "none"
+    split, crop = "", "none"
 
     def __init__(self, path: str | Path):
         self.name, self.path = str(path), Path(path)
@@ -108,8 +122,7 @@ class DatasetImages(Dataset):
 
     def __init__(self, dataset: Dataset, resolution: int):
         self.dataset, self.resolution = dataset, resolution
-        self.name = dataset.name
-        self.crop = dataset.crop
+        self.name, self.split, self.crop = dataset.name, dataset.split, dataset.crop
 
     def __len__(self) -> int:
         return len(self.dataset)

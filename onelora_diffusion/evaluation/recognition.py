@@ -41,8 +41,8 @@ class DigitClassifier:
 
 def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
     """Which class of the data set each name is; None if one is none of them, or the data set has no classifier."""
-    known = {"digits": "0123456789", "fashion-mnist": FASHION_CLASSES}.get(dataset, ())
-    return tuple(map(known.index, names)) if set(names) <= set(known) else None
+    classes = {"digits": "0123456789", "fashion-mnist": FASHION_CLASSES}.get(dataset, ())
+    return tuple(map(classes.index, names)) if set(names) <= set(classes) else None
 
 
 class Recognition:

@@ -16,8 +16,8 @@ Metric = Literal["kid", "precision-recall", "inception-score", "limit"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    features: Literal["pixels", "inception", "dinov2", "fashion-mnist"] | None = None
-    """What is compared. Only inception gives FID. None: pixels for digits, else inception."""
+    features: tuple[Literal["pixels", "inception", "dinov2", "fashion-mnist"], ...] = ()
+    """What is compared, several in one pass. Only inception gives FID. None: pixels for digits, else inception."""
     inception_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. None: torch's cache, or a download."""
     dinov2_weights: Path | None = None
@@ -48,8 +48,8 @@ class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
     """Base model: a folder or a hub id. None: the one the adapter was trained on."""
     compare_base: bool | None = None
     """True or False: also measure the base without the adapter, from the same noise. None: for digits only."""
-    reference: Path | None = None
-    """Statistics that `ref` wrote. None: computed from the data set."""
+    reference: tuple[Path, ...] = ()
+    """Statistics that `ref` wrote, a file for each of --features; or images. None: computed from the data set."""
     metrics: tuple[Metric, ...] = ()
     """Further metrics; they keep all features in memory. `limit` is the distance at several numbers of images and
     its extrapolation to infinitely many."""
@@ -77,8 +77,8 @@ class Calculate(FeatureSettings, DatasetSettings):
 
     images: Path
     """What to measure."""
-    reference: Path | None = None
-    """What to compare it with, any of the three. None: the data set."""
+    reference: tuple[Path, ...] = ()
+    """What to compare it with, any of the three; a file of statistics for each of --features. None: the data set."""
     metrics: tuple[Metric, ...] = ()
     """Further metrics; they keep all features in memory."""
     output: Path | None = None

@@ -13,6 +13,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
 from onelora_diffusion.evaluation.features import distance_name
+from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.files import write_bytes
 
 
@@ -37,8 +39,16 @@ class Origin:
     version: str = __version__
 
     @classmethod
-    def of(cls, features: nn.Module, resolution: int, dataset: str, split: str = "", crop: str = "none") -> "Origin":
-        return cls(features.name, features.extractor, features.resize, resolution, dataset, split, crop)
+    def of(cls, features: Features, source: Source) -> "Origin":
+        return cls(
+            features.name,
+            features.extractor,
+            features.resize,
+            source.resolution,
+            source.name,
+            source.split,
+            source.crop,
+        )
 
     @property
     def distance_name(self) -> str:
@@ -88,7 +98,7 @@ class RunningStatistics:
         features: a module of `evaluation.features`; its device is where the sums are.
     """
 
-    def __init__(self, features: nn.Module, device: torch.device | str = "cpu", keep: bool = False):
+    def __init__(self, features: Features, device: torch.device | str = "cpu", keep: bool = False):
         self.features = features.to(device)
         self.metric = FrechetInceptionDistance(GivenFeatures(features.num_features)).to(device)
         self.kept: list[tuple[int, Tensor]] | None = [] if keep else None

@@ -1,27 +1,36 @@
 """What eval_fid.py reports: with every number its features, its reference, its sampler, and what it is worth."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
+from onelora_diffusion.evaluation.judge import Measured
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, shortage
+from onelora_diffusion.evaluation.statistics import Origin, shortage
 
 
-def head_of_report(origin: Origin, statistics: FeatureStatistics, reference: Origin, real: FeatureStatistics) -> dict:
-    """What was compared with what, by which features, and what takes from the number's worth."""
-    sets = (("generated", statistics), ("reference", real))
+def section(measured: Measured, reference: Measured, results: dict[str, dict]) -> dict:
+    """The numbers by one kind of features, what was compared with what, and what takes from their worth."""
+    origin, sets = measured.origin, {"generated": measured.statistics, "reference": reference.statistics}
     return {
         "distance_name": origin.distance_name,
         "features": {
             "name": origin.features,
-            "num_features": statistics.num_features,
+            "num_features": measured.statistics.num_features,
             "extractor": origin.extractor,
             "resize": origin.resize,
             "antialias": False,
         },
         "resolution": origin.resolution,
-        "reference": {**asdict(reference), "count": real.count},
-        "notes": [note for name, each in sets if (note := shortage(each, name))],
+        "reference": {**asdict(reference.origin), "count": reference.statistics.count},
+        "notes": [note for name, each in sets.items() if (note := shortage(each, name))],
+        "results": results,
     }
+
+
+def in_sections(sections: Iterable[dict]) -> dict:
+    """The sections of a report: the first is the report's own, more features than one follow as `further`."""
+    first, *further = sections
+    return {**first, "further": further} if further else first
 
 
 def describe(origin: Origin, count: int) -> str:
@@ -31,22 +40,28 @@ def describe(origin: Origin, count: int) -> str:
 
 def print_report(report: dict) -> None:
     """The table and what one must know to believe it."""
-    results, reference, features = report["results"], report["reference"], report["features"]
+    results, sections = report["results"], [report, *report.get("further", [])]
     title = f"{report['num_images']:,} images"
     if "sampler" in report:
         title += f" each, {report['sampler']}, {report['num_inference_steps']} steps, {describe_guidance(report)}"
         title += f", seed {report['seed']}"
-    rows = result_rows(report["distance_name"], features["name"], list(results.values()))
+    rows = {}
+    for each in sections:
+        rows |= result_rows(each["distance_name"], each["features"]["name"], list(each["results"].values()))
     if report.get("adapter"):
         blank = [""] * (len(results) - 1)
         rows["num_trainable_params"] = [*blank, f"{report['num_trainable_params']:,}"]
         rows["adapter file"] = [*blank, format_bytes(report["adapter_bytes"])]
 
-    origin = Origin(**{name: value for name, value in reference.items() if name != "count"})
-    notes = [
-        f"Reference: {describe(origin, reference['count'])}.",
-        f"Features: {features['name']}, {features['num_features']} of them, resize: {features['resize']}.",
-    ]
+    notes = []
+    for each in sections:
+        features, reference = each["features"], dict(each["reference"])
+        count = reference.pop("count")
+        notes.append(f"Reference: {describe(Origin(**reference), count)}.")
+        notes.append(
+            f"Features: {features['name']}, {features['num_features']} of them, resize: {features['resize']}."
+        )
+    warnings = [note for each in sections for note in each["notes"]]
     if report.get("classifier"):
         notes.append(
             f"Recognition: the share read as the class asked for, by a {report['classifier']['description']}."
@@ -57,7 +72,7 @@ def print_report(report: dict) -> None:
             f"The base knows its own {base_classes} classes: asked for class i, it draws i mod {base_classes}."
         )
     print(f"\n{format_table(title, list(results), rows)}")
-    for note in notes + report["notes"]:
+    for note in dict.fromkeys(notes + warnings):
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
 
@@ -75,9 +90,9 @@ def result_rows(distance_name: str, features: str, results: list[dict]) -> dict[
     rows = {distance_name: [f"{result['distance']:.4f}" for result in results]}
     if "limit" in results[0]:
         for k, count in enumerate(results[0]["limit"]["counts"]):
-            rows[f"  N = {count:,}"] = [f"{result['limit']['distances'][k]:.4f}" for result in results]
-        rows["  N -> infinity"] = [f"{result['limit']['limit']:.4f}" for result in results]
-        rows["  R2 of its fit"] = [f"{result['limit']['r_squared']:.4f}" for result in results]
+            rows[f"  N = {count:,}{own}"] = [f"{result['limit']['distances'][k]:.4f}" for result in results]
+        rows[f"  N -> infinity{own}"] = [f"{result['limit']['limit']:.4f}" for result in results]
+        rows[f"  R2 of its fit{own}"] = [f"{result['limit']['r_squared']:.4f}" for result in results]
     if "kid" in results[0]:
         rows[f"KID{own}"] = [f"{result['kid']:.5f} ± {result['kid_spread']:.5f}" for result in results]
     if "precision" in results[0]:

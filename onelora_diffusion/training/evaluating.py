@@ -4,16 +4,14 @@ import io
 import json
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from onelora_diffusion.evaluation.features import default_features, load_features
-from onelora_diffusion.evaluation.frechet import frechet_distance
-from onelora_diffusion.evaluation.images import DatasetImages, share
+from onelora_diffusion.evaluation.images import DatasetImages, Source, share
+from onelora_diffusion.evaluation.judge import Batches, Judge, Measured, look, with_progress
 from onelora_diffusion.evaluation.recognition import recognition_of
-from onelora_diffusion.evaluation.statistics import FeatureStatistics, Origin, RunningStatistics, load_statistics
+from onelora_diffusion.evaluation.statistics import Origin, load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -40,16 +38,21 @@ class Evaluation:
         resolution = resolution_of(pipeline)
         name = settings.eval_features or default_features(settings.dataset)
         with accelerator.main_process_first():  # it may download
-            self.features = load_features(name, resolution, settings.eval_weights)
-        origin = Origin.of(self.features, resolution, settings.dataset)
+            features = load_features(name, resolution, settings.eval_weights)
+        self.source = Source(settings.dataset, resolution)
+        origin = Origin.of(features, self.source)
         self.distance_name = origin.distance_name
         if settings.eval_reference:
-            self.reference, found = load_statistics(settings.eval_reference)
-            origin.check_comparable(found)
+            reference = Measured(*load_statistics(settings.eval_reference))
+            origin.check_comparable(reference.origin)
         else:
-            self.reference = self._statistics_of(DatasetImages(dataset, resolution))
+            real = DatasetImages(dataset, resolution)
+            indices = share(len(real), accelerator.process_index, accelerator.num_processes)
+            batches = with_progress(real.batches(indices, 64), len(indices), "reference", accelerator.is_main_process)
+            (reference,) = look(batches, real, [features], device=accelerator.device).measured
         names = [dataset.id2label[label] for label in range(self.num_classes)]
-        self.recognition = recognition_of(settings.dataset, names, self.features, resolution)
+        recognition = recognition_of(settings.dataset, names, features, resolution)
+        self.judge = Judge([features], [reference], recognition=recognition, device=accelerator.device)
 
     def measure(self, stop) -> dict | None:
         """`{"distance": ..., "recognition": ...}` of images made by all processes, or None if stopped midway."""
@@ -57,8 +60,6 @@ class Evaluation:
         # As many images on each process, so that all of them meet at every batch; the rest are not counted.
         padded = -(-settings.eval_images // accelerator.num_processes) * accelerator.num_processes
         indices = share(padded, accelerator.process_index, accelerator.num_processes)
-        running = RunningStatistics(self.features, accelerator.device)
-        recognised = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         batches = generate_images(
             self.pipeline,
             [index % self.num_classes for index in indices],
@@ -67,22 +68,12 @@ class Evaluation:
             SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale),
             batch_size=max(1, settings.batch_size // accelerator.num_processes),
         )
-        is_quiet = not accelerator.is_main_process
-        with tqdm(total=len(indices), desc="evaluate", unit="image", leave=False, disable=is_quiet) as progress:
-            for batch, images in batches:
-                if stop.agreed():
-                    return None
-                counted = [index for index in batch if index < settings.eval_images]
-                if counted:
-                    images = images[: len(counted)]
-                    running.update(counted, images)
-                    if self.recognition:
-                        recognised += self.recognition.count(images, [index % self.num_classes for index in counted])
-                progress.update(len(batch))
-        measured = {"distance": frechet_distance(running.reduce(), self.reference)}
-        if self.recognition:
-            measured["recognition"] = int(accelerator.reduce(recognised)) / settings.eval_images
-        return measured
+        batches = with_progress(batches, len(indices), "evaluate", accelerator.is_main_process, leave=False)
+        try:
+            seen = self.judge.look(counted(batches, settings.eval_images, stop), self.source)
+        except Stopped:
+            return None
+        return self.judge.compare(seen)[0]
 
     def keep_if_best(self, line: dict, values: dict[str, Tensor]) -> bool:
         """Whether the line's distance is smaller than all before it; then its values are kept."""
@@ -94,16 +85,19 @@ class Evaluation:
     def plot(self, metrics: Path, picture: Path) -> None:
         plot_distances(metrics, picture, self.distance_name)
 
-    def _statistics_of(self, images: DatasetImages) -> FeatureStatistics:
-        accelerator = self.accelerator
-        indices = share(len(images), accelerator.process_index, accelerator.num_processes)
-        running = RunningStatistics(self.features, accelerator.device)
-        bar = tqdm(total=len(indices), desc="reference", unit="image", disable=not accelerator.is_main_process)
-        with bar:
-            for batch, pixels in images.batches(indices, 64):
-                running.update(batch, pixels)
-                bar.update(len(batch))
-        return running.reduce()
+
+class Stopped(Exception):
+    """The run is to stop, in the midst of an evaluation."""
+
+
+def counted(batches: Batches, num_images: int, stop) -> Batches:
+    """The batches without what is beyond `num_images`; Stopped as soon as all processes have agreed on it."""
+    for indices, images in batches:
+        if stop.agreed():
+            raise Stopped
+        indices = [index for index in indices if index < num_images]
+        if indices:
+            yield indices, images[: len(indices)]
 
 
 def plot_distances(metrics: Path, picture: Path, distance_name: str) -> None:

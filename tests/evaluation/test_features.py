@@ -52,7 +52,10 @@ def test_inception_equals_torch_fidelity(tmp_path):
     images = make_images(2)
     features, logits = theirs(images)
     torch.testing.assert_close(ours(images).float(), features, rtol=0, atol=0)
-    torch.testing.assert_close(ours.logits(ours(images)).float(), logits, rtol=1e-4, atol=1e-7)
+    # Theirs is a sum of 2048 float32 products, ours of float64 ones: Higham's bound of the former's rounding.
+    weight = ours.network.fc.weight
+    bound = weight.shape[1] * torch.finfo(torch.float32).eps * (features.abs() @ weight.abs().T)
+    assert bool(((ours.logits(ours(images)) - logits).abs() <= bound).all()) and bound.max() < logits.abs().max() / 50
 
 
 def test_distance_agrees_with_torch_fidelity(tmp_path):

@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.frechet import frechet_distance
-from onelora_diffusion.evaluation.images import share
+from onelora_diffusion.evaluation.images import Source, share
 from onelora_diffusion.evaluation.statistics import (
     FeatureStatistics,
     Origin,
@@ -95,7 +95,7 @@ def test_one_image_is_too_few():
 
 def test_statistics_survive_their_file(tmp_path):
     found, _ = run(make_images(), range(NUM_IMAGES), 50)
-    origin = Origin.of(PixelFeatures(4), 4, "noise", "train", "ADM centre crop")
+    origin = Origin.of(PixelFeatures(4), Source("noise", 4, "train", "ADM centre crop"))
     save_statistics(tmp_path / "deep" / "noise.safetensors", found, origin)
     again, again_origin = load_statistics(tmp_path / "deep" / "noise.safetensors")
     assert torch.equal(again.mean, found.mean) and torch.equal(again.covariance, found.covariance)
@@ -104,7 +104,7 @@ def test_statistics_survive_their_file(tmp_path):
 
 
 def test_statistics_of_other_features_are_refused():
-    pixels = Origin.of(PixelFeatures(4), 4, "noise")
+    pixels = Origin.of(PixelFeatures(4), Source("noise", 4))
     for other in ({"extractor": "pixels-8"}, {"resize": "averaged to 16x16 pixels"}):
         with pytest.raises(ValueError, match="make the statistics again with the same --features"):
             pixels.check_comparable(dataclasses.replace(pixels, **other))

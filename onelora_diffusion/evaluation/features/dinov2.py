@@ -4,12 +4,14 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.transforms.functional import normalize
 
+from onelora_diffusion.evaluation.features.base import Features
 
-class DinoV2Features(nn.Module):
+
+class DinoV2Features(Features):
     """DINOv2's class token: uint8 (batch, 3, R, R) -> float64 (batch, width).
 
     Images are brought to 224 by 224 as in torch-fidelity, bilinearly and without antialiasing.
@@ -35,9 +37,6 @@ class DinoV2Features(nn.Module):
         self.num_features = self.network.config.hidden_size
         self.name = f"dinov2-{self.num_features}"
         self.extractor = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
-
-    def train(self, mode: bool = True) -> "DinoV2Features":
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

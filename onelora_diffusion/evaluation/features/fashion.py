@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
 from onelora_diffusion.data.fashion import FashionMNIST
+from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import to_uint8
 from onelora_diffusion.files import write_bytes
 
@@ -36,7 +37,7 @@ class FashionNetwork(nn.Module):
         return self.head(self.trunk(grey))
 
 
-class FashionFeatures(nn.Module):
+class FashionFeatures(Features):
     """The classifier's 64 features: uint8 (batch, 3, R, R) -> float64 (batch, 64); `predict` gives the class.
 
     Args:
@@ -58,15 +59,12 @@ class FashionFeatures(nn.Module):
         self.network = FashionNetwork()
         try:
             self.network.load_state_dict(load(content))
-        except (SafetensorError, RuntimeError) as error:
+            with safe_open(weights, framework="pt") as file:
+                self.accuracy = json.loads(file.metadata()["classifier"])["accuracy"]
+        except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"'{weights}' is no Fashion-MNIST classifier: {str(error).splitlines()[0]}") from error
         self.network.requires_grad_(False).eval()
         self.extractor = hashlib.sha256(content).hexdigest()
-        header = int.from_bytes(content[:8], "little")
-        self.accuracy = json.loads(json.loads(content[8 : 8 + header])["__metadata__"]["classifier"])["accuracy"]
-
-    def train(self, mode: bool = True) -> "FashionFeatures":
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

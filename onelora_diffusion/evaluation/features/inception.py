@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from onelora_diffusion.evaluation.features import INCEPTION_SHA256
+from onelora_diffusion.evaluation.features.base import Features
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(Features):
     """Inception-v3's pooled activations: uint8 (batch, 3, R, R) -> float64 (batch, num_features).
 
     Images are brought to 299 by 299 as TensorFlow 1 did it, bilinearly and without antialiasing, as in ADM's
@@ -34,9 +35,6 @@ class InceptionFeatures(nn.Module):
         self.num_features = int(layer)
         self.name = name if layer == "2048" else f"{name}-{layer}"
         self.extractor = extractor if layer == "2048" else f"{extractor}-{layer}"
-
-    def train(self, mode: bool = True) -> "InceptionFeatures":
-        return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[0].double()

@@ -21,6 +21,7 @@ from benchmarks.cache import CacheSettings, measure_cache
 from benchmarks.compare import CompareSettings, compare, preset_asked_for
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.speed import SpeedSettings, speed
+from onelora_diffusion.command_line import one_line_errors
 
 # Settings, whose docstring is the help, and what runs them.
 SUBCOMMANDS = {
@@ -44,12 +45,10 @@ def parse(
     return tyro.cli(Union[tuple(commands)], args=arguments, description=__doc__, config=config)  # noqa: UP007
 
 
+@one_line_errors("benchmark.py")
 def main() -> None:
     settings = parse(sys.argv[1:])
-    try:
-        SUBCOMMANDS[type(settings)](settings)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"benchmark.py: {error}") from error
+    SUBCOMMANDS[type(settings)](settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ the number of processes or the batch size. The protocol is in docs/evaluation.md
 
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from onelora_diffusion import count_trainable, disable_adapter, load_adapter, read_adapter
+from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.images import Source, open_images, share
 from onelora_diffusion.evaluation.judge import Judge, Measured, check_metrics, compare, with_progress
@@ -36,6 +37,7 @@ from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 
 
+@one_line_errors("eval_fid.py")
 def main(settings: Generate | Calculate | Reference) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if isinstance(settings, Generate):
@@ -50,7 +52,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
     start = time.monotonic()
 
     # Everything that can be wrong, before any work: the models, the real images, the classifier of them.
-    with errors_in_one_line(accelerator):
+    with one_line_errors("eval_fid.py", same_everywhere=True):
         if settings.num_images is not None and settings.num_images < 2:
             raise ValueError(f"--num-images {settings.num_images}: a distance between sets needs two or more")
         pipeline, adapter, names = load_models(settings)
@@ -129,7 +131,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
 
 def calculate(settings: Calculate, accelerator: Accelerator) -> None:
     start = time.monotonic()
-    with errors_in_one_line(accelerator):
+    with one_line_errors("eval_fid.py", same_everywhere=True):
         dataset = settings.dataset or "digits"
         filed = [Measured(*load_statistics(settings.images))] if is_statistics(settings.images) else None
         images = None if filed else open_images(settings.images)
@@ -161,7 +163,7 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
 
 
 def write_reference(settings: Reference, accelerator: Accelerator) -> None:
-    with errors_in_one_line(accelerator):
+    with one_line_errors("eval_fid.py", same_everywhere=True):
         if not is_statistics(settings.output):
             raise ValueError(f"--output {settings.output}: statistics are a .safetensors file")
         dataset = settings.dataset or "digits"
@@ -173,14 +175,6 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
         save_statistics(settings.output, measured.statistics, measured.origin)
         print(format_note(f"{settings.output}: {describe(measured.origin, measured.statistics.count)}"))
     accelerator.wait_for_everyone()
-
-
-@contextmanager
-def errors_in_one_line(accelerator: Accelerator):
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"eval_fid.py: {error}" if accelerator.is_main_process else 1) from error
 
 
 def load_models(settings: Generate):

@@ -1,8 +1,10 @@
 """The command line on a random miniature pipeline: gen, ref and calc tell one story; processes change nothing."""
 
+import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +157,22 @@ def test_wrong_input_is_named_in_one_line(run_folder, tmp_path):
     assert "unknown split 'none'" in error_of("ref", "--output", tmp_path / "a.safetensors", "--split", "none")
     assert "are a .safetensors file" in error_of("ref", "--output", tmp_path / "statistics.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eight.safetensors"]
+
+
+def test_a_full_disk_and_ctrl_c_are_one_line_and_leave_nothing(run_folder, tmp_path, monkeypatch, capsys):
+    gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "new" / "gen.json"]
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert error_of(*gen).endswith("gen.json: No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: signal.raise_signal(signal.SIGINT))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run(*gen)
+    assert caught.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "eval_fid.py: stopped by Ctrl-C"
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_damaged_adapter_and_unknown_flag(run_folder, tmp_path):

@@ -1,0 +1,49 @@
+"""The edge of every script: what goes wrong there is one line, after all clean-up, and no traceback."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM, as an exception that lets every `finally` clean up; its code is 128 + signal."""
+
+
+@contextlib.contextmanager
+def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[None]:
+    """Context manager, or decorator: a wrong value, a full disk, Ctrl-C or SIGTERM inside ends the script in one line.
+
+    Args:
+        script: its name, with which the line begins.
+        same_everywhere: every process meets these errors (wrong flags, say), so that the first speaks for all.
+
+    Raises:
+        SystemExit: its code is the line of an error, or 128 + signal.
+    """
+    process = int(os.environ.get("RANK", "0"))
+    speaker = script if process == 0 else f"{script}, process {process}"
+    # A script that was started with Ctrl-C ignored (by nohup, or in the background) goes on ignoring it.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def stop(number: int, frame) -> None:
+        for each in numbers:  # one is enough: launchers pass on what the terminal has sent already
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(128 + number)
+
+    handlers = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except Stopped as stopped:
+        if process == 0:
+            name = signal.Signals(stopped.code - 128).name
+            print(f"{script}: stopped by {'Ctrl-C' if name == 'SIGINT' else name}", file=sys.stderr)
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        is_systems = isinstance(error, OSError) and error.filename
+        said = f"{error.filename}: {error.strerror}" if is_systems else error
+        raise SystemExit(1 if same_everywhere and process else f"{speaker}: {said}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

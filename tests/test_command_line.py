@@ -1,0 +1,90 @@
+"""The edge of the scripts: errors and signals in one line, with nothing left behind."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from onelora_diffusion.command_line import one_line_errors
+
+
+def write_and_wait(path):
+    """A script that is in the midst of a file when a signal comes."""
+    script = f"""
+import time
+from pathlib import Path
+from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.files import written_beside
+
+@one_line_errors("script.py")
+def main():
+    with written_beside(Path({str(path)!r})) as part:
+        part.write_text("half")
+        print("writing", flush=True)
+        time.sleep(100)
+
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_is_one_line_and_leaves_nothing(tmp_path, number, name):
+    process = write_and_wait(tmp_path / "result.json")
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert said == f"script.py: stopped by {name}\n" and process.returncode == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_comes_twice_does_not_cut_the_cleaning_short(capsys):
+    cleaned = []
+    with pytest.raises(SystemExit) as caught, one_line_errors("script.py"):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+    assert caught.value.code == 128 + signal.SIGINT and cleaned
+    assert capsys.readouterr().err == "script.py: stopped by Ctrl-C\n"
+
+
+def test_what_was_ignored_stays_ignored_and_handlers_come_back():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with one_line_errors("script.py"):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with one_line_errors("script.py"):
+        pass
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize(
+    ("process", "same_everywhere", "code"),
+    [
+        ("0", True, "script.py: no class 12"),
+        ("1", True, 1),
+        ("0", False, "script.py: no class 12"),
+        ("1", False, "script.py, process 1: no class 12"),
+    ],
+)
+def test_who_speaks_of_an_error(monkeypatch, process, same_everywhere, code):
+    monkeypatch.setenv("RANK", process)
+    with pytest.raises(SystemExit) as caught, one_line_errors("script.py", same_everywhere=same_everywhere):
+        raise ValueError("no class 12")
+    assert caught.value.code == code
+
+
+def test_an_error_of_the_system_is_told_without_its_number(tmp_path):
+    with pytest.raises(SystemExit) as caught, one_line_errors("script.py"):
+        (tmp_path / "none").read_bytes()
+    assert caught.value.code == f"script.py: {tmp_path / 'none'}: No such file or directory"

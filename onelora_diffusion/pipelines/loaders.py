@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import logging
 import os
+import re
+import types
 from pathlib import Path
 
 import torch
@@ -14,12 +17,27 @@ from onelora_diffusion.injection.attaching import attach_adapter_file, swap_valu
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, refuse_merged
 from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
 from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
+from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
-from onelora_diffusion.storage.finding import find_weights
+from onelora_diffusion.storage.finding import Place, find_weights
+from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
 from onelora_diffusion.storage.reading import json_or_text, read_dict, read_file, read_safetensors
 
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+class _on_the_class_too:
+    """A method whose `self` is the class where it is called on the class."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def __get__(self, instance, owner):
+        return types.MethodType(self.method, owner if instance is None else instance)
 
 
 class OneLoRALoaderMixin:
@@ -70,35 +88,28 @@ class OneLoRALoaderMixin:
         adapter_name: str | None = None,
         hotswap: bool = False,
         *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        proxies: dict[str, str] | None = None,
         low_cpu_mem_usage: bool = True,
+        **place,
     ) -> None:
         """Load an adapter; it is the active one then.
 
         Takes a file of this library, a LoRA that is exactly 1LoRA (A is all ones), PEFT's MiSS of rank 1, and any
-        other LoRA or DoRA of linear layers by way of PEFT; as a file, a folder, a hub id or a state dict.
+        other LoRA or DoRA of linear layers by way of PEFT; as a file, a folder, a hub id or a state dict. Names of
+        kohya's scripts and of other programs are converted as diffusers does. What a file holds for text encoders
+        is left out, with a warning.
 
         Args:
             adapter_name: a new name; None: `default_0`, `default_1`, …
             hotswap: write the values into the present adapter `adapter_name`, which must be of the same kind; a
                 compiled model is not compiled again.
-            weight_name: which file of a folder or repository.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
+            place: which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
 
         Raises:
             FileNotFoundError: no such file, folder, or repository in reach.
             ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
         """
-        model = self._adapted_model()
-        if proxies is not None:
-            raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
+        model, place = self._adapted_model(), Place(**place)
         if hotswap and adapter_name is None:
             raise ValueError("hotswap=True needs the adapter_name whose values are replaced")
         if hotswap:
@@ -109,62 +120,43 @@ class OneLoRALoaderMixin:
             adapter_name = adapter_name or next(name for name in free if name not in present)
             check_name(model, adapter_name)
 
+        def translate(tensors, source):
+            return denoiser_tensors(self.stock_class(), model, tensors, source)
+
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict):
-            file, shown = read_dict(model, source, {}, "the state dict"), "the state dict"
+            shown = "the state dict"
+            file = read_dict(model, source, {}, shown, translate)
         else:
-            path = find_weights(
-                source,
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-            file, shown = read_file(model, path), str(path)
+            shown = find_weights(source, place)
+            file = read_file(model, shown, translate)
         if hotswap:
-            swap_values(adapters_of(model), file, adapter_name, shown)
+            swap_values(adapters_of(model), file, adapter_name, str(shown))
         else:
-            attach_adapter_file(model, file, adapter_name, shown)
+            attach_adapter_file(model, file, adapter_name, str(shown))
 
     @classmethod
     def lora_state_dict(
         cls,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        proxies: dict[str, str] | None = None,
         return_lora_metadata: bool = False,
+        **place,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict]:
-        """The tensors of an adapter file by their keys, and on request what its header says as well."""
-        if proxies is not None:
-            raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
-        source = pretrained_model_name_or_path_or_dict
+        """The tensors of an adapter file by their keys, and on request what its header says as well.
+
+        Args:
+            place: as in `load_lora_weights`.
+        """
+        source, place = pretrained_model_name_or_path_or_dict, Place(**place)
         if isinstance(source, dict):
             tensors, metadata = dict(source), {}
         else:
-            path = find_weights(
-                source,
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-            tensors, metadata = read_safetensors(path)
+            tensors, metadata = read_safetensors(find_weights(source, place))
             metadata = {name: json_or_text(text) for name, text in metadata.items()}
         return (tensors, metadata) if return_lora_metadata else tensors
 
+    @_on_the_class_too
     def save_lora_weights(
         self,
         save_directory: str | os.PathLike,
@@ -173,42 +165,80 @@ class OneLoRALoaderMixin:
         weight_name: str | None = None,
         safe_serialization: bool = True,
         *,
+        unet_lora_layers: dict[str, torch.Tensor] | None = None,
+        text_encoder_lora_layers: dict[str, torch.Tensor] | None = None,
+        text_encoder_2_lora_layers: dict[str, torch.Tensor] | None = None,
+        transformer_lora_adapter_metadata: dict | None = None,
+        unet_lora_adapter_metadata: dict | None = None,
+        text_encoder_lora_adapter_metadata: dict | None = None,
+        text_encoder_2_lora_adapter_metadata: dict | None = None,
         adapter_name: str | None = None,
         id2label: dict[int, str] | None = None,
         base: str | None = None,
         training: dict | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Write an adapter to `save_directory/onelora_weights.safetensors`, with all that its own file said of it.
+        """Write an adapter of this pipeline to `save_directory/onelora_weights.safetensors`; or given LoRA layers.
+
+        With all that the adapter's own file said of it. LoRA layers of PEFT, as diffusers' scripts give them to
+        this method of the class, go into `pytorch_lora_weights.safetensors`, as diffusers writes it.
 
         Args:
-            transformer_lora_layers: other values for the tensors of `adapter_state_dict`, such as their average.
+            transformer_lora_layers, unet_lora_layers: other values for the tensors of `adapter_state_dict`, such
+                as their average, or a PEFT LoRA's state dict.
+            text_encoder_lora_layers, text_encoder_2_lora_layers: written beside the latter.
+            transformer_lora_adapter_metadata, …: PEFT's settings of each, for the file's header.
             weight_name: another name for the file.
             adapter_name: which adapter; None: the only one that is active.
             id2label, base, training, dtype: as in `save_adapter`; None: what the adapter was loaded with.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
+        if Path(save_directory).is_file():
+            raise ValueError(f"save_directory '{save_directory}' is a file, and a folder is needed")
+        if weight_name is not None and not weight_name.endswith(".safetensors"):
+            raise ValueError(f"weight_name '{weight_name}' must end in .safetensors")
+        layers = {
+            "transformer": transformer_lora_layers,
+            "unet": unet_lora_layers,
+            "text_encoder": text_encoder_lora_layers,
+            "text_encoder_2": text_encoder_2_lora_layers,
+        }
+        layers = {component: tensors for component, tensors in layers.items() if tensors is not None}
+        if layers and all(is_foreign(tensors) for tensors in layers.values()):
+            settings = {
+                "transformer": transformer_lora_adapter_metadata,
+                "unet": unet_lora_adapter_metadata,
+                "text_encoder": text_encoder_lora_adapter_metadata,
+                "text_encoder_2": text_encoder_2_lora_adapter_metadata,
+            }
+            if is_main_process:
+                write_lora(Path(save_directory) / (weight_name or DIFFUSERS_LORA), layers, settings)
+            return
+
+        if isinstance(self, type):
+            raise ValueError(
+                f"{self.__name__}.save_lora_weights writes PEFT's LoRA layers alone: call it on the pipeline that has "
+                "the adapter, or save_adapter(model, path)"
+            )
+        if other := [component for component in layers if component != self._component()]:
+            raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in '{self._component()}'")
         book = adapters_of(self._adapted_model())
         if adapter_name is None:
             serving = list(book.merged or book.weights or book.adapters)
             if len(serving) != 1:
                 raise ValueError(f"adapters {', '.join(serving)} are active: give the adapter_name to save")
             adapter_name = serving[0]
-        if Path(save_directory).is_file():
-            raise ValueError(f"save_directory '{save_directory}' is a file, and a folder is needed")
-        name = weight_name or WEIGHTS_NAME
-        if not name.endswith(".safetensors"):
-            raise ValueError(f"weight_name '{name}' must end in .safetensors")
         origin = book.origins.get(book.known(adapter_name), {})
+        base = base or origin.get("base") or getattr(self.config, "_name_or_path", None)
         if is_main_process:
             save_adapter(
                 book.model,
-                Path(save_directory) / name,
+                Path(save_directory) / (weight_name or WEIGHTS_NAME),
                 adapter_name,
-                state_dict=transformer_lora_layers,
+                state_dict=layers.get(self._component()),
                 id2label=origin.get("id2label") if id2label is None else id2label,
-                base=base or origin.get("base") or getattr(self.config, "_name_or_path", None) or None,
+                base=str(base) if base else None,
                 training=origin.get("training") if training is None else training,
                 dtype=dtype,
             )
@@ -240,7 +270,8 @@ class OneLoRALoaderMixin:
         Args:
             adapter_weights: one for all or one for each: a number, or numbers by block, as in
                 `{"transformer_blocks.3": 0.5, "*.attn1": 0}`; diffusers' nested form of a UNet,
-                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well.
+                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well. What is for text encoders
+                is left out, with a warning.
         """
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]
         weights = [self._weight(weight) for weight in weights]
@@ -271,19 +302,42 @@ class OneLoRALoaderMixin:
         if not book.weights:
             book.activate({name: weight for name, weight in book.paused.items() if name in book.adapters})
 
+    def set_lora_device(self, adapter_names: str | list[str], device: torch.device | str | int) -> None:
+        """Move the named adapters' tensors to a device, such as the host's while others serve.
+
+        Before they serve again they have to be where the base is.
+        """
+        book = adapters_of(self._adapted_model())
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            book.known(name)
+        for name in names:
+            for module in book.adapters[name].values():
+                module.to(device)
+        if book.merged is None:
+            book.activate(book.weights)  # sums of vectors that were kept are on the old device
+
+    def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
+        """Nothing to prepare: vectors have no rank to pad, and are swapped in place in a compiled model too.
+
+        Args:
+            target_rank, check_compiled: taken for the sake of diffusers' callers.
+        """
+
     # -----------------------------------------------------------------------------------------------
     # Fuse
 
     def fuse_lora(
         self,
+        components: list[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: str | list[str] | None = None,
-        components: list[str] | None = None,
     ) -> None:
         """Fold adapters into the base weights, times `lora_scale`, so that they cost nothing at all.
 
         Args:
+            components: None, or names of which the transformer or the UNet is one; a text encoder has no adapters.
             safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite.
             adapter_names: which adapters; None: those that serve. They count with the weights they have.
         """
@@ -376,16 +430,25 @@ class OneLoRALoaderMixin:
         return getattr(self._adapted_model(), "_onelora", None)
 
     def _check_components(self, components: list[str] | None) -> None:
-        if components is not None and list(components) != [self._component()]:
-            raise ValueError(f"components {list(components)}: adapters are in '{self._component()}' only")
+        own = self._component()
+        if components is None:
+            return
+        is_list = isinstance(components, list | tuple)
+        if not is_list or own not in components or any(c != own and not TEXT_ENCODER.fullmatch(c) for c in components):
+            raise ValueError(
+                f"components {components!r}: adapters are in '{own}' only; adapters are named by adapter_names, and "
+                "weighed by lora_scale"
+            )
 
     def _weight(self, weight: float | dict | None) -> Weight:
-        if weight is None:
-            return 1.0
-        component = self._component()
-        if isinstance(weight, dict) and set(weight) == {component}:
-            weight = weight[component]
-        return _flat(weight) if isinstance(weight, dict) else weight
+        """The weight of the transformer or UNet, where it is given by component."""
+        if isinstance(weight, dict):
+            if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:
+                logger.warning("weights of %s are left out: adapters here have none for it", ", ".join(left))
+            weight = {name: value for name, value in weight.items() if name not in left} or None
+        if isinstance(weight, dict) and set(weight) == {self._component()}:
+            weight = weight[self._component()]
+        return 1.0 if weight is None else _flat(weight) if isinstance(weight, dict) else weight
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):

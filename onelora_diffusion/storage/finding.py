@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
@@ -13,17 +15,36 @@ KNOWN_NAMES = (WEIGHTS_NAME, DIFFUSERS_LORA, PEFT_LORA)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
-def find_weights(
-    source: str | os.PathLike,
-    *,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Place:
+    """Which file of a folder or hub repository, under the names of diffusers' keyword arguments.
+
+    Attributes:
+        weight_name: which file.
+        subfolder, revision: where it is in the repository.
+        token, cache_dir, force_download, local_files_only: as `hf_hub_download` takes them.
+        use_safetensors: True or None; a pickle is never read.
+        proxies: None; the hub's client reads the environment.
+    """
+
+    weight_name: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike | None = None
+    force_download: bool = False
+    local_files_only: bool | None = None
+    use_safetensors: bool | None = None
+    proxies: dict[str, str] | None = None
+
+    def __post_init__(self):
+        if self.use_safetensors not in (True, None):
+            raise ValueError("use_safetensors=False asks for a pickle, which could run any code: leave it out")
+        if self.proxies is not None:
+            raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
+
+
+def find_weights(source: str | os.PathLike, place: Place = Place()) -> Path:
     """The file of an adapter: `source` itself, or the one in that folder or hub repository.
 
     Raises:
@@ -31,18 +52,20 @@ def find_weights(
         ValueError: a folder holds several, or the file is a pickle.
     """
     local = Path(source).expanduser()
-    folder = local / subfolder if subfolder else local
+    folder = local / place.subfolder if place.subfolder else local
     if local.is_file():
-        if weight_name not in (None, local.name):
-            raise ValueError(f"'{source}' is a file, and weight_name '{weight_name}' would be another in a folder")
+        if place.weight_name not in (None, local.name):
+            raise ValueError(
+                f"'{source}' is a file, and weight_name '{place.weight_name}' would be another in a folder"
+            )
         return _no_pickle(local)
     if folder.is_dir():
-        return _file_in(folder, weight_name)
+        return _file_in(folder, place.weight_name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or local.is_dir():
         raise FileNotFoundError(f"no adapter at '{folder}': there is no such file or folder, and it is no hub id")
-    names = [weight_name] if weight_name else KNOWN_NAMES
+    names = [place.weight_name] if place.weight_name else KNOWN_NAMES
     _no_pickle(Path(names[0]))
-    return _download(str(source), names, subfolder, revision, token, cache_dir, force_download, local_files_only)
+    return _download(str(source), names, place)
 
 
 def _no_pickle(path: Path) -> Path:
@@ -71,17 +94,17 @@ def _listed(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
 
 
-def _download(repo_id, names, subfolder, revision, token, cache_dir, force_download, local_files_only) -> Path:
+def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     settings = {
-        "subfolder": subfolder,
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "force_download": force_download,
-        "local_files_only": bool(local_files_only) or constants.HF_HUB_OFFLINE,
+        "subfolder": place.subfolder,
+        "revision": place.revision,
+        "token": place.token,
+        "cache_dir": place.cache_dir,
+        "force_download": place.force_download,
+        "local_files_only": bool(place.local_files_only) or constants.HF_HUB_OFFLINE,
     }
     failure = None
     for name in names:

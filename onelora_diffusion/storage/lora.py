@@ -22,9 +22,12 @@ PEFT_LORA = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
 FOREIGN_KEY = re.compile(
-    r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|alpha|miss_block)"
-    r"(?:\.default)?(?:\.weight)?"
+    r"(?:base_model\.model\.)?(?P<name>.+?)\."
+    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|alpha|miss_block)"
+    r"(?:\.default)?(?:\.(?P<kind>weight|bias))?"
 )
+TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
+BIASES = ("beta", "lora_B.bias")
 PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 
 
@@ -79,14 +82,14 @@ def export_lora(
     settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
     path = Path(path)
     if path.suffix == ".safetensors":
-        _write_diffusers(path, lora, settings, component)
+        write_lora(path, {component: lora}, {component: settings})
         return path
     if path.is_file():
         raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
     base = book.origins.get(adapter_name, {}).get("base")
     peft_settings = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True} | settings
     path.mkdir(parents=True, exist_ok=True)
-    _write_diffusers(path / DIFFUSERS_LORA, lora, settings, component)
+    write_lora(path / DIFFUSERS_LORA, {component: lora}, {component: settings})
     with written_beside(path / PEFT_LORA) as part:
         save_file({f"base_model.model.{k}": t for k, t in lora.items()}, part)
     with written_beside(path / PEFT_CONFIG) as part:
@@ -94,12 +97,16 @@ def export_lora(
     return path
 
 
-def _write_diffusers(path: Path, lora: dict[str, torch.Tensor], settings: dict, component: str) -> None:
-    metadata = {f"{component}.{name}": value for name, value in settings.items()}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings: dict[str, dict | None]) -> None:
+    """Write a LoRA as diffusers does: tensors by component, and PEFT's settings of each component in the header."""
+    tensors = {f"{part}.{key}": tensor.contiguous() for part, own in layers.items() for key, tensor in own.items()}
+    metadata = {f"{part}.{name}": value for part, own in settings.items() for name, value in (own or {}).items()}
+    header = {"format": "pt"}
+    if metadata:
+        header["lora_adapter_metadata"] = json.dumps(metadata, default=sorted)  # PEFT has sets among its settings
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
-        save_file({f"{component}.{k}": t for k, t in lora.items()}, part, header)
+        save_file(tensors, part, header)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -130,44 +137,61 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
         if settings.get(name) not in neutral:
             raise ValueError(f"{source}: its {name} is {settings[name]!r}, which an adapter here cannot carry")
 
-    kinds = {frozenset(parts) - {"alpha"} for parts in layers.values()}
+    kinds = {frozenset(parts) - {"alpha", "lora_B.bias"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
-        method, values = "1lora", {path: {"b": _miss(path, p, settings, source)} for path, p in layers.items()}
+        values = {path: {"b": _miss(path, p, settings, source)} for path, p in layers.items()}
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
-        method, values = _lora(layers, settings, source)
+        values = _lora(layers, settings, source)
     else:
-        odd = next(path for path, p in layers.items() if not {"lora_A", "lora_B"} <= set(p) and "miss_block" not in p)
-        raise ValueError(f"{source}: {odd} has {', '.join(layers[odd])} without the rest of it")
+        odd = next((path for path, p in layers.items() if not {"lora_A", "lora_B"} <= set(p)), list(layers)[0])
+        raise ValueError(
+            f"{source}: {odd} has {', '.join(layers[odd])}; every layer needs lora_A and lora_B, or miss_block alone"
+        )
 
     targets = tuple(layers)
-    if set(target_layers(model, targets)) != set(layers):  # a path that is also the end of another one
-        values |= {path: _neutral(model, path, values) for path in target_layers(model, targets) if path not in values}
-    rank = 1 if method == "1lora" else len(next(iter(values.values()))["lora_A.weight"])
+    names = next(iter(values.values()))  # the same at every layer
+    for path, linear in target_layers(model, targets).items():
+        if path not in values:  # it ends in another one's path
+            values[path] = _neutral(linear, names)
+    if "b" in names:
+        config = AdapterConfig(bias="beta" in names, targets=targets)
+    else:
+        method = "dora" if "lora_magnitude_vector.weight" in names else "lora"
+        peft_config = {"lora_bias": True} if "lora_B.bias" in names else None
+        config = AdapterConfig(method, len(names["lora_A.weight"]), targets, peft_config=peft_config)
     return AdapterFile(
-        config=AdapterConfig(method=method, rank=rank, targets=targets),
+        config=config,
         tensors={f"{path}.onelora_{name}": t for path, parts in values.items() for name, t in parts.items()},
         fingerprint=None,
         base=settings.get("base_model_name_or_path"),
     )
 
 
+def paths_by_name(model: nn.Module) -> dict[str, str]:
+    """Every name that LoRA files have for a layer of a model -> its path."""
+    names = {path: path for path, _ in model.named_modules()}
+    for path in list(names):
+        flat = path.replace(".", "_")  # as kohya's scripts and OneTrainer write it
+        for name in (f"transformer.{path}", f"unet.{path}", f"lora_transformer_{flat}", f"lora_unet_{flat}"):
+            names.setdefault(name, path)
+    return names
+
+
 def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> dict[str, dict[str, torch.Tensor]]:
-    """path of a layer -> part (`lora_A`, `alpha`, …) -> tensor, in fp32."""
-    known = dict(model.named_modules())
+    """path of a layer -> part (`lora_A`, `lora_B.bias`, `alpha`, …) -> tensor, in fp32."""
+    paths = paths_by_name(model)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = FOREIGN_KEY.fullmatch(key)
-        if match is None:
+        part = match and PARTS.get(match["part"], match["part"]) + (".bias" if match["kind"] == "bias" else "")
+        if match is None or part.endswith(".bias") and part != "lora_B.bias":
             raise ValueError(f"{source}: {key} with shape {tuple(tensor.shape)} is no part of a LoRA, DoRA or MiSS")
-        path = match["path"].removeprefix("base_model.model.")
-        for prefix in ("transformer.", "unet."):
-            path = path if path in known else path.removeprefix(prefix)
-        if not isinstance(known.get(path), nn.Linear):
-            what = "layer" if path not in known else "linear layer"
-            raise ValueError(f"{source}: {key} serves '{path}', and {type(model).__name__} has no such {what}")
+        path = paths.get(match["name"])
+        if path is None or not isinstance(model.get_submodule(path), nn.Linear):
+            raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: {key} holds NaN or infinity")
-        layers.setdefault(path, {})[PARTS.get(match["part"], match["part"])] = tensor.float()
+        layers.setdefault(path, {})[part] = tensor.float()
     return layers
 
 
@@ -181,9 +205,12 @@ def _miss(path: str, parts: dict[str, torch.Tensor], settings: dict, source: str
     return block[0].clone()
 
 
-def _lora(layers: dict, settings: dict, source: str) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    """(method, values by path); the scale α/r is multiplied into B."""
+def _lora(layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Values by path; the scale α/r is multiplied into B and its bias."""
     is_dora = any("lora_magnitude_vector" in parts for parts in layers.values())
+    has_bias = any("lora_B.bias" in parts for parts in layers.values())
+    if is_dora and has_bias:
+        raise ValueError(f"{source}: its lora_bias goes with LoRA, not with a DoRA")
     scaled = {}
     for path, parts in layers.items():
         a, b = parts["lora_A"], parts["lora_B"]
@@ -192,22 +219,26 @@ def _lora(layers: dict, settings: dict, source: str) -> tuple[str, dict[str, dic
         if is_dora and "lora_magnitude_vector" not in parts:
             raise ValueError(f"{source}: {path} has no lora_magnitude_vector, as other layers of this DoRA have")
         alpha = parts["alpha"].item() if "alpha" in parts else _alpha(path, len(a), settings)
-        scaled[path] = a, b * (alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a)))
-    if not is_dora and all((a == a[:, :1]).all() for a, _ in scaled.values()):
-        return "1lora", {path: {"b": b @ a[:, 0]} for path, (a, b) in scaled.items()}
-
-    rank = max(len(a) for a, _ in scaled.values())  # layers of a lower rank are filled up with zeros
-    values = {
-        path: {
-            "lora_A.weight": nn.functional.pad(a, (0, 0, 0, rank - len(a))),
-            "lora_B.weight": nn.functional.pad(b, (0, rank - len(a))),
+        scale = alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
+        scaled[path] = a, scale * b, scale * parts.get("lora_B.bias", torch.zeros(len(b)))
+    if not is_dora and all((a == a[:, :1]).all() for a, _, _ in scaled.values()):
+        values = {path: {"b": b @ a[:, 0], "beta": bias} for path, (a, b, bias) in scaled.items()}
+    else:
+        rank = max(len(a) for a, _, _ in scaled.values())  # layers of a lower rank are filled up with zeros
+        values = {
+            path: {
+                "lora_A.weight": nn.functional.pad(a, (0, 0, 0, rank - len(a))),
+                "lora_B.weight": nn.functional.pad(b, (0, rank - len(a))),
+                "lora_B.bias": bias,
+            }
+            for path, (a, b, bias) in scaled.items()
         }
-        for path, (a, b) in scaled.items()
-    }
     for path, parts in layers.items():
         if is_dora:
             values[path]["lora_magnitude_vector.weight"] = parts["lora_magnitude_vector"]
-    return "dora" if is_dora else "lora", values
+        if not has_bias:
+            values[path] = {name: tensor for name, tensor in values[path].items() if name not in BIASES}
+    return values
 
 
 def _alpha(path: str, rank: int, settings: dict) -> float:
@@ -217,16 +248,17 @@ def _alpha(path: str, rank: int, settings: dict) -> float:
     return settings.get("lora_alpha", rank)
 
 
-def _neutral(model: nn.Module, path: str, values: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Values that leave a layer as it is, for one that only shares its name with a layer of the file."""
-    parts, linear = next(iter(values.values())), model.get_submodule(path)
-    if "b" in parts:
-        return {"b": torch.zeros(linear.out_features)}
-    rank = len(parts["lora_A.weight"])
-    neutral = {
-        "lora_A.weight": torch.zeros(rank, linear.in_features),
-        "lora_B.weight": torch.zeros(linear.out_features, rank),
+    rank = len(parts.get("lora_A.weight", ()))
+    shapes = {
+        "b": (linear.out_features,),
+        "beta": (linear.out_features,),
+        "lora_A.weight": (rank, linear.in_features),
+        "lora_B.weight": (linear.out_features, rank),
+        "lora_B.bias": (linear.out_features,),
     }
+    neutral = {name: torch.zeros(shape) for name, shape in shapes.items() if name in parts}
     if "lora_magnitude_vector.weight" in parts:
         neutral["lora_magnitude_vector.weight"] = linear.weight.detach().float().norm(dim=1)
     return neutral

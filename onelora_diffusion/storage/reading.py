@@ -1,6 +1,7 @@
 """Read whatever adapter a file holds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,10 +13,13 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import PREFIX, AdapterFile
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_adapter
-from onelora_diffusion.storage.lora import PEFT_CONFIG, import_foreign, is_foreign
+from onelora_diffusion.storage.lora import PEFT_CONFIG, TEXT_ENCODER_KEY, import_foreign, is_foreign
+
+Translate = Callable[[dict[str, torch.Tensor], str], dict[str, torch.Tensor]]
 
 
-def read_file(model: nn.Module, path: Path) -> AdapterFile:
+def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:
+    """The adapter in a file, of whatever kind; `translate` as in `read_dict`."""
     if "onelora" in _read_metadata(path):
         return read_adapter(path)
     tensors, metadata = read_safetensors(path)
@@ -23,10 +27,11 @@ def read_file(model: nn.Module, path: Path) -> AdapterFile:
     config = path.with_name(PEFT_CONFIG)
     if "lora_adapter_metadata" in metadata:
         flat = json.loads(metadata["lora_adapter_metadata"])
-        settings = {name.split(".", 1)[1]: value for name, value in flat.items() if "." in name}
+        own = [name for name in flat if "." in name and not TEXT_ENCODER_KEY.fullmatch(name)]
+        settings = {name.split(".", 1)[1]: flat[name] for name in own}
     elif config.is_file():
         settings = json.loads(config.read_text())
-    return read_dict(model, tensors, settings, str(path))
+    return read_dict(model, tensors, settings, str(path), translate)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -45,11 +50,20 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
 
 
-def read_dict(model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str) -> AdapterFile:
-    """An adapter from bare tensors, told by their keys."""
+def read_dict(
+    model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str, translate: Translate
+) -> AdapterFile:
+    """An adapter from bare tensors, told by their keys.
+
+    Args:
+        settings: PEFT's, of a LoRA.
+        source: named in errors.
+        translate: (tensors, source) -> those of them that are for this model, by names that it knows.
+    """
     own = [key for key in tensors if ".onelora_" in key or key.removeprefix(PREFIX).startswith(f"{CLASS_TABLE}.")]
     if own:
         return _read_own(model, tensors, source)
+    tensors = translate(tensors, source)
     if not is_foreign(tensors):
         found = ", ".join(list(tensors)[:3]) or "no keys at all"
         raise ValueError(

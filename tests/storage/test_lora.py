@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from conftest import dit_inputs, make_dit, randomize
+from denoisers import flux, pixart, sana, sd3, unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,130 +18,10 @@ from onelora_diffusion import (
     unload_adapter,
 )
 from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.storage.lora import import_foreign
 
 
-def flux():
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 4, 8),
-    )
-    inputs = {
-        "hidden_states": torch.randn(2, 16, 4),
-        "encoder_hidden_states": torch.randn(2, 5, 8),
-        "pooled_projections": torch.randn(2, 8),
-        "timestep": torch.tensor([0.1, 0.7]),
-        "img_ids": torch.randn(16, 3),
-        "txt_ids": torch.randn(5, 3),
-    }
-    return model, inputs
-
-
-def sd3():
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=16,
-        caption_projection_dim=32,
-        pooled_projection_dim=8,
-        out_channels=4,
-    )
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 5, 16),
-        "pooled_projections": torch.randn(2, 8),
-        "timestep": torch.tensor([10, 700]),
-    }
-    return model, inputs
-
-
-def pixart():
-    from diffusers import PixArtTransformer2DModel
-
-    model = PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=2,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_channels=16,
-        in_channels=4,
-        cross_attention_dim=24,
-        out_channels=8,
-        use_additional_conditions=False,
-    )
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 5, 16),
-        "timestep": torch.tensor([10, 700]),
-        "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
-    }
-    return model, inputs
-
-
-def sana():
-    from diffusers import SanaTransformer2DModel
-
-    model = SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=8,
-        sample_size=8,
-    )
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 5, 8),
-        "timestep": torch.tensor([10.0, 700.0]),
-    }
-    return model, inputs
-
-
-def unet():
-    from diffusers import UNet2DConditionModel
-
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    inputs = {
-        "sample": torch.randn(2, 4, 8, 8),
-        "timestep": torch.tensor([10, 700]),
-        "encoder_hidden_states": torch.randn(2, 5, 8),
-    }
-    return model, inputs
-
-
-MODELS = [flux, sd3, pixart, sana, unet]
-
-
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", [flux, sd3, pixart, sana, unet])
 def test_inject_train_export_and_stock_loading_gives_the_same_output(make, tmp_path):
     from peft import PeftModel
 
@@ -281,6 +162,7 @@ def test_other_miss_is_refused(tmp_path, settings):
         ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "lora"),
         ({"r": 2, "lora_alpha": 6, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_k": 1}}, "lora"),
         ({"r": 2, "lora_alpha": 2, "use_dora": True}, "dora"),
+        ({"r": 2, "lora_alpha": 6, "lora_bias": True}, "lora"),
     ],
 )
 def test_ordinary_lora_and_dora_by_way_of_peft(tmp_path, settings, method):
@@ -306,6 +188,32 @@ def test_a_lora_with_constant_rows_is_1lora_with_its_scale(tmp_path, dit):
     pipe.load_lora_weights(tmp_path, adapter_name="x")
     (vector,) = adapter_state_dict(dit, "x").values()
     assert torch.equal(vector, 2 * (2 * b1 + 3 * b2))
+
+
+def test_the_bias_of_a_lora_with_constant_rows_is_beta(dit):
+    """2/1 · (B 1ᵀx + bias) is b Σx + β with b = 2 B and β = 2 bias; a layer without one has β = 0."""
+    ones, b, bias = torch.ones(1, 32), torch.arange(32.0).unsqueeze(1), torch.arange(32.0)
+    tensors = {
+        "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": ones,
+        "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": b,
+        "transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": bias,
+        "transformer.transformer_blocks.1.attn1.to_q.lora_A.weight": ones,
+        "transformer.transformer_blocks.1.attn1.to_q.lora_B.weight": b,
+    }
+    file = import_foreign(dit, tensors, {"lora_alpha": 2}, "it")
+    assert (file.config.method, file.config.bias) == ("1lora", True)
+    first, second = (f"transformer_blocks.{i}.attn1.to_q.onelora_" for i in (0, 1))
+    assert torch.equal(file.tensors[f"{first}b"], 2 * b[:, 0]) and torch.equal(file.tensors[f"{first}beta"], 2 * bias)
+    assert torch.equal(file.tensors[f"{second}beta"], torch.zeros(32))
+    with pytest.raises(ValueError, match="to_q.lora_A.bias with shape .* is no part of a LoRA"):
+        import_foreign(dit, {key.replace("B.bias", "A.bias"): t for key, t in tensors.items()}, {}, "it")
+
+
+@pytest.mark.parametrize("parts", [("lora_A",), ("lora_A", "lora_B", "miss_block"), ("alpha",)])
+def test_a_layer_without_the_rest_of_its_lora_is_named(dit, parts):
+    tensors = {f"transformer_blocks.0.attn1.to_q.{part}.weight": torch.ones(1, 32) for part in parts}
+    with pytest.raises(ValueError, match=r"it: transformer_blocks.0.attn1.to_q has .*; every layer needs"):
+        import_foreign(dit, tensors, {}, "it")
 
 
 def test_settings_that_cannot_be_kept_are_refused(tmp_path):

@@ -1,0 +1,74 @@
+"""Which tensors of a LoRA are for the denoiser of a pipeline, under the names that diffusers has for its layers."""
+
+import logging
+import re
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from torch import nn
+
+from onelora_diffusion.storage.lora import FOREIGN_KEY, TEXT_ENCODER_KEY, paths_by_name
+
+logger = logging.getLogger(__name__)
+
+LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha)")
+LORA_B = re.compile(r".*[._](B|up)(\.default)?\.weight")
+
+
+def denoiser_tensors(
+    pipeline_class: type[DiffusionPipeline], model: nn.Module, tensors: dict[str, torch.Tensor], source: str
+) -> dict[str, torch.Tensor]:
+    """The tensors that are not for text encoders, of which a warning tells.
+
+    Where none of them names a layer of the model, they are taken for another program's (kohya's scripts for SDXL
+    and Flux, ComfyUI, XLabs), and converted as the pipeline's own `lora_state_dict` does.
+
+    Args:
+        model: the pipeline's transformer or UNet.
+        source: named in errors and in the warning.
+
+    Raises:
+        ValueError: all are for text encoders, or the conversion fails or would lose some.
+    """
+    own = {key: tensor for key, tensor in tensors.items() if not TEXT_ENCODER_KEY.fullmatch(key)}
+    if tensors and not own:
+        raise ValueError(f"{source} is for text encoders only ({next(iter(tensors))}), which are not adapted here")
+    if len(own) < len(tensors):
+        left = len(tensors) - len(own)
+        logger.warning("%s: %d of %d tensors are for text encoders, and are left out", source, left, len(tensors))
+    paths = paths_by_name(model)
+    names = [match["name"] for key in own if (match := FOREIGN_KEY.fullmatch(key))]
+    if not own or any(name in paths for name in names) or not hasattr(pipeline_class, "lora_state_dict"):
+        return own
+    return _converted(pipeline_class, model, own, source)
+
+
+def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor]:
+    # The converters drop what they do not know, some of it without a word.
+    for key in tensors:
+        if not LORA_PART.fullmatch(key):
+            raise ValueError(
+                f"{source}: {key} is no part of a LoRA that can be converted for {pipeline_class.__name__}"
+            )
+    try:
+        converted, *rest = pipeline_class.lora_state_dict(
+            dict(tensors), unet_config=model.config, return_alphas=True, return_lora_metadata=True
+        )
+    except Exception as error:  # a converter meets an unknown name with a KeyError, an AssertionError, …
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source}: its names ({next(iter(tensors))}) cannot be converted for {pipeline_class.__name__}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if _rows(converted) != _rows(tensors):
+        raise ValueError(f"{source}: not all of it can be converted for {pipeline_class.__name__}")
+    alphas = rest[0] if len(rest) == 2 else None
+    alphas = {key: torch.as_tensor(alpha) for key, alpha in (alphas or {}).items()}
+    renamed = convert_unet_state_dict_to_peft(converted | alphas)
+    return {key.replace(".lora_A.weight.alpha", ".alpha"): tensor for key, tensor in renamed.items()}
+
+
+def _rows(tensors: dict[str, torch.Tensor]) -> int:
+    """Output features of all layers: those of a fused layer are parted among its parts, and none is lost."""
+    return sum(len(tensor) for key, tensor in tensors.items() if LORA_B.fullmatch(key))

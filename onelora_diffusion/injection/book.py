@@ -56,6 +56,15 @@ class AdapterBook:
             )
         return adapter_name
 
+    def chosen(self, adapter_name: str | None) -> str:
+        """The name of a present adapter; of None the one that is active, or the only one there is."""
+        if adapter_name is not None:
+            return self.known(adapter_name)
+        names = list(self.merged or self.weights or self.adapters)
+        if len(names) > 1:
+            raise ValueError(f"adapters {', '.join(names)} are there to choose from: give the adapter_name")
+        return names[0]
+
     def checked(self, weight: Weight, adapter_name: str) -> Weight:
         """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""
         if isinstance(weight, dict):
@@ -188,17 +197,26 @@ class AdapterBook:
                     linear.bias.data = bias
 
 
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        parts = [name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)]
+        hint = f": give its {parts[0]}, as in pipe.{parts[0]}" if parts else ""
+        raise TypeError(f"the model is a {type(model).__name__}, which is no torch.nn.Module{hint}")
+
+
 def adapters_of(model: nn.Module) -> AdapterBook:
+    check_model(model)
     if not hasattr(model, "_onelora"):
         raise ValueError(f"{type(model).__name__} has no adapter: inject or load one first")
     return model._onelora
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
+    check_model(model)
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter name '{adapter_name}' must not be empty or contain a dot")
     if hasattr(model, "_onelora") and adapter_name in model._onelora.adapters:
-        raise ValueError(f"adapter name '{adapter_name}' is already in use")
+        raise ValueError(f"adapter name '{adapter_name}' is already in use: unload_adapter removes that adapter")
     if hasattr(model, "_onelora") and model._onelora.merged is not None:
         raise ValueError(f"adapters {', '.join(model._onelora.merged)} are merged: unmerge them before adding another")
 

@@ -6,7 +6,7 @@ from torch import nn
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import attach_adapter, build_adapter, state_dict_of
-from onelora_diffusion.injection.book import adapters_of, check_name
+from onelora_diffusion.injection.book import adapters_of, check_model, check_name
 from onelora_diffusion.injection.merging import unmerge_adapter
 
 
@@ -25,10 +25,13 @@ def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = 
         `model`; its parameters that require gradients are exactly the adapter's, in fp32.
 
     Raises:
+        TypeError: `model` is a pipeline, or `config` no `AdapterConfig`.
         ValueError: the name is in use, a target matches no layer, or a class table is asked of a model
             without class embeddings. The model is left as it was.
     """
     check_name(model, adapter_name)
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"the config is an AdapterConfig, as in AdapterConfig(method='1lora'), not {config!r:.60}")
     attach_adapter(model, config, adapter_name, build_adapter(model, config))
     return model
 
@@ -80,12 +83,17 @@ def set_adapters(
     return model
 
 
-def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """The trained tensors of an adapter, live, by their names in an adapter file (without its prefix)."""
+def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+    """The trained tensors of an adapter, live, by their names in an adapter file (without its prefix).
+
+    Args:
+        adapter_name: None: the one that is active.
+    """
     book = adapters_of(model)
-    return state_dict_of(book.adapters[book.known(adapter_name)])
+    return state_dict_of(book.adapters[book.chosen(adapter_name)])
 
 
 def count_trainable(model: nn.Module) -> int:
     """The number of weights that require gradients; each shared one counts once."""
+    check_model(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

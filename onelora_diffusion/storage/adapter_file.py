@@ -5,6 +5,7 @@ import json
 import math
 import os
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ WEIGHTS_NAME = "onelora_weights.safetensors"
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     id2label: dict[int, str] | None = None,
@@ -38,19 +39,23 @@ def save_adapter(
 
     Args:
         path: a `.safetensors` file, or a folder that will hold `onelora_weights.safetensors`.
+        adapter_name: None: the one that is active.
         state_dict: other values for the same names, such as their moving average.
-        id2label: class names by label.
+        id2label: class names by label, 0 to num_classes - 1.
         base: hub id or folder of the base model.
         training: a summary of the training that can be written as JSON.
         dtype: `torch.float32` or `torch.bfloat16`.
 
     Raises:
+        TypeError, ValueError: `id2label` is no dict, or has labels outside the adapter's classes.
         OSError: the disk is full; an older file at `path` is still there.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"an adapter file is float32 or bfloat16, not {dtype}")
     book = adapters_of(model)
-    own = state_dict_of(book.adapters[book.known(adapter_name)])
+    adapter_name = book.chosen(adapter_name)
+    _check_labels(id2label, book.configs[adapter_name].num_classes)
+    own = state_dict_of(book.adapters[adapter_name])
     values = own if state_dict is None else state_dict
     if set(values) != set(own):
         raise ValueError(f"state_dict differs from the adapter in {sorted(set(values) ^ set(own))[0]}")
@@ -68,6 +73,16 @@ def save_adapter(
     with written_beside(path) as part:
         save_file(tensors, part, metadata={"onelora": json.dumps(header)})
     return path
+
+
+def _check_labels(id2label: dict[int, str] | None, num_classes: int | None) -> None:
+    if not isinstance(id2label, dict | None):
+        kind = type(id2label).__name__
+        raise TypeError(f"id2label is a dict of names by label, as in {{0: 'pizza'}}, and this is a {kind}")
+    for label in id2label or {}:
+        if not (isinstance(label, Integral) and 0 <= label < (num_classes or math.inf)):
+            labels = f"0 to {num_classes - 1}" if num_classes else "whole numbers from 0 on"
+            raise ValueError(f"id2label names {label!r} '{id2label[label]}', and this adapter's labels are {labels}")
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:

@@ -36,7 +36,7 @@ PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lor
 
 
 def export_lora(
-    model: nn.Module, path: str | os.PathLike, adapter_name: str = "default", *, dtype: torch.dtype = torch.float32
+    model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Path:
     """Write a 1LoRA adapter as an ordinary LoRA of rank 1, which needs nothing of this library to load.
 
@@ -46,6 +46,7 @@ def export_lora(
         path: a `.safetensors` file for the `load_lora_weights` of diffusers' pipelines, or a folder that holds
             that file (`pytorch_lora_weights.safetensors`) and the same as PEFT's `PeftModel.from_pretrained`
             has it, which also serves models without LoRA verbs in diffusers, such as DiT.
+        adapter_name: None: the one that is active.
         dtype: of the tensors written.
 
     Returns:
@@ -56,7 +57,8 @@ def export_lora(
             or it is of another method. To keep these, merge and `save_pretrained`. Nothing is written.
     """
     book = adapters_of(model)
-    adapter, config = book.adapters[book.known(adapter_name)], book.configs[adapter_name]
+    adapter_name = book.chosen(adapter_name)
+    adapter, config = book.adapters[adapter_name], book.configs[adapter_name]
     reasons = {
         f"it is of method '{config.method}'": not config.is_vector,
         "it trains a class table": CLASS_TABLE in adapter,

@@ -65,6 +65,9 @@ def parent_is(monkeypatch, command):
         def parent(self):
             return self
 
+        def parents(self):
+            return []
+
         def cmdline(self):
             return command
 

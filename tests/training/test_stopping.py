@@ -31,7 +31,7 @@ def test_the_budget_counts_what_was_spent_before_a_resume():
     clock = Clock(budget=100.0)
     stop = Stop(clock, num_processes=1)
     assert stop.agreed() == 0
-    clock.earlier = 100.0
+    clock.resume(100.0)
     assert stop.agreed() == 1 and not Stop.is_signal(1)
 
 

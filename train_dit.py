@@ -10,7 +10,6 @@
 The same command again resumes a run that was interrupted. `--dataset NAME --help` shows that data set's recipe.
 """
 
-import os
 import signal
 import sys
 from contextlib import ExitStack, nullcontext
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from onelora_diffusion import adapter_state_dict, inject_adapter
+from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
@@ -63,20 +63,19 @@ class Job:
 
 def main(settings: Settings, since: float | None = None) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
-    is_main = os.environ.get("RANK", "0") == "0"
     with ExitStack() as held:
-        try:
+        with one_line_errors("train_dit.py", same_everywhere=True):
             check_settings(settings)
             job = prepare(settings, since, held)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"train_dit.py: {error}" if is_main else 1) from None
         if job is None:
             return 0
         try:
             with Stop(job.run.clock, job.accelerator.num_processes) as stop:
                 return train(job, stop)
         except NonFiniteError as error:
-            raise SystemExit(f"train_dit.py: {diverged(error, settings)}" if is_main else 1) from None
+            raise SystemExit(
+                f"train_dit.py: {diverged(error, settings)}" if job.accelerator.is_main_process else 1
+            ) from None
         except BrokenImageError as error:
             # A loader's process sends its whole traceback as the message.
             broken = str(error).splitlines()[-1].split("BrokenImageError: ")[-1]
@@ -291,8 +290,6 @@ def train(job: Job, stop: Stop) -> int:
 
 if __name__ == "__main__":
     start_all_processes()
-    try:
+    with one_line_errors("train_dit.py", same_everywhere=True):
         chosen = parse_command_line(sys.argv[1:], RECIPES)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_dit.py: {error}") from None
     sys.exit(main(chosen, started()))

@@ -49,4 +49,4 @@ def hub_images(
         columns[kind] = found[0]
     names = rows.features[columns["ClassLabel"]].names
     source = HubImages(rows, columns["Image"], columns["ClassLabel"])
-    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken)
+    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken, split)

@@ -22,8 +22,9 @@ def torchvision_images(
         ValueError: there is no such class, no such split, or its labels are no classes.
         FileNotFoundError: its files are not there.
     """
-    kind = class_of(name)
+    kind = _class_of(name)
     parameters = inspect.signature(kind.__init__).parameters
+    part = split if {"train", "split"} & set(parameters) else ""
     arguments = {"root": str(root)}
     if "train" in parameters:
         if split not in ("train", "test"):
@@ -49,11 +50,10 @@ def torchvision_images(
         raise ValueError(f"torchvision:{name} cannot be read by its name alone: {error}") from None
     if not isinstance(label, int | torch.Tensor) or torch.as_tensor(label).ndim:
         raise ValueError(f"torchvision:{name} is no classification data set: a label of it is {label!r:.60}")
-    return ClassifiedImages(f"torchvision:{name}", source, _class_names(source, name), resolution, broken)
+    return ClassifiedImages(f"torchvision:{name}", source, _class_names(source, name), resolution, broken, part)
 
 
-def class_of(name: str) -> type:
-    """`torchvision.datasets.<name>`; ValueError if there is no such data set."""
+def _class_of(name: str) -> type:
     kinds = {key: kind for key, kind in vars(torchvision.datasets).items() if inspect.isclass(kind)}
     names = [key for key, kind in kinds.items() if "root" in inspect.signature(kind.__init__).parameters]
     if name not in names:

@@ -16,6 +16,9 @@ class BrokenImageError(ValueError):
     """An image that cannot be read; the message names it."""
 
 
+MOST_PIXELS = 2**27  # of an image on its way to a square: 400 MB in bytes
+# Folders that are parts of a data set, not classes of it.
+SPLITS = ("train", "val", "validation", "test")
 # What PIL raises for an image that is damaged, missing, too large or none.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -33,8 +36,16 @@ class ClassifiedImages(Dataset):
 
     crop = "ADM centre crop"
 
-    def __init__(self, name: str, source: Dataset, class_names: Sequence[str], resolution: int, broken: str = "fatal"):
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        source: Dataset,
+        class_names: Sequence[str],
+        resolution: int,
+        broken: str = "fatal",
+        split: str = "",
+    ):
+        self.name, self.split = name, split
         self.source = source
         self.resolution = resolution
         self.id2label = dict(enumerate(class_names))
@@ -80,20 +91,33 @@ def food101(
         )
     source = Food101(root, split=split, loader=read_image, download=download)
     names = [name.replace("_", " ") for name in source.classes]
-    return ClassifiedImages("food101", source, names, resolution, broken)
+    return ClassifiedImages("food101", source, names, resolution, broken, split)
 
 
 def image_folder(root: str | Path, split: str, resolution: int, broken: str = "fatal") -> ClassifiedImages:
-    """Images in `root/<split>/<class>/`, or in `root/<class>/` where there is no folder of the split's name."""
+    """Images in `root/<split>/<class>/`; or in `root/<class>/`, a set without parts, which is all for `train`.
+
+    Raises:
+        FileNotFoundError: there are no images, or not this split.
+    """
     from torchvision.datasets import ImageFolder
 
-    folder = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
+    root = Path(root)
+    splits = [name for name in dict.fromkeys((split, *SPLITS)) if (root / name).is_dir()]
+    if split not in splits:
+        if splits:
+            raise FileNotFoundError(f"no split '{split}' in {root}: there is {', '.join(splits)}")
+        if split != "train":
+            raise FileNotFoundError(
+                f"{root} has no split '{split}', nor any other: leave --split out to take all of it"
+            )
+    folder = root / split if splits else root
     try:
         source = ImageFolder(folder, loader=read_image)
     except FileNotFoundError as error:
         reason = str(error).split("Supported extensions")[0].strip()
         raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None
-    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken)
+    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken, split if splits else "")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -109,8 +133,13 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """The central square of an image at the given resolution, as ADM and DiT crop (Dhariwal & Nichol, 2021).
 
     The image is halved by box filtering while its shorter side is at least twice the resolution, brought to
-    the resolution by bicubic filtering, and cut.
+    the resolution by bicubic filtering, and cut. ValueError for a strip that would take all memory on the way.
     """
+    enlarged = resolution**2 * max(image.size) / min(image.size)  # pixels of the whole image, before it is cut
+    if enlarged > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels are too long a strip to be brought to {resolution}: cut it first"
+        )
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)

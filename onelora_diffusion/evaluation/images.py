@@ -11,6 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from onelora_diffusion.evaluation.npz import read_header, read_headers
+
+LARGEST = 4096  # pixels a side: no model here draws larger images, and a damaged file may say anything
+PIXELS_AT_ONCE = LARGEST**2  # of a batch, 50 MB in bytes
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,7 +59,7 @@ class FolderImages(Dataset):
         try:
             with Image.open(self.files[index]) as image:
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(_unreadable(self.files[index], error)) from error
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -71,32 +76,27 @@ class NpzImages:
 
     def __init__(self, path: str | Path):
         self.name, self.path = str(path), Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no file '{path}'")
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-                self.shape, by_columns, dtype = _read_header(member)
-        except KeyError:
-            raise ValueError(f"'{path}' has no arr_0: save the images by numpy.savez(path, images)") from None
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise ValueError(f"'{path}' is damaged or no .npz: {error}") from error
-        shape = self.shape
-        if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-            raise ValueError(f"'{path}': arr_0 is {dtype} {shape}, not uint8 (images, R, R, 3) in C order")
+        header = read_headers(self.path).get("arr_0")
+        if header is None:
+            raise ValueError(f"'{path}' has no arr_0: save the images by numpy.savez(path, images)")
+        self.shape = shape = header.shape
+        if header.dtype != np.uint8 or header.by_columns or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise ValueError(f"'{path}': arr_0 is {header.dtype} {shape}, not uint8 (images, R, R, 3) in C order")
         self.resolution = shape[1]
+        _check_size(path, *shape[1:3])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Images of rising indices; the others of the file are read and passed over."""
-        frame = self.resolution**2 * 3
+        frame, batch_size = self.resolution**2 * 3, _at_once(batch_size, self.resolution)
         batch: list[int] = []
         frames: list[bytes] = []
         wanted = iter(indices)
         following = next(wanted, None)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            _read_header(member)
+            read_header(member)
             for index in range(len(self)):
                 if following is None:
                     break
@@ -155,9 +155,20 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _load(images: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    batch_size = _at_once(batch_size, images.resolution)
     loader = DataLoader(Subset(images, indices), batch_size=batch_size)
     for number, batch in enumerate(loader):
         yield list(indices[number * batch_size : (number + 1) * batch_size]), batch
+
+
+def _at_once(batch_size: int, resolution: int) -> int:
+    """How many images are read at a time: as many as asked for, unless they are so large as to fill the memory."""
+    return max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
+
+
+def _check_size(path: str | Path, width: int, height: int) -> None:
+    if not 1 <= min(width, height) <= max(width, height) <= LARGEST:
+        raise ValueError(f"'{path}' has images of {width}x{height} pixels: 1 to {LARGEST} a side can be measured")
 
 
 def _png_size(file: Path) -> int:
@@ -165,21 +176,15 @@ def _png_size(file: Path) -> int:
     try:
         with Image.open(file) as image:
             mode, (width, height) = image.mode, image.size
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(_unreadable(file, error)) from error
     if mode != "RGB":
         raise ValueError(f"'{file}' has mode {mode}, not RGB: convert all images the way the reference was")
     if width != height:
         raise ValueError(f"'{file}' is {width}x{height}, not square: crop all images the way the reference was")
+    _check_size(file, width, height)
     return width
 
 
 def _unreadable(file: Path, error: Exception) -> str:
     return f"'{file}' is not a readable image ({str(error).splitlines()[0]}): write it again, or take it out"
-
-
-def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, column order and dtype of an .npy stream, which is left at its first number."""
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)

@@ -46,6 +46,26 @@ def test_image_folder_takes_the_split_where_there_is_one(tmp_path):
     for number, path in enumerate(["train/a/1.png", "train/a/2.png", "test/a/1.png"]):
         write_image(tmp_path / path, seed=number)
     assert [len(load_dataset("imagefolder", tmp_path, split, 8)) for split in ("train", "test")] == [2, 1]
+    assert load_dataset("imagefolder", tmp_path, "test", 8).split == "test"
+
+
+def test_a_split_that_is_not_there_is_an_error_and_no_class(tmp_path):
+    write_image(tmp_path / "parts" / "train" / "a" / "1.png", seed=0)
+    with pytest.raises(FileNotFoundError, match="no split 'test' in .*parts: there is train"):
+        load_dataset("imagefolder", tmp_path / "parts", "test", 8)
+    write_image(tmp_path / "whole" / "a" / "1.png", seed=0)
+    assert load_dataset("imagefolder", tmp_path / "whole", resolution=8).split == ""
+    with pytest.raises(FileNotFoundError, match="whole has no split 'test', nor any other"):
+        load_dataset("imagefolder", tmp_path / "whole", "test", 8)
+
+
+def test_a_strip_is_refused_before_it_is_enlarged(tmp_path):
+    with pytest.raises(ValueError, match="60000x1 pixels are too long a strip to be brought to 256"):
+        center_crop(Image.new("L", (60000, 1)), 256)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (60000, 1)).save(tmp_path / "a" / "strip.png")
+    with pytest.raises(BrokenImageError, match="image 0 of imagefolder is not readable: 60000x1 pixels"):
+        load_dataset("imagefolder", tmp_path, resolution=256)[0]
 
 
 def test_food101_reads_the_lists_of_its_splits(tmp_path):

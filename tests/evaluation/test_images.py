@@ -1,5 +1,7 @@
 """Folders and .npz files: the pixels come back as written, and bad input is named."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,26 @@ def test_damaged_npz(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(b"PK not really")
     with pytest.raises(ValueError, match="damaged or no .npz"):
         NpzImages(tmp_path / "damaged.npz")
+
+
+def test_images_too_large_for_memory_are_refused_unread(tmp_path):
+    Image.new("1", (5000, 5000)).convert("RGB").save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="large.png' has images of 5000x5000 pixels: 1 to 4096 a side"):
+        FolderImages(tmp_path)
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (3, 40_000, 40_000, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+    with pytest.raises(ValueError, match="large.npz' is damaged: arr_0 is"):
+        NpzImages(tmp_path / "large.npz")
+    np.savez_compressed(tmp_path / "wide.npz", np.zeros((1, 4097, 4097, 3), np.uint8))
+    with pytest.raises(ValueError, match="4097x4097 pixels"):
+        NpzImages(tmp_path / "wide.npz")
+
+
+def test_large_images_are_read_a_few_at_a_time(tmp_path):
+    np.savez_compressed(tmp_path / "images.npz", np.zeros((3, 2048, 2048, 3), np.uint8))
+    images = NpzImages(tmp_path / "images.npz")
+    assert [len(batch) for batch, _ in images.batches(range(3), 64)] == [3]
+    np.savez_compressed(tmp_path / "images.npz", np.zeros((2, 4096, 4096, 3), np.uint8))
+    images = NpzImages(tmp_path / "images.npz")
+    assert [len(batch) for batch, _ in images.batches(range(2), 64)] == [1, 1]

@@ -14,7 +14,7 @@ the number of processes or the batch size. The protocol is in docs/evaluation.md
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -24,13 +24,29 @@ from onelora_diffusion import count_trainable, disable_adapter, load_adapter, re
 from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.images import Source, open_images, share
-from onelora_diffusion.evaluation.judge import Judge, Measured, check_metrics, compare, with_progress
-from onelora_diffusion.evaluation.measuring import features_of, is_statistics, measure, real_images, references_of
+from onelora_diffusion.evaluation.judge import (
+    Judge,
+    check_material,
+    compare,
+    metrics_of_each,
+    needs,
+    with_progress,
+)
+from onelora_diffusion.evaluation.measuring import (
+    default_for,
+    features_of,
+    measure,
+    real_images,
+    references_of,
+    statistics_in,
+)
 from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
 from onelora_diffusion.evaluation.report import format_note, write_json
-from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, parse
-from onelora_diffusion.evaluation.statistics import Origin, load_statistics, save_statistics
+from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, Sweep, parse
+from onelora_diffusion.evaluation.statistics import Origin
+from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
+from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -66,19 +82,22 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "base": [index % len(names) % num_base_classes(pipeline) for index in indices],
             "adapted": [index % len(names) for index in indices],
         }
+        if isinstance(settings, Sweep):
+            columns = {
+                f"{scale:g}": (models[-1], replace(settings, guidance_scale=scale))
+                for scale in sorted(set(settings.guidance_scales))
+            }
+        else:
+            columns = {model: (model, settings) for model in models}
         images_of = {
-            model: generate_images(
-                pipeline,
-                labels[model],
-                settings.seed,
-                indices,
-                settings,
-                batch_size=settings.batch_size,
+            name: generate_images(
+                pipeline, labels[model], settings.seed, indices, sampler, batch_size=settings.batch_size
             )
-            for model in models
+            for name, (model, sampler) in columns.items()
         }
         resolution = resolution_of(pipeline)
-        features = features_of(settings, dataset, resolution, accelerator)
+        default = default_for(dataset, settings.reference)
+        features = features_of(settings, default, resolution, accelerator)
         numbers = class_numbers(dataset, names)
         if dataset in ("digits", "fashion-mnist") and not (numbers or settings.reference):
             raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
@@ -87,17 +106,17 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         recognition = recognition_of(dataset, names, features[0], resolution)
         judge = Judge(features, references, settings.metrics, recognition, accelerator.device)
 
-    # Base and adapted, from the same noise; the images are made here, batch by batch.
+    # Base and adapted, or one guidance after the other, from the same noise; the images are made here, by batches.
     seen, results = {}, {}
-    for model in models:
-        batches = with_progress(images_of[model], len(indices), model, accelerator.is_main_process)
+    for name, (model, _) in columns.items():
+        batches = with_progress(images_of[name], len(indices), name, accelerator.is_main_process)
         with (
             disable_adapter(pipeline.transformer) if adapter and model == "base" else nullcontext(),
             accelerator.autocast(),
         ):
-            seen[model] = judge.look(batches, Source(model, resolution))
+            seen[name] = judge.look(batches, Source(model, resolution))
         if accelerator.is_main_process:
-            results[model] = judge.compare(seen[model])
+            results[name] = judge.compare(seen[name])
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -106,7 +125,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         )
         report = {
             **in_sections(
-                section(seen[models[-1]].measured[k], reference, {model: results[model][k] for model in models})
+                section(seen[name].measured[k], reference, {name: found[k] for name, found in results.items()})
                 for k, reference in enumerate(references)
             ),
             "adapter": str(settings.adapter) if adapter else None,
@@ -123,8 +142,15 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "seconds": time.monotonic() - start,
             "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         }
-        print_report(report)
-        output = settings.output or (file.parent if adapter else Path()) / "evaluation.json"
+        folder = file.parent if adapter else Path()
+        if isinstance(settings, Sweep):
+            output = settings.output or folder / "sweep.json"
+            report["best"] = best_scales(report)
+            print_sweep(report)
+            plot_sweep(report, output.with_suffix(".png"))
+        else:
+            output = settings.output or folder / "evaluation.json"
+            print_report(report)
         write_json(output, report)
         print(output)
 
@@ -132,24 +158,34 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
 def calculate(settings: Calculate, accelerator: Accelerator) -> None:
     start = time.monotonic()
     with one_line_errors("eval_fid.py", same_everywhere=True):
-        dataset = settings.dataset or "digits"
-        filed = [Measured(*load_statistics(settings.images))] if is_statistics(settings.images) else None
-        images = None if filed else open_images(settings.images)
-        resolution = filed[0].origin.resolution if filed else images.resolution
-        both_filed = filed and any(map(is_statistics, settings.reference))
-        features = [None] if both_filed else features_of(settings, dataset, resolution, accelerator)
-        origins = [each.origin for each in filed] if filed else [Origin.of(each, images) for each in features]
-        references = references_of(settings, dataset, origins, features, None, accelerator)
-        for k, each in enumerate(features):
-            check_metrics(settings.metrics, each, references[k], filed and filed[k])
-        measured = filed or measure(images, features, settings.metrics, settings.batch_size, accelerator)
+        if not (settings.reference or settings.dataset):
+            raise ValueError("calc compares images with others: give them by --reference, or a data set by --dataset")
+        is_filed = is_statistics(settings.images)
+        images = load_statistics(settings.images).origin if is_filed else open_images(settings.images)
+        default = default_for(settings.dataset, (settings.images, *settings.reference))
+        # Between files that hold all that is asked for, nothing is looked at.
+        looks = not (is_filed and all(map(is_statistics, settings.reference))) or needs(settings.metrics)["keep"]
+        features = features_of(settings, default, images.resolution, accelerator) if looks else [None]
+        if is_filed:
+            measured = [statistics_in(settings.images, features, settings, accelerator)]
+            origins = [each.origin for each in measured]
+        else:
+            origins = [Origin.of(each, images) for each in features]
+        references = references_of(settings, settings.dataset, origins, features, None, accelerator)
+        metrics = metrics_of_each(settings.metrics, features)
+        for asked, reference in zip(metrics, references, strict=True):
+            check_material(asked, reference, "reference")
+        if not is_filed:
+            measured = measure(images, features, settings.batch_size, accelerator, **needs(settings.metrics))
+        for asked, each in zip(metrics, measured, strict=True):
+            check_material(asked, each, "images")
 
     if accelerator.is_main_process:
         name = Path(measured[0].origin.dataset).name
         report = {
             **in_sections(
-                section(one, other, {name: compare(one, other, settings.metrics, each)})
-                for one, other, each in zip(measured, references, features, strict=True)
+                section(one, other, {name: compare(one, other, asked, each)})
+                for one, other, asked, each in zip(measured, references, metrics, features, strict=True)
             ),
             "num_images": measured[0].statistics.count,
             "seconds": time.monotonic() - start,
@@ -164,16 +200,25 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
 
 def write_reference(settings: Reference, accelerator: Accelerator) -> None:
     with one_line_errors("eval_fid.py", same_everywhere=True):
-        if not is_statistics(settings.output):
-            raise ValueError(f"--output {settings.output}: statistics are a .safetensors file")
+        for output in settings.output:
+            if output.suffix not in (".safetensors", ".npz"):
+                raise ValueError(f"--output {output}: statistics are a .safetensors file, or an .npz in ADM's layout")
         dataset = settings.dataset or "digits"
         resolution = settings.resolution or (16 if dataset == "digits" else 256)
         images = real_images(settings, settings.images, dataset, resolution)
-        features = features_of(settings, dataset, images.resolution, accelerator)
-        (measured,) = measure(images, features, (), settings.batch_size, accelerator)
+        features = features_of(settings, default_for(dataset, ()), images.resolution, accelerator)
+        if len(features) != len(settings.output):
+            raise ValueError(f"{len(features)} --features need as many files, not {len(settings.output)} --output")
+        keep = settings.keep_features
+        if keep and any(output.suffix == ".npz" for output in settings.output):
+            raise ValueError(
+                "--keep-features needs a .safetensors file: the .npz of ADM's evaluator has no place for them"
+            )
+        measured = measure(images, features, settings.batch_size, accelerator, keep=keep, spatial=True)
     if accelerator.is_main_process:
-        save_statistics(settings.output, measured.statistics, measured.origin)
-        print(format_note(f"{settings.output}: {describe(measured.origin, measured.statistics.count)}"))
+        for output, each in zip(settings.output, measured, strict=True):
+            save_statistics(output, each)
+            print(format_note(f"{output}: {describe(each.origin, each.statistics.count)}"))
     accelerator.wait_for_everyone()
 
 

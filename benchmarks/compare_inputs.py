@@ -17,7 +17,7 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.judge import Batches, look
 from onelora_diffusion.evaluation.report import write_json
-from onelora_diffusion.evaluation.statistics import save_statistics
+from onelora_diffusion.evaluation.statistics_file import save_statistics
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import decode_latents
@@ -142,7 +142,7 @@ def measure_real_images(
     images = DatasetImages(real, real[0][0].shape[-1])
     batches = images.batches(range(len(images)), 64)
     (reference,) = look(batches, images, [features], device=vae.device).measured
-    save_statistics(folder / "statistics.safetensors", reference.statistics, reference.origin)
+    save_statistics(folder / "statistics.safetensors", reference)
 
     passed = passed_batches(latents, vae, settings.num_images)
     (after,) = look(passed, images, [features], device=vae.device).measured

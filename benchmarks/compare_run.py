@@ -32,10 +32,11 @@ from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
-from onelora_diffusion.evaluation.judge import Batches, Judge, Measured
+from onelora_diffusion.evaluation.judge import Batches, Judge
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
-from onelora_diffusion.evaluation.statistics import Origin, load_statistics
+from onelora_diffusion.evaluation.statistics import Origin
+from onelora_diffusion.evaluation.statistics_file import load_statistics
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import save_adapter
@@ -202,7 +203,7 @@ def run(job: Job, result: Path) -> dict:
 
 def judge_of(job: Job, features: Features, source: Source, device: torch.device) -> Judge:
     """Fréchet distance to the reference, and recognition where the classes are known."""
-    reference = Measured(*load_statistics(job.reference))
+    reference = load_statistics(job.reference)
     Origin.of(features, source).check_comparable(reference.origin)
     names = [job.id2label[str(label)] for label in range(len(job.id2label))]
     recognition = recognition_of(job.dataset, names, features, source.resolution)

@@ -1,4 +1,4 @@
-"""Companions of the Fréchet distance, by torch-fidelity: KID, precision and recall, Inception Score; and its limit.
+"""Companions of the Fréchet distance: KID, precision and recall, Inception Score by torch-fidelity; and its limit.
 
 They compare images one by one, so they need all features in memory: (images, d) float32.
 """
@@ -28,6 +28,26 @@ def precision_recall(generated: Tensor, real: Tensor, neighborhood: int = 3) -> 
     """The share of generated images among the real ones' neighbours, and the reverse (Kynkäänniemi et al., 2019)."""
     found = prc_features_to_metric(generated, real, prc_neighborhood=neighborhood, save_cpu_ram=True, verbose=False)
     return found["precision"], found["recall"]
+
+
+def density_coverage(generated: Tensor, real: Tensor, neighborhood: int = 5) -> tuple[float, float]:
+    """How many real images' neighbourhoods a generated one lies in, over k; the share of them that hold any.
+
+        density = 1/(kM) Σⱼ Σᵢ [|yⱼ - xᵢ| < rₖ(xᵢ)]        coverage = 1/N Σᵢ [minⱼ |yⱼ - xᵢ| < rₖ(xᵢ)]
+
+    rₖ(xᵢ) is the distance of real image xᵢ to its k-th nearest real neighbour (Naeem et al., ICML 2020). ValueError if
+    there are no k others.
+    """
+    if len(real) <= neighborhood:
+        raise ValueError(f"{len(real)} real images: density and coverage need more than {neighborhood}")
+    generated, real = generated.double(), real.double()
+    inside, covered = 0, 0
+    for block in real.split(1000):  # in place of all distances at once, which grow with N²
+        radii = torch.cdist(block, real).kthvalue(neighborhood + 1).values  # the nearest is the image itself
+        within = torch.cdist(block, generated) < radii[:, None]
+        inside += int(within.sum())
+        covered += int(within.any(dim=1).sum())
+    return inside / (neighborhood * len(generated)), covered / len(real)
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:

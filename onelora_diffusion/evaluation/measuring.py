@@ -1,33 +1,40 @@
 """What eval_fid.py measures with: which features, and the real images that they compare with."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.features import default_features, load_features
+from onelora_diffusion.evaluation.features import FEATURES, default_features, load_features
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.images import DatasetImages, open_images, share
-from onelora_diffusion.evaluation.judge import Measured, look, with_progress
+from onelora_diffusion.evaluation.images import DatasetImages, NpzImages, open_images, share
+from onelora_diffusion.evaluation.judge import look, needs, with_progress
+from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
-from onelora_diffusion.evaluation.statistics import Origin, load_statistics
+from onelora_diffusion.evaluation.statistics import Measured, Origin
+from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics
 
 
-def is_statistics(path: Path | None) -> bool:
-    return path is not None and path.suffix == ".safetensors"
-
-
-def features_of(settings: FeatureSettings, dataset: str, resolution: int, accelerator: Accelerator) -> list[Features]:
+def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
     """The feature modules; the main process goes first, since it may download."""
     weights = {
         "inception": settings.inception_weights,
         "dinov2": settings.dinov2_weights,
         "fashion-mnist": settings.fashion_weights,
     }
-    names = dict.fromkeys(settings.features or (default_features(dataset),))
+    names = dict.fromkeys(settings.features or (default,))
     with accelerator.main_process_first():
         return [load_features(name, resolution, weights.get(name)) for name in names]
+
+
+def default_for(dataset: str | None, files: Sequence[Path]) -> str:
+    """What is compared where nothing is chosen: what the statistics are of, else what suits the data set."""
+    for path in filter(is_statistics, files):
+        origin = load_statistics(path).origin
+        return next((name for name in FEATURES if origin.features.startswith(name)), origin.features)
+    return default_features(dataset)
 
 
 def real_images(settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None):
@@ -52,24 +59,40 @@ def references_of(
         ValueError, FileNotFoundError: there is nothing of the kind, or it does not compare.
     """
     if any(map(is_statistics, settings.reference)):
-        filed = [Measured(*load_statistics(path)) for path in settings.reference]
+        filed = [statistics_in(path, features, settings, accelerator) for path in settings.reference]
         found = [next((it for it in filed if it.origin.features == each.features), filed[0]) for each in origins]
     else:
         resolution = origins[0].resolution
         images = real_images(settings, next(iter(settings.reference), None), dataset, resolution, classes)
         if images.resolution != resolution and any(each.name == "pixels" for each in features):
             raise ValueError(f"pixels compare at one resolution only, not {resolution} with {images.resolution}")
-        found = measure(images, features, settings.metrics, settings.batch_size, accelerator)
+        found = measure(images, features, settings.batch_size, accelerator, **needs(settings.metrics))
     for origin, reference in zip(origins, found, strict=True):
         origin.check_comparable(reference.origin)
     return found
 
 
+def statistics_in(path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator) -> Measured:
+    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are looked at."""
+    keep = needs(settings.metrics)["keep"]
+    filed = load_statistics(path, keep)
+    looking = [each for each in features if each and each.name == filed.origin.features]
+    if keep and filed.kept is None and looking and path.suffix == ".npz" and "arr_0" in read_headers(path):
+        (seen,) = measure(NpzImages(path), looking, settings.batch_size, accelerator, keep=True)
+        return replace(filed, kept=seen.kept)
+    return filed
+
+
 def measure(
-    images, features: Sequence[Features], metrics: Sequence[str], batch_size: int, accelerator: Accelerator
+    images,
+    features: Sequence[Features],
+    batch_size: int,
+    accelerator: Accelerator,
+    keep: bool = False,
+    spatial: bool = False,
 ) -> list[Measured]:
     """Images that exist, as each kind of features sees them; each process reads its share."""
     indices = share(len(images), accelerator.process_index, accelerator.num_processes)
     batches = images.batches(indices, batch_size)
     batches = with_progress(batches, len(indices), Path(images.name).name, accelerator.is_main_process)
-    return look(batches, images, features, metrics, device=accelerator.device).measured
+    return look(batches, images, features, keep=keep, spatial=spatial, device=accelerator.device).measured

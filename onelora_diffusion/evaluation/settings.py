@@ -11,17 +11,19 @@ from onelora_diffusion.sampling import SamplerSettings
 DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
 OTHERS = {"num_images": 10_000, "num_inference_steps": 50, "guidance_scale": 1.5}
 
-Metric = Literal["kid", "precision-recall", "inception-score", "limit"]
+Metric = Literal["sfid", "kid", "precision-recall", "density-coverage", "inception-score", "limit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
     features: tuple[Literal["pixels", "inception", "dinov2", "fashion-mnist"], ...] = ()
-    """What is compared, several in one pass. Only inception gives FID. None: pixels for digits, else inception."""
+    """What is compared, several in one pass. Only inception gives FID. None: what the reference has, where it is
+    statistics; else pixels for digits, inception for others."""
     inception_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. None: torch's cache, or a download."""
     dinov2_weights: Path | None = None
-    """Folder with config.json and model.safetensors, such as a copy of facebook/dinov2-large."""
+    """Folder with config.json and model.safetensors. None: facebook/dinov2-large, from the hub or its cache, which
+    alone gives FD-DINOv2."""
     fashion_weights: Path | None = None
     """The file of the Fashion-MNIST classifier."""
     batch_size: int = 64
@@ -49,10 +51,11 @@ class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
     compare_base: bool | None = None
     """True or False: also measure the base without the adapter, from the same noise. None: for digits only."""
     reference: tuple[Path, ...] = ()
-    """Statistics that `ref` wrote, a file for each of --features; or images. None: computed from the data set."""
+    """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. None: computed from the
+    data set."""
     metrics: tuple[Metric, ...] = ()
-    """Further metrics; they keep all features in memory. `limit` is the distance at several numbers of images and
-    its extrapolation to infinitely many."""
+    """Further metrics; all but sfid keep all features in memory. `limit` is the distance at several numbers of images
+    and its extrapolation to infinitely many."""
     num_images: int | None = None
     """Images to generate, the classes taking turns. None: 500 for digits, else 10,000."""
     num_inference_steps: int | None = None
@@ -72,15 +75,28 @@ class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep(Generate):
+    """Generate at several strengths of the guidance, from the same noise, and find the best of each metric."""
+
+    guidance_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+    """The strengths."""
+    guidance_scale: tyro.conf.Suppress[float | None] = None
+    compare_base: tyro.conf.Suppress[bool | None] = False
+    output: Path | None = None
+    """JSON file; the plot is beside it, as .png. None: sweep.json beside the adapter, or here."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calculate(FeatureSettings, DatasetSettings):
-    """Measure images on disk: a folder of PNG files, an .npz (arr_0, uint8 NHWC), or statistics."""
+    """Measure images on disk: a folder of PNG files, an .npz (arr_0, uint8 NHWC), or statistics (.safetensors, or an
+    .npz with mu and sigma)."""
 
     images: Path
     """What to measure."""
     reference: tuple[Path, ...] = ()
-    """What to compare it with, any of the three; a file of statistics for each of --features. None: the data set."""
+    """What to compare it with, any of the three; a file of statistics for each of --features. None: --dataset."""
     metrics: tuple[Metric, ...] = ()
-    """Further metrics; they keep all features in memory."""
+    """Further metrics; all but sfid keep all features in memory."""
     output: Path | None = None
     """JSON file. None: the table only."""
 
@@ -89,20 +105,23 @@ class Calculate(FeatureSettings, DatasetSettings):
 class Reference(FeatureSettings, DatasetSettings):
     """Write the statistics of real images to a file, for --reference."""
 
-    output: Path
-    """The file, *.safetensors."""
+    output: tuple[Path, ...]
+    """The file, *.safetensors, or *.npz in the layout of ADM's evaluator; one for each of --features."""
+    keep_features: bool = False
+    """Keep the features one by one in the file, for kid, precision-recall and density-coverage."""
     images: Path | None = None
     """A folder of PNG files or an .npz. None: the data set, with the crop that training uses."""
     resolution: int | None = None
     """To which a data set is cropped and resized. None: 16 for digits, 256 for others."""
 
 
-def parse(arguments: list[str], description: str | None) -> Generate | Calculate | Reference:
-    """`ref`, `calc` or `gen`; `gen` where none is named."""
+def parse(arguments: list[str], description: str | None) -> Generate | Sweep | Calculate | Reference:
+    """`ref`, `calc`, `sweep` or `gen`; `gen` where none is named."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["gen", *arguments]
     commands = (
         Annotated[Generate, tyro.conf.subcommand("gen")]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Calculate, tyro.conf.subcommand("calc")]
         | Annotated[Reference, tyro.conf.subcommand("ref")]
     )

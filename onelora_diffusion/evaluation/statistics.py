@@ -1,21 +1,15 @@
-"""Mean and covariance of the features of a set of images: gathered in fixed memory, summed over processes, filed."""
+"""Mean and covariance of the features of a set of images: gathered in fixed memory, summed over processes."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
-from onelora_diffusion.evaluation.features import distance_name
+from onelora_diffusion.evaluation.features import UNTOLD, distance_name
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
-from onelora_diffusion.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -26,13 +20,13 @@ class Origin:
         features, extractor, resize: of the feature module; two sets compare only if these are equal.
         dataset: name of the data set, or of the folder or file of images.
         split, crop: of the data set, and how its images came to their resolution.
-        resolution: R of the images (3, R, R) before `resize`.
+        resolution: R of the images (3, R, R) before `resize`; None where a file does not tell it.
     """
 
     features: str
     extractor: str
     resize: str
-    resolution: int
+    resolution: int | None
     dataset: str
     split: str = ""
     crop: str = "none"
@@ -54,8 +48,19 @@ class Origin:
     def distance_name(self) -> str:
         return distance_name(self.features, self.extractor)
 
+    @property
+    def is_told(self) -> bool:
+        return self.extractor != UNTOLD
+
     def check_comparable(self, other: "Origin") -> None:
-        """ValueError unless both sets have the same features."""
+        """ValueError unless both sets have the same features, by name where a file does not tell their weights."""
+        if not (self.is_told and other.is_told):
+            if self.features != other.features:
+                raise ValueError(
+                    f"'{self.dataset}' has features {self.features}, but '{other.dataset}' {other.features}: "
+                    "statistics in an .npz are Inception's, choose --features inception"
+                )
+            return
         if (self.extractor, self.resize) != (other.extractor, other.resize):
             ours, theirs = (
                 f"'{it.dataset}' has features {it.features} (extractor {it.extractor[:12]}, resize: {it.resize})"
@@ -66,15 +71,33 @@ class Origin:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Moments of the features of `count` images: mean (d,), unbiased covariance (d, d), float64, on the CPU."""
+    """Moments of the features of `count` images: mean (d,), unbiased covariance (d, d), float64, on the CPU.
+
+    `count` is None where a file does not tell it.
+    """
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None
 
     @property
     def num_features(self) -> int:
         return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A set of images, as one kind of features sees it.
+
+    Attributes:
+        kept: (images, d) float32, the features one by one, where a metric needs them.
+        spatial: statistics of the spatial features, where sFID needs them.
+    """
+
+    statistics: FeatureStatistics
+    origin: Origin
+    kept: Tensor | None = None
+    spatial: FeatureStatistics | None = None
 
 
 class GivenFeatures(nn.Module):
@@ -96,40 +119,37 @@ class RunningStatistics:
 
     Args:
         features: a module of `evaluation.features`; its device is where the sums are.
+        spatial: sum the spatial features as well, in two matrices more.
     """
 
-    def __init__(self, features: Features, device: torch.device | str = "cpu", keep: bool = False):
+    def __init__(
+        self, features: Features, device: torch.device | str = "cpu", keep: bool = False, spatial: bool = False
+    ):
         self.features = features.to(device)
-        self.metric = FrechetInceptionDistance(GivenFeatures(features.num_features)).to(device)
+        self.sums = _sums(features.num_features, device)
+        self.spatial_sums = _sums(features.num_spatial, device) if spatial else None
         self.kept: list[tuple[int, Tensor]] | None = [] if keep else None
 
     @torch.no_grad()
     def update(self, indices: list[int], images: Tensor) -> None:
         """Add a batch: uint8 images (batch, 3, R, R), and which images of the whole set they are."""
-        device = self.metric.device
+        device = self.sums.device
         with torch.autocast(device.type, enabled=False):  # images may be generated under autocast, not measured
-            features = self.features(images.to(device))
-        self.metric.update(features, real=False)
+            if self.spatial_sums is None:
+                features = self.features(images.to(device))
+            else:
+                features, spatial = self.features.with_spatial(images.to(device))
+                self.spatial_sums.update(spatial, real=False)
+        self.sums.update(features, real=False)
         if self.kept is not None:
             self.kept += zip(indices, features.float().cpu(), strict=True)
 
     def reduce(self) -> FeatureStatistics:
         """The statistics over all processes, each of which has seen other images. ValueError if they are under 2."""
-        sums = [
-            self.metric.fake_features_sum,
-            self.metric.fake_features_cov_sum,
-            self.metric.fake_features_num_samples,
-        ]
-        sums = [value.clone() for value in sums]
-        if distributed.is_initialized():
-            for value in sums:
-                distributed.all_reduce(value)
-        total, products, count = (value.cpu() for value in sums)
-        if count < 2:
-            raise ValueError(f"{int(count)} image: a distance between sets needs two or more")
-        mean = total / count
-        covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
-        return FeatureStatistics(mean, covariance, int(count))
+        return _reduced(self.sums)
+
+    def reduce_spatial(self) -> FeatureStatistics:
+        return _reduced(self.spatial_sums)
 
     def gather_kept(self) -> Tensor:
         """All kept features (images, d), over all processes, in the order of the images."""
@@ -141,44 +161,27 @@ class RunningStatistics:
         return torch.stack([features for _, features in sorted(rows, key=lambda row: row[0])])
 
 
-def save_statistics(path: str | Path, statistics: FeatureStatistics, origin: Origin) -> Path:
-    """Write statistics and their origin as one .safetensors, beside, flushed and renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "mean": statistics.mean.contiguous(),
-        "covariance": statistics.covariance.contiguous(),
-        "count": torch.tensor(statistics.count),
-    }
-    write_bytes(path, save(tensors, metadata={"statistics": json.dumps(dataclasses.asdict(origin))}))
-    return path
+def _sums(num_features: int, device: torch.device | str) -> FrechetInceptionDistance:
+    return FrechetInceptionDistance(GivenFeatures(num_features)).to(device)
 
 
-def load_statistics(path: str | Path) -> tuple[FeatureStatistics, Origin]:
-    """Read statistics and their origin.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a file of statistics.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no statistics at '{path}': make them by `eval_fid.py ref --output {path}`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("statistics")
-            if header is None:
-                raise ValueError(f"'{path}' holds no feature statistics: make them by `eval_fid.py ref`")
-            origin = Origin(**json.loads(header))
-            mean, covariance, count = (file.get_tensor(name) for name in ("mean", "covariance", "count"))
-    except (SafetensorError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' is damaged or no file of statistics: {error}") from error
-    return FeatureStatistics(mean, covariance, int(count)), origin
+def _reduced(sums: FrechetInceptionDistance) -> FeatureStatistics:
+    parts = [sums.fake_features_sum, sums.fake_features_cov_sum, sums.fake_features_num_samples]
+    parts = [value.clone() for value in parts]
+    if distributed.is_initialized():
+        for value in parts:
+            distributed.all_reduce(value)
+    total, products, count = (value.cpu() for value in parts)
+    if count < 2:
+        raise ValueError(f"{int(count)} image: a distance between sets needs two or more")
+    mean = total / count
+    covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
+    return FeatureStatistics(mean, covariance, int(count))
 
 
 def shortage(statistics: FeatureStatistics, what: str) -> str | None:
     """A sentence where there are too few images for their covariance to have full rank, else None."""
-    if statistics.count > statistics.num_features:
+    if statistics.count is None or statistics.count > statistics.num_features:
         return None
     return (
         f"{statistics.count} {what} images for {statistics.num_features} features: too few for a covariance of full "

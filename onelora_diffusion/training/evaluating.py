@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from onelora_diffusion.evaluation.features import default_features, load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
-from onelora_diffusion.evaluation.judge import Batches, Judge, Measured, look, with_progress
+from onelora_diffusion.evaluation.judge import Batches, Judge, look, with_progress
 from onelora_diffusion.evaluation.recognition import recognition_of
-from onelora_diffusion.evaluation.statistics import Origin, load_statistics
+from onelora_diffusion.evaluation.statistics import Origin
+from onelora_diffusion.evaluation.statistics_file import load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -20,6 +22,10 @@ from onelora_diffusion.training.settings import Settings
 class Evaluation:
     """Generates images with the values that the model has, the same noise every time, and measures them.
 
+    Attributes:
+        best: the line of metrics of the smallest distance, None before the first.
+        best_values: the adapter's values of that line, by name.
+
     Raises:
         ValueError, FileNotFoundError: features, their weights or the reference are not what they should be.
     """
@@ -27,6 +33,8 @@ class Evaluation:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipeline, dataset):
         self.settings, self.accelerator, self.pipeline = settings, accelerator, pipeline
         self.num_classes = dataset.num_classes
+        self.best: dict | None = None
+        self.best_values: dict[str, Tensor] = {}
 
         resolution = resolution_of(pipeline)
         name = settings.eval_features or default_features(settings.dataset)
@@ -36,7 +44,7 @@ class Evaluation:
         origin = Origin.of(features, self.source)
         self.distance_name = origin.distance_name
         if settings.eval_reference:
-            reference = Measured(*load_statistics(settings.eval_reference))
+            reference = load_statistics(settings.eval_reference)
             origin.check_comparable(reference.origin)
         else:
             real = DatasetImages(dataset, resolution)
@@ -67,6 +75,13 @@ class Evaluation:
         except Stopped:
             return None
         return self.judge.compare(seen)[0]
+
+    def keep_if_best(self, line: dict, values: dict[str, Tensor]) -> bool:
+        """Whether the line's distance is smaller than all before it; then its values are kept."""
+        if self.best is not None and line["distance"] >= self.best["distance"]:
+            return False
+        self.best, self.best_values = line, {name: value.clone() for name, value in values.items()}
+        return True
 
     def plot(self, metrics: Path, picture: Path) -> None:
         plot_distances(metrics, picture, self.distance_name)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from onelora_diffusion.evaluation.companions import extrapolate, inception_score, kernel_distance, precision_recall
+from onelora_diffusion.evaluation.companions import (
+    density_coverage,
+    extrapolate,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from onelora_diffusion.evaluation.statistics import FeatureStatistics
 
 
@@ -32,6 +38,27 @@ def test_precision_and_recall_of_separate_and_contained_sets():
     assert precision_recall(real, real) == (1, 1)
     precision, recall = precision_recall(real[:20] * 0.1, real)
     assert precision == 1 and recall < 0.2
+
+
+def test_density_and_coverage_by_hand():
+    # Real images at 0, 1, ... 5 on a line, k = 2: the radii are 2, 1, 1, 1, 1, 2, and a ball has no border.
+    real = torch.arange(6.0)[:, None]
+    made = torch.tensor([[0.5], [2.5], [9.0]])
+    # 0.5 lies in the balls of 0 and 1; 2.5 in those of 2 and 3; 9 in none.
+    assert density_coverage(made, real, neighborhood=2) == (pytest.approx(4 / (2 * 3)), pytest.approx(4 / 6))
+    assert density_coverage(made + 100, real, neighborhood=2) == (0, 0)
+    with pytest.raises(ValueError, match="6 real images: density and coverage need more than 6"):
+        density_coverage(made, real, neighborhood=6)
+
+
+def test_density_and_coverage_by_all_distances_at_once():
+    real, made = normal(1300, 5).double(), 1.2 * normal(700, 5, seed=1).double() + 0.3
+    distances = (real[:, None] - made[None]).norm(dim=-1)
+    radii = (real[:, None] - real[None]).norm(dim=-1).sort().values[:, 5]
+    inside = distances < radii[:, None]
+    density, coverage = density_coverage(made, real)
+    assert density == pytest.approx(inside.sum(0).double().mean().item() / 5, rel=1e-12)
+    assert coverage == pytest.approx(inside.any(1).double().mean().item(), rel=1e-12)
 
 
 def test_inception_score_of_certain_and_of_even_guesses():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, randomize
+from PIL import Image
 
 import eval_fid
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
@@ -82,7 +83,7 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
     images = torch.cat([images for _, images in batches])
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
-    calc = ["calc", "--images", tmp_path / "images.npz", "--output", tmp_path / "calc.json"]
+    calc = ["calc", "--images", tmp_path / "images.npz", "--dataset", "digits", "--output", tmp_path / "calc.json"]
     run(*calc, "--metrics", "kid", "precision-recall", "limit")
 
     by_gen, by_calc = (read(tmp_path / name)["results"] for name in ("gen.json", "calc.json"))
@@ -127,6 +128,28 @@ def test_guidance_of_channels_and_steps_is_taken_and_told(run_folder, tmp_path, 
     assert "guidance 1.5 of 3 channels" in printed and "guidance 1.5 from step 0 to 400" in printed
 
 
+def test_a_sweep_finds_the_best_guidance_of_each_metric(run_folder, tmp_path, capsys):
+    sweep = ["sweep", "--adapter", run_folder, *SMALL[:4], "--guidance-scales", "3", "1", "1.5", "--metrics", "kid"]
+    run(*sweep, "--output", tmp_path / "sweep.json")
+    report = read(tmp_path / "sweep.json")
+    assert list(report["results"]) == ["1", "1.5", "3"] and report["num_inference_steps"] == 2
+    for name, key, choose in (
+        ("FD(pixels)", "distance", min),
+        ("KID(pixels)", "kid", min),
+        ("recognition",) * 2 + (max,),
+    ):
+        scales = {float(scale): results[key] for scale, results in report["results"].items()}
+        assert scales[report["best"][name]] == choose(scales.values())
+    assert len({results["distance"] for results in report["results"].values()}) == 3
+    assert f"FD(pixels) at {report['best']['FD(pixels)']:g}" in " ".join(capsys.readouterr().out.split())
+    assert np.array(Image.open(tmp_path / "sweep.png")).std() > 10
+
+    gen = ["gen", "--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
+    run(*gen)
+    expected = read(tmp_path / "gen.json")["results"]["adapted"]["distance"]
+    assert report["results"]["1.5"]["distance"] == pytest.approx(expected, rel=1e-9)
+
+
 def error_of(*arguments):
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
@@ -149,13 +172,14 @@ def test_wrong_input_is_named_in_one_line(run_folder, tmp_path):
     assert "same --features" in error_of(*wrong, "--reference", tmp_path / "eight.safetensors")
     files = ["calc", "--images", tmp_path / "eight.safetensors", "--reference", tmp_path / "eight.safetensors"]
     assert "is given as statistics: --metrics limit needs the images" in error_of(*files, "--metrics", "limit")
-    assert "--metrics inception-score needs the images" in error_of(*files, "--metrics", "inception-score")
+    assert "inception-score needs --features inception" in error_of(*files, "--metrics", "inception-score")
     run("ref", "--output", tmp_path / "sixteen.safetensors")
     filed = [*wrong, "--reference", tmp_path / "sixteen.safetensors", "--metrics", "limit"]
     assert "--metrics kid needs the images" in error_of(*filed, "kid")
     (tmp_path / "sixteen.safetensors").unlink()
     assert "unknown split 'none'" in error_of("ref", "--output", tmp_path / "a.safetensors", "--split", "none")
-    assert "are a .safetensors file" in error_of("ref", "--output", tmp_path / "statistics.npz")
+    assert "are a .safetensors file" in error_of("ref", "--output", tmp_path / "statistics.json")
+    assert "give them by --reference" in error_of("calc", "--images", tmp_path / "eight.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eight.safetensors"]
 
 

@@ -1,12 +1,19 @@
 """Feature modules against torch-fidelity's own, and the names that their distances get."""
 
+import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from rounding import assert_rounded, rounding
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from onelora_diffusion.evaluation.features import INCEPTION_SHA256, distance_name, load_features
+from onelora_diffusion.evaluation.features import (
+    DINOV2_HUB_ID,
+    DINOV2_REVISION,
+    INCEPTION_SHA256,
+    distance_name,
+    load_features,
+)
 from onelora_diffusion.evaluation.features.inception import inception_2015, inception_random
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import RunningStatistics
@@ -34,7 +41,7 @@ class Images(torch.utils.data.Dataset):
 
 def test_pixels_of_a_tiny_image_are_the_features():
     images = make_images(2, size=8)
-    assert_rounded(load_features("pixels", 8)(images), images.double().flatten(1) / 255, terms=1)
+    torch.testing.assert_close(load_features("pixels", 8)(images), images.double().flatten(1) / 255)
     assert load_features("pixels", 8).resize == "none, 8x8 pixels"
 
 
@@ -52,8 +59,11 @@ def test_inception_equals_torch_fidelity(tmp_path):
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], tmp_path / "random.pth")
     images = make_images(2)
     features, logits = theirs(images)
-    assert torch.equal(ours(images).float(), features)
-    assert_rounded(ours.logits(ours(images)).float(), logits, terms=2048)
+    torch.testing.assert_close(ours(images).float(), features, rtol=0, atol=0)
+    # Theirs is a sum of 2048 float32 products, ours of float64 ones: Higham's bound of the former's rounding.
+    weight = ours.network.fc.weight
+    bound = weight.shape[1] * torch.finfo(torch.float32).eps * (features.abs() @ weight.abs().T)
+    assert bool(((ours.logits(ours(images)) - logits).abs() <= bound).all()) and bound.max() < logits.abs().max() / 50
 
 
 def test_distance_agrees_with_torch_fidelity(tmp_path):
@@ -63,7 +73,7 @@ def test_distance_agrees_with_torch_fidelity(tmp_path):
     found = []
     for images in sets:
         running = RunningStatistics(features)
-        for indices in torch.arange(len(images)).split(64):  # as torch-fidelity does, so that features are equal
+        for indices in torch.arange(len(images)).split(32):
             running.update(indices.tolist(), images[indices])
         found.append(running.reduce())
     theirs = torch_fidelity.calculate_metrics(
@@ -78,9 +88,7 @@ def test_distance_agrees_with_torch_fidelity(tmp_path):
         cache=False,
         save_cpu_ram=True,
     )
-    size = sum((each.mean.square().sum() + each.covariance.trace()).item() for each in found)
-    allowed = size * rounding(70)  # torch-fidelity takes the means of 70 and 66 images in float32
-    assert frechet_distance(*found) == pytest.approx(theirs["frechet_inception_distance"], rel=0, abs=allowed)
+    assert frechet_distance(*found) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
 
 
 def test_random_inception_is_a_function_of_its_seed():
@@ -116,18 +124,126 @@ def test_no_network_and_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_dinov2_is_transformers_class_token(tmp_path):
+def test_spatial_features_are_mixed_6s_first_convolution():
+    """sFID's 2,023 numbers of ADM's evaluator, by the network's layers one after the other and NumPy's arithmetic."""
+    ours, images = inception_random(seed=2), make_images(2, size=299)
+    network = ours.network
+    x = (images.float() - 128) / 128  # 299 pixels are not resized
+    before = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 "
+    before += "Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c"
+    with torch.no_grad():
+        for name in before.split():
+            x = getattr(network, name)(x)
+    layer = network.Mixed_6d.branch1x1
+    weight = layer.conv.weight.double().numpy()[:7, :, 0, 0]
+    maps = np.einsum("oc,bchw->bhwo", weight, x.double().numpy())  # channels last, as TensorFlow has them
+    mean, variance, scale, shift = (
+        tensor.double().numpy()[:7]
+        for tensor in (layer.bn.running_mean, layer.bn.running_var, layer.bn.weight, layer.bn.bias)
+    )
+    expected = np.maximum((maps - mean) / np.sqrt(variance + 0.001) * scale + shift, 0).reshape(2, -1)
+
+    pooled, spatial = ours.with_spatial(images)
+    assert spatial.shape == (2, 2023) and spatial.dtype == torch.float64 and ours.num_spatial == 2023
+    # A float32 sum of 768 products, of which the largest are as large as the largest result.
+    np.testing.assert_allclose(spatial, expected, rtol=0, atol=768 * 2**-24 * np.abs(expected).max())
+    assert torch.equal(pooled, ours(images)) and (expected > 0).mean() > 0.1
+    assert not network.Mixed_6d.branch1x1._forward_hooks and inception_random(layer="64").num_spatial == 0
+
+
+@pytest.fixture
+def dinov2_folder(tmp_path):
+    """A random DINOv2 of one block, with positions of 37 by 37 patches as the released one."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224)
-    network = transformers.Dinov2Model(config).eval()
-    network.save_pretrained(tmp_path)
-    features = load_features("dinov2", 224, tmp_path)
-    images = make_images(2, size=224)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    expected = network(pixel_values=(images / 255 - mean) / std).last_hidden_state[:, 0]
-    assert_rounded(features(images).float(), expected, network)
-    assert features.name == "dinov2-32"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=518, patch_size=14)).eval()
+    with torch.no_grad():
+        network.embeddings.position_embeddings.normal_()
+    network.save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2", network, sizes
+
+
+def cubic(distance):
+    """The kernel of bicubic interpolation in PyTorch and in Meta's DINOv2 (Keys, 1981, a = -0.75)."""
+    x, a = np.abs(distance), -0.75
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def interpolation(before, after, offset):
+    """(after, before): weights of positions on a line, scaled by (after + offset) / before."""
+    centres = (np.arange(after) + 0.5) * before / (after + offset) - 0.5
+    weights = np.zeros((after, before))
+    for row, centre in enumerate(centres):
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            weights[row, min(max(tap, 0), before - 1)] += cubic(centre - tap)
+    return weights
+
+
+@pytest.mark.parametrize("size", [64, 224, 300])
+def test_dinov2_is_prepared_as_published(dinov2_folder, size):
+    """PIL's bicubic filter, ImageNet's mean and deviation, Meta's positions; then transformers' class token."""
+    import transformers
+
+    folder, network, sizes = dinov2_folder
+    features = load_features("dinov2", size, folder)
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    features.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    found = features(images)
+
+    # A filter in bytes may round to either side, once along each axis: two grey levels at most, and hardly anywhere.
+    resized = [
+        np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC))
+        for image in images
+    ]
+    levels = (seen[0].permute(0, 2, 3, 1).double().numpy() * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]) * 255
+    apart = np.abs(levels - np.stack(resized))
+    assert apart.max() < 2.001 and apart.mean() < 0.05
+
+    table = network.embeddings.position_embeddings.detach().double().numpy()[0]
+    line = interpolation(37, 16, 0.1)
+    grid = np.einsum("yr,xc,rcd->yxd", line, line, table[1:].reshape(37, 37, -1)).reshape(256, -1)
+    positions = np.concatenate([table[:1], grid])
+    np.testing.assert_allclose(features.network.embeddings.position_embeddings[0], positions, rtol=0, atol=1e-4)
+
+    plain = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=224, patch_size=14)).eval()
+    state = {**network.state_dict(), "embeddings.position_embeddings": torch.from_numpy(positions[None]).float()}
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        expected = plain(seen[0]).last_hidden_state[:, 0]
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+    assert features.name == "dinov2-32" and distance_name(features.name, features.extractor) == "FD(dinov2-32)"
+    assert "antialias=True" in features.resize
+
+
+def test_fd_dinov2_is_the_name_of_the_published_weights_alone(dinov2_folder, monkeypatch):
+    import transformers
+
+    folder, network, _ = dinov2_folder
+    asked = []
+
+    def from_hub(hub_id, **options):
+        asked.append((hub_id, options["revision"], options.get("local_files_only", False)))
+        if options.get("local_files_only"):
+            raise OSError("not in the cache")
+        return network
+
+    monkeypatch.setattr(transformers.Dinov2Model, "from_pretrained", from_hub)
+    features = load_features("dinov2", 224)
+    assert [(name, local) for name, _, local in asked] == [(DINOV2_HUB_ID, True), (DINOV2_HUB_ID, False)]
+    assert {revision for _, revision, _ in asked} == {DINOV2_REVISION}
+    assert distance_name(features.name, features.extractor) == "FD-DINOv2"
+
+    def no_network(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(transformers.Dinov2Model, "from_pretrained", no_network)
+    with pytest.raises(
+        FileNotFoundError, match="facebook/dinov2-large is not in the hub's cache and cannot be fetched"
+    ):
+        load_features("dinov2", 224)
 
 
 def test_unknown_features_and_missing_dinov2(tmp_path):

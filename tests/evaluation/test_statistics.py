@@ -11,13 +11,8 @@ from torch import distributed, multiprocessing
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import Source, share
-from onelora_diffusion.evaluation.statistics import (
-    FeatureStatistics,
-    Origin,
-    RunningStatistics,
-    load_statistics,
-    save_statistics,
-)
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin, RunningStatistics
+from onelora_diffusion.evaluation.statistics_file import load_statistics, save_statistics
 
 NUM_IMAGES = 103  # a prime: no number of processes or batch size divides it
 
@@ -96,10 +91,11 @@ def test_one_image_is_too_few():
 def test_statistics_survive_their_file(tmp_path):
     found, _ = run(make_images(), range(NUM_IMAGES), 50)
     origin = Origin.of(PixelFeatures(4), Source("noise", 4, "train", "ADM centre crop"))
-    save_statistics(tmp_path / "deep" / "noise.safetensors", found, origin)
-    again, again_origin = load_statistics(tmp_path / "deep" / "noise.safetensors")
+    save_statistics(tmp_path / "deep" / "noise.safetensors", Measured(found, origin))
+    filed = load_statistics(tmp_path / "deep" / "noise.safetensors")
+    again = filed.statistics
     assert torch.equal(again.mean, found.mean) and torch.equal(again.covariance, found.covariance)
-    assert again.count == NUM_IMAGES and again_origin == origin
+    assert again.count == NUM_IMAGES and filed.origin == origin and filed.kept is filed.spatial is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["noise.safetensors"]
 
 

@@ -4,6 +4,11 @@ from pathlib import Path
 
 from torch import nn
 
+# What a file of statistics that another tool wrote says of the weights and the resize behind it.
+UNTOLD = "not told"
+# ViT-L/14 as Meta released it, on the Hugging Face hub
+DINOV2_HUB_ID, DINOV2_REVISION = "facebook/dinov2-large", "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
+DINOV2_PUBLISHED = f"{DINOV2_HUB_ID}@{DINOV2_REVISION}"
 FEATURES = ("pixels", "inception", "dinov2", "fashion-mnist")
 # torch-fidelity's release of the Inception weights of 2015, weights-inception-2015-12-05-6726825d.pth
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -24,7 +29,8 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
         name: one of `FEATURES`.
         resolution: R, of the images to come.
         weights: for `inception` the file of torch-fidelity's release (None: its cache, else its download); for
-            `dinov2` a folder in the layout of transformers; for `fashion-mnist` the file of its classifier.
+            `dinov2` a folder in the layout of transformers (None: the published ones, from the hub or its cache);
+            for `fashion-mnist` the file of its classifier.
 
     Raises:
         ValueError: an unknown name; weights that are not what they should be, or cannot be fetched.
@@ -39,9 +45,9 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
 
         return inception_2015(weights)
     if name == "dinov2":
-        from onelora_diffusion.evaluation.features.dinov2 import DinoV2Features
+        from onelora_diffusion.evaluation.features.dinov2 import dinov2_in, dinov2_published
 
-        return DinoV2Features(weights)
+        return dinov2_published() if weights is None else dinov2_in(weights)
     if name == "fashion-mnist":
         from onelora_diffusion.evaluation.features.fashion import FashionFeatures
 
@@ -50,5 +56,13 @@ def load_features(name: str, resolution: int, weights: str | Path | None = None)
 
 
 def distance_name(features: str, extractor: str) -> str:
-    """`FID` for the 2048 features of Inception-2015 with the released weights; for any other, `FD` with their name."""
-    return "FID" if (features, extractor) == ("inception", INCEPTION_SHA256) else f"FD({features})"
+    """`FID` and `FD-DINOv2` for the published features and weights; for any other, `FD` with their name.
+
+    Statistics in an .npz of another tool are taken for Inception's, as their layout says; a report tells.
+    """
+    published = {
+        ("inception", INCEPTION_SHA256): "FID",
+        ("inception", UNTOLD): "FID",
+        ("dinov2", DINOV2_PUBLISHED): "FD-DINOv2",
+    }
+    return published.get((features, extractor), f"FD({features})")

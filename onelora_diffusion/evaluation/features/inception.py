@@ -11,6 +11,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from onelora_diffusion.evaluation.features import INCEPTION_SHA256
 from onelora_diffusion.evaluation.features.base import Features
 
+NUM_SPATIAL = 7 * 17 * 17
+
 
 class InceptionFeatures(Features):
     """Inception-v3's pooled activations: uint8 (batch, 3, R, R) -> float64 (batch, num_features).
@@ -35,9 +37,25 @@ class InceptionFeatures(Features):
         self.num_features = int(layer)
         self.name = name if layer == "2048" else f"{name}-{layer}"
         self.extractor = extractor if layer == "2048" else f"{extractor}-{layer}"
+        self.num_spatial = NUM_SPATIAL if layer in ("768", "2048") else 0  # the earlier layers end before them
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[0].double()
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Also sFID's features (batch, 2023): 7 channels of the 17 by 17 maps of `mixed_6/conv`, channels last.
+
+        (Nash et al., ICML 2021, as ADM's evaluator has them.)
+        """
+        maps = []
+        # mixed_6 of TensorFlow's graph is torchvision's Mixed_6d; its first convolution, after the ReLU.
+        layer = self.network.Mixed_6d.branch1x1
+        hook = layer.register_forward_hook(lambda module, inputs, output: maps.append(output))
+        try:
+            features = self(images)
+        finally:
+            hook.remove()
+        return features, maps[0][:, :7].permute(0, 2, 3, 1).flatten(1).double()
 
     def logits(self, features: Tensor) -> Tensor:
         """Class logits without their bias, (batch, 1008), of last features: what the Inception Score reads."""

@@ -1,0 +1,161 @@
+"""Files of statistics: our own .safetensors, and the .npz of ADM's evaluator and of pytorch-fid.
+
+The latter hold mu and sigma, ADM's mu_s and sigma_s as well. They do not tell what their numbers were made of; by
+their layout these are Inception's.
+"""
+
+import dataclasses
+import json
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from onelora_diffusion.evaluation.features import UNTOLD
+from onelora_diffusion.evaluation.npz import Header, read_headers
+from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
+from onelora_diffusion.files import write_bytes
+
+LARGEST_WIDTH = 8192  # features; a covariance of more takes over half a gigabyte
+NUM_INCEPTION = 2048
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds statistics, by its suffix and, of an .npz, by what is in it."""
+    return path.suffix == ".safetensors" or (path.suffix == ".npz" and path.is_file() and "mu" in read_headers(path))
+
+
+def save_statistics(path: str | Path, measured: Measured) -> Path:
+    """Write statistics and their origin, beside, flushed and renamed; an .npz has ADM's layout."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, _npz(measured) if path.suffix == ".npz" else _safetensors(measured))
+    return path
+
+
+def load_statistics(path: str | Path, keep: bool = False) -> Measured:
+    """Read statistics and their origin, with `keep` also the features one by one, where the file has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not a file of statistics.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no statistics at '{path}': make them by `eval_fid.py ref --output {path}`")
+    return _from_npz(path) if path.suffix == ".npz" else _from_safetensors(path, keep)
+
+
+def _safetensors(measured: Measured) -> bytes:
+    tensors = {
+        "mean": measured.statistics.mean.contiguous(),
+        "covariance": measured.statistics.covariance.contiguous(),
+        "count": torch.tensor(measured.statistics.count),
+    }
+    if measured.spatial:
+        tensors["spatial_mean"] = measured.spatial.mean.contiguous()
+        tensors["spatial_covariance"] = measured.spatial.covariance.contiguous()
+    if measured.kept is not None:
+        tensors["features"] = measured.kept.contiguous()
+    return save(tensors, metadata={"statistics": json.dumps(dataclasses.asdict(measured.origin))})
+
+
+def _from_safetensors(path: Path, keep: bool) -> Measured:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, names = (file.metadata() or {}).get("statistics"), set(file.keys())
+            if header is None:
+                raise ValueError(f"'{path}' holds no feature statistics: make them by `eval_fid.py ref`")
+            origin = _origin(path, header)
+            count = int(file.get_tensor("count"))
+            statistics, spatial = (
+                FeatureStatistics(*_moments(path, file.get_tensor(mean), file.get_tensor(covariance)), count)
+                if mean in names
+                else None
+                for mean, covariance in (("mean", "covariance"), ("spatial_mean", "spatial_covariance"))
+            )
+            kept = file.get_tensor("features") if keep and "features" in names else None
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"'{path}' is damaged or no file of statistics: {error}") from error
+    if statistics is None or (kept is not None and kept.shape != (count, statistics.num_features)):
+        raise ValueError(f"'{path}' is damaged: its arrays do not fit together; make it again by `eval_fid.py ref`")
+    return Measured(statistics, origin, kept, spatial)
+
+
+def _npz(measured: Measured) -> bytes:
+    arrays = {"mu": measured.statistics.mean.numpy(), "sigma": measured.statistics.covariance.numpy()}
+    if measured.spatial:
+        arrays |= {"mu_s": measured.spatial.mean.numpy(), "sigma_s": measured.spatial.covariance.numpy()}
+    # Other tools pass over these two.
+    arrays |= {"count": np.array(measured.statistics.count)}
+    arrays |= {"origin": np.array(json.dumps(dataclasses.asdict(measured.origin)))}
+    content = BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def _from_npz(path: Path) -> Measured:
+    headers = read_headers(path)
+    mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
+    count = int(_array(path, headers, "count")) if "count" in headers else None
+    statistics = FeatureStatistics(*_moments(path, mean, covariance), count)
+    spatial = None
+    if "mu_s" in headers:
+        mean, covariance = (_array(path, headers, name) for name in ("mu_s", "sigma_s"))
+        spatial = FeatureStatistics(*_moments(path, mean, covariance), count)
+    if "origin" in headers:
+        origin = _origin(path, _text(path, headers, "origin"))
+    else:
+        is_last = statistics.num_features == NUM_INCEPTION
+        features = "inception" if is_last else f"inception-{statistics.num_features}"
+        origin = Origin(features, UNTOLD, UNTOLD, None, str(path), crop=UNTOLD)
+    return Measured(statistics, origin, spatial=spatial)
+
+
+def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:
+    """One array of floating or whole numbers, not larger than a covariance may be."""
+    header = headers.get(name)
+    if header is None or header.dtype.kind not in "fiu" or header.num_bytes > LARGEST_WIDTH**2 * 8:
+        found = f"is {header.dtype} {header.shape}" if header else "is missing"
+        raise ValueError(f"'{path}': {name} {found}; statistics are mu (d,) and sigma (d, d), float, d up to 8192")
+    return torch.from_numpy(np.load(path, allow_pickle=False)[name])
+
+
+def _text(path: Path, headers: dict[str, Header], name: str) -> str:
+    if headers[name].dtype.kind != "U" or headers[name].num_bytes > 100_000:
+        raise ValueError(f"'{path}': {name} is {headers[name].dtype} {headers[name].shape}, not a text")
+    return str(np.load(path, allow_pickle=False)[name])
+
+
+def _moments(path: Path, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64. ValueError unless they are a mean and a covariance."""
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"'{path}': a mean {tuple(mean.shape)} and a covariance {tuple(covariance.shape)} do not fit")
+    mean, covariance = mean.double(), covariance.double()
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"'{path}': its statistics are not finite: make them again")
+    return mean, covariance
+
+
+def _origin(path: Path, text: str) -> Origin:
+    """What a file says it is of; without control characters, since it is shown."""
+    kinds = {field.name: (int, type(None)) if field.name == "resolution" else str for field in fields(Origin)}
+    try:
+        told = json.loads(text)
+        if unknown := [name for name in told if name not in kinds]:
+            raise ValueError(f"'{unknown[0]!r:.50}' is unknown: a newer version may have written it")
+        if wrong := [name for name, value in told.items() if not isinstance(value, kinds[name])]:
+            raise ValueError(f"its {wrong[0]} is {told[wrong[0]]!r:.50}")
+        return Origin(**{name: shown(value) if isinstance(value, str) else value for name, value in told.items()})
+    except (TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged or no file of statistics: {error}") from error
+
+
+def shown(text: str) -> str:
+    """At most 500 characters of a text, with a question mark for each that would not print."""
+    return "".join(character if character.isprintable() else "?" for character in text[:500])

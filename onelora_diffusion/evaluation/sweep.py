@@ -1,0 +1,73 @@
+"""Several strengths of guidance beside each other: the table, the best of each metric, and the plot."""
+
+from pathlib import Path
+
+from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
+from onelora_diffusion.evaluation.summary import names_of, notes_of, result_rows, sections_of
+from onelora_diffusion.files import write_bytes
+
+# Metrics of which more is better; of all others less is.
+MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score", "recognition")
+
+
+def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
+    """By the name that a table shows: the metric's key, and its value at each strength."""
+    found = {}
+    for each in sections_of(report):
+        results = list(each["results"].values())
+        for key, name in names_of(each["distance_name"], each["features"]["name"]).items():
+            if key in results[0]:
+                found[name] = (key, [result[key] for result in results])
+    return found
+
+
+def best_scales(report: dict) -> dict[str, float]:
+    """The strength at which each metric is best, by the metric's name."""
+    scales = list(map(float, report["results"]))
+    return {
+        name: scales[values.index(max(values) if key in MORE_IS_BETTER else min(values))]
+        for name, (key, values) in curves(report).items()
+    }
+
+
+def print_sweep(report: dict) -> None:
+    """A row for each strength, and where each metric is best."""
+    columns = {}
+    for each in sections_of(report):
+        results = list(each["results"].values())
+        columns |= result_rows(each["distance_name"], each["features"]["name"], results)
+    rows = {scale: [cells[k] for cells in columns.values()] for k, scale in enumerate(report["results"])}
+    title = f"{report['num_images']:,} images at each guidance, {report['sampler']}, "
+    title += f"{report['num_inference_steps']} steps, seed {report['seed']}"
+    print(f"\n{format_table(title, list(columns), rows)}")
+    best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
+    for note in [f"Best: {best}.", *notes_of(report)]:
+        print(format_note(note))
+    print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
+
+
+def plot_sweep(report: dict, picture: Path) -> None:
+    """Each metric over the strength of the guidance, its best marked, as a PNG."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    found, scales = curves(report), list(map(float, report["results"]))
+    width = min(len(found), 3)
+    height = -(-len(found) // width)
+    figure = Figure(figsize=(3.4 * width + 0.6, 2.7 * height + 0.3), layout="constrained")
+    panels = figure.subplots(height, width, squeeze=False, sharex=True).flat
+    for axes, (name, (key, values)) in zip(panels, found.items(), strict=False):
+        best = report["best"][name]
+        axes.plot(scales, values, marker="o")
+        axes.plot(best, values[scales.index(best)], marker="o", markersize=10, color="tab:red", linestyle="")
+        better = "most" if key in MORE_IS_BETTER else "least"
+        axes.set(title=name, ylabel=f"{better} at {best:g}")
+        axes.tick_params(labelbottom=True)
+        axes.grid(alpha=0.3)
+    for axes in list(panels)[len(found) :]:
+        axes.axis("off")
+    figure.supxlabel("guidance scale")
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_bytes(picture, png.getvalue())

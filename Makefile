@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test style
+.PHONY: quickstart test test-floors style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -13,6 +13,10 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
+test-floors: .venv-floors/installed
+	.venv-floors/bin/python -m pytest
+
 style: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -21,4 +25,10 @@ style: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+.venv-floors/installed: pyproject.toml constraints-floors.txt
+	$(PYTHON) -m venv --clear .venv-floors
+	.venv-floors/bin/python -m pip install --quiet --upgrade pip
+	.venv-floors/bin/python -m pip install --editable ".[dev]" --constraint constraints-floors.txt
 	touch $@

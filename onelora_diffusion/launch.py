@@ -1,7 +1,15 @@
-"""`accelerate launch` on CPUs: it starts one process and leaves several to mpirun; here torchrun starts them."""
+"""Processes and what started them.
 
+`accelerate launch` on CPUs starts one process and leaves several to mpirun; here torchrun starts them. And a launcher
+that is gone takes its processes along.
+"""
+
+import ctypes
 import os
+import signal
 import sys
+import time
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -10,13 +18,17 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
+TORCHRUN = ("torchrun", "torch.distributed.run")
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 def start_all_processes() -> None:
     """Gives way to torchrun where `accelerate launch` was asked for several processes on CPUs and has started one.
 
-    To be called first in a script. Everywhere else it does nothing. The process id stays, so that signals arrive.
+    To be called first in a script. Everywhere else it does nothing. The process id stays, so that signals arrive; and
+    SIGTERM arrives too when the launcher ends, also at torchrun, which passes it on.
     """
+    end_with_launcher()
     if not is_left_alone():
         return
     number, port = asked_of(psutil.Process().parent().cmdline())
@@ -29,6 +41,36 @@ def start_all_processes() -> None:
     where = [f"--master_port={port}"] if port else ["--standalone", "--local_addr=127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", *where]
     os.execv(sys.executable, [*torchrun, *sys.orig_argv[1:]])
+
+
+def launchers() -> list[psutil.Process]:
+    """The launchers that have started this process, the nearest first: torchrun, `accelerate launch`, both or none."""
+    return list(takewhile(_is_launcher, psutil.Process().parents()))
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        return any(Path(word).name in LAUNCHERS + TORCHRUN for word in process.cmdline())
+    except psutil.Error:  # of another user, or gone
+        return False
+
+
+def started() -> float:
+    """The `time.monotonic()` at which this process began, or the first of its launchers."""
+    first = [psutil.Process(), *launchers()][-1]
+    return time.monotonic() - max(0.0, time.time() - first.create_time())
+
+
+def end_with_launcher() -> None:
+    """Has this process sent SIGTERM when its launcher ends, in whatever way. Linux alone can do so.
+
+    Else, where a launcher was killed, its processes would train on, and keep the devices.
+    """
+    found = launchers()
+    if found and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != found[0].pid:  # it has ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_left_alone() -> bool:

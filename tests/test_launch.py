@@ -1,4 +1,7 @@
+import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -65,6 +68,9 @@ def parent_is(monkeypatch, command):
         def parent(self):
             return self
 
+        def parents(self):
+            return []
+
         def cmdline(self):
             return command
 
@@ -98,3 +104,45 @@ def test_where_the_number_cannot_be_known_the_command_is_named(left_alone, monke
     parent_is(monkeypatch, ["bash", "start.sh"])
     with pytest.raises(SystemExit, match="start several by: torchrun --nproc_per_node N train.py --seed 1"):
         launch.start_all_processes()
+
+
+def test_the_launchers_of_a_process_are_its_nearest_ancestors_of_that_name(monkeypatch):
+    class Process:
+        def __init__(self, *words):
+            self.words = words
+
+        def cmdline(self):
+            return self.words
+
+        def parents(self):
+            return [torchrun, accelerate, Process("bash"), Process("accelerate", "launch")]
+
+    torchrun, accelerate = Process("python", "-m", "torch.distributed.run"), Process("/bin/accelerate", "launch")
+    monkeypatch.setattr(launch.psutil, "Process", Process)
+    assert launch.launchers() == [torchrun, accelerate]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_whose_launcher_is_gone_gets_sigterm(tmp_path, monkeypatch, number):
+    reads, writes = os.pipe()
+    if not (launcher := os.fork()):
+        if not os.fork():
+            monkeypatch.setattr(launch, "launchers", lambda: [launch.psutil.Process(launcher_pid)])
+            launcher_pid = os.getppid()
+            signal.signal(signal.SIGTERM, lambda number, frame: (os.write(writes, b"told"), os._exit(0)))
+            launch.end_with_launcher()
+            os.write(writes, b"here")
+            time.sleep(60)
+            os._exit(1)
+        time.sleep(60)
+        os._exit(1)
+    os.close(writes)
+    assert os.read(reads, 4) == b"here"
+    os.kill(launcher, number)
+    os.waitpid(launcher, 0)
+    assert os.read(reads, 4) == b"told"
+
+
+def test_a_process_began_before_now_and_after_the_machine():
+    assert 0 < launch.started() < time.monotonic()

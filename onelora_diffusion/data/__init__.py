@@ -1,5 +1,6 @@
 """Data sets of (image, label) with their class names, and the latents that a VAE makes of them."""
 
+import difflib
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -36,6 +37,7 @@ def load_dataset(
         ValueError: an unknown name, or `classes` for a data set that cannot choose.
         FileNotFoundError: there is no such data, with what to do about it.
     """
+    check_name(name)
     if classes is not None and name not in ("digits", "fashion-mnist"):
         raise ValueError(f"classes can be chosen for digits and fashion-mnist only, not for {name!r}")
     chosen = {} if classes is None else {"classes": classes}
@@ -62,8 +64,20 @@ def load_dataset(
         from onelora_diffusion.data.from_torchvision import torchvision_images
 
         return torchvision_images(rest, root or "data", split, resolution, download, broken)
-    if kind == "hf":
-        from onelora_diffusion.data.from_hub import hub_images
+    from onelora_diffusion.data.from_hub import hub_images
 
-        return hub_images(rest, root, split, resolution, broken)
-    raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, torchvision:CLASS, hf:NAME")
+    return hub_images(rest, root, split, resolution, broken)
+
+
+def check_name(name: str) -> None:
+    """ValueError for a name that `load_dataset` does not know."""
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision" and rest:
+        from onelora_diffusion.data.from_torchvision import class_of
+
+        class_of(rest)
+    elif name not in DATASETS and not (kind == "hf" and rest):
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown dataset {name!r}: choose one of {known}, torchvision:CLASS, hf:NAME{hint}")

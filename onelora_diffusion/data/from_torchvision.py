@@ -22,7 +22,7 @@ def torchvision_images(
         ValueError: there is no such class, no such split, or its labels are no classes.
         FileNotFoundError: its files are not there.
     """
-    kind = _class_of(name)
+    kind = class_of(name)
     parameters = inspect.signature(kind.__init__).parameters
     part = split if {"train", "split"} & set(parameters) else ""
     arguments = {"root": str(root)}
@@ -53,7 +53,8 @@ def torchvision_images(
     return ClassifiedImages(f"torchvision:{name}", source, _class_names(source, name), resolution, broken, part)
 
 
-def _class_of(name: str) -> type:
+def class_of(name: str) -> type:
+    """`torchvision.datasets.<name>`; ValueError if there is no such data set."""
     kinds = {key: kind for key, kind in vars(torchvision.datasets).items() if inspect.isclass(kind)}
     names = [key for key, kind in kinds.items() if "root" in inspect.signature(kind.__init__).parameters]
     if name not in names:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from onelora_diffusion.evaluation.features import default_features, load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
@@ -22,10 +21,6 @@ from onelora_diffusion.training.settings import Settings
 class Evaluation:
     """Generates images with the values that the model has, the same noise every time, and measures them.
 
-    Attributes:
-        best: the line of metrics of the smallest distance, None before the first.
-        best_values: the adapter's values of that line, by name.
-
     Raises:
         ValueError, FileNotFoundError: features, their weights or the reference are not what they should be.
     """
@@ -33,8 +28,6 @@ class Evaluation:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipeline, dataset):
         self.settings, self.accelerator, self.pipeline = settings, accelerator, pipeline
         self.num_classes = dataset.num_classes
-        self.best: dict | None = None
-        self.best_values: dict[str, Tensor] = {}
 
         resolution = resolution_of(pipeline)
         name = settings.eval_features or default_features(settings.dataset)
@@ -75,13 +68,6 @@ class Evaluation:
         except Stopped:
             return None
         return self.judge.compare(seen)[0]
-
-    def keep_if_best(self, line: dict, values: dict[str, Tensor]) -> bool:
-        """Whether the line's distance is smaller than all before it; then its values are kept."""
-        if self.best is not None and line["distance"] >= self.best["distance"]:
-            return False
-        self.best, self.best_values = line, {name: value.clone() for name, value in values.items()}
-        return True
 
     def plot(self, metrics: Path, picture: Path) -> None:
         plot_distances(metrics, picture, self.distance_name)

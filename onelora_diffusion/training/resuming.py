@@ -1,9 +1,11 @@
-"""Which checkpoint a run goes on from, and whether its settings allow it."""
+"""Which checkpoint a run goes on from, whether its settings allow it, and whether there is anything to do."""
+
+from pathlib import Path
 
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
 from onelora_diffusion.training.settings import FREE_SETTINGS, Settings
-from onelora_diffusion.training.stopping import parse_duration
+from onelora_diffusion.training.stopping import Clock
 
 
 def find_checkpoint(settings: Settings, report) -> Checkpoint | None:
@@ -31,12 +33,28 @@ def check_same_settings(settings: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def is_finished(settings: Settings, checkpoint: Checkpoint | None) -> bool:
-    """Whether the checkpoint is the last of its run, and the adapter of that step has been written."""
-    adapter = settings.output_dir / WEIGHTS_NAME
-    if checkpoint is None or not adapter.exists():
-        return False
-    budget = float("inf") if settings.max_train_time is None else parse_duration(settings.max_train_time)
+def is_finished(settings: Settings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
+    """Whether the checkpoint is the last of its run, and the adapters of that step are there.
+
+    One that is missing or damaged, which is reported, is written anew by going on.
+    """
     steps = float("inf") if settings.max_steps is None else settings.max_steps
-    is_last = checkpoint.step >= steps or checkpoint.state["seconds"] >= budget
-    return is_last and read_adapter(adapter).training["steps"] == checkpoint.step
+    if checkpoint is None or (checkpoint.step < steps and clock.left > 0):
+        return False
+    for name in adapter_names(settings, is_measured=checkpoint.state["best"] is not None):
+        try:
+            if read_adapter(settings.output_dir / name).training["steps"] != checkpoint.step:
+                return False
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            report(f"{error}: it is written anew from {checkpoint.path}")
+            return False
+    return True
+
+
+def adapter_names(settings: Settings, is_measured: bool) -> list[str]:
+    """Files that a run ends with: the adapter; the last average, if that is not the best one; further averages."""
+    stem = Path(WEIGHTS_NAME).stem
+    averages = [f"{stem}_ema_{decay}.safetensors" for decay in settings.ema_decay[1:]]
+    return [WEIGHTS_NAME, *([f"{stem}_last.safetensors"] if is_measured else []), *averages]

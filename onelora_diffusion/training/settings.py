@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import tyro
 import yaml
 
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.data import check_name
+from onelora_diffusion.training.stopping import parse_duration
 
 
 @dataclass
@@ -175,6 +178,14 @@ FREE_SETTINGS = {
     *("allow_changed_settings", "fresh"),
 }
 
+AT_LEAST = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
+    **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
+    "eval_images": 2,
+}
+POSITIVE = ("learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
+
 OWN_RECIPES = {"digits": "digits.yaml", "fashion-mnist": "fashion_mnist.yaml"}
 PHOTOGRAPHS = "food101.yaml"  # the recipe of every other data set
 
@@ -237,21 +248,30 @@ def _as_flag(name: str, value) -> list[str]:
 
 
 def check_settings(settings: Settings) -> None:
-    """ValueError for what can be known to be wrong before a model is read."""
+    """ValueError for what can be known to be wrong before anything is read."""
+    check_name(settings.dataset)
     settings.adapter_config(num_classes=1)
-    for name in ("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
-    if settings.eval_images < 2:
-        raise ValueError(f"--eval-images must be at least 2, not {settings.eval_images}")
+    for name, least in AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in POSITIVE:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 and finite, not {value}")
     if settings.max_train_time is None and settings.max_steps is None:
         raise ValueError("training would never end: give --max-train-time or --max-steps")
+    if settings.max_train_time is not None and not parse_duration(settings.max_train_time):
+        raise ValueError(f"--max-train-time must be more than 0, not {settings.max_train_time}")
     if settings.lr_schedule != "constant" and settings.max_steps is None:
         raise ValueError(f"the {settings.lr_schedule} schedule ends at --max-steps: give one")
     if not 0 <= settings.label_drop <= 1:
         raise ValueError(f"--label-drop is a share from 0 to 1, not {settings.label_drop}")
     if not settings.ema_decay or not all(0 <= decay < 1 for decay in settings.ema_decay):
         raise ValueError(f"--ema-decay is at least 0 and below 1, not {settings.ema_decay}")
+    for name in ("guidance_scale", "eval_guidance_scale"):
+        if not math.isfinite(getattr(settings, name)):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {getattr(settings, name)}")
     if settings.engine == "fsdp2" and (settings.method == "full" or settings.norms):
         raise ValueError(
             "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"

@@ -3,6 +3,8 @@
 import re
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,20 +32,31 @@ def format_duration(seconds: float) -> str:
 
 
 class Clock:
-    """Wall-clock seconds of a run over all its resumes, against a budget (None: no end)."""
+    """Wall-clock seconds of a run over all its resumes, against a budget (None: no end).
 
-    def __init__(self, budget: float | None = None):
+    `started` is the `time.monotonic()` from which this start of the run counts; None: now.
+    """
+
+    def __init__(self, budget: float | None = None, started: float | None = None):
         self.budget = budget
-        self.started = time.monotonic()
-        self.earlier = 0.0  # seconds spent before the resume
+        self._started = time.monotonic() if started is None else started
+        self._earlier = 0.0  # seconds spent before this start
+
+    def resume(self, seconds: float) -> None:
+        """The run is known to have used so many seconds before this start."""
+        self._earlier = max(self._earlier, seconds)
 
     @property
     def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.started
+        return self._earlier + time.monotonic() - self._started
 
     @property
     def left(self) -> float:
         return float("inf") if self.budget is None else self.budget - self.seconds
+
+
+class Interrupted(BaseException):
+    """A signal has come where it need not be kept: see `Stop.at_once`."""
 
 
 class Stop:
@@ -56,15 +69,16 @@ class Stop:
     def __init__(self, clock: Clock, num_processes: int):
         self.clock = clock
         self.signal = _GO_ON
+        self._is_kept = True
         # A group of its own on the CPU: the flag costs a message a step, and no wait for the GPU.
         self.group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def __enter__(self) -> "Stop":
-        self._handlers = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._handlers.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _keep(self, number: int, frame) -> None:
@@ -72,6 +86,29 @@ class Stop:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self._signalled = number, time.monotonic()
+            if not self._is_kept:
+                raise Interrupted
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal is kept and raises Interrupted too: for long work that may be left at any point."""
+        self._is_kept = False
+        try:
+            yield
+        finally:
+            self._is_kept = True
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, signals act as if there were no run: for long work while there is nothing to lose.
+
+        No Python needs to run for that, so it holds in the compiler's threads as well.
+        """
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def asked(self) -> int:
         """This process's own answer: 0, 1 for the budget, or the number of the signal."""

@@ -1,6 +1,7 @@
 """The verbs of diffusers' LoRA loaders, line by line of what diffusers' own tests ask of them."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -21,7 +22,6 @@ from onelora_diffusion import (
 )
 from onelora_diffusion.pipelines.base import load_base
 
-STOCK = load_base()
 CONFIGS = {
     "food": AdapterConfig(num_classes=3),
     "birds": AdapterConfig(method="difffit", sum=True, norms=False, num_classes=2),
@@ -30,12 +30,22 @@ CONFIGS = {
 NAMES = {"food": {0: "pizza", 1: "sushi", 2: "ice_cream"}, "birds": {0: "robin", 1: "wren"}, "plain": None}
 
 
+@functools.cache
+def stock():
+    return load_base()
+
+
+@functools.cache
+def base_images():
+    return run(OneLoRADiTPipeline.from_pipe(stock()))
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A folder for each adapter."""
     folders = {}
     for seed, (name, config) in enumerate(CONFIGS.items()):
-        model = inject_adapter(copy.deepcopy(STOCK.transformer), config)
+        model = inject_adapter(copy.deepcopy(stock().transformer), config)
         folders[name] = tmp_path_factory.mktemp(name)
         randomize(model, seed=seed)
         save_adapter(model, folders[name], id2label=NAMES[name], base="some/base", training={"steps": 7})
@@ -44,7 +54,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def pipe():
-    pipe = OneLoRADiTPipeline.from_pipe(copy.deepcopy(STOCK))
+    pipe = OneLoRADiTPipeline.from_pipe(copy.deepcopy(stock()))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -66,14 +76,11 @@ def close(a, b):
     return torch.allclose(a, b, atol=1e-5)
 
 
-BASE = run(OneLoRADiTPipeline.from_pipe(STOCK))
-
-
 def test_01_an_adapter_changes_the_output_and_keeps_its_shape(pipe, files):
-    assert torch.equal(run(pipe), BASE)
+    assert torch.equal(run(pipe), base_images())
     pipe.load_lora_weights(files["food"])
-    assert run(pipe).shape == BASE.shape
-    assert not close(run(pipe), BASE)
+    assert run(pipe).shape == base_images().shape
+    assert not close(run(pipe), base_images())
 
 
 def test_02_save_unload_load_gives_the_same_output(pipe, files, tmp_path):
@@ -82,7 +89,7 @@ def test_02_save_unload_load_gives_the_same_output(pipe, files, tmp_path):
     pipe.save_lora_weights(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["onelora_weights.safetensors"]
     pipe.unload_lora_weights()
-    assert torch.equal(run(pipe), BASE)
+    assert torch.equal(run(pipe), base_images())
     pipe.load_lora_weights(tmp_path)
     assert torch.equal(run(pipe), expected)
 
@@ -91,8 +98,8 @@ def test_03_scale_at_call_time_and_set_scale(pipe, files):
     pipe.load_lora_weights(files["plain"], adapter_name="plain")
     full = run(pipe)
     half = run(pipe, cross_attention_kwargs={"scale": 0.5})
-    assert not close(half, full) and not close(half, BASE)
-    assert close(run(pipe, cross_attention_kwargs={"scale": 0.0}), BASE)
+    assert not close(half, full) and not close(half, base_images())
+    assert close(run(pipe, cross_attention_kwargs={"scale": 0.0}), base_images())
     assert torch.equal(run(pipe), full)  # nothing leaks to the next call
     pipe.set_adapters("plain", 0.5)
     assert torch.equal(run(pipe), half)
@@ -100,11 +107,11 @@ def test_03_scale_at_call_time_and_set_scale(pipe, files):
 
 
 def test_04_unload_after_fuse_removes_every_trace(both):
-    names = [name for name, _ in STOCK.transformer.named_parameters()]
+    names = [name for name, _ in stock().transformer.named_parameters()]
     both.fuse_lora()
-    assert not close(run(both), BASE)
+    assert not close(run(both), base_images())
     both.unload_lora_weights()
-    assert torch.equal(run(both), BASE)
+    assert torch.equal(run(both), base_images())
     assert [name for name, _ in both.transformer.named_parameters()] == names
     assert both.get_list_adapters() == {} and both.get_active_adapters() == [] and both.num_fused_loras == 0
 
@@ -132,11 +139,11 @@ def test_06_two_adapters_disable_and_enable(both):
     a, b = (both.set_adapters(name) or run(both) for name in ("food", "plain"))
     both.set_adapters(["food", "plain"])
     ab = run(both)
-    outputs = [BASE, a, b, ab]
+    outputs = [base_images(), a, b, ab]
     assert not any(close(x, y) for i, x in enumerate(outputs) for y in outputs[:i])
     both.disable_lora()
     both.disable_lora()
-    assert torch.equal(run(both), BASE)
+    assert torch.equal(run(both), base_images())
     both.enable_lora()
     assert torch.equal(run(both), ab)
 
@@ -164,7 +171,7 @@ def test_08_weights_by_number_and_by_block(both):
     full = run(both)
     both.set_adapters("plain", {"transformer": {"transformer_blocks.0": 0.0}})
     without_first = run(both)
-    assert not close(without_first, full) and not close(without_first, BASE)
+    assert not close(without_first, full) and not close(without_first, base_images())
     first = [p for name, p in adapter_state_dict(both.transformer, "plain").items() if "blocks.0." in name]
     both.set_adapters("plain")
     for vector in first:
@@ -187,7 +194,7 @@ def test_09_delete(both, files):
     assert torch.equal(run(both), only_plain)
     both.load_lora_weights(files["food"], adapter_name="food")
     both.delete_adapters(["food", "plain"])
-    assert torch.equal(run(both), BASE)
+    assert torch.equal(run(both), base_images())
     both.load_lora_weights(files["plain"], adapter_name="plain")
     assert torch.equal(run(both), only_plain)
 
@@ -254,7 +261,7 @@ def test_14_unload_then_inject_and_a_clash_of_names(pipe, files):
     assert torch.equal(run(pipe), before)
     pipe.unload_lora_weights()
     inject_adapter(pipe.transformer, AdapterConfig(), "food")
-    assert torch.equal(run(pipe), BASE)
+    assert torch.equal(run(pipe), base_images())
 
 
 def test_15_where_adapters_are_looked_for(pipe, files, tmp_path, monkeypatch):
@@ -290,7 +297,7 @@ def test_15_where_adapters_are_looked_for(pipe, files, tmp_path, monkeypatch):
     ]:
         pipe.load_lora_weights(*args, **kwargs)
         outputs.append(run(pipe))
-    assert all(torch.equal(output, outputs[0]) for output in outputs) and not close(outputs[0], BASE)
+    assert all(torch.equal(output, outputs[0]) for output in outputs) and not close(outputs[0], base_images())
 
 
 def test_15_a_hub_id(pipe, files, tmp_path, monkeypatch):
@@ -315,7 +322,7 @@ def test_15_a_hub_id(pipe, files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_16_safe_fusing(both, value):
-    before = {name: p.clone() for name, p in STOCK.transformer.named_parameters()}
+    before = {name: p.clone() for name, p in stock().transformer.named_parameters()}
     with torch.no_grad():
         adapter_state_dict(both.transformer, "plain")["proj_out_2.onelora_b"][0] = value
     with pytest.raises(ValueError, match="gives NaN or infinity: nothing was merged"):
@@ -365,7 +372,7 @@ def test_17_offloaded_weights(pipe, files, name):
 
 def test_18_hot_swapping_does_not_compile_again(pipe, files, tmp_path):
     pipe.load_lora_weights(files["plain"], adapter_name="slot")
-    twin = OneLoRADiTPipeline.from_pipe(copy.deepcopy(STOCK))
+    twin = OneLoRADiTPipeline.from_pipe(copy.deepcopy(stock()))
     inject_adapter(twin.transformer, CONFIGS["plain"])
     save_adapter(randomize(twin.transformer, seed=9), tmp_path)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
@@ -408,34 +415,34 @@ def test_bad_files_leave_the_pipeline_as_it_was(both, files, tmp_path):
 def test_a_foreign_base(files):
     from conftest import make_dit
 
-    other = DiTPipeline(make_dit(), STOCK.vae, STOCK.scheduler)
+    other = DiTPipeline(make_dit(), stock().vae, stock().scheduler)
     with pytest.raises(ValueError, match="is missing|fits nothing|but this base needs"):
         OneLoRADiTPipeline.from_pipe(other).load_lora_weights(files["plain"])
     assert not hasattr(other.transformer, "_onelora")
 
 
 def test_from_pipe_shares_the_weights_and_leaves_the_pipeline_as_it_was(files):
-    stock = copy.deepcopy(STOCK)
-    pipe = OneLoRADiTPipeline.from_pipe(stock)
-    assert type(stock) is DiTPipeline and pipe.transformer is stock.transformer and pipe.vae is stock.vae
+    own = copy.deepcopy(stock())
+    pipe = OneLoRADiTPipeline.from_pipe(own)
+    assert type(own) is DiTPipeline and pipe.transformer is own.transformer and pipe.vae is own.vae
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(files["food"])
-    stock.set_progress_bar_config(disable=True)
-    assert torch.equal(run(stock), run(pipe))  # label 1000 of the stock call is the null row of three classes
+    own.set_progress_bar_config(disable=True)
+    assert torch.equal(run(own), run(pipe))  # label 1000 of the stock call is the null row of three classes
 
 
 def test_any_pipeline_class_and_instance(files, tmp_path):
     class Own(OneLoRALoaderMixin, DiTPipeline):
         pass
 
-    stock = copy.deepcopy(STOCK)
-    for pipe in (Own.from_pipe(stock), OneLoRALoaderMixin.from_pipe(stock)):
+    own = copy.deepcopy(stock())
+    for pipe in (Own.from_pipe(own), OneLoRALoaderMixin.from_pipe(own)):
         pipe.load_lora_weights(files["food"], adapter_name="food")
         assert isinstance(pipe, OneLoRALoaderMixin) and isinstance(pipe, DiTPipeline)
         pipe.disable_lora()
         pipe.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
-        assert torch.equal(run(OneLoRADiTPipeline.from_pretrained(tmp_path)), BASE)
+        assert torch.equal(run(OneLoRADiTPipeline.from_pretrained(tmp_path)), base_images())
         pipe.unload_lora_weights()
 
     class Other(OneLoRALoaderMixin):
@@ -461,4 +468,162 @@ def test_an_exported_lora_comes_back(pipe, files, tmp_path):
     export_lora(pipe.transformer, tmp_path, "plain")
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path)
+    assert torch.equal(run(pipe), expected)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Calls that are written for diffusers' own pipelines
+
+
+def test_fuse_lora_takes_components_first_as_in_diffusers(both):
+    active = run(both)
+    for wrong in (["plain"], [], "plain", 0.7, ["text_encoder"], ["transformer", "vae"]):
+        with pytest.raises(
+            ValueError, match="adapters are in 'transformer' only; adapters are named by adapter_names"
+        ):
+            both.fuse_lora(wrong)
+        with pytest.raises(ValueError, match="adapters are in 'transformer' only"):
+            both.unfuse_lora(wrong)
+        assert both.num_fused_loras == 0 and torch.equal(run(both), active)
+    both.set_adapters("plain", 0.7)
+    weighed = run(both)
+    both.set_adapters("plain")
+    both.fuse_lora(["text_encoder", "transformer", "text_encoder_2"], 0.7, True, ["plain"])
+    assert both.fused_loras == {"plain"} and close(run(both), weighed)
+    both.unfuse_lora(components=["transformer", "text_encoder"])
+    assert both.num_fused_loras == 0 and torch.equal(run(both), active)
+
+
+def test_weights_by_component(both, caplog):
+    both.set_adapters("plain", 0.5)
+    half = run(both)
+    both.set_adapters("plain", {"text_encoder": 0.3, "transformer": 0.5})
+    assert "weights of text_encoder are left out" in caplog.text
+    assert torch.equal(run(both), half)
+    both.set_adapters(["plain"], [{"text_encoder_2": 0.3}])
+    assert both.transformer._onelora.weights == {"plain": 1.0}
+    both.set_adapters("plain", {"text_encoder": 0.3, "transformer_blocks.0": 0.0})
+    without_first = run(both)
+    both.set_adapters("plain", {"transformer_blocks.0": 0.0})
+    assert torch.equal(run(both), without_first)
+    with pytest.raises(ValueError, match="serves no layer in 'unet'"):
+        both.set_adapters("plain", {"text_encoder": 0.3, "unet": 0.5})
+    assert torch.equal(run(both), without_first)
+
+
+def test_weights_by_component_and_block_of_a_unet():
+    from denoisers import unet
+    from diffusers import StableDiffusionXLPipeline
+
+    torch.manual_seed(0)
+    model, inputs = unet()
+    pipe = OneLoRALoaderMixin.from_pipe(StableDiffusionXLPipeline(None, None, None, None, None, model, None))
+    randomize(inject_adapter(model, AdapterConfig(), "it"))
+    with torch.no_grad():
+        full = model(**inputs).sample
+        pipe.set_adapters("it", {"text_encoder": 0.2, "unet": {"down": 0.5, "mid": 1.0, "up": {"block_0": 0.25}}})
+        nested = model(**inputs).sample
+        pipe.set_adapters("it", {"down_blocks": 0.5, "up_blocks.0": 0.25})
+        assert torch.equal(model(**inputs).sample, nested) and not close(nested, full)
+
+
+def test_keywords_of_other_callers(pipe, files):
+    pipe.load_lora_weights(
+        str(files["plain"]),
+        adapter_name="a",
+        use_safetensors=True,
+        low_cpu_mem_usage=False,
+        weight_name="onelora_weights.safetensors",
+        local_files_only=True,
+        cache_dir=None,
+        token=None,
+    )
+    expected = run(pipe)
+    for name, value in [("use_safetensors", False), ("proxies", {"http": "example.org"})]:
+        with pytest.raises(ValueError, match=name):
+            pipe.load_lora_weights(files["plain"], **{name: value})
+        with pytest.raises(ValueError, match=name):
+            pipe.lora_state_dict(files["plain"], **{name: value})
+    with pytest.raises(TypeError, match="weights_name"):
+        pipe.load_lora_weights(files["plain"], weights_name="x.safetensors")
+    assert pipe.get_list_adapters() == {"transformer": ["a"]} and torch.equal(run(pipe), expected)
+
+
+def test_lora_layers_are_saved_by_the_class_as_diffusers_saves_them(tmp_path):
+    """As diffusers' training scripts call it; stock diffusers reads the file to the same layers and settings."""
+    from denoisers import sd3
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    model, inputs = sd3()
+    base = copy.deepcopy(model)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "ff.net.2"], init_lora_weights=False))
+    layers = {
+        "transformer_lora_layers": get_peft_model_state_dict(model),
+        "transformer_lora_adapter_metadata": model.peft_config["default"].to_dict(),
+    }
+
+    class Ours(OneLoRALoaderMixin, StableDiffusion3Pipeline):
+        pass
+
+    Ours.save_lora_weights(tmp_path / "ours", **layers)
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "stock", **layers)
+    ours, stock_file = (
+        StableDiffusion3Pipeline.lora_state_dict(tmp_path / name, return_lora_metadata=True)
+        for name in ("ours", "stock")
+    )
+    assert ours[1]["transformer.lora_alpha"] == 6
+    assert set(ours[1].pop("transformer.target_modules")) == set(stock_file[1].pop("transformer.target_modules"))
+    assert ours[1] == stock_file[1] and set(ours[0]) == set(stock_file[0])
+    assert all(torch.equal(tensor, stock_file[0][key]) for key, tensor in ours[0].items())
+
+    pipe = Ours.from_pipe(StableDiffusion3Pipeline(base, None, None, None, None, None, None, None, None))
+    pipe.load_lora_weights(tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(base(**inputs).sample, model(**inputs).sample, atol=1e-5, rtol=1e-4)
+    pipe.save_lora_weights(tmp_path / "again", weight_name="it.safetensors", **layers)  # the same from an instance
+    again = load_file(tmp_path / "again" / "it.safetensors")
+    assert all(torch.equal(tensor, again[key]) for key, tensor in ours[0].items())
+
+
+def test_what_save_lora_weights_cannot_place_is_refused(both, tmp_path):
+    values = {key: 2 * tensor for key, tensor in adapter_state_dict(both.transformer, "plain").items()}
+    with pytest.raises(ValueError, match="OneLoRADiTPipeline.save_lora_weights writes PEFT's LoRA layers alone"):
+        OneLoRADiTPipeline.save_lora_weights(tmp_path, transformer_lora_layers=values)
+    with pytest.raises(ValueError, match="unet_lora_layers: the adapters of this pipeline are in 'transformer'"):
+        both.save_lora_weights(tmp_path, unet_lora_layers=values)
+    assert not list(tmp_path.iterdir())
+    both.save_lora_weights(tmp_path, values)
+    written = read_adapter(tmp_path).tensors
+    assert all(torch.equal(written[key], tensor) for key, tensor in values.items())
+
+
+def test_an_adapter_of_a_base_that_was_loaded_from_a_path(tmp_path):
+    stock().save_pretrained(tmp_path / "base")
+    pipe = OneLoRADiTPipeline.from_pretrained(tmp_path / "base")
+    inject_adapter(pipe.transformer, AdapterConfig())
+    pipe.save_lora_weights(tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter").base == str(tmp_path / "base")
+
+
+def test_set_lora_device_moves_the_named_adapters(both):
+    def devices(name):
+        return {tensor.device.type for tensor in adapter_state_dict(both.transformer, name).values()}
+
+    before = run(both)
+    both.set_lora_device(["food"], "meta")  # any device but this one; plain still serves
+    assert (devices("food"), devices("plain")) == ({"meta"}, {"cpu"})
+    assert torch.equal(run(both), before)
+    with pytest.raises(ValueError, match="'fish' is not in the list"):
+        both.set_lora_device(["plain", "fish"], "meta")
+    assert devices("plain") == {"cpu"}
+
+
+def test_enable_lora_hotswap_needs_nothing(pipe, files):
+    pipe.enable_lora_hotswap(target_rank=64, check_compiled="warn")
+    pipe.load_lora_weights(files["plain"], adapter_name="slot")
+    expected = run(pipe)
+    for vector in adapter_state_dict(pipe.transformer, "slot").values():
+        vector.data.zero_()
+    pipe.load_lora_weights(files["plain"], adapter_name="slot", hotswap=True)
     assert torch.equal(run(pipe), expected)

@@ -92,3 +92,29 @@ def test_settings_of_peft_are_taken_as_json(tmp_path):
         check_settings(Settings(method="peft:fourierft", peft_config="n_frequency=50"))
     with pytest.raises(ValueError, match="peft_config goes with"):
         check_settings(Settings(peft_config='{"r": 2}'))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(learning_rate=0.0), "--learning-rate must be more than 0 and finite, not 0.0"),
+        (dict(learning_rate=-1e-3), "--learning-rate must be more than 0 and finite, not -0.001"),
+        (dict(learning_rate=float("nan")), "--learning-rate must be more than 0 and finite, not nan"),
+        (dict(class_learning_rate=float("inf")), "--class-learning-rate must be more than 0 and finite, not inf"),
+        (dict(snr_gamma=-5.0), "--snr-gamma must be more than 0 and finite, not -5.0"),
+        (dict(max_grad_norm=0.0), "--max-grad-norm must be more than 0 and finite, not 0.0"),
+        (dict(seed=-1), "--seed must be at least 0, not -1"),
+        (dict(max_steps=0), "--max-steps must be at least 1, not 0"),
+        (dict(max_train_time="0s"), "--max-train-time must be more than 0, not 0s"),
+        (dict(warmup_steps=-1), "--warmup-steps must be at least 0, not -1"),
+        (dict(sample_steps=0), "--sample-steps must be at least 1, not 0"),
+        (dict(latent_cache_gb=float("nan")), "--latent-cache-gb must be at least 0, not nan"),
+        (dict(guidance_scale=float("inf")), "--guidance-scale must be finite, not inf"),
+        (dict(dataset="digitz"), "unknown dataset 'digitz': choose one of digits, .* .did you mean digits"),
+        (dict(dataset="hf:"), "unknown dataset 'hf:'"),
+        (dict(dataset="torchvision:Flower102"), "torchvision has no data set 'Flower102': Flowers102"),
+    ],
+)
+def test_what_no_run_can_be_made_of_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(Settings(**changes))

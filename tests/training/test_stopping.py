@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
+from onelora_diffusion.training.stopping import Clock, Interrupted, Stop, format_duration, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_budget_counts_what_was_spent_before_a_resume():
     clock = Clock(budget=100.0)
     stop = Stop(clock, num_processes=1)
     assert stop.agreed() == 0
-    clock.earlier = 100.0
+    clock.resume(100.0)
     assert stop.agreed() == 1 and not Stop.is_signal(1)
 
 
@@ -51,3 +51,31 @@ def test_a_second_ctrl_c_acts_as_always(monkeypatch):
         later = time.monotonic() + 3
         monkeypatch.setattr(time, "monotonic", lambda: later)
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_is_not_kept_where_work_may_be_left_at_any_point():
+    with Stop(Clock(), num_processes=1) as stop:
+        with pytest.raises(Interrupted), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+        with stop.at_once():
+            signal.raise_signal(signal.SIGTERM)  # known already
+
+
+def test_signals_act_as_always_while_they_are_suspended():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop(Clock(), num_processes=1) as stop:
+        with stop.suspended():
+            assert signal.getsignal(signal.SIGTERM) is before
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_clock_counts_from_where_it_is_told_and_never_twice():
+    clock = Clock(budget=1000.0, started=time.monotonic() - 50)
+    assert 50 <= clock.seconds < 100
+    clock.resume(300.0)
+    clock.resume(200.0)
+    clock.resume(300.0)
+    assert 350 <= clock.seconds < 400 and 600 < clock.left <= 650

@@ -1,0 +1,175 @@
+"""What a run writes and says: metrics, samples, evaluations, checkpoints and adapters."""
+
+import json
+import shutil
+import signal
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from onelora_diffusion.files import write_bytes
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
+from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkpoint
+from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
+from onelora_diffusion.training.resuming import adapter_names
+from onelora_diffusion.training.run import Run
+from onelora_diffusion.training.samples import sample_grid, write_sample
+from onelora_diffusion.training.schedule import learning_rate_factor
+from onelora_diffusion.training.settings import Settings
+from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
+
+
+class Outputs:
+    """The output folder of a run, brought to the step that the run is at; every process calls every method.
+
+    Attributes:
+        num_broken: images that could not be read, for the adapters' headers.
+    """
+
+    def __init__(self, run: Run, accelerator: Accelerator, pipeline, dataset: Dataset, evaluation, stop: Stop):
+        self.run, self.settings, self.accelerator = run, run.settings, accelerator
+        self.pipeline, self.dataset, self.evaluation, self.stop = pipeline, dataset, evaluation, stop
+        self.folder, self.num_broken = self.settings.output_dir, 0
+        if accelerator.is_main_process:
+            if self.settings.fresh:
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            cut_lines_after(self.folder / "metrics.jsonl", run.step, len(run.losses.rows))
+            write_bytes(self.folder / "settings.json", json.dumps(self.settings.as_json(), indent=2).encode())
+        if accelerator.log_with:
+            flat = {name: str(value) for name, value in self.settings.as_json().items()}
+            accelerator.init_trackers("onelora-diffusion", flat)
+        self.metrics = MetricsFile(
+            self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock
+        )
+        base, data = self.settings.base or "the miniature", self.settings.dataset
+        accelerator.print(
+            f"{self.settings.method} on {base}: {run.num_trainable_params:,} trained parameters; {data}: "
+            f"{len(dataset):,} images of {dataset.num_classes} classes; output in {self.folder}"
+        )
+
+    def write_losses(self, progress: tqdm) -> None:
+        run = self.run
+        line = self.metrics.write_losses(run.losses, run.step, run.optimizer.param_groups[0]["lr"])
+        left = "" if run.clock.budget is None else f", {format_duration(run.clock.left)} of the budget left"
+        progress.set_postfix_str(f"loss {line['loss']:.4f}{left}", refresh=False)
+
+    def write_samples(self) -> None:
+        """A grid of samples, unless a signal comes."""
+        is_main, is_sharded = self.accelerator.is_main_process, self.settings.engine == "fsdp2"
+        # The processes that share out the base must run it together; else only one of them draws.
+        if not (is_main or is_sharded):
+            return
+        is_stopped, alone = (self.stop.agreed, nullcontext) if is_sharded else (self.stop.asked, self.stop.at_once)
+        png = None
+        with suppress(Interrupted), self.run.averages[0].applied(), self.accelerator.autocast(), alone():
+            png = sample_grid(self.pipeline, self.dataset.num_classes, self.settings, is_stopped)
+        if is_main and png:
+            write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
+
+    def write_evaluation(self) -> None:
+        """A line of metrics with the distance, and the adapter if it is the best so far, unless a signal comes."""
+        run, measured = self.run, None
+        alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
+        with suppress(Interrupted), run.averages[0].applied(), self.accelerator.autocast(), alone():
+            measured = self.evaluation.measure(self.stop)
+        if measured:
+            line = self.metrics.write({"step": run.step, **measured, "seconds": run.clock.seconds})
+            if run.keep_if_best(line):
+                self._write_adapter(WEIGHTS_NAME, run.best_values, best=run.best)
+            if self.accelerator.is_main_process:
+                self.evaluation.plot(self.metrics.path, self.folder / "distance.png")
+
+    def write_checkpoint(self) -> None:
+        """A checkpoint of this step, or a line that says why there is none.
+
+        Raises:
+            NonFiniteError: something in it is infinite or NaN; nothing is written.
+        """
+        run = self.run
+        tensors, state = run.state()
+        check_finite(tensors, run.step)
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            save_checkpoint(self.folder / "checkpoints", run.step, tensors, state, self.settings.keep_checkpoints)
+        except OSError as error:
+            last_good = last_checkpoint(self.settings) or "none"
+            tqdm.write(f"train_dit.py: no checkpoint at step {run.step} ({error}); the last good one is {last_good}")
+
+    def write_adapters(self) -> None:
+        """The best adapter measured, else the last average; and the other averages."""
+        run = self.run
+        values = [({"ema_decay": average.decay}, average.values) for average in run.averages]
+        if run.best:
+            values = [({"best": run.best}, run.best_values), *values]
+        names = adapter_names(self.settings, is_measured=run.best is not None)
+        for name, (facts, tensors) in zip(names, values, strict=True):
+            self._write_adapter(name, tensors, **facts)
+
+    def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
+        settings, run = self.settings, self.run
+        if not self.accelerator.is_main_process:
+            return
+        summary = {
+            "dataset": settings.dataset,
+            "steps": run.step,
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "ema_decay": settings.ema_decay[0],
+            "mixed_precision": settings.mixed_precision,
+            "seed": settings.seed,
+            "seconds": run.clock.seconds,
+            "time_budget_s": run.clock.budget,
+            "num_processes": self.accelerator.num_processes,
+            "num_trainable_params": run.num_trainable_params,
+            "num_broken_images": self.num_broken,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        }
+        save_adapter(
+            self.pipeline.transformer,
+            self.folder / name,
+            state_dict=values,
+            id2label=self.dataset.id2label,
+            base=settings.base,
+            training=summary | facts,
+        )
+
+    def say_end(self, ended: int) -> int:
+        """How the run ended and what comes next; returns the exit code."""
+        run, say = self.run, self.accelerator.print
+        reasons = {0: f"all {run.step} steps done", 1: f"the time budget is used up at step {run.step}"}
+        reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {run.step}"
+        time = format_duration(run.clock.seconds)
+        say(f"{reason}, {time}: {run.num_trainable_params:,} trained parameters (moving average)")
+        if run.best:
+            distance = f"{self.evaluation.distance_name} {run.best['distance']:.4f}"
+            say(f"best of all evaluations: {distance} at step {run.best['step']}")
+        say(f"  {self.folder / WEIGHTS_NAME}")
+        if Stop.is_signal(ended):
+            say("The same command resumes.")
+            return 128 + ended
+        where = self.settings.flag_of_output()
+        say(f"Next:\n  python sample.py{where}\n  python eval_fid.py{where}")
+        return 0
+
+
+def last_checkpoint(settings: Settings) -> Path | None:
+    return next(reversed(checkpoint_paths(settings.output_dir / "checkpoints")), None)
+
+
+def diverged(error: NonFiniteError, settings: Settings) -> str:
+    """What to say of a loss that is not finite."""
+    factor = learning_rate_factor(error.step - 1, settings.lr_schedule, settings.warmup_steps, settings.max_steps)
+    last_good = last_checkpoint(settings)
+    go_on = "Go on from it with --allow-changed-settings and a lower --learning-rate, or start over with --fresh"
+    if last_good is None:
+        go_on = "Start over with --fresh and a lower --learning-rate"
+    return (
+        f"{error}, with learning rate {settings.learning_rate * factor:g}; last good checkpoint: "
+        f"{last_good or 'none'}. {go_on}"
+    )

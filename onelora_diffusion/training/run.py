@@ -1,0 +1,79 @@
+"""The record of a run: all that an update changes, and so all that a checkpoint holds."""
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from onelora_diffusion.training.checkpoints import Checkpoint
+from onelora_diffusion.training.ema import ExponentialMovingAverage
+from onelora_diffusion.training.metrics import LossWindow
+from onelora_diffusion.training.optimizers import make_optimizer, restore_running, running_values
+from onelora_diffusion.training.settings import Settings
+from onelora_diffusion.training.state import restore_training_tensors, training_tensors
+from onelora_diffusion.training.stopping import Clock
+
+
+class Run:
+    """What training changes.
+
+    Attributes:
+        step: updates made.
+        trained: the trained tensors of the model, by name.
+        optimizer: theirs.
+        averages: their moving averages; the first one is the adapter that is saved.
+        losses: those of the steps since the last line of metrics.
+        best: the line of metrics with the smallest distance, None before the first, and `best_values` the averages
+            that it was measured with.
+        clock: seconds used, over all resumes.
+    """
+
+    def __init__(self, settings: Settings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
+        self.settings, self.accelerator, self.trained, self.clock = settings, accelerator, trained, clock
+        self.optimizer = make_optimizer(
+            settings.optimizer, trained, settings.learning_rate, settings.class_learning_rate
+        )
+        self.averages = [ExponentialMovingAverage(trained, decay) for decay in settings.ema_decay]
+        self.losses = LossWindow()
+        self.step = 0
+        self.best: dict | None = None
+        self.best_values: dict[str, Tensor] = {}
+
+    @property
+    def num_trainable_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.trained.values())
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors by name, and all else as JSON has it; every process must call it.
+
+        Raises:
+            NonFiniteError: a loss is infinite or NaN.
+        """
+        losses = self.losses.read(self.accelerator, self.step)
+        tensors = training_tensors(self.trained, self.averages, self.optimizer, self.best_values)
+        return tensors, {
+            "seconds": self.clock.seconds,
+            "window": losses,
+            "optimizer": running_values(self.optimizer),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "best": self.best,
+            "settings": self.settings.as_json(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The inverse of `state`."""
+        state = checkpoint.state
+        best_values = restore_training_tensors(checkpoint.tensors, self.trained, self.averages, self.optimizer)
+        self.step = checkpoint.step
+        self.clock.resume(state["seconds"])
+        self.losses = LossWindow(state["window"])
+        restore_running(self.optimizer, state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.settings.eval_every and best_values:
+            self.best, self.best_values = state["best"], best_values
+
+    def keep_if_best(self, line: dict) -> bool:
+        """Whether a line's distance is smaller than all before it; then the averages of now are kept."""
+        if self.best is not None and line["distance"] >= self.best["distance"]:
+            return False
+        self.best, self.best_values = line, {name: value.clone() for name, value in self.averages[0].values.items()}
+        return True

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load, save
+
+from onelora_diffusion.training.checkpoints import Checkpoint, read_checkpoint
+from onelora_diffusion.training.run import Run
+from onelora_diffusion.training.settings import Settings
+from onelora_diffusion.training.stopping import Clock
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-0.1"
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_of(accelerator, settings, shapes):
+    trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    return Run(settings, accelerator, trained, Clock())
+
+
+def update(run):
+    """An update with gradients that the step decides, its losses, and a measured distance at every second one."""
+    generator = torch.Generator().manual_seed(run.step)
+    for tensor in run.trained.values():
+        tensor.grad = torch.randn(tensor.shape, generator=generator)
+    run.optimizer.step()
+    run.step += 1
+    for average in run.averages:
+        average.update(run.step)
+    run.losses.add({"loss": torch.tensor(1.0 / run.step)})
+    if run.step % 2 == 0:
+        run.keep_if_best({"step": run.step, "distance": abs(run.step - 4.0)})
+
+
+def assert_same_state(one, other):
+    (tensors, facts), (other_tensors, other_facts) = one, other
+    assert tensors.keys() == other_tensors.keys()
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
+    assert {name: value for name, value in facts.items() if name != "seconds"} == {
+        name: value for name, value in other_facts.items() if name != "seconds"
+    }
+
+
+def test_a_record_restored_from_its_state_goes_on_as_if_nothing_had_been(accelerator):
+    settings = Settings(ema_decay=(0.1, 0.9), eval_every=2, class_learning_rate=1e-2)
+    shapes = {"a.onelora_b": (5,), "class_embedding.weight": (4, 2)}
+    whole, half, again = (run_of(accelerator, settings, shapes) for _ in range(3))
+    for _ in range(3):
+        update(half)
+    half.clock.resume(100.0)
+    tensors, facts = half.state()
+    tensors = load(save({name: tensor.detach().clone() for name, tensor in tensors.items()}))
+    again.restore(Checkpoint(Path("somewhere"), half.step, tensors, facts))
+    assert_same_state(again.state(), half.state())
+    assert again.step == 3 and again.best == {"step": 2, "distance": 2.0} and 100 < again.clock.seconds < 200
+    for _ in range(3):
+        update(again)
+    for _ in range(6):
+        update(whole)
+    assert_same_state(again.state(), whole.state())
+    assert again.best["step"] == 4 and len(again.losses.rows) == 6
+
+
+def test_the_record_of_version_0_1_is_restored_to_the_bit(accelerator):
+    checkpoint = read_checkpoint(FIXTURE / "step-00000003")
+    then = checkpoint.state["settings"]
+    settings = Settings(**then | {name: tuple(then[name]) for name in ("ema_decay", "targets")})
+    shapes = {n.removeprefix("trained."): t.shape for n, t in checkpoint.tensors.items() if n.startswith("trained.")}
+    run = run_of(accelerator, settings, shapes)
+    run.restore(checkpoint)
+    tensors, facts = run.state()
+    assert_same_state((tensors, facts | {"settings": then}), (checkpoint.tensors, checkpoint.state))
+    assert facts["seconds"] >= checkpoint.state["seconds"] > 8
+    assert facts["best"]["step"] == 2 and len(facts["window"]) == 1
+
+
+def test_the_best_is_dropped_where_nothing_is_measured_any_more(accelerator):
+    checkpoint = read_checkpoint(FIXTURE / "step-00000003")
+    shapes = {n.removeprefix("trained."): t.shape for n, t in checkpoint.tensors.items() if n.startswith("trained.")}
+    run = run_of(accelerator, Settings(ema_decay=(0.9,), eval_every=0), shapes)
+    run.restore(checkpoint)
+    assert run.best is None and not run.best_values and len(run.averages) == 1

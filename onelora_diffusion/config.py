@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 
 METHODS = ("1lora", "bitfit", "difffit", "mora1", "mora6", "lora", "dora", "vera", "full")
@@ -54,6 +55,7 @@ class AdapterConfig:
     peft_config: dict | None = None
 
     def __post_init__(self):
+        _check_types(self)
         if self.method not in METHODS and not self.method.startswith("peft:"):
             raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}, peft:<tuner>")
         if self.peft_config and not self.is_peft:
@@ -66,14 +68,12 @@ class AdapterConfig:
             raise ValueError("fuse_qkv goes with a frozen base, not with 'full', which trains q, k and v themselves")
         if self.compression not in ("sum", "random"):
             raise ValueError(f"unknown compression '{self.compression}': choose 'sum' or 'random'")
-        if self.rank < 1:
+        if not 1 <= self.rank < 2**31:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.num_classes is not None and self.num_classes < 1:
+        if self.num_classes is not None and not 1 <= self.num_classes < 2**31:
             raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
-        if isinstance(self.targets, str):
-            raise ValueError(f"targets is a tuple of names, not the string '{self.targets}'")
-        if self.targets is not None:
-            object.__setattr__(self, "targets", tuple(self.targets))
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, not {self.seed}")
         for part, default in VECTOR_METHODS.get(self.method, dict.fromkeys(VECTOR_METHODS["1lora"], False)).items():
             if getattr(self, part) is None:
                 object.__setattr__(self, part, default)
@@ -97,7 +97,24 @@ class AdapterConfig:
     def from_json(cls, text: str) -> "AdapterConfig":
         """Raises ValueError naming any key this version does not know."""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"adapter settings are values by name, not {text[:40]}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown adapter settings {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _check_types(config: AdapterConfig) -> None:
+    """Lists of targets become tuples; any other value of the wrong type is a ValueError that names it."""
+    if isinstance(config.targets, list | set):
+        object.__setattr__(config, "targets", tuple(config.targets))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(field.type) or [field.type]]
+        if type(value) not in kinds:
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{field.name} must be {names}, not {str(value)[:40]!r}, which is {type(value).__name__}")
+    for target in config.targets or ():
+        if not isinstance(target, str):
+            raise ValueError(f"targets are names of linear layers, not {str(target)[:40]!r}")

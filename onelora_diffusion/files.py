@@ -92,3 +92,18 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(value, limit: int | None = None):
+    """Text of a file, or all texts in a value of JSON, without control characters, cut where it is too long to show.
+
+    A terminal takes control characters for commands: they clear it, rename it, or write over what was there.
+    """
+    if isinstance(value, str):
+        text = "".join(character if character.isprintable() else " " for character in value)
+        return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+    if isinstance(value, list):
+        return [printable(item, limit) for item in value]
+    if isinstance(value, dict):
+        return {printable(key, limit): printable(item, limit) for key, item in value.items()}
+    return value

@@ -15,14 +15,16 @@ from onelora_diffusion.adapters.peft import PeftAdapter, build_peft_adapters
 from onelora_diffusion.adapters.swap import SwapAdapter
 from onelora_diffusion.adapters.vector import VectorAdapter
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.files import printable
 from onelora_diffusion.injection.attention import fused_layers
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint, refuse_merged
-from onelora_diffusion.injection.layers import full_layers, is_dit, norm_layers, target_layers
+from onelora_diffusion.injection.layers import full_layers, is_dit, norm_layers, stand_ins, target_layers
 from onelora_diffusion.injection.merging import stock_state_dict
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "transformer."
+MAX_UNSEEN_SIZE = 256  # of what is built by a file's settings without its shapes being known before
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ class AdapterFile:
     version: str = field(default_factory=lambda: version("onelora-diffusion"))
 
 
-def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The modules of a new adapter by the path of the layer each serves; the model is not touched."""
+def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, nn.Module]:
+    """The modules of a new adapter by the path of the layer each serves; the model is not touched.
+
+    Args:
+        as_shapes: on the meta device, where tensors take no memory.
+    """
     if config.fuse_qkv and not is_dit(model):
         raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
     if config.num_classes is not None and not is_dit(model):
@@ -58,15 +64,17 @@ def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modul
     is_swapped = hasattr(model, "_onelora") and model._onelora.swapped
     with disable_adapter(model) if is_swapped else contextlib.nullcontext():
         if config.method == "full":
-            copies = {}
-            adapter = {path: SwapAdapter(module, copies) for path, module in full_layers(model, config).items()}
+            copies, layers = {}, full_layers(model, config)
+            layers = stand_ins(layers) if as_shapes else layers
+            adapter = {path: SwapAdapter(module, copies) for path, module in layers.items()}
         else:
-            adapter = _linear_adapters(model, config)
+            with torch.device("meta") if as_shapes else contextlib.nullcontext():
+                adapter = _linear_adapters(model, config, as_shapes)
         if config.norms:
             norms = norm_layers(model)
-            if not norms:
+            if not norms and not as_shapes:
                 logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
-            for path, norm in norms.items():
+            for path, norm in (stand_ins(norms) if as_shapes else norms).items():
                 adapter[path] = SwapAdapter(norm)
         if config.num_classes is not None:
             table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
@@ -74,16 +82,17 @@ def build_adapter(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modul
     return adapter
 
 
-def _linear_adapters(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+def _linear_adapters(model: nn.Module, config: AdapterConfig, as_shapes: bool) -> dict[str, nn.Module]:
     if config.is_vector and not (config.sum or config.bias or config.scale):
         return {}
     layers = target_layers(model, config.targets)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
+    if config.fuse_qkv and not config.is_vector:
+        layers = fused_layers(model, layers)
+    layers = stand_ins(layers) if as_shapes else layers
     if config.is_vector:
         return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
-    if config.fuse_qkv:
-        layers = fused_layers(model, layers)
     if config.is_peft:
         return build_peft_adapters(layers, config)
     return {path: MoraAdapter(linear, kind=int(config.method[-1])) for path, linear in layers.items()}
@@ -112,13 +121,56 @@ def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in tensors.items() if first[id(parameter)] == name}
 
 
+def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
+    """Check every key and shape of an adapter, and its base, against a model; nothing is allocated.
+
+    Raises:
+        ValueError: it does not fit, or its settings build nothing.
+    """
+    if (expected := _build(model, file, source, as_shapes=True)) is not None:
+        _check_shapes(state_dict_of(expected), file, source)
+        _check_base(model, file, source)
+
+
 def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Check every key and shape of an adapter against a model, and only then attach it."""
-    adapter = build_adapter(model, file.config)
+    """Build an adapter, check every key and shape of it against the file's, and only then attach it."""
+    adapter = _build(model, file, source)
     for module in adapter.values():  # under sequential offload the base is on the meta device between calls
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu")
     own = state_dict_of(adapter)
+    _check_shapes(own, file, source)
+    _check_base(model, file, source)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(file.tensors[name])
+    attach_adapter(model, file.config, adapter_name, adapter)
+    origin = {"id2label": file.id2label, "base": file.base, "training": file.training}
+    adapters_of(model).origins[adapter_name] = origin
+
+
+def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = False) -> dict[str, nn.Module] | None:
+    """`build_adapter` by the settings of a file; None for a tuner without shapes but by computing."""
+    try:
+        return build_adapter(model, file.config, as_shapes)
+    except (NotImplementedError, RuntimeError) as error:
+        sizes = [value for value in (file.config.peft_config or {}).values() if isinstance(value, int)]
+        if as_shapes and max([file.config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
+            return None
+        raise ValueError(f"{source}: its settings build no adapter ({_first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {_first_line(error)}") from error
+    except Exception as error:  # PEFT's tuners raise whatever they come upon
+        raise ValueError(
+            f"{source}: its settings build no adapter ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().split("\n")[0], 400)
+
+
+def _check_shapes(own: dict[str, torch.Tensor], file: AdapterFile, source: str) -> None:
     for name in sorted(set(own) | set(file.tensors)):
         if name not in file.tensors:
             raise ValueError(f"{source}: {PREFIX}{name} is missing; this base needs it with {_shape(own[name])}")
@@ -128,18 +180,15 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
             raise ValueError(
                 f"{source}: {PREFIX}{name} has {_shape(file.tensors[name])}, but this base needs {_shape(own[name])}"
             )
+
+
+def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:
     base = model._onelora.fingerprint if hasattr(model, "_onelora") else fingerprint(model)
     if file.fingerprint not in (base, None):
         raise ValueError(
             f"{source}: was made for another base ({file.base or 'unnamed'}): every adapted layer fits, but the names "
             f"or shapes of other parameters differ (fingerprint {file.fingerprint[:12]}, this model's {base[:12]})"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(file.tensors[name])
-    attach_adapter(model, file.config, adapter_name, adapter)
-    origin = {"id2label": file.id2label, "base": file.base, "training": file.training}
-    adapters_of(model).origins[adapter_name] = origin
 
 
 def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:

@@ -114,6 +114,22 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules of the same shapes on the meta device, by path; what they share of the base's, they share."""
+    shared: dict[int, nn.Parameter] = {}
+
+    def stand_in(module: nn.Module) -> nn.Module:
+        bare = nn.Module()
+        if isinstance(module, nn.Linear):
+            bare = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
+            bare.register_parameter(name, shared.setdefault(id(parameter), empty))
+        return bare
+
+    return {path: stand_in(module) for path, module in layers.items()}
+
+
 def equal_copies(embeddings: list[nn.Module]) -> bool:
     """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
     first = list(embeddings[0].parameters())

@@ -1,22 +1,42 @@
 """Adapter files: one self-describing .safetensors, strictly checked."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import os
+import re
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from packaging.version import InvalidVersion, Version
 from safetensors.torch import save_file
 from torch import nn
 
+from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import written_beside
-from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file, state_dict_of
+from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file, check_fits, state_dict_of
 from onelora_diffusion.injection.book import adapters_of, check_name
+from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
+
+logger = logging.getLogger(__name__)
+
+# What a header holds, and of what type.
+HEADER = {
+    "config": dict,
+    "fingerprint": str | None,
+    "base": str | None,
+    "id2label": dict,
+    "training": dict,
+    "version": str,
+}
+FORMAT = 2  # of files with a checksum; those of format 1 do not say so
+PATTERN = re.compile(r"(\.\*)?([\w.|^$:/-]|\\\.)*")  # names, which take no time to compare
+STARTS = ("gaussian", "lycoris")  # of a tuner's first values; others decompose the base's weights, or change them
 
 WEIGHTS_NAME = "onelora_weights.safetensors"
 
@@ -61,6 +81,7 @@ def save_adapter(
         raise ValueError(f"state_dict differs from the adapter in {sorted(set(values) ^ set(own))[0]}")
     tensors = {PREFIX + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in values.items()}
     header = {
+        "format": FORMAT,
         "config": dataclasses.asdict(book.configs[adapter_name]),
         "fingerprint": book.fingerprint,
         "base": base,
@@ -68,10 +89,12 @@ def save_adapter(
         "training": training or {},
         "version": version("onelora-diffusion"),
     }
+    text = json.dumps(header)
+    metadata = {"onelora": text, "sha256": checksum(text, tensors)}
     path = _file_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
-        save_file(tensors, part, metadata={"onelora": json.dumps(header)})
+        save_file(tensors, part, metadata=metadata)
     return path
 
 
@@ -90,33 +113,46 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, not an adapter of this library, or holds NaN or infinity.
+        ValueError: it is damaged, not an adapter of this library, of a newer format, or holds NaN or infinity.
     """
-    path = _file_of(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter at '{path}'")
+    with opened(_file_of(path)) as file:
+        return read_opened(file)
+
+
+def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
+    """The adapter in an open file, whose settings are checked against its shapes, and those against a model's.
+
+    Only then are its values looked at.
+    """
+    if "onelora" not in file.metadata:
+        raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
+    text = file.metadata["onelora"]
+    header = strict_json(text, file.source)
+    tensors = file.tensors()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
-    if "onelora" not in metadata:
-        raise ValueError(f"'{path}' is no onelora adapter: its header has no settings")
-    header = json.loads(metadata["onelora"])
+        adapter = _described(header, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
+    if model is not None:
+        check_fits(model, adapter, file.source)
     for name, tensor in tensors.items():
-        # A sum is finite only if every value is; one that is not may also have overflown.
-        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise ValueError(f"'{path}': {name} holds NaN or infinity")
-    return AdapterFile(
-        config=AdapterConfig.from_json(json.dumps(header["config"])),
-        tensors={name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
-        fingerprint=header["fingerprint"],
-        base=header["base"],
-        id2label={int(label): name for label, name in header["id2label"].items()},
-        training=header["training"],
-        version=header["version"],
-    )
+        check_values(name, tensor, file.source)
+    if header.get("format", 1) > 1 and file.metadata.get("sha256") != checksum(text, tensors):
+        raise ValueError(f"{file.source}: is damaged, for it is not what was written; copy or download it again")
+    if is_newer(adapter.version):
+        logger.warning(
+            "%s: was written by onelora-diffusion %s, which is newer than this %s", file.source, adapter.version, OURS
+        )
+    return adapter
+
+
+def checksum(settings: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that an adapter file holds: settings, and names, types, shapes and bytes of its tensors."""
+    sha256 = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
@@ -127,10 +163,100 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             The model is left exactly as it was.
     """
     check_name(model, adapter_name)
-    attach_adapter_file(model, read_adapter(path), adapter_name, source=str(path))
+    with opened(_file_of(path)) as file:
+        adapter = read_opened(file, model)
+    attach_adapter_file(model, adapter, adapter_name, source=str(path))
     return model
 
 
 def _file_of(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a header may say
+
+OURS = version("onelora-diffusion")
+
+
+def is_newer(written_by: str) -> bool:
+    try:
+        return Version(written_by) > Version(OURS)
+    except InvalidVersion:
+        return False
+
+
+def _remedy(header) -> str:
+    written_by = header.get("version") if isinstance(header, dict) else None
+    if isinstance(written_by, str) and is_newer(written_by):
+        return (
+            f"it was written by onelora-diffusion {written_by[:40]}, which is newer than this {OURS}: "
+            "pip install --upgrade onelora-diffusion"
+        )
+    return "copy or download it again, or ask whoever made it"
+
+
+def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
+    """The adapter by its header; ValueError if that says what none does, or what the tensors do not bear out."""
+    if not isinstance(header, dict):
+        raise ValueError("its header has no settings by name")
+    written_as = header.get("format", 1)
+    if type(written_as) is not int or written_as > FORMAT or written_as < 2 and "format" in header:
+        raise ValueError(f"is of format {_shown(written_as)}, and this version reads formats up to {FORMAT}")
+    for name, kind in HEADER.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"its {name} is {_shown(header.get(name))}, and must be {kind}")
+    for name in ("fingerprint", "base", "version"):
+        if len(header[name] or "") > MAX_TEXT:
+            raise ValueError(f"its {name} has {len(header[name]):,} characters, and {MAX_TEXT:,} is the most")
+    config = AdapterConfig.from_json(json.dumps(header["config"]))
+    _check_against(config, tensors)
+    _check_peft_config(config.peft_config or {})
+    for label, name in header["id2label"].items():
+        is_label = label.isascii() and label.isdecimal() and len(label) < 10
+        if not is_label or config.num_classes is not None and int(label) > config.num_classes:
+            raise ValueError(f"its id2label has the label {_shown(label)}, of {config.num_classes} classes")
+        if not isinstance(name, str) or len(name) > MAX_TEXT:
+            raise ValueError(
+                f"its class {label} is named {_shown(name)}, and must have a name of up to {MAX_TEXT:,} characters"
+            )
+    return AdapterFile(
+        config=config,
+        tensors=tensors,
+        fingerprint=header["fingerprint"],
+        base=header["base"],
+        id2label={int(label): name for label, name in header["id2label"].items()},
+        training=header["training"],
+        version=header["version"],
+    )
+
+
+def _check_against(config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse settings that would make more than the tensors of the file fill."""
+    if config.targets is not None and len(config.targets) > max(len(tensors), 100):
+        raise ValueError(f"it names {len(config.targets):,} targets, and holds {len(tensors):,} tensors")
+    table = tensors.get(f"{CLASS_TABLE}.weight")
+    num_rows = 0 if table is None or table.ndim != 2 else len(table)
+    if num_rows != (0 if config.num_classes is None else config.num_classes + 1):
+        raise ValueError(f"its num_classes is {config.num_classes}, and its class table has {num_rows} rows")
+
+
+def _shown(value) -> str:
+    return printable(repr(value), 60)
+
+
+def _check_peft_config(settings: dict) -> None:
+    """Refuse what PEFT would compile as a pattern, import, decompose the base for, or repeat without end."""
+    for name, value in settings.items():
+        if name.startswith("megatron") or name.startswith("init") and isinstance(value, str) and value not in STARTS:
+            raise ValueError(f"its peft_config has {name}={_shown(value)}, which no file may ask for")
+        values = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        for part in values if isinstance(values, list) else [values]:
+            is_free = any(word in name for word in ("seed", "prng_key", "alpha"))
+            limit = 2**63 if is_free else 64 if "iter" in name else 65536
+            is_text = isinstance(part, str) and len(part) <= MAX_TEXT and PATTERN.fullmatch(part)
+            if not (is_text or part is None or isinstance(part, bool | int | float) and abs(part) < limit):
+                raise ValueError(
+                    f"its peft_config has {name}={_shown(part)}; it may hold numbers below {limit}, and names"
+                )

@@ -12,10 +12,11 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import written_beside
+from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 PEFT_LORA = "adapter_model.safetensors"
@@ -133,21 +134,26 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     Raises:
         ValueError: a key of another kind, tensors that do not pair up, or settings that cannot be kept.
     """
+    _check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
     kept = {"bias": (None, "none"), "modules_to_save": (None, []), "layer_replication": (None, [])}
     for name, neutral in kept.items():
         if settings.get(name) not in neutral:
-            raise ValueError(f"{source}: its {name} is {settings[name]!r}, which an adapter here cannot carry")
+            value = printable(repr(settings[name]), 80)
+            raise ValueError(f"{source}: its {name} is {value}, which an adapter here cannot carry; leave it out")
 
     kinds = {frozenset(parts) - {"alpha", "lora_B.bias"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
         values = {path: {"b": _miss(path, p, settings, source)} for path, p in layers.items()}
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
-        values = _lora(layers, settings, source)
+        values = _lora(model, layers, settings, source)
     else:
-        odd = next((path for path, p in layers.items() if not {"lora_A", "lora_B"} <= set(p)), list(layers)[0])
+        odd = next(
+            (path for path, p in layers.items() if not {"lora_A", "lora_B"} <= set(p)), next(iter(layers), None)
+        )
         raise ValueError(
-            f"{source}: {odd} has {', '.join(layers[odd])}; every layer needs lora_A and lora_B, or miss_block alone"
+            f"{source}: {odd} has {', '.join(layers.get(odd, ()))}; every layer needs lora_A and lora_B, or "
+            "miss_block alone"
         )
 
     targets = tuple(layers)
@@ -191,9 +197,10 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         path = paths.get(match["name"])
         if path is None or not isinstance(model.get_submodule(path), nn.Linear):
             raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source}: {key} holds NaN or infinity")
-        layers.setdefault(path, {})[part] = tensor.float()
+        parts = layers.setdefault(path, {})
+        if part in parts:
+            raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
+        parts[part] = tensor.float()
     return layers
 
 
@@ -201,13 +208,13 @@ def _miss(path: str, parts: dict[str, torch.Tensor], settings: dict, source: str
     block, init = parts["miss_block"], settings.get("init_weights", True)
     if block.ndim != 2 or len(block) != 1 or init in ("bat", "mini"):
         raise ValueError(
-            f"{source}: {path} is MiSS of shape {tuple(block.shape)} (init_weights={init!r}); only the plain one of "
-            "rank 1 is 1LoRA"
+            f"{source}: {path} is MiSS of shape {tuple(block.shape)} (init_weights={printable(repr(init), 80)}); only "
+            "the plain one of rank 1 is 1LoRA"
         )
     return block[0].clone()
 
 
-def _lora(layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
+def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
     """Values by path; the scale α/r is multiplied into B and its bias."""
     is_dora = any("lora_magnitude_vector" in parts for parts in layers.values())
     has_bias = any("lora_B.bias" in parts for parts in layers.values())
@@ -220,6 +227,8 @@ def _lora(layers: dict, settings: dict, source: str) -> dict[str, dict[str, torc
             raise ValueError(f"{source}: {path} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: no LoRA pair")
         if is_dora and "lora_magnitude_vector" not in parts:
             raise ValueError(f"{source}: {path} has no lora_magnitude_vector, as other layers of this DoRA have")
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise ValueError(f"{source}: alpha of {path} has shape {tuple(parts['alpha'].shape)}; it is one number")
         alpha = parts["alpha"].item() if "alpha" in parts else _alpha(path, len(a), settings)
         scale = alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
         scaled[path] = a, scale * b, scale * parts.get("lora_B.bias", torch.zeros(len(b)))
@@ -227,6 +236,10 @@ def _lora(layers: dict, settings: dict, source: str) -> dict[str, dict[str, torc
         values = {path: {"b": b @ a[:, 0], "beta": bias} for path, (a, b, bias) in scaled.items()}
     else:
         rank = max(len(a) for a, _, _ in scaled.values())  # layers of a lower rank are filled up with zeros
+        held = sum(a.numel() + b.numel() for a, b, _ in scaled.values())
+        filled = sum(rank * (a.shape[1] + len(b)) for a, b, _ in scaled.values())
+        if filled > held + sum(parameter.numel() for parameter in model.parameters()):
+            raise ValueError(f"{source}: one layer has rank {rank}, in which all exceed the base; resize its ranks")
         values = {
             path: {
                 "lora_A.weight": nn.functional.pad(a, (0, 0, 0, rank - len(a))),
@@ -245,9 +258,39 @@ def _lora(layers: dict, settings: dict, source: str) -> dict[str, dict[str, torc
 
 def _alpha(path: str, rank: int, settings: dict) -> float:
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        name = _plain_name(pattern)
+        if path == name or not pattern.startswith("^") and path.endswith(f".{name}"):
             return alpha
     return settings.get("lora_alpha", rank)
+
+
+def _plain_name(pattern: str) -> str:
+    """The layer that a pattern of PEFT names; no file has regular expressions compiled."""
+    return pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".")
+
+
+def _check_settings(settings: dict, source: str) -> None:
+    """ValueError for settings, of those that count here, which are of another type or no finite number."""
+    alphas = {"lora_alpha": settings.get("lora_alpha", 1)}
+    if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
+        raise ValueError(f"{source}: its alpha_pattern is {type(patterns).__name__}; it must be numbers by layer")
+    for pattern in patterns:
+        if not re.fullmatch(r"[\w.-]{1,512}", _plain_name(pattern)):
+            raise ValueError(
+                f"{source}: its alpha_pattern has {printable(pattern, 80)!r}, a regular expression; name layers in it"
+            )
+    for name, alpha in (alphas | patterns).items():
+        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_VALUE:
+            raise ValueError(
+                f"{source}: its alpha of {name} is {printable(str(alpha), 80)}; it must be a finite number"
+            )
+    if type(settings.get("use_rslora") or False) is not bool:
+        raise ValueError(
+            f"{source}: its use_rslora is {printable(str(settings['use_rslora']), 80)}; it must be a bool"
+        )
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str | None) or len(base or "") > MAX_TEXT:
+        raise ValueError(f"{source}: its base_model_name_or_path is no name; remove it from the settings")
 
 
 def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,49 +5,45 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import PREFIX, AdapterFile
 from onelora_diffusion.injection.layers import norm_layers, target_layers
-from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.adapter_file import read_opened
 from onelora_diffusion.storage.lora import PEFT_CONFIG, TEXT_ENCODER_KEY, import_foreign, is_foreign
+from onelora_diffusion.storage.opening import check_state_dict, opened, read_bytes, strict_json
 
 Translate = Callable[[dict[str, torch.Tensor], str], dict[str, torch.Tensor]]
 
 
 def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:
     """The adapter in a file, of whatever kind; `translate` as in `read_dict`."""
-    if "onelora" in _read_metadata(path):
-        return read_adapter(path)
-    tensors, metadata = read_safetensors(path)
-    settings = {}
-    config = path.with_name(PEFT_CONFIG)
-    if "lora_adapter_metadata" in metadata:
-        flat = json.loads(metadata["lora_adapter_metadata"])
-        own = [name for name in flat if "." in name and not TEXT_ENCODER_KEY.fullmatch(name)]
-        settings = {name.split(".", 1)[1]: flat[name] for name in own}
-    elif config.is_file():
-        settings = json.loads(config.read_text())
-    return read_dict(model, tensors, settings, str(path), translate)
+    with opened(path) as file:
+        if "onelora" in file.metadata:
+            return read_opened(file, model)
+        settings = {}
+        config = path.with_name(PEFT_CONFIG)
+        if "lora_adapter_metadata" in file.metadata:
+            flat = _settings(file.metadata["lora_adapter_metadata"], file.source)
+            own = [name for name in flat if "." in name and not TEXT_ENCODER_KEY.fullmatch(name)]
+            settings = {name.split(".", 1)[1]: flat[name] for name in own}
+        elif config.is_file():
+            settings = _settings(read_bytes(config), str(config))
+        return read_dict(model, file.tensors(), settings, file.source, translate)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
+    with opened(path) as file:
+        return file.tensors(), file.metadata
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file: {error}") from error
+def _settings(text: str | bytes, source: str) -> dict:
+    settings = strict_json(text, source)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{source}: its settings are {type(settings).__name__}, and must be values by name")
+    return settings
 
 
 def read_dict(
@@ -60,6 +56,7 @@ def read_dict(
         source: named in errors.
         translate: (tensors, source) -> those of them that are for this model, by names that it knows.
     """
+    check_state_dict(tensors, source)
     own = [key for key in tensors if ".onelora_" in key or key.removeprefix(PREFIX).startswith(f"{CLASS_TABLE}.")]
     if own:
         return _read_own(model, tensors, source)
@@ -73,17 +70,19 @@ def read_dict(
 
 
 def _read_own(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> AdapterFile:
-    """Settings are read off the keys; of a vector adapter that is all of them but a random compression."""
+    """Settings are read off the keys: of a vector adapter of all layers these are all but a random compression."""
     values = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    for key, tensor in values.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source}: {PREFIX}{key} holds NaN or infinity")
     parts = {tuple(key.rsplit(".onelora_", 1)) for key in values if ".onelora_" in key}
     vectors = {path for path, part in parts if part in ("b", "beta", "gamma")}
     others = {path for path, part in parts if part not in ("b", "beta", "gamma")}
     if not others <= set(norm_layers(model)):
         odd = sorted(others - set(norm_layers(model)))[0]
         raise ValueError(f"{source}: the settings of what it holds for {odd} are in its file's header: load the file")
+    if vectors and (missing := sorted(set(target_layers(model, None)) - vectors)):
+        raise ValueError(
+            f"{source}: has nothing for {missing[0]}, and bare tensors do not say which layers they are meant for; "
+            "save_adapter writes a file that does"
+        )
     table = values.get(f"{CLASS_TABLE}.weight")
     names = {part for path, part in parts if path in vectors}
     return AdapterFile(
@@ -92,8 +91,7 @@ def _read_own(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
             bias="beta" in names,
             scale="gamma" in names,
             norms=bool(others),
-            targets=None if not vectors or vectors == set(target_layers(model, None)) else tuple(sorted(vectors)),
-            num_classes=None if table is None else len(table) - 1,
+            num_classes=None if table is None or table.ndim != 2 else len(table) - 1,
         ),
         tensors=values,
         fingerprint=None,

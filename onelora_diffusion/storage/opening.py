@@ -1,0 +1,166 @@
+"""Open a safetensors file that a stranger may have written: nothing of it is used before it is checked.
+
+Every error is `FILE: what is wrong; what to do`.
+"""
+
+import contextlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from onelora_diffusion.files import printable
+
+MAX_HEADER_BYTES = 4 << 20  # 20,000 tensors, or names of as many classes
+MAX_DIMENSIONS = 8
+MAX_TEXT = 1000  # characters of a class name, or of the base's
+MAX_VALUE = torch.finfo(torch.float16).max  # beyond it half precision has infinity, and no trained value comes near
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+INTEGER = re.compile(r".+\.alpha")  # of LoRA: one number, which some write without a fraction
+NAME = re.compile(r"[!-~]{1,512}")  # visible ASCII
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file whose header is checked, and whose tensors are not read yet.
+
+    Attributes:
+        source: its path, as errors name it.
+        metadata: the texts in its header.
+        names: of its tensors.
+    """
+
+    source: str
+    metadata: dict[str, str]
+    names: list[str]
+    handle: safe_open = field(repr=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, mapped: a value takes memory when it is looked at. `check_values` is the caller's."""
+        return {name: self.handle.get_tensor(name) for name in self.names}
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[OpenFile]:
+    """Context manager: a safetensors file, open.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, no safetensors file, or larger or other in its header than a file of weights is.
+    """
+    source = str(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at '{source}'")
+    try:
+        header = _header(path, source)
+        with safe_open(path, framework="pt") as handle:
+            metadata = header.pop("__metadata__", {})
+            yield OpenFile(source, metadata, list(header), handle)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(source, error) from error
+
+
+def check_state_dict(tensors: dict[str, torch.Tensor], source: str) -> None:
+    """ValueError unless these are names and values that a file of weights could hold."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{source}: {name!r} is no name of a tensor, but {type(tensor).__name__}; give tensors")
+        _check_entry(name, tensor.dtype, tensor.shape, source)
+        check_values(name, tensor, source)
+
+
+def check_values(name: str, tensor: torch.Tensor, source: str) -> None:
+    smallest, largest = (value.item() for value in torch.aminmax(tensor.detach()))
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError(f"{source}: {name} holds NaN or infinity; its training went wrong, or it is damaged")
+    if max(-smallest, largest) > MAX_VALUE:
+        raise ValueError(
+            f"{source}: {name} holds {max(smallest, largest, key=abs):g}, and no weight is beyond {MAX_VALUE:g}; its "
+            "training went wrong, or it is damaged"
+        )
+
+
+def strict_json(text: str | bytes, source: str):
+    """What a JSON text says, without control characters in it.
+
+    Raises:
+        ValueError: no JSON, a key given twice, NaN, infinity, or nested too deeply.
+    """
+    try:
+        return printable(json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(source, error) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file of settings; ValueError if it is larger than a header may be."""
+    if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: is of {size:,} bytes, and settings of at most {MAX_HEADER_BYTES:,}; remove it")
+    return path.read_bytes()
+
+
+def _once(pairs: list[tuple]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"'{key}' is there twice")
+    return values
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no number")
+    return float(text)
+
+
+def _header(path: Path, source: str) -> dict:
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}, and `__metadata__`."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise _damaged(source, f"its header is of {size:,} bytes, and {MAX_HEADER_BYTES:,} is the most")
+        text = file.read(size)
+    header = strict_json(text, source)
+    try:
+        for name, text in header.get("__metadata__", {}).items():
+            if not isinstance(text, str):
+                raise _damaged(source, f"{name} in its header is {type(text).__name__}, and no text")
+        for name, entry in header.items():
+            if name != "__metadata__":
+                dtype = entry["dtype"]
+                _check_entry(name, DTYPES.get(dtype, dtype), entry["shape"], source)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _damaged(source, "its header does not describe tensors") from error
+    return header
+
+
+def _check_entry(name: str, dtype: torch.dtype | str, shape, source: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{source}: '{printable(name, 40)}' is no name of a tensor; rename it in plain ASCII")
+    if not all(type(size) is int and size > 0 for size in shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"{source}: {name} has shape {printable(str(tuple(shape)), 80)}, which no weight has; remove it"
+        )
+    is_weight = dtype in DTYPES.values() and dtype.is_floating_point
+    if not is_weight and not (dtype in DTYPES.values() and INTEGER.fullmatch(name) and math.prod(shape) == 1):
+        raise ValueError(
+            f"{source}: {name} is {printable(str(dtype).removeprefix('torch.'), 20)}, and weights are float32, "
+            "bfloat16 or float16; convert it"
+        )
+
+
+def _damaged(source: str, reason: Exception | str) -> ValueError:
+    reason = printable(str(reason), 200)
+    return ValueError(f"{source}: is damaged or no safetensors file ({reason}); copy or download it again")

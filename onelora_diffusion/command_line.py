@@ -1,6 +1,7 @@
-"""The edge of every script: what goes wrong there is one line, after all clean-up, and no traceback."""
+"""The edge of every script: its flags, and what goes wrong as one line, after all clean-up, and no traceback."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -47,3 +48,30 @@ def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[N
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def with_switches(arguments: list[str], settings: type) -> list[str]:
+    """The same flags for tyro, to which a setting that is True, False or None is none: `--bias`, `--no-bias`."""
+    switches = {f"--{_dashed(field.name)}" for field in dataclasses.fields(settings) if field.type == bool | None}
+    words = []
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag = _dashed(word)
+        if flag in switches and following not in ("True", "False", "None"):
+            words += [flag, "True"]
+        elif flag.replace("--no-", "--", 1) in switches and flag.startswith("--no-"):
+            words += [flag.replace("--no-", "--", 1), "False"]
+        else:
+            words.append(word)
+    return words
+
+
+def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
+    """ValueError for the first flag that has its name elsewhere, with what there is here in its place."""
+    for word in arguments:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and (here := elsewhere.get(flag[2:].replace("-", "_"))):
+            raise ValueError(f"{flag} is a name of diffusers' scripts; here there is {here}")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

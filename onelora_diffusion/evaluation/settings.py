@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from onelora_diffusion.command_line import with_switches
 from onelora_diffusion.sampling import SamplerSettings
 
 DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
@@ -49,7 +50,8 @@ class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
     base: str | None = None
     """Base model: a folder or a hub id. None: the one the adapter was trained on."""
     compare_base: bool | None = None
-    """True or False: also measure the base without the adapter, from the same noise. None: for digits only."""
+    """--compare-base, --no-compare-base: also measure the base without the adapter, from the same noise. None: for
+    digits only."""
     reference: tuple[Path, ...] = ()
     """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. None: computed from the
     data set."""
@@ -125,4 +127,5 @@ def parse(arguments: list[str], description: str | None) -> Generate | Sweep | C
         | Annotated[Calculate, tyro.conf.subcommand("calc")]
         | Annotated[Reference, tyro.conf.subcommand("ref")]
     )
+    arguments = with_switches(arguments, Generate)
     return tyro.cli(commands, args=arguments, description=description, config=(tyro.conf.OmitSubcommandPrefixes,))

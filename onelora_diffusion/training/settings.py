@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 import yaml
 
+from onelora_diffusion.command_line import check_flags, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data import check_name
 from onelora_diffusion.training.stopping import parse_duration
@@ -52,13 +53,13 @@ class Settings:
     fuse_qkv: bool = False
     """Compute q, k and v by one matrix product."""
     sum: bool | None = None
-    """Train b, the vector of the feature sum. None: as the method does; so for the next three."""
+    """--sum, --no-sum: train b, the vector of the feature sum. None: as the method does; so for the next three."""
     bias: bool | None = None
-    """Train a bias."""
+    """--bias, --no-bias: train a bias."""
     scale: bool | None = None
-    """Train a scale of the outputs."""
+    """--scale, --no-scale: train a scale of the outputs."""
     norms: bool | None = None
-    """Train the affine weights of normalisation layers."""
+    """--norms, --no-norms: train the affine weights of normalisation layers."""
     compression: str = "sum"
     """sum, or random: the ablation in which a fixed random vector stands for the sum."""
 
@@ -186,6 +187,32 @@ AT_LEAST = {
 }
 POSITIVE = ("learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
 
+# Flags of diffusers' training scripts that are called something else here.
+DIFFUSERS_FLAGS = {
+    "pretrained_model_name_or_path": "--base",
+    "pretrained_vae_model_name_or_path": "--base, a pipeline with its own VAE",
+    "dataset_name": "--dataset hf:NAME",
+    "train_data_dir": "--dataset imagefolder --data-root FOLDER",
+    "instance_data_dir": "--dataset imagefolder --data-root FOLDER",
+    "resolution": "the resolution of the base, and no flag for another",
+    "random_flip": "--flip",
+    "train_batch_size": "--batch-size, the images of an update over all processes",
+    "max_train_steps": "--max-steps",
+    "num_train_epochs": "--max-steps or --max-train-time, and no epochs",
+    "lr_scheduler": "--lr-schedule",
+    "lr_warmup_steps": "--warmup-steps",
+    "use_8bit_adam": "--optimizer adamw-8bit",
+    "use_ema": "--ema-decay, and always an average",
+    "dataloader_num_workers": "--num-workers",
+    "checkpointing_steps": "--checkpoint-every",
+    "checkpoints_total_limit": "--keep-checkpoints",
+    "resume_from_checkpoint": "no need of it: the same command resumes",
+    "validation_epochs": "--sample-every",
+    "validation_steps": "--sample-every",
+    "report_to": "--track",
+    "logging_dir": "--output-dir",
+}
+
 OWN_RECIPES = {"digits": "digits.yaml", "fashion-mnist": "fashion_mnist.yaml"}
 PHOTOGRAPHS = "food101.yaml"  # the recipe of every other data set
 
@@ -194,15 +221,16 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
     """Flags over a recipe: that of --config, else that of --dataset in the folder `recipes`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such recipe, or a setting in it is unknown.
+        FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
     """
+    check_flags(arguments, DIFFUSERS_FLAGS)
     # These two are read first, so that the defaults, and --help, are the recipe's.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
     chosen = first.parse_known_args(arguments)[0]
     default = read_recipe(chosen.config) if chosen.config else recipe(chosen.dataset or "digits", recipes)
-    return tyro.cli(Settings, args=arguments, default=default)
+    return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default)
 
 
 def recipe(dataset: str, recipes: Path) -> Settings:
@@ -233,7 +261,7 @@ def read_recipe(path: Path) -> Settings:
     # As flags, so that values are read in one way; YAML takes 1e-3 for a string.
     flags = [word for name, value in values.items() for word in _as_flag(name, value)]
     try:
-        return tyro.cli(Settings, args=flags)
+        return tyro.cli(Settings, args=with_switches(flags, Settings))
     except SystemExit:
         print(f"in {path}", file=sys.stderr)
         raise
@@ -242,8 +270,7 @@ def read_recipe(path: Path) -> Settings:
 def _as_flag(name: str, value) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
-        is_switch = not isinstance(getattr(Settings, name), type(None))
-        return [f"--{flag}" if value else f"--no-{flag}"] if is_switch else [f"--{flag}", str(value)]
+        return [f"--{flag}" if value else f"--no-{flag}"]
     return [f"--{flag}", *(str(each) for each in (value if isinstance(value, list) else [value]))]
 
 

@@ -199,6 +199,11 @@ def test_a_full_disk_and_ctrl_c_are_one_line_and_leave_nothing(run_folder, tmp_p
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_compare_base_is_a_switch():
+    words = ([], ["--compare-base"], ["--no-compare-base"], ["gen", "--compare-base", "False"])
+    assert [parse(flags, None).compare_base for flags in words] == [None, True, False, False]
+
+
 def test_damaged_adapter_and_unknown_flag(run_folder, tmp_path):
     shutil.copy(run_folder / "onelora_weights.safetensors", tmp_path)
     whole = (tmp_path / "onelora_weights.safetensors").read_bytes()

@@ -1,8 +1,17 @@
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from onelora_diffusion.training.settings import Settings, check_settings, parse_command_line, read_recipe, recipe
+from onelora_diffusion.training.settings import (
+    DIFFUSERS_FLAGS,
+    Settings,
+    check_settings,
+    parse_command_line,
+    read_recipe,
+    recipe,
+)
 
 RECIPES = Path(__file__).parents[2] / "configs"
 
@@ -118,3 +127,44 @@ def test_settings_of_peft_are_taken_as_json(tmp_path):
 def test_what_no_run_can_be_made_of_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         check_settings(Settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--bias"], True),
+        (["--no-bias"], False),
+        (["--no_bias"], False),
+        (["--bias", "True"], True),
+        (["--bias", "False"], False),
+        (["--bias", "None"], None),
+        (["--bias", "--rank", "1"], True),
+        ([], None),
+    ],
+)
+def test_switches_are_switches(flags, value):
+    assert parse_command_line(["--max-steps", "7", *flags], RECIPES).bias is value
+
+
+def test_a_recipe_sets_a_switch_and_a_flag_unsets_it(tmp_path):
+    path = write(tmp_path, "bias: true\nscale: false\nnorms: null\n")
+    assert (read_recipe(path).bias, read_recipe(path).scale, read_recipe(path).norms) == (True, False, None)
+    assert parse_command_line(["--config", str(path), "--no-bias"], RECIPES).bias is False
+
+
+@pytest.mark.parametrize(
+    ("flag", "here"),
+    [("--train_batch_size=4", "--batch-size"), ("--report_to", "--track"), ("--max-train-steps", "--max-steps")],
+)
+def test_diffusers_names_are_told_ours(flag, here):
+    with pytest.raises(
+        ValueError, match=f"^{flag.split('=')[0]} is a name of diffusers' scripts; here there is {here}"
+    ):
+        parse_command_line(["--base", "folder", flag], RECIPES)
+
+
+def test_hints_are_for_flags_that_are_not_ours_and_name_ones_that_are():
+    ours = {field.name for field in dataclasses.fields(Settings)}
+    assert not ours & set(DIFFUSERS_FLAGS)
+    named = {word for hint in DIFFUSERS_FLAGS.values() for word in re.findall(r"--([a-z-]+)", hint)}
+    assert {name.replace("-", "_") for name in named} <= ours

@@ -1,7 +1,7 @@
 """The feature sum and its in-place add: the only hot code."""
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 
 class _FeatureSum(torch.autograd.Function):
@@ -11,7 +11,6 @@ class _FeatureSum(torch.autograd.Function):
         return _sum(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_s):
         # ∂x = (∂s) 1ᵀ: expanded, so that the only tokens × d traffic is the add onto the linear's own ∂x.
         return grad_s.to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
@@ -20,7 +19,7 @@ class _FeatureSum(torch.autograd.Function):
 class _AddOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, s, b):
-        ctx.dtypes = s.dtype, b.dtype
+        inputs = s, b
         # A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a
         # copy of its gradient. No backward reads a linear's output, so the change needs no tracking:
         # `.data` is the same memory as a tensor of its own.
@@ -30,17 +29,27 @@ class _AddOuter(torch.autograd.Function):
         else:
             s, b = s.to(out.dtype), b.to(out.dtype)  # saved as they are used: backward casts nothing again
             result.view(-1, b.shape[0]).addmm_(s.reshape(-1, 1), b.unsqueeze(0))  # addr_ is slower in bf16
-        ctx.save_for_backward(s, b)
+        ctx.save_for_backward(*inputs, s, b)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        s, b = ctx.saved_tensors
+        own_s, own_b, s, b = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative follows, from the inputs themselves
+            s, b = own_s.to(s.dtype), own_b.to(b.dtype)
         rows = grad.reshape(-1, b.shape[0]).to(b.dtype)
-        grad_s = (rows @ b).view(s.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-        grad_b = (s.flatten() @ rows).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        grad_s = (rows @ b).view(s.shape).to(own_s.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = (s.flatten() @ rows).to(own_b.dtype) if ctx.needs_input_grad[2] else None
         return grad, grad_s, grad_b
+
+
+def _is_derived_elsewhere() -> bool:
+    """Whether the plain formula has to serve, which a compiler fuses, and torch.func and forward-mode AD derive."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # inside a `dual_level`
+    )
 
 
 def feature_sum(x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +62,7 @@ def feature_sum(x: torch.Tensor) -> torch.Tensor:
         (...), accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones, and
         then rounded to x's dtype, but fp32 for fp16.
     """
-    if torch.compiler.is_compiling():
+    if _is_derived_elsewhere():
         return _sum(x)
     return _FeatureSum.apply(x)
 
@@ -77,7 +86,7 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
     Returns:
         `out`'s memory, with the new term.
     """
-    if torch.compiler.is_compiling():  # a compiler fuses the plain formula by itself
+    if _is_derived_elsewhere():
         return out + (s.unsqueeze(-1) * b).to(out.dtype)
     return _AddOuter.apply(out, s, b)
 
@@ -90,7 +99,6 @@ class _AddVector(torch.autograd.Function):
         return result.add_(beta.to(out.dtype))  # of two dtypes, the add is several times slower
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         grad_beta = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad, grad_beta
@@ -103,6 +111,6 @@ def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         out: (..., out_features), changed in place; nothing may have saved it for backward.
         beta: (out_features,), any floating dtype.
     """
-    if torch.compiler.is_compiling():
+    if _is_derived_elsewhere():
         return out + beta.to(out.dtype)
     return _AddVector.apply(out, beta)

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -278,6 +280,107 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(train, base,
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_loss_that_is_not_finite_before_any_checkpoint_is_no_advice_to_go_on(base, tmp_path):
+    short = dict(base=str(base), output_dir=tmp_path / "run", batch_size=8, log_every=1, sample_every=0)
+    message = fails_with("last good checkpoint: none. Start over", settings_of(**short, learning_rate=1e30))
+    assert "Go on" not in message
+
+
+def test_a_damaged_or_missing_adapter_of_a_finished_run_is_written_anew(train, capsys):
+    run = train(ema_decay=(0.1, 0.9))
+    for name, harm in {
+        "onelora_weights.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "onelora_weights_ema_0.9.safetensors": Path.unlink,
+    }.items():
+        before = {key: tensor.clone() for key, tensor in load_file(run / name).items()}  # it maps the file
+        harm(run / name)
+        train(ema_decay=(0.1, 0.9))
+        said = capsys.readouterr().out
+        assert (f"{name}' is damaged" in said) == (harm is not Path.unlink) and "all 4 steps done" in said
+        after = load_file(run / name)
+        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    train(ema_decay=(0.1, 0.9))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_second_command_in_one_folder_is_refused_and_the_first_goes_on(train, base, tmp_path, monkeypatch):
+    def start_another():
+        command = [sys.executable, "train_dit.py", "--base", str(base), "--output-dir", str(tmp_path / "run")]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"train_dit.py: {tmp_path}/run is in use by process {os.getpid()} on" in done.stderr
+
+    with monkeypatch.context() as patch:
+        call_at_step(patch, 3, start_another)
+        run = train()
+    assert_same_run(run, train("whole"))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_signal_while_blocks_are_compiled_ends_the_run_at_once(train, tmp_path, monkeypatch):
+    def compile_for_ever(module):
+        module._compiled_call_impl = lambda *args, **kwargs: ((tmp_path / "compiling").touch(), time.sleep(600))
+
+    if not (child := os.fork()):
+        torch.set_num_threads(1)
+        monkeypatch.setattr(torch.nn.Module, "compile", compile_for_ever)
+        train(compile=True)
+        os._exit(0)
+    while not (tmp_path / "compiling").exists():
+        time.sleep(0.05)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    train()
+    assert_same_run(tmp_path / "run", train("whole"))
+
+
+def test_a_signal_in_samples_leaves_them_and_not_the_run(train, monkeypatch):
+    def sample(*args):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(600)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "sample_grid", sample)
+        run = train(sample_every=3, exit_code=128 + signal.SIGTERM)
+    assert read_adapter(run).training["steps"] == 3 and not (run / "samples").exists()
+    train()
+    assert_same_run(run, train("whole"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_processes_whose_launcher_is_killed_stop_at_one_step_with_a_checkpoint(base, defaults, tmp_path):
+    run = tmp_path / "run"
+    flags = f"--config {defaults} --base {base} --output-dir {run} --batch-size 8 --log-every 1 --sample-every 0"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2", "--cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "said", "w") as said:
+        launcher = subprocess.Popen(
+            [*command, "train_dit.py", *flags.split(), "--max-steps", "100000"],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=said,
+            stderr=said,
+        )
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) > 2)
+        (torchrun,) = psutil.Process(launcher.pid).children()
+        processes = [torchrun, *torchrun.children()]
+        assert len(processes) == 3
+        launcher.kill()
+        launcher.wait()
+        gone, alive = psutil.wait_procs(processes, timeout=100)
+    assert not alive
+    step = read_adapter(run).training["steps"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08}"]
+    assert f"stopped by SIGTERM at step {step}" in (tmp_path / "said").read_text()
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_finished_run_is_left_alone_goes_on_with_more_steps_or_starts_over(train, capsys):
     run = train()
     before = (run / "onelora_weights.safetensors").stat().st_mtime_ns
@@ -469,6 +572,8 @@ def test_a_broken_image_is_named_in_one_line(food, base, cache):
         (dict(mixed_precision="fp16"), "fp16 needs a GPU"),
         (dict(keep_checkpoints=0), "--keep-checkpoints must be at least 1, not 0"),
         (dict(track="wandb"), "pip install wandb"),
+        (dict(dataset="digitz", base="facebook/DiT-XL-2-256"), "unknown dataset 'digitz'"),
+        (dict(learning_rate=float("nan")), "--learning-rate must be more than 0 and finite, not nan"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(base, tmp_path, changes, message):

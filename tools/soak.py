@@ -1,12 +1,14 @@
 """Kill a training run at random moments, and train one for long: both must end as if nothing had happened.
 
     python tools/soak.py kills                     # 20 kills, every second inside a save
+    python tools/soak.py launchers                 # SIGTERM and SIGKILL of each launcher
     python tools/soak.py steps                     # 10,000 steps of the smallest model
 
 `kills` ends train_dit.py by SIGKILL after a random time, or while it writes a checkpoint, and starts it again, until
 it has been killed often enough; then it may finish. Its adapter, averages and optimiser must be those of a run that
-was left alone, bit for bit, and so must the losses. `steps` watches memory and open files all along, and resumes a
-copy of the run from the middle, which must end in the same adapter.
+was left alone, bit for bit, and so must the losses; and its clock must have counted all the time that its processes
+were alive. `launchers` ends what started the processes: they must stop at one step, with a checkpoint. `steps` watches
+memory and open files all along, and resumes a copy of the run from the middle, which must end in the same adapter.
 """
 
 import json
@@ -14,6 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +31,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from onelora_diffusion.launch import started
+from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where train_dit.py is
@@ -47,6 +52,14 @@ class Kills:
 
 
 @dataclass
+class Launchers:
+    """End `accelerate launch` and torchrun; their processes must stop at one step, with a checkpoint."""
+
+    times: int = 1
+    """How often, for each launcher and each signal."""
+
+
+@dataclass
 class Steps:
     """Train for long; memory and open files must stay as they are, and a resume from the middle must be exact."""
 
@@ -58,10 +71,10 @@ class Steps:
     """By how much memory may grow from there on."""
 
 
-def main(settings: Kills | Steps) -> int:
+def main(settings: Kills | Launchers | Steps) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_smallest_base(Path(folder) / "base")
-        run = kill_often if isinstance(settings, Kills) else train_long
+        run = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long}[type(settings)]
         problems = run(settings, Path(folder))
     print("\n".join(problems) or "passed")
     return 1 if problems else 0
@@ -109,13 +122,16 @@ def train_quietly(settings: Settings, log: Path) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     torch.set_num_threads(1)
-    sys.exit(train_dit.main(settings))
+    sys.exit(train_dit.main(settings, started()))
 
 
-def finish(process, log: Path) -> None:
+def finish(process, log: Path) -> float:
+    """Returns for how many seconds the process has been alive."""
+    began = psutil.Process(process.pid).create_time()
     process.join()
     if process.exitcode:
         raise SystemExit(f"train_dit.py ended with {process.exitcode}:\n{log.read_text()[-2000:]}")
+    return time.time() - began
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -128,11 +144,12 @@ def kill_often(settings: Kills, folder: Path) -> list[str]:
     whole, killed = (settings_of(folder, run, **changes) for run in ("whole", "killed"))
     finish(start(whole, log), log)
 
-    moments, killed_at, num_inside, newest = random.Random(settings.seed), [], 0, 0
+    moments, killed_at, num_inside, newest, alive = random.Random(settings.seed), [], 0, 0, 0.0
     checkpoints = killed.output_dir / "checkpoints"
     for number in tqdm(range(settings.kills), unit="kill"):
         left = half_written(checkpoints)
         process = start(killed, log)
+        began = psutil.Process(process.pid).create_time()
         if number % 2:
             while process.is_alive() and half_written(checkpoints) <= left:
                 time.sleep(0.0005)
@@ -145,14 +162,19 @@ def kill_often(settings: Kills, folder: Path) -> list[str]:
             break
         process.kill()
         process.join()
+        alive += time.time() - began
         num_inside += not half_written(checkpoints) <= left
         newest = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
         killed_at.append(newest)
-    finish(start(killed, log), log)
+    alive += finish(start(killed, log), log)
 
     print(f"killed {len(killed_at)} times, {num_inside} of them inside a save, with these newest checkpoints:")
     print("  " + ", ".join(map(str, killed_at)))
     problems = differences(whole.output_dir, killed.output_dir)
+    counted = json.loads((killed.output_dir / "clock.json").read_text())["seconds"]
+    print(f"alive for {alive:.1f} s, of which the clock has counted {counted:.1f} s")
+    if abs(alive - counted) > settings.kills + 1:
+        problems.append(f"the clock counted {counted:.1f} s of {alive:.1f} s")
     if len(killed_at) < settings.kills:
         problems.append(f"the run was done after {len(killed_at)} kills: give more --max-steps")
     return problems
@@ -193,6 +215,54 @@ def differences(whole: Path, other: Path) -> list[str]:
 def losses(run: Path) -> dict[int, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}
+
+
+# ---------------------------------------------------------------------------------------------------
+# launchers
+
+LAUNCHERS = {
+    "accelerate launch, 1 process": ("accelerate", "launch", "--num_processes", "1", "--cpu"),
+    "accelerate launch, 2 processes": ("accelerate", "launch", "--num_processes", "2", "--cpu"),
+    "torchrun, 2 processes": ("torchrun", "--nproc_per_node", "2", "--standalone", "--local_addr", "127.0.0.1"),
+}
+
+
+def kill_launchers(settings: Launchers, folder: Path) -> list[str]:
+    problems = []
+    (folder / "recipe.yaml").write_text("dataset: digits\n")
+    for number in range(settings.times):
+        for launcher in LAUNCHERS:
+            for end in (signal.SIGTERM, signal.SIGKILL):
+                run = folder / f"{number}-{launcher}-{end.name}".replace(" ", "-")
+                found = kill_launcher(launcher, end, folder, run)
+                print(f"{launcher}, {end.name}: {found}", flush=True)
+                if not found.startswith("stopped"):
+                    problems.append(f"{launcher}, {end.name}: {found}")
+    return problems
+
+
+def kill_launcher(launcher: str, end: signal.Signals, folder: Path, run: Path) -> str:
+    program, *words = LAUNCHERS[launcher]
+    command = [str(Path(sys.executable).with_name(program)), *words, str(Path(__file__).parents[1] / "train_dit.py")]
+    command += ["--config", str(folder / "recipe.yaml"), "--base", str(folder / "base"), "--output-dir", str(run)]
+    command += ["--batch-size", "4", "--log-every", "1", "--sample-every", "0", "--max-steps", "1000000"]
+    with open(folder / "said.txt", "w") as said:
+        process = psutil.Popen(command, stdout=said, stderr=said)
+    while (last_step(run) or 0) < 3:
+        time.sleep(0.1)
+        if process.poll() is not None:
+            return f"ended by itself: {(folder / 'said.txt').read_text()[-500:]}"
+    started_by_it = process.children(recursive=True)
+    began = time.monotonic()
+    process.send_signal(end)
+    process.wait()
+    _, alive = psutil.wait_procs(started_by_it, timeout=120)
+    for each in alive:
+        each.kill()
+    steps = [path.name for path in (run / "checkpoints").glob("step-*")]
+    if alive or len(steps) != 1 or read_adapter(run).training["steps"] != int(steps[0].removeprefix("step-")):
+        return f"{len(alive)} of {len(started_by_it)} processes went on; checkpoints: {steps}"
+    return f"stopped {len(started_by_it)} processes in {time.monotonic() - began:.1f} s, with checkpoint {steps[0]}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -251,5 +321,9 @@ def train_long(settings: Steps, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    commands = Annotated[Kills, tyro.conf.subcommand("kills")] | Annotated[Steps, tyro.conf.subcommand("steps")]
+    commands = (
+        Annotated[Kills, tyro.conf.subcommand("kills")]
+        | Annotated[Launchers, tyro.conf.subcommand("launchers")]
+        | Annotated[Steps, tyro.conf.subcommand("steps")]
+    )
     sys.exit(main(tyro.cli(commands, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))))

@@ -45,7 +45,7 @@ def test_two_kinds_of_features_and_a_classifier_see_one_pass():
 def test_features_are_kept_only_for_metrics_that_need_them():
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     (without,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)]).measured
-    (kept,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)], ["kid"]).measured
+    (kept,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)], keep=True).measured
     assert without.kept is None and torch.equal(kept.kept, PixelFeatures(4)(images).float())
     with pytest.raises(ValueError, match="'noise' is given as statistics: --metrics kid needs the images"):
         Judge([PixelFeatures(4)], [without], ["kid"])

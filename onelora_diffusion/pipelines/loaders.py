@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight, scaled
@@ -196,6 +197,7 @@ class OneLoRALoaderMixin:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
         if Path(save_directory).is_file():
             raise ValueError(f"save_directory '{save_directory}' is a file, and a folder is needed")
+        Place(weight_name)  # refuses a name that leads out of save_directory
         if weight_name is not None and not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name '{weight_name}' must end in .safetensors")
         layers = {
@@ -347,6 +349,8 @@ class OneLoRALoaderMixin:
         refuse_merged(book, "fused again")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("the base's weights are offloaded: fuse before enable_sequential_cpu_offload")
+        if _is_group_offload_enabled(model):  # between calls they are copies, or on the disk
+            raise ValueError("the base's weights are offloaded: fuse before enable_group_offload")
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         names = list(book.weights) if names is None else [book.known(name) for name in names]
         if not names:

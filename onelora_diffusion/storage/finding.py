@@ -38,6 +38,10 @@ class Place:
     proxies: dict[str, str] | None = None
 
     def __post_init__(self):
+        for name in ("weight_name", "subfolder"):
+            value = getattr(self, name)
+            if value and (Path(value).is_absolute() or ".." in Path(value).parts):
+                raise ValueError(f"{name} '{value}' leads out of the folder or repository: give a path inside it")
         if self.use_safetensors not in (True, None):
             raise ValueError("use_safetensors=False asks for a pickle, which could run any code: leave it out")
         if self.proxies is not None:

@@ -275,6 +275,8 @@ def test_15_where_adapters_are_looked_for(pipe, files, tmp_path, monkeypatch):
         ((tmp_path,), {}, "holds a.safetensors, b.safetensors: give the weight_name"),
         ((tmp_path,), {"weight_name": "z.safetensors"}, "no file 'z.safetensors' in .*there is a.safetensors"),
         ((tmp_path,), {"subfolder": "nowhere"}, "there is no such file or folder"),
+        ((tmp_path,), {"weight_name": "/etc/passwd"}, "weight_name '/etc/passwd' leads out of the folder"),
+        ((tmp_path,), {"subfolder": "sub/../.."}, "subfolder 'sub/../..' leads out of the folder"),
         ((tmp_path / "nowhere",), {}, "there is no such file or folder, and it is no hub id"),
         ((tmp_path / "pickle.bin",), {}, "is a pickle"),
         (("some/repository",), {"local_files_only": True, "cache_dir": tmp_path}, "is not in the cache"),
@@ -459,6 +461,9 @@ def test_save_lora_weights_of_several_or_none(both, tmp_path):
     both.set_adapters(["food", "plain"])
     with pytest.raises(ValueError, match="food, plain are active: give the adapter_name"):
         both.save_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        both.save_lora_weights(tmp_path / "inside", adapter_name="plain", weight_name="../x.safetensors")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="would write a pickle"):
         both.save_lora_weights(tmp_path, safe_serialization=False)
     both.save_lora_weights(tmp_path, adapter_name="plain", weight_name="mine.safetensors")

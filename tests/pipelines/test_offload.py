@@ -1,0 +1,84 @@
+"""Adapters on bases whose weights are somewhere else between calls; on a CPU, the disk is that place."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_dit, randomize
+from denoisers import flux, pixart, sd3
+
+from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, inject_adapter, save_adapter
+
+CPU = torch.device("cpu")
+
+
+def pipeline_of(model):
+    from diffusers import FluxPipeline, PixArtAlphaPipeline, StableDiffusion3Pipeline
+
+    pipeline_class = {
+        "FluxTransformer2DModel": FluxPipeline,
+        "PixArtTransformer2DModel": PixArtAlphaPipeline,
+        "SD3Transformer2DModel": StableDiffusion3Pipeline,
+    }[type(model).__name__]
+    parts = dict.fromkeys(pipeline_class.__init__.__annotations__) | {"transformer": model}
+    return OneLoRALoaderMixin.from_pipe(pipeline_class(**parts))
+
+
+@pytest.fixture(params=[sd3, flux, pixart])
+def case(request, tmp_path):
+    """(a base, its inputs, two adapter files, what the base computes with each, and alone)."""
+    torch.manual_seed(0)
+    base, inputs = request.param()
+    files, outputs = [], [base(**inputs).sample]
+    for seed in (1, 2):
+        model = randomize(inject_adapter(copy.deepcopy(base), AdapterConfig()), seed=seed)
+        files.append(save_adapter(model, tmp_path / str(seed)))
+        outputs.append(model(**inputs).sample)
+    return base, inputs, files, [output.detach() for output in outputs]
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_leaf_level_group_offload(case, tmp_path, to_disk):
+    base, inputs, files, (alone, first, second) = case
+    folder = str(tmp_path / "offloaded") if to_disk else None
+    base.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=folder)
+    pipe = pipeline_of(base)
+
+    def output():
+        with torch.no_grad():
+            return base(**inputs).sample
+
+    assert torch.equal(output(), alone) and not torch.allclose(first, alone, atol=1e-3)
+    pipe.load_lora_weights(files[0], adapter_name="first")
+    assert torch.equal(output(), first) and torch.equal(output(), first)
+    pipe.load_lora_weights(files[1], adapter_name="second")
+    assert torch.equal(output(), second)
+    pipe.set_adapters("first")
+    assert torch.equal(output(), first)
+    pipe.disable_lora()
+    assert torch.equal(output(), alone)
+    pipe.enable_lora()
+    pipe.load_lora_weights(files[1], adapter_name="first", hotswap=True)
+    assert torch.equal(output(), second)
+    with pytest.raises(ValueError, match="weights are offloaded: fuse before enable_group_offload"):
+        pipe.fuse_lora()
+    assert torch.equal(output(), second)
+    pipe.unload_lora_weights()
+    assert torch.equal(output(), alone)
+
+
+def test_group_offload_after_loading(case):
+    base, inputs, files, (alone, first, _) = case
+    pipe = pipeline_of(base)
+    pipe.load_lora_weights(files[0])
+    base.enable_group_offload(CPU, CPU, "leaf_level")
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).sample, first)
+        pipe.unload_lora_weights()
+        assert torch.equal(base(**inputs).sample, alone)
+
+
+def test_diffusers_has_no_group_offload_for_a_dit():
+    """So that docs/loading.md can say so."""
+    with pytest.raises(ValueError, match="DiTTransformer2DModel does not support group offloading"):
+        make_dit().enable_group_offload(CPU, CPU, "leaf_level")

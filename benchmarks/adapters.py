@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.measure import interleave, ratio, storage_bytes
 from benchmarks.peers import make_base, twin
 from benchmarks.speed import table
+from onelora_diffusion.adapters.contract import BESIDE_LINEAR
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.routing import route_adapters
@@ -308,14 +309,12 @@ def measure_mixed(settings: AdaptersSettings) -> list[dict]:
             steps["PEFT", "one", count] = lambda model=peft: model(*batch)
             steps["PEFT", "mixed", count] = lambda model=peft, names=names: model(*batch, adapter_names=names)
             openings[count] = lambda model=serving, names=names: _open(model, names)
-            kept = [layer.onelora.route.kept for layer in routed._onelora.served.values()]
+            kept = [seat.open_route.kept for (kind, _), seat in routed._onelora.seats.items() if kind == BESIDE_LINEAR]
             rows.append(
                 {
                     "adapters": count,
                     "ours_bytes": adapter_bytes(serving),
-                    "route_bytes": storage_bytes(
-                        stack for decompressions, *_ in kept for stack in decompressions.values()
-                    ),
+                    "route_bytes": storage_bytes(stack for stacks in kept for stack in stacks.b.values()),
                     "peft_bytes": adapter_bytes(peft),
                 }
             )

@@ -120,7 +120,7 @@ def make_peer(name: str, base: nn.Module, shared_conditioning: bool, scale: floa
     torch.manual_seed(seed)
     model = twin(base)
     if shared_conditioning and name in RIVALS:
-        DiTConditioning(model)
+        DiTConditioning(model).install()
     model = PEERS[name](model).train()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -190,7 +190,7 @@ def measure_training(base: nn.Module, precision: str, compiled: bool, settings: 
 def measure_inference(base: nn.Module, precision: str, compiled: bool, settings: SpeedSettings) -> list[dict]:
     """Forward passes without gradients: the bare base, and 1LoRA merged into it and beside it."""
     shared = copy.deepcopy(base)
-    DiTConditioning(shared)
+    DiTConditioning(shared).install()
     models = {
         "base, stock": base,
         "base": shared,

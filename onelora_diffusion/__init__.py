@@ -2,6 +2,7 @@
 
 import importlib
 
+from onelora_diffusion.adapters import methods as methods  # the table that settings are checked against
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.combining import combine_adapters

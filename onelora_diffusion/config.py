@@ -3,17 +3,32 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 
-METHODS = ("1lora", "bitfit", "difffit", "mora1", "mora6", "lora", "dora", "vera", "full")
-PEFT_METHODS = ("lora", "dora", "vera")  # and any `peft:<tuner>`
+PARTS = ("sum", "bias", "scale", "norms")
 
-# The parts of the vector family, y = γ ⊙ (W0 x + bias + β + b·Σx), that each method trains.
-VECTOR_METHODS = {
-    "1lora": {"sum": True, "bias": False, "scale": False, "norms": False},
-    "bitfit": {"sum": False, "bias": True, "scale": False, "norms": False},
-    "difffit": {"sum": False, "bias": True, "scale": True, "norms": True},
-}
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt layers.
+
+    Attributes:
+        build: (layers by path, `AdapterConfig`) -> the adapter's modules by path.
+        parts: the value of each of `PARTS` where the settings leave it open; None: it has no such parts.
+        serves_fused: with `fuse_qkv`, q, k and v have one adapter.
+        is_peft: takes `peft_config`.
+        is_whole: trains modules themselves, and not what stands beside linear layers.
+    """
+
+    build: Callable
+    parts: dict[str, bool] | None = None
+    serves_fused: bool = False
+    is_peft: bool = False
+    is_whole: bool = False
+
+
+METHODS: dict[str, Method] = {}  # filled by adapters/methods.py, where the table stands
 
 
 @dataclass(frozen=True)
@@ -57,14 +72,16 @@ class AdapterConfig:
     def __post_init__(self):
         _check_types(self)
         if self.method not in METHODS and not self.method.startswith("peft:"):
-            raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}, peft:<tuner>")
-        if self.peft_config and not self.is_peft:
-            raise ValueError(f"peft_config goes with {', '.join(PEFT_METHODS)} and peft:<tuner>, not '{self.method}'")
+            raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
+        method = self.recipe
+        if self.peft_config and not method.is_peft:
+            peft_methods = ", ".join(name for name in METHODS if METHODS[name].is_peft)
+            raise ValueError(f"peft_config goes with {peft_methods}, not '{self.method}'")
         try:  # as it will be read back from a file
             object.__setattr__(self, "peft_config", json.loads(json.dumps(self.peft_config)))
         except TypeError as error:
             raise ValueError(f"peft_config is written as JSON, and cannot be: {error}") from error
-        if self.fuse_qkv and self.method == "full":
+        if self.fuse_qkv and method.is_whole:
             raise ValueError("fuse_qkv goes with a frozen base, not with 'full', which trains q, k and v themselves")
         if self.compression not in ("sum", "random"):
             raise ValueError(f"unknown compression '{self.compression}': choose 'sum' or 'random'")
@@ -74,21 +91,18 @@ class AdapterConfig:
             raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a number of 64 bits, not {self.seed}")
-        for part, default in VECTOR_METHODS.get(self.method, dict.fromkeys(VECTOR_METHODS["1lora"], False)).items():
+        for part in PARTS:
             if getattr(self, part) is None:
-                object.__setattr__(self, part, default)
-            elif getattr(self, part) and not self.is_vector:
-                raise ValueError(f"{part}=True goes with {', '.join(VECTOR_METHODS)}, not with '{self.method}'")
-        if self.is_vector and not (self.sum or self.bias or self.scale or self.norms or self.num_classes):
+                object.__setattr__(self, part, bool(method.parts and method.parts[part]))
+            elif getattr(self, part) and method.parts is None:
+                with_parts = ", ".join(name for name in METHODS if METHODS[name].parts)
+                raise ValueError(f"{part}=True goes with {with_parts}, not with '{self.method}'")
+        if method.parts and not (any(getattr(self, part) for part in PARTS) or self.num_classes):
             raise ValueError("nothing to train: sum, bias, scale and norms are all False and num_classes is None")
 
     @property
-    def is_vector(self) -> bool:
-        return self.method in VECTOR_METHODS
-
-    @property
-    def is_peft(self) -> bool:
-        return self.method in PEFT_METHODS or self.method.startswith("peft:")
+    def recipe(self) -> Method:
+        return METHODS.get(self.method) or METHODS["peft:<tuner>"]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

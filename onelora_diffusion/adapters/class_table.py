@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, Adapter
 from onelora_diffusion.adapters.weights import keeping_precision
 from onelora_diffusion.config import AdapterConfig
 
 CLASS_TABLE = "class_embedding"
 
 
-class ClassTable(nn.Module):
+class ClassTable(Adapter):
     """A trained class table: N + 1 rows, the null row last.
 
     New classes start as N(0, 0.02) (DiT's own initialisation), the null row as the base's null row, which
@@ -19,12 +20,33 @@ class ClassTable(nn.Module):
         weight: (num_classes + 1, width), fp32.
     """
 
+    seat = AS_CLASS_TABLE
+
     def __init__(self, base_table: nn.Embedding, config: AdapterConfig):
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         rows = 0.02 * torch.randn(config.num_classes, base_table.embedding_dim, generator=generator)
         null_row = base_table.weight.detach()[-1:].float()
         self.weight = nn.Parameter(torch.cat([rows.to(null_row.device), null_row]))
+
+    def trained_tensors(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+    @classmethod
+    def summed(cls, group, names, path):
+        """A table is no offset to the base's: one is taken as it is, several of the same classes averaged."""
+        tables, weights = [table.weight for table, _ in group], [weight for _, weight in group]
+        if len(tables) == 1:
+            return {"weight": tables[0].clone()}
+        if len({table.shape for table in tables}) > 1 or abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(
+                f"the class tables of {', '.join(names)} can only be averaged: give adapters of the same classes, and "
+                f"weights that sum to 1, not {sum(weights):g}"
+            )
+        return {"weight": sum(weight * table for weight, table in zip(weights, tables, strict=True))}
+
+    def lora(self):
+        raise ValueError("it trains a class table")
 
     def _apply(self, fn, recurse=True):
         return super()._apply(keeping_precision(fn), recurse)

@@ -1,7 +1,11 @@
 """The feature sum and its in-place add: the only hot code."""
 
+import functools
+
 import torch
 from torch.autograd import forward_ad
+
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward1")
 
 
 class _FeatureSum(torch.autograd.Function):
@@ -20,10 +24,7 @@ class _AddOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, s, b):
         inputs = s, b
-        # A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a
-        # copy of its gradient. No backward reads a linear's output, so the change needs no tracking:
-        # `.data` is the same memory as a tensor of its own.
-        result = out.data
+        result = _untracked(out)
         if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
             result.add_(s.unsqueeze(-1) * b)
         else:
@@ -72,6 +73,52 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
     return x.sum(-1, dtype=torch.float32 if x.dtype == torch.float16 else None)
 
 
+def _untracked(out: torch.Tensor) -> torch.Tensor:
+    """The memory of a linear's output, as a tensor of its own, to be changed in place.
+
+    A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a copy of its
+    gradient. No backward reads a linear's output, so that the change needs no tracking. Should anything have saved
+    it all the same, its backward fails by the raised version instead of computing with other values.
+    """
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out.data
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, product, number):
+        return tuple(part.data for part in product.data.chunk(number, dim=-1))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return torch.cat(grads, dim=-1), None
+
+
+def parts_of(product: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
+    """The equal parts of a product's features, in its memory, each of which may be changed in place.
+
+    Autograd forbids that of `product.chunk(number, dim=-1)`, where the parts are views of one tensor.
+    """
+    if _is_derived_elsewhere() or not product.requires_grad:
+        return product.chunk(number, dim=-1)
+    return _Parts.apply(product, number)
+
+
+def writable(out: torch.Tensor) -> torch.Tensor:
+    """`out`, or a copy of it where the operator that made it reads it in backward: a layer that ends in a ReLU."""
+    node = out.grad_fn
+    while node is not None and type(node).__name__ in VIEWS:
+        node = node.next_functions[0][0]
+    return out.clone() if node is not None and _saves_its_output(type(node)) else out
+
+
+@functools.cache
+def _saves_its_output(node: type) -> bool:
+    # Asked of the type: to look at the saved tensor itself would run whatever hook unpacks it.
+    return any(hasattr(node, name) for name in ("_saved_result", "_saved_output", "_saved_self_or_result"))
+
+
 def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Decompress a feature sum onto a linear's output, out += s bᵀ (1LoRA, equation 3).
 
@@ -81,11 +128,13 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
     Args:
         out: (..., out_features), contiguous, changed in place.
         s: (...), as `feature_sum` gives it.
-        b: (out_features,), any floating dtype.
+        b: (out_features,), any floating dtype; or a row for each sample, (batch, 1, ..., out_features).
 
     Returns:
         `out`'s memory, with the new term.
     """
+    if b.ndim > 1:
+        return _add_rows(out, s.unsqueeze(-1), b)
     if _is_derived_elsewhere():
         return out + (s.unsqueeze(-1) * b).to(out.dtype)
     return _AddOuter.apply(out, s, b)
@@ -95,7 +144,7 @@ class _AddVector(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, beta):
         ctx.dtype = beta.dtype
-        result = out.data  # untracked for the reason given in _AddOuter
+        result = _untracked(out)
         return result.add_(beta.to(out.dtype))  # of two dtypes, the add is several times slower
 
     @staticmethod
@@ -109,8 +158,21 @@ def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 
     Args:
         out: (..., out_features), changed in place; nothing may have saved it for backward.
-        beta: (out_features,), any floating dtype.
+        beta: (out_features,), any floating dtype; or a row for each sample, (batch, 1, ..., out_features).
     """
+    if beta.ndim > 1:
+        return _add(out, beta)
     if _is_derived_elsewhere():
         return out + beta.to(out.dtype)
     return _AddVector.apply(out, beta)
+
+
+def _add_rows(out: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
+        return _add(out, s * rows)
+    s, rows = s.to(out.dtype), rows.to(out.dtype)
+    return torch.addcmul(out, s, rows) if torch.is_grad_enabled() else out.addcmul_(s, rows)
+
+
+def _add(out: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    return (out + term).to(out.dtype) if torch.is_grad_enabled() else out.add_(term)

@@ -6,10 +6,13 @@ import math
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.config import AdapterConfig
+
 ROPE_BASE = 10000
 
 
-class MoraAdapter(nn.Module):
+class MoraAdapter(Adapter):
     """y = W0 x + bias + f_d(M f_c(x)) (MoRA, arXiv 2405.12130, equations 6 and 9; 1LoRA, table 1).
 
     M is (r̂, r̂) in fp32 and starts at 0. The input is padded with its own first features to n groups of r̂.
@@ -40,9 +43,12 @@ class MoraAdapter(nn.Module):
         """ΔW (out_features, in_features), fp32: the update is linear, so its columns are those of the unit vectors."""
         return self.update(torch.eye(self.in_features, device=self.M.device)).T
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base layer's fp32 weight and bias with this adapter folded in."""
+    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return weight + self.delta_weight(), bias
+
+
+def build_mora(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, Adapter]:
+    return {path: MoraAdapter(linear, kind=int(config.method[-1])) for path, linear in layers.items()}
 
 
 def square_rank(out_features: int, kind: int) -> int:

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.config import AdapterConfig
 
 TUNER_NAME = "default"  # what PEFT calls the one adapter of each of its layers
@@ -15,7 +16,7 @@ TUNER_NAME = "default"  # what PEFT calls the one adapter of each of its layers
 OTHER_TUNERS = {"ADALORA", "ADAPTION_PROMPT", "LN_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS"}
 
 
-class PeftAdapter(nn.Module):
+class PeftAdapter(Adapter):
     """One PEFT tuner layer, which serves a base layer that keeps its place and its name.
 
     The tuner's base layer is a `BaseLinear`: it hands over the output that the base layer has already computed.
@@ -34,8 +35,8 @@ class PeftAdapter(nn.Module):
         with self.tuner.base_layer.already_computed(x, out):
             return self.tuner(x)
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base layer's fp32 weight and bias with this adapter folded in, by the tuner's own merge."""
+    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base layer's fp32 weight and bias with this adapter in them, by the tuner's own merge."""
         with self.tuner.base_layer.replaced(weight, bias) as base:
             try:
                 self.tuner.merge()
@@ -46,11 +47,12 @@ class PeftAdapter(nn.Module):
                 self.tuner.merged_adapters.clear()
             return base.weight.detach(), base.bias.detach()
 
-    def serve(self, linear: nn.Linear) -> None:
-        self.tuner.base_layer.serve(linear)
+    def serve(self, layer: nn.Linear) -> None:
+        self.tuner.base_layer.serve(layer)
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
-        return {re.sub(rf"\.{TUNER_NAME}(?=\.|$)", "", name): self.tuner.get_parameter(name) for name in self.trained}
+        plain = {name: re.sub(rf"\.{TUNER_NAME}(?=\.|$)", "", name) for name in self.trained}
+        return {f"onelora_{plain[name]}": self.tuner.get_parameter(name) for name in self.trained}
 
 
 class BaseLinear(nn.Linear):

@@ -2,14 +2,19 @@
 
 from torch import nn
 
+from onelora_diffusion.adapters.contract import IN_PLACE, Adapter
+from onelora_diffusion.config import AdapterConfig
 
-class SwapAdapter(nn.Module):
+
+class SwapAdapter(Adapter):
     """Trained fp32 copies of a module's own parameters, under their own names.
 
     Args:
         copies: the copies made so far by the id of the base's parameter, filled here, so that parameters that the
             base shares between modules stay shared.
     """
+
+    seat = IN_PLACE
 
     def __init__(self, module: nn.Module, copies: dict[int, nn.Parameter] | None = None):
         super().__init__()
@@ -18,3 +23,11 @@ class SwapAdapter(nn.Module):
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().float().clone())
             self.register_parameter(name, copies[id(parameter)])
+
+    def lora(self):
+        raise ValueError("it trains norms")
+
+
+def build_copies(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, Adapter]:
+    copies = {}
+    return {path: SwapAdapter(module, copies) for path, module in modules.items()}

@@ -1,8 +1,8 @@
 """Build an adapter beside the model, check it, then attach it."""
 
 import contextlib
+import functools
 import logging
-import types
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
-from onelora_diffusion.adapters.mora import MoraAdapter
-from onelora_diffusion.adapters.peft import PeftAdapter, build_peft_adapters
-from onelora_diffusion.adapters.swap import SwapAdapter
-from onelora_diffusion.adapters.vector import VectorAdapter
+from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.swap import build_copies
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable
 from onelora_diffusion.injection.attention import fused_layers
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint, refuse_merged
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
 from onelora_diffusion.injection.layers import full_layers, is_dit, norm_layers, stand_ins, target_layers
-from onelora_diffusion.injection.merging import stock_state_dict
+from onelora_diffusion.injection.merging import save_base
 
 logger = logging.getLogger(__name__)
 
@@ -50,73 +48,62 @@ class AdapterFile:
     version: str = field(default_factory=lambda: version("onelora-diffusion"))
 
 
-def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, nn.Module]:
+def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, Adapter]:
     """The modules of a new adapter by the path of the layer each serves; the model is not touched.
 
     Args:
         as_shapes: on the meta device, where tensors take no memory.
     """
+    served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
         raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
     if config.num_classes is not None and not is_dit(model):
         raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
     # Trained tensors that are in the base's place are no start for a new adapter.
-    is_swapped = hasattr(model, "_onelora") and model._onelora.swapped
-    with disable_adapter(model) if is_swapped else contextlib.nullcontext():
-        if config.method == "full":
-            copies, layers = {}, full_layers(model, config)
-            layers = stand_ins(layers) if as_shapes else layers
-            adapter = {path: SwapAdapter(module, copies) for path, module in layers.items()}
-        else:
-            with torch.device("meta") if as_shapes else contextlib.nullcontext():
-                adapter = _linear_adapters(model, config, as_shapes)
+    with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
+        layers = served(_layers_of(model, config))
+        with torch.device("meta") if as_shapes else contextlib.nullcontext():
+            adapter = dict(config.recipe.build(layers, config))
         if config.norms:
             norms = norm_layers(model)
             if not norms and not as_shapes:
                 logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
-            for path, norm in (stand_ins(norms) if as_shapes else norms).items():
-                adapter[path] = SwapAdapter(norm)
+            adapter |= build_copies(served(norms), config)
         if config.num_classes is not None:
             table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
             adapter[CLASS_TABLE] = ClassTable(table, config)
     return adapter
 
 
-def _linear_adapters(model: nn.Module, config: AdapterConfig, as_shapes: bool) -> dict[str, nn.Module]:
-    if config.is_vector and not (config.sum or config.bias or config.scale):
+def _layers_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The layers that the method of `config` serves, by path."""
+    if config.recipe.is_whole:
+        return full_layers(model, config)
+    if config.recipe.parts and not (config.sum or config.bias or config.scale):
         return {}
     layers = target_layers(model, config.targets)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
-    if config.fuse_qkv and not config.is_vector:
-        layers = fused_layers(model, layers)
-    layers = stand_ins(layers) if as_shapes else layers
-    if config.is_vector:
-        return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
-    if config.is_peft:
-        return build_peft_adapters(layers, config)
-    return {path: MoraAdapter(linear, kind=int(config.method[-1])) for path, linear in layers.items()}
+    return fused_layers(model, layers) if config.fuse_qkv and config.recipe.serves_fused else layers
 
 
-def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter: dict[str, nn.Module]) -> None:
+def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter: dict[str, Adapter]) -> None:
     """Attach the modules of `build_adapter`, and make them the only ones that are active and trained."""
     if not hasattr(model, "_onelora"):
         model._onelora = AdapterBook(model)
-        model.save_pretrained = types.MethodType(_save_base, model)
-    model._onelora.activate({})
-    model._onelora.freeze()
-    model._onelora.attach(adapter_name, config, adapter)
-    model._onelora.activate({adapter_name: 1.0})
+        if hasattr(type(model), "save_pretrained"):
+            model.save_pretrained = functools.partial(save_base, model)
+    book = model._onelora
+    with book.turn:
+        book.activate({})
+        book.freeze()
+        book.attach(adapter_name, config, adapter)
+        book.activate({adapter_name: 1.0})
 
 
-def state_dict_of(adapter: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+def state_dict_of(adapter: dict[str, Adapter]) -> dict[str, nn.Parameter]:
     """The trained tensors by their names in an adapter file; one that several layers share has the first's name."""
-    tensors = {}
-    for path, module in adapter.items():
-        own = module.trained_tensors() if isinstance(module, PeftAdapter) else dict(module.named_parameters())
-        tensors |= {
-            f"{path}.{name}" if path == CLASS_TABLE else f"{path}.onelora_{name}": p for name, p in own.items()
-        }
+    tensors = {f"{path}.{name}": p for path, module in adapter.items() for name, p in module.trained_tensors().items()}
     first = {id(parameter): name for name, parameter in reversed(tensors.items())}
     return {name: parameter for name, parameter in tensors.items() if first[id(parameter)] == name}
 
@@ -193,7 +180,7 @@ def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:
 
 def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:
     """Write a file's values into an adapter of the same kind, in place."""
-    refuse_merged(book, "swapped")
+    book.require_unmerged("values are swapped")
     own = state_dict_of(book.adapters[adapter_name])
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     if file.fingerprint not in (book.fingerprint, None):
@@ -215,18 +202,3 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
 
 def _shape(tensor: torch.Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
-
-
-def _save_base(model: nn.Module, save_directory, *args, **kwargs):
-    """`save_pretrained` of a model with adapters: writes a plain diffusers model, in the stock layout."""
-
-    def stock(module, state_dict, prefix, local_metadata):
-        clean = stock_state_dict(module, state_dict)
-        state_dict.clear()
-        state_dict.update(clean)
-
-    hook = model.register_state_dict_post_hook(stock)
-    try:
-        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    finally:
-        hook.remove()

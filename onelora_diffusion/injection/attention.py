@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from onelora_diffusion.adapters.functional import parts_of
+
 
 class OneLoRAAttnProcessor:
     """Self-attention of a DiT block whose q, k and v share one feature sum.
@@ -29,7 +31,7 @@ class OneLoRAAttnProcessor:
 
         sums = {}
         if attn.fused_projections:
-            parts = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            parts = parts_of(attn.to_qkv(hidden_states), 3)
             query, key, value = (
                 _with_adapters(linear, hidden_states, part, sums)
                 for linear, part in zip((attn.to_q, attn.to_k, attn.to_v), parts, strict=True)
@@ -75,3 +77,27 @@ def _joined(attn: nn.Module) -> nn.Linear:
         joined = nn.Linear(attn.to_q.in_features, sum(linear.out_features for linear in linears), bias=False)
     joined.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
     return joined
+
+
+def fuse_in_place(attn: nn.Module) -> None:
+    """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
+    if hasattr(attn, "to_qkv"):
+        return
+    attn.fuse_projections()
+    attn.to_qkv.requires_grad_(False)
+    linears = (attn.to_q, attn.to_k, attn.to_v)
+    for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
+        linear.weight.data = weight
+    if attn.to_qkv.bias is not None:
+        for linear, bias in zip(linears, attn.to_qkv.bias.data.chunk(3), strict=True):
+            linear.bias.data = bias
+
+
+def is_fused_apart(model: nn.Module, path: str) -> bool:
+    """Whether a layer's attention computes with a fused copy of its weight, and not with the weight itself."""
+    attn = model.get_submodule(path.rpartition(".")[0])
+    if not getattr(attn, "fused_projections", False) or path.endswith(".to_qkv"):
+        return False
+    fused = [getattr(attn, name) for name in ("to_qkv", "to_kv", "to_added_qkv") if hasattr(attn, name)]
+    own = model.get_submodule(path).weight.untyped_storage().data_ptr()
+    return all(linear.weight.untyped_storage().data_ptr() != own for linear in fused)

@@ -3,51 +3,79 @@
 import contextlib
 import hashlib
 import itertools
+import logging
 import math
 
+import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
-from onelora_diffusion.adapters.peft import PeftAdapter
-from onelora_diffusion.adapters.swap import SwapAdapter
+from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, Adapter
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.attention import OneLoRAAttnProcessor
+from onelora_diffusion.injection.attention import OneLoRAAttnProcessor, fuse_in_place, is_fused_apart
 from onelora_diffusion.injection.conditioning import DiTConditioning
 from onelora_diffusion.injection.layers import base_modules, is_dit
-from onelora_diffusion.injection.linear import LayerAdapters, adapter_hook
-from onelora_diffusion.injection.swapped import SwappedParameters
+from onelora_diffusion.injection.linear import LinearSeat, memory_of
+from onelora_diffusion.injection.route import Route
+from onelora_diffusion.injection.swapped import SwapSeat
+from onelora_diffusion.injection.turns import Turn
+
+logger = logging.getLogger(__name__)
+
+SERVING, PAUSED, MERGED = "serving", "paused", "merged"
 
 
 class AdapterBook:
-    """What is attached to a model: its adapters, which of them serve, and what to put back after the last.
+    """What is attached to a model: its adapters, the seats they have, and which of them serve.
 
     Attributes:
+        model: the base, whose attribute `_onelora` this is.
+        fingerprint: of the base, as it was before the first adapter.
         adapters: name -> path of the served layer -> the adapter's module.
         configs: name -> the adapter's settings.
-        weights: name -> weight of the adapters that serve.
-        merged: the weights that are folded into the base, or None.
         origins: name -> what its file said of it (`id2label`, `base`, `training`).
-        paused, before_merging: the weights to bring back when a pipeline enables or unfuses its adapters.
-        served, swapped: path -> layer with `LayerAdapters`, path -> module with `SwappedParameters`.
+        seats: (kind, path) -> the seat in the model. Every seat answers add, remove, activate, fold, unfold, route.
+        state: `serving`; `paused`, while the base serves alone; `merged`, while the base's weights hold `folded`.
+        weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
+        folded: name -> weight of the adapters that are merged into the base's weights.
+        conditioning: the one timestep and class embedding of a DiT; None on other models.
+        turn: taken by whoever changes or runs the model.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.fingerprint = fingerprint(model)
-        self.adapters: dict[str, dict[str, nn.Module]] = {}
+        self.adapters: dict[str, dict[str, Adapter]] = {}
         self.configs: dict[str, AdapterConfig] = {}
-        self.weights: dict[str, Weight] = {}
-        self.merged: dict[str, Weight] | None = None
         self.origins: dict[str, dict] = {}
-        self.paused: dict[str, Weight] = {}
-        self.before_merging: dict[str, Weight] = {}
-        self.served: dict[str, nn.Linear] = {}
-        self.swapped: dict[str, nn.Module] = {}
-        self.originals: dict = {}
-        self.hooks: dict = {}
-        self.stock_processors: dict = {}
-        self.conditioning = DiTConditioning(model) if is_dit(model) else None
+        self.seats: dict[tuple[str, str], nn.Module] = {}
+        self.state = SERVING
+        self.weights: dict[str, Weight] = {}
+        self.folded: dict[str, Weight] = {}
+        self.turn = Turn()
+        self._route: Route | None = None
+        self._reached: set[str] = set()
+        self._open_forwards = 0
+        self._unreached: set[str] = set()
+        self._stock_processors: dict[str, object] = {}
+        self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
+        if self.conditioning is not None:
+            self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.conditioning
+        self._hooks: list = []
+
+    # -----------------------------------------------------------------------------------------------
+    # Questions and guards
+
+    @property
+    def serving(self) -> dict[str, Weight]:
+        """name -> weight of the adapters that serve now, unmerged."""
+        return self.weights if self.state == SERVING else {}
+
+    @property
+    def merged(self) -> dict[str, Weight] | None:
+        """name -> weight of the adapters that the base's weights hold, or None."""
+        return self.folded if self.state == MERGED else None
 
     def known(self, adapter_name: str) -> str:
         if adapter_name not in self.adapters:
@@ -60,7 +88,7 @@ class AdapterBook:
         """The name of a present adapter; of None the one that is active, or the only one there is."""
         if adapter_name is not None:
             return self.known(adapter_name)
-        names = list(self.merged or self.weights or self.adapters)
+        names = list(self.merged or self.serving or self.adapters)
         if len(names) > 1:
             raise ValueError(f"adapters {', '.join(names)} are there to choose from: give the adapter_name")
         return names[0]
@@ -78,9 +106,43 @@ class AdapterBook:
             raise ValueError(f"the weight of adapter '{adapter_name}' is {weight}; it must be a finite number")
         return float(weight)
 
-    def served_layers(self) -> dict[str, nn.Linear]:
-        """`served`; a fused q, k, v comes before the three that are its parts."""
-        return dict(sorted(self.served.items(), key=lambda item: not item[0].endswith(".to_qkv")))
+    def require_unmerged(self, action: str) -> None:
+        """The one guard of the state: what cannot be done while adapters are merged into the base."""
+        if self.state == MERGED:
+            raise ValueError(
+                f"adapters {', '.join(self.folded)} are merged: unmerge them before {action} (unmerge_adapter of a "
+                "model, unfuse_lora of a pipeline)"
+            )
+
+    # -----------------------------------------------------------------------------------------------
+    # Add and remove
+
+    def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, Adapter]) -> None:
+        if config.fuse_qkv:
+            for attn in self._attentions().values():
+                fuse_in_place(attn)
+        for path, module in adapter.items():
+            self._seat(module.seat, path).add(adapter_name, module)
+        self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
+        self._take_part()
+
+    def detach(self, adapter_name: str) -> None:
+        for path, module in self.adapters.pop(adapter_name).items():
+            seat = self.seats[module.seat, path]
+            seat.remove(adapter_name)
+            if not len(seat):
+                del self.seats[module.seat, path]
+        del self.configs[adapter_name]
+        self.origins.pop(adapter_name, None)
+        self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}
+
+    def _seat(self, kind: str, path: str):
+        if (kind, path) not in self.seats:
+            module = self.model.get_submodule(path)
+            self.seats[kind, path] = (
+                LinearSeat(module, path, self._reached) if kind == BESIDE_LINEAR else SwapSeat(module, path)
+            )
+        return self.seats[kind, path]
 
     def freeze(self) -> None:
         """Nothing requires gradients any more: no tensor of the base in its place, and none of an adapter."""
@@ -91,110 +153,191 @@ class AdapterBook:
                     if parameter is not None and parameter.requires_grad:
                         parameter.requires_grad_(False)
 
-    def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, nn.Module]) -> None:
-        if config.fuse_qkv:
-            self.fuse_qkv()
-        for path, module in adapter.items():
-            if path == CLASS_TABLE:
-                self.conditioning.tables[adapter_name] = module
-                continue
-            if isinstance(module, SwapAdapter):
-                if path not in self.swapped:
-                    layer = self.swapped[path] = self.model.get_submodule(path)
-                    layer.onelora_swap = SwappedParameters(layer)
-                self.swapped[path].onelora_swap[adapter_name] = module
-                continue
-            if path not in self.served:
-                self.served[path] = self.model.get_submodule(path)
-                self.served[path].onelora = LayerAdapters()
-            layer = self.served[path]
-            layer.onelora[adapter_name] = module
-            if isinstance(module, PeftAdapter):
-                module.serve(layer)
-        self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
-        self.add_hooks()
-
-    def detach(self, adapter_name: str) -> None:
-        for path, module in self.adapters.pop(adapter_name).items():
-            if path == CLASS_TABLE:
-                del self.conditioning.tables[adapter_name]
-                continue
-            is_swap = isinstance(module, SwapAdapter)
-            layers, child = (self.swapped, "onelora_swap") if is_swap else (self.served, "onelora")
-            adapters = getattr(layers[path], child)
-            del adapters[adapter_name]
-            if not len(adapters):
-                delattr(layers.pop(path), child)
-                if not is_swap and path in self.hooks:
-                    self.hooks.pop(path).remove()
-        del self.configs[adapter_name]
-        self.origins.pop(adapter_name, None)
-
-    def activate(self, weights: dict[str, Weight]) -> None:
-        full = [name for name in weights if self.configs[name].method == "full"]
-        fused = [name for name in weights if self.configs[name].fuse_qkv and not self.configs[name].is_vector]
-        if full and fused:
-            raise ValueError(
-                f"'{full[0]}' trains q, k and v, which '{fused[0]}' adapts as one: they cannot serve together"
-            )
-        for path, layer in self.served.items():
-            layer.onelora.set_active({name: weight_at(weight, path) for name, weight in weights.items()})
-        for path, layer in self.swapped.items():
-            layer.onelora_swap.set_active(layer, {name: weight_at(weight, path) for name, weight in weights.items()})
-        if is_dit(self.model):
-            for attn in self.attentions().values():
-                if hasattr(attn, "to_qkv"):  # it holds the base's q, k and v, whatever is in their place
-                    attn.fused_projections = not full
-        if self.conditioning is not None:
-            self.conditioning.set_active({name: weight_at(weight, CLASS_TABLE) for name, weight in weights.items()})
-        self.weights = weights
-
-    def add_hooks(self) -> None:
-        for path, layer in self.served.items():
-            if path not in self.hooks:
-                self.hooks[path] = layer.register_forward_hook(adapter_hook)
-        if is_dit(self.model):
-            for path, attn in self.attentions().items():
-                if path not in self.stock_processors:
-                    self.stock_processors[path] = attn.processor
-                    attn.set_processor(OneLoRAAttnProcessor())
-
-    def remove_hooks(self) -> None:
-        while self.hooks:
-            self.hooks.popitem()[1].remove()
-        while self.stock_processors:
-            path, processor = self.stock_processors.popitem()
-            self.model.get_submodule(path).set_processor(processor)
-
     def restore(self) -> None:
         """Put back all that `attach` replaced for every adapter together."""
-        self.remove_hooks()
         if self.conditioning is not None:
             self.conditioning.restore()
-            for attn in self.attentions().values():
-                if hasattr(attn, "to_qkv"):  # q, k and v keep the matrix alive as its views
-                    del attn.to_qkv
-                    attn.fused_projections = False
+        self._step_aside()
+        for attn in self._attentions().values():
+            if hasattr(attn, "to_qkv"):  # q, k and v keep the matrix alive as its views
+                del attn.to_qkv
+                attn.fused_projections = False
 
-    def attentions(self) -> dict[str, nn.Module]:
-        return {
-            f"transformer_blocks.{index}.attn1": block.attn1
-            for index, block in enumerate(self.model.transformer_blocks)
-        }
+    # -----------------------------------------------------------------------------------------------
+    # Which of them serve
 
-    def fuse_qkv(self) -> None:
-        """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
-        for attn in self.attentions().values():
-            if hasattr(attn, "to_qkv"):
+    def activate(self, weights: dict[str, Weight]) -> None:
+        """Let these adapters serve, and no others."""
+        for attn_path, attn in self._attentions().items():
+            own = {name for name in weights if name in self.seats.get((IN_PLACE, f"{attn_path}.to_q"), ())}
+            fused = {name for name in weights if name in self.seats.get((BESIDE_LINEAR, f"{attn_path}.to_qkv"), ())}
+            if own and fused:
+                raise ValueError(
+                    f"'{own.pop()}' trains q, k and v, which '{fused.pop()}' adapts as one: they cannot serve together"
+                )
+            if hasattr(attn, "to_qkv"):  # it holds the base's q, k and v, whatever is in their place
+                attn.fused_projections = not own
+        self._activate_seats(weights)
+        self.weights, self.state = weights, SERVING
+
+    def _activate_seats(self, weights: dict[str, Weight]) -> None:
+        for (_, path), seat in self.seats.items():
+            seat.activate({name: weight_at(weight, path) for name, weight in weights.items()})
+
+    def pause(self) -> None:
+        """Let the base serve alone, until `resume` or the next `activate`."""
+        self._activate_seats({})
+        self.state = PAUSED
+
+    def resume(self) -> None:
+        if self.state == PAUSED:
+            self.activate(self.weights)
+
+    # -----------------------------------------------------------------------------------------------
+    # Merge
+
+    def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
+        """Fold these adapters into the base's weights; `weights` of the book stay, to serve again after `unmerge`.
+
+        Raises:
+            ValueError: a layer cannot take them in, or would become NaN or infinite. Nothing is changed then.
+        """
+        before, state = self.weights, self.state
+        self.activate(weights)
+        done = []
+        try:
+            self._check_foldable()
+            for seat in self._in_order_of_folding():
+                seat.fold(check_finite)
+                done.append(seat)
+        except ValueError as error:
+            for seat in reversed(done):
+                seat.unfold()
+            self.activate(before)
+            if state == PAUSED:
+                self.pause()
+            raise ValueError(f"{error}: nothing was merged") from None
+        self._step_aside()
+        self.weights, self.folded, self.state = before, dict(weights), MERGED
+
+    def unmerge(self) -> None:
+        """Restore the base's weights bit for bit."""
+        for seat in reversed(self._in_order_of_folding()):
+            seat.unfold()
+        self._take_part()
+        self.folded = {}
+        self.activate(self.weights)
+
+    def _in_order_of_folding(self) -> list:
+        """First what takes the place of tensors, then a fused q, k, v, and last the three that are its parts."""
+        order = sorted(self.seats, key=lambda seat: (seat[0] != IN_PLACE, not seat[1].endswith(".to_qkv")))
+        return [self.seats[key] for key in order]
+
+    def _check_foldable(self) -> None:
+        users: dict[tuple, list[str]] = {}
+        for path, module in base_modules(self.model):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(memory_of(parameter), []).append(path)
+        for (_, path), seat in self.seats.items():
+            if reason := seat.why_not_foldable(users):
+                raise ValueError(f"{path} {reason}")
+            if is_fused_apart(self.model, path):
+                raise ValueError(f"{path} was copied into a fused projection: unfuse_qkv_projections() first")
+
+    # -----------------------------------------------------------------------------------------------
+    # Route
+
+    @contextlib.contextmanager
+    def routed(self, route: Route):
+        """Context manager: inside, the route says which adapters serve which sample."""
+        state, weights, outer = self.state, self.weights, self._route
+        try:
+            for seat in self.seats.values():
+                seat.route(route)
+            self._activate_seats({})  # takes trained norms, which the batch would share, out of their places
+            self._route = route
+            yield
+        finally:
+            self._route = outer
+            for seat in self.seats.values():
+                seat.route(outer)
+            if state == SERVING:
+                self.activate(weights)
+
+    # -----------------------------------------------------------------------------------------------
+    # Every forward
+
+    def _take_part(self) -> None:
+        """Be asked before and after every forward of the model, and serve a DiT's attention."""
+        if not self._hooks:
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+                self.model.register_forward_hook(self._check_reached),
+                self.model.register_forward_hook(self._end, always_call=True),
+            ]
+        for path, attn in self._attentions().items():
+            if path not in self._stock_processors:
+                self._stock_processors[path] = attn.processor
+                attn.set_processor(OneLoRAAttnProcessor())
+
+    def _step_aside(self) -> None:
+        """Leave the model's forward to its own operators."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        while self._stock_processors:
+            path, processor = self._stock_processors.popitem()
+            self.model.get_submodule(path).set_processor(processor)
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if _is_elsewhere(model):
+            return
+        while self.turn.is_mine and self._open_forwards:  # one that Ctrl-C broke off never ended
+            self._end(model, args, None)
+        self.turn.__enter__()
+        self._open_forwards += 1
+        self._reached.clear()
+        if self._route is not None:
+            self._route.start(args, kwargs)
+
+    def _end(self, model: nn.Module, args: tuple, output) -> None:
+        if not _is_elsewhere(model) and self.turn.is_mine and self._open_forwards:
+            self._open_forwards -= 1
+            self.turn.__exit__()
+
+    def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
+        """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""
+        if _is_elsewhere(model):
+            return
+        expected = [path for (kind, path), seat in self.seats.items() if kind == BESIDE_LINEAR and seat.is_in_use]
+        if len(self._reached) >= len(expected) and self._reached.issuperset(expected):
+            return
+        for path in expected:
+            if path in self._reached or _is_compiled(model, path):
                 continue
-            attn.fuse_projections()
-            attn.to_qkv.requires_grad_(False)
-            linears = (attn.to_q, attn.to_k, attn.to_v)
-            for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
-                linear.weight.data = weight
-            if attn.to_qkv.bias is not None:
-                for linear, bias in zip(linears, attn.to_qkv.bias.data.chunk(3), strict=True):
-                    linear.bias.data = bias
+            if not _is_at(model, path, self.seats[BESIDE_LINEAR, path].layer):
+                raise ValueError(
+                    f"{path} was replaced after its adapter was attached (by a quantisation?), so that the adapter is "
+                    "lost there: attach adapters after all that changes the base's layers"
+                )
+            if getattr(model.get_submodule(path.rpartition(".")[0]), "fused_projections", False):
+                raise ValueError(
+                    f"{path} was fused with others after its adapter was attached, so that the adapter has no effect: "
+                    "unfuse_qkv_projections() first"
+                )
+            if path not in self._unreached:
+                self._unreached.add(path)
+                logger.warning(
+                    "%s took no part in this forward pass, so that the adapter which serves it has no effect there",
+                    path,
+                )
+
+    def _attentions(self) -> dict[str, nn.Module]:
+        """A DiT's, by path."""
+        if self.conditioning is None:
+            return {}
+        blocks = enumerate(self.model.transformer_blocks)
+        return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
 
 
 def check_model(model: nn.Module) -> None:
@@ -215,32 +358,60 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     check_model(model)
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter name '{adapter_name}' must not be empty or contain a dot")
-    if hasattr(model, "_onelora") and adapter_name in model._onelora.adapters:
-        raise ValueError(f"adapter name '{adapter_name}' is already in use: unload_adapter removes that adapter")
-    if hasattr(model, "_onelora") and model._onelora.merged is not None:
-        raise ValueError(f"adapters {', '.join(model._onelora.merged)} are merged: unmerge them before adding another")
+    if hasattr(model, "_onelora"):
+        if adapter_name in model._onelora.adapters:
+            raise ValueError(f"adapter name '{adapter_name}' is already in use: unload_adapter removes that adapter")
+        model._onelora.require_unmerged("adding another")
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module):
     """Context manager: inside, the model computes what its base computes."""
     book = adapters_of(model)
-    if book.merged is not None:
-        raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them to reach the base")
-    weights = book.weights
-    book.activate({})
-    try:
-        yield model
-    finally:
-        book.activate(weights)
+    with book.turn:
+        book.require_unmerged("the base is reached")
+        state = book.state
+        book.pause()
+        try:
+            yield model
+        finally:
+            if state == SERVING:
+                book.resume()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the base's parameter names and shapes: which bases an adapter fits."""
-    lines = [f"{name} {tuple(p.shape)}" for name, p in model.named_parameters(remove_duplicate=False)]
+    """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
+
+    A linear layer counts by its features, however a quantisation packs its weight.
+    """
+    lines = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
+        if isinstance(module, nn.Linear) and "weight" in shapes:
+            shapes["weight"] = (module.out_features, module.in_features)
+            if "bias" in shapes:
+                shapes["bias"] = (module.out_features,)
+        lines += [f"{path}.{name} {shape}" if path else f"{name} {shape}" for name, shape in shapes.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def refuse_merged(book: AdapterBook, action: str) -> None:
-    if book.merged is not None:
-        raise ValueError(f"adapters {', '.join(book.merged)} are fused, and cannot be {action}: unfuse_lora() first")
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether this forward is traced by a compiler, or is that of a copy which DataParallel made for a device."""
+    return torch.compiler.is_compiling() or getattr(model, "_is_replica", False)
+
+
+def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is layer
+    except AttributeError:
+        return False
+
+
+def _is_compiled(model: nn.Module, path: str) -> bool:
+    """Whether the layer, or a module around it, was compiled on its own, in which nothing is recorded."""
+    names = path.split(".")
+    try:
+        around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    except AttributeError:
+        return False
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in around)

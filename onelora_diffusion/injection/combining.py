@@ -3,10 +3,8 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.class_table import CLASS_TABLE
-from onelora_diffusion.adapters.vector import VectorAdapter, weighted_sum
 from onelora_diffusion.adapters.weights import Weight, weight_at
-from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.config import PARTS, AdapterConfig
 from onelora_diffusion.injection.attaching import AdapterFile, attach_adapter_file
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name
 from onelora_diffusion.injection.layers import target_layers
@@ -39,58 +37,37 @@ def combine_adapters(
     mixture = {
         book.known(name): book.checked(weight, name) for name, weight in zip(adapter_names, weights, strict=True)
     }
-    config = _config_of_sum(model, book, mixture)
-
     tensors = {}
-    for path in dict.fromkeys(path for name in mixture for path in book.adapters[name] if path != CLASS_TABLE):
-        group = [(book.adapters[n][path], weight_at(w, path)) for n, w in mixture.items() if path in book.adapters[n]]
+    for path in dict.fromkeys(path for name in mixture for path in book.adapters[name]):
+        names = [name for name in mixture if path in book.adapters[name]]
+        group = [(book.adapters[name][path], weight_at(mixture[name], path)) for name in names]
+        total = type(group[0][0]).summed(group, names, path)
+        tensors |= {f"{path}.{part}": tensor for part, tensor in total.items()}
+    config = _config_of_sum(model, book, mixture)
+    for path in target_layers(model, config.targets):  # a part that some of them train is a part of every layer
         neutral = torch.zeros(model.get_submodule(path).out_features)
-        for part, is_trained in (("b", config.sum), ("beta", config.bias), ("gamma", config.scale)):
-            vector = weighted_sum(group, part)
-            if is_trained and vector is None:
-                vector = neutral + 1 if part == "gamma" else neutral
-            if vector is not None:
-                tensors[f"{path}.onelora_{part}"] = vector.clone()
-    tables = {name: book.adapters[name][CLASS_TABLE].weight for name in mixture if CLASS_TABLE in book.adapters[name]}
-    if tables:
-        tensors[f"{CLASS_TABLE}.weight"] = _table_of_sum(tables, mixture)
-    origin = book.origins.get(list(tables)[-1], {}) if tables else {}
-    file = AdapterFile(config, tensors, book.fingerprint, id2label=origin.get("id2label") or {})
+        for part, is_trained, start in (("b", config.sum, 0), ("beta", config.bias, 0), ("gamma", config.scale, 1)):
+            if is_trained:
+                tensors.setdefault(f"{path}.onelora_{part}", neutral + start)
+    with_table = [name for name in mixture if book.configs[name].num_classes is not None]
+    id2label = book.origins.get(with_table[-1], {}).get("id2label") if with_table else None
+    file = AdapterFile(config, tensors, book.fingerprint, id2label=id2label or {})
     attach_adapter_file(model, file, adapter_name, source=f"the sum of {', '.join(mixture)}")
     return model
 
 
 def _config_of_sum(model: nn.Module, book: AdapterBook, mixture: dict[str, Weight]) -> AdapterConfig:
     configs = [book.configs[name] for name in mixture]
-    for name in mixture:
-        for path, module in book.adapters[name].items():
-            if path != CLASS_TABLE and not isinstance(module, VectorAdapter):
-                raise ValueError(f"adapter '{name}' trains more than vectors at {path}: it cannot be summed up")
     compressions = {(c.compression, c.seed if c.compression == "random" else None) for c in configs if c.sum}
     if len(compressions) > 1:
         raise ValueError(f"adapters {', '.join(mixture)} compress in different ways: their sum is no adapter")
     compression, seed = compressions.pop() if compressions else ("sum", None)
-    paths = {path for name in mixture for path in book.adapters[name]} - {CLASS_TABLE}
+    paths = {path for c in configs if c.sum or c.bias or c.scale for path in target_layers(model, c.targets)}
     tables = [c.num_classes for c in configs if c.num_classes is not None]
     return AdapterConfig(
-        sum=any(c.sum for c in configs),
-        bias=any(c.bias for c in configs),
-        scale=any(c.scale for c in configs),
-        norms=False,
+        **{part: any(getattr(c, part) for c in configs) for part in PARTS} | {"norms": False},
         targets=None if paths == set(target_layers(model, None)) else tuple(sorted(paths)),
         num_classes=tables[-1] if tables else None,
         compression=compression,
         seed=0 if seed is None else seed,
     )
-
-
-def _table_of_sum(tables: dict[str, torch.Tensor], mixture: dict[str, Weight]) -> torch.Tensor:
-    weights = [weight_at(mixture[name], CLASS_TABLE) for name in tables]
-    if len(tables) == 1:
-        return next(iter(tables.values())).clone()
-    if len({table.shape for table in tables.values()}) > 1 or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(
-            f"the class tables of {', '.join(tables)} can only be averaged: give adapters of the same classes, and "
-            f"weights that sum to 1, not {sum(weights):g}"
-        )
-    return sum(weight * table for weight, table in zip(weights, tables.values(), strict=True))

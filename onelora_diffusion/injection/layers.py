@@ -1,6 +1,7 @@
 """Which layers an adapter serves."""
 
 import fnmatch
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 
 from onelora_diffusion.config import AdapterConfig
 
+logger = logging.getLogger(__name__)
+
+UNREACHED = "torch.nn.MultiheadAttention reads the weight of its output projection and never calls the layer"
 OUTPUT_HEADS = (
     "lm_head",
     "classifier",
@@ -33,10 +37,17 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
     Elsewhere it is every linear but the output head.
     """
     linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
+    unreached = {
+        f"{path}.out_proj" for path, module in base_modules(model) if isinstance(module, nn.MultiheadAttention)
+    }
     if targets is None and is_dit(model):
         return {path: linear for path, linear in linears.items() if ".norm1.emb." not in path}
     if targets is None:
-        return {path: linear for path, linear in linears.items() if not _is_output_head(path)}
+        if unreached:
+            logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
+        return {
+            path: linear for path, linear in linears.items() if path not in unreached and not _is_output_head(path)
+        }
 
     chosen = {path for target in targets for path in linears if _matches(path, target)}
     for target in targets:
@@ -46,6 +57,8 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
                 f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
                 f"{', '.join(kinds)}"
             )
+    if unreachable := sorted(chosen & unreached):
+        raise ValueError(f"{unreachable[0]} cannot be adapted: {UNREACHED}")
     return _without_copies(model, {path: linear for path, linear in linears.items() if path in chosen})
 
 
@@ -133,12 +146,17 @@ def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def equal_copies(embeddings: list[nn.Module]) -> bool:
     """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
     first = list(embeddings[0].parameters())
-    if first[0].is_meta:  # no values to compare: each block keeps its own
+    if is_packed(embeddings[0]) or first[0].is_meta:  # no values to compare: each block keeps its own
         return False
     first = [_words(parameter) for parameter in first]
     return all(
         torch.equal(a, _words(b)) for emb in embeddings[1:] for a, b in zip(first, emb.parameters(), strict=True)
     )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a quantisation has packed any of its weights."""
+    return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 
 def _words(parameter: nn.Parameter) -> torch.Tensor:

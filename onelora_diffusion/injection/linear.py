@@ -1,24 +1,40 @@
-"""All adapters of one base layer, side by side, and the hook through which they serve it."""
+"""The seat beside a linear layer: its adapters, and the hook through which they serve it."""
 
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.functional import add_outer_, add_vector_
-from onelora_diffusion.adapters.vector import VectorAdapter, compress, random_compression, weighted_sum
-from onelora_diffusion.adapters.weights import keeping_precision
+from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.functional import writable
+from onelora_diffusion.adapters.vector import Vectors
+from onelora_diffusion.adapters.weights import keeping_precision, weight_at
+from onelora_diffusion.injection.route import Route
 
 
-class LayerAdapters(nn.ModuleDict):
-    """The named adapters of one linear layer; `active` says which of them serve and with what weight.
+class LinearSeat(nn.ModuleDict):
+    """The named adapters of one linear layer, its child `onelora`; `active` says which serve, with what weight.
 
     While a `route` is open, it decides sample by sample in their place.
+
+    Args:
+        layer: the linear layer at `path` of the model.
+        reached: the paths of the layers that the model's forward has come by, filled in each.
     """
 
-    def __init__(self):
+    child = "onelora"
+
+    def __init__(self, layer: nn.Linear, path: str, reached: set[str]):
         super().__init__()
+        self.__dict__ |= {"layer": layer, "path": path, "reached": reached}  # no children of the seat
         self.active: dict[str, float] = {}
-        self.route = None
+        self.open_route: _LinearRoute | None = None
+        self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._hook = None
         self._cached_vectors = None
+        self.layer.onelora = self
+        self.hook()
+
+    # -----------------------------------------------------------------------------------------------
+    # Serve
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
         """The base layer's output with the active adapters' terms.
@@ -28,88 +44,198 @@ class LayerAdapters(nn.ModuleDict):
             out: (..., out_features), the base layer's output; its memory is reused.
             sums: the feature sums of x taken so far, filled here. Layers that read the same x share it.
         """
-        sums = {} if sums is None else sums
-        if self.route is not None:
-            return self.route(x, out, sums)
+        if not torch.compiler.is_compiling():
+            self.reached.add(self.path)
+            out = writable(out) if self.is_in_use else out
+        if self.open_route is not None:
+            return self.open_route.serve(x, out, sums)
         if not self.active:
             return out
         base = out
         for name, weight in self.active.items():
-            if not isinstance(self[name], VectorAdapter):
+            if self[name].vectors() is None:
                 adapted = self[name](x, base)  # new memory, which the vectors' terms below may reuse
                 out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
-        decompressions, beta, gamma = self.vectors()
-        for seed, b in decompressions.items():
-            if seed not in sums:
-                sums[seed] = compress(x, seed)
-            out = add_outer_(out, sums[seed], b)
-        if beta is not None:
-            out = add_vector_(out, beta)
-        if gamma is not None:
-            out = gamma.to(out.dtype) * out
-        return out
+        return self.vectors().serve(x, out, sums)
 
-    def vectors(self) -> tuple[dict[int | None, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-        """({compression seed: b}, β, γ): the weighted sums of the active vector adapters.
+    def vectors(self) -> Vectors:
+        """The weighted sum of the active adapters that are vectors.
 
-        Without gradients the sums are taken once and kept until a vector or a weight changes.
+        Without gradients it is taken once and kept until a vector or a weight changes.
         """
-        active = [(self[name], weight) for name, weight in self.active.items()]
-        active = [(adapter, weight) for adapter, weight in active if isinstance(adapter, VectorAdapter)]
-        if len(active) == 1 and active[0][1] == 1:
-            adapter = active[0][0]
-            return (
-                {} if adapter.b is None else {adapter.compression_seed: adapter.b},
-                adapter.beta,
-                adapter.gamma,
-            )
+        group = [(self[name], weight) for name, weight in self.active.items()]
+        group = [(adapter, vectors, weight) for adapter, weight in group if (vectors := adapter.vectors())]
+        if len(group) == 1 and group[0][2] == 1:
+            return group[0][1]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _sums_of(active)
-        versions = [(weight, *(vector._version for vector in adapter.parameters())) for adapter, weight in active]
+            return Vectors.weighted_sum([(vectors, weight) for _, vectors, weight in group])
+        versions = [(weight, *(part._version for part in adapter.parameters())) for adapter, _, weight in group]
         if self._cached_vectors is None or self._cached_vectors[0] != versions:
-            self._cached_vectors = versions, _sums_of(active)
+            summed = Vectors.weighted_sum([(vectors, weight) for _, vectors, weight in group])
+            self._cached_vectors = versions, summed
         return self._cached_vectors[1]
 
-    def set_active(self, active: dict[str, float]) -> None:
-        self.active = {name: weight for name, weight in active.items() if name in self._modules}
+    def hook(self) -> None:
+        if self._hook is None:
+            self._hook = self.layer.register_forward_hook(adapter_hook)
+
+    def unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @property
+    def is_in_use(self) -> bool:
+        return bool(self.active) or self.open_route is not None
+
+    # -----------------------------------------------------------------------------------------------
+    # What every seat answers
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        self[name] = adapter
+        adapter.serve(self.layer)
+
+    def remove(self, name: str) -> None:
+        del self[name]
+        if not len(self):
+            self.unhook()
+            del self.layer.onelora
+
+    def activate(self, weights: dict[str, float]) -> None:
+        self.active = {name: weight for name, weight in weights.items() if name in self._modules}
         self._cached_vectors = None
 
     @torch.no_grad()
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base layer's fp32 weight (out, in) and bias (out,) with the active adapters folded in.
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's fp32 weight (out, in) and bias (out,) with the active adapters in them; nothing is changed.
 
         W = γ ⊙ (W0 + ΔW + b 1ᵀ), bias = γ ⊙ (bias0 + β), where ΔW is that of every other method.
         """
+        weight = self.layer.weight.float()
+        bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
         for name, scale in self.active.items():
-            if not isinstance(self[name], VectorAdapter):
-                adapted = self[name].merged(*base)
+            if self[name].vectors() is None:
+                adapted = self[name].folded(*base)
                 weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-        decompressions, beta, gamma = self.vectors()
-        for seed, b in decompressions.items():
-            row = torch.ones_like(weight[0])
-            if seed is not None:
-                row = random_compression(seed, weight.shape[1], weight.device)
-            weight = weight + torch.outer(b.to(weight), row)
-        if beta is not None:
-            bias = bias + beta.to(bias)
-        if gamma is not None:
-            weight, bias = gamma.to(weight).unsqueeze(1) * weight, gamma.to(bias) * bias
-        return weight, bias
+        return self.vectors().folded(weight, bias)
+
+    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
+        """Why the layer's weight cannot take the active adapters in, or None if it can.
+
+        Args:
+            users: `memory_of` each of the base's parameters -> paths of the modules that have it.
+        """
+        weight = self.layer._parameters.get("weight")
+        if not self.active:
+            return None
+        if weight is None:
+            return "has a weight that is computed from others (weight_norm, spectral_norm): remove that first"
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
+        if weight.is_meta:
+            return "has its weight offloaded: merge before offloading"
+        if tied := [path for path in users[memory_of(weight)] if path != self.path]:
+            return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
+        return None
+
+    def fold(self, check: bool) -> None:
+        if not self.active:
+            return
+        weight, bias = self.folded()
+        if check and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise ValueError(f"merging {', '.join(self.active)} into {self.path} gives NaN or infinity")
+        layer = self.layer
+        own_bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
+        self.original = layer.weight.detach().cpu().clone(), own_bias
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if layer.bias is not None:
+                layer.bias.copy_(bias)
+            elif bias.any():
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+        self.unhook()
+
+    def unfold(self) -> None:
+        if self.original is None:
+            return
+        weight, bias = self.original
+        with torch.no_grad():
+            self.layer.weight.copy_(weight)
+            if bias is None:
+                self.layer.bias = None
+            else:
+                self.layer.bias.copy_(bias)
+        self.original = None
+        self.hook()
+
+    def route(self, route: Route | None) -> None:
+        self.open_route = None if route is None else _LinearRoute(self, route)
 
     def _apply(self, fn, recurse=True):
         self._cached_vectors = None  # the vectors move to another device
-
         return super()._apply(keeping_precision(fn), recurse)
 
 
-def _sums_of(active: list[tuple[VectorAdapter, float]]):
-    seeds = dict.fromkeys(adapter.compression_seed for adapter, _ in active if adapter.b is not None)
-    same_seed = {seed: [(a, w) for a, w in active if a.compression_seed == seed] for seed in seeds}
-    decompressions = {seed: weighted_sum(group, "b") for seed, group in same_seed.items()}
-    return decompressions, weighted_sum(active, "beta"), weighted_sum(active, "gamma")
+class _LinearRoute:
+    """Serves each sample of a batch by its own mixture of a layer's adapters."""
+
+    def __init__(self, seat: LinearSeat, route: Route):
+        self.path, self.route = seat.path, route
+        mixtures = [
+            [(seat[name], weight_at(weight, seat.path)) for name, weight in mixture.items() if name in seat]
+            for mixture in route.mixtures
+        ]
+        self.mixtures = [[(a, weight) for a, weight in mix if a.vectors() is not None] for mix in mixtures]
+        self.trains = any(p.requires_grad for mix in self.mixtures for a, _ in mix for p in a.parameters())
+        # Of every adapter that is no vector: its weight in each mixture.
+        others = dict.fromkeys(a for mix in mixtures for a, _ in mix if a.vectors() is None)
+        self.others = {other: [dict(mix).get(other, 0.0) for mix in mixtures] for other in others}
+        with torch.no_grad():
+            self.kept = self.stacks()
+
+    def serve(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None) -> torch.Tensor:
+        if len(out) != len(self.route.batch):
+            raise ValueError(
+                f"{self.path} is given {len(out)} rows for a batch of {len(self.route.batch)} samples: its layer does "
+                "not keep samples apart, and cannot be routed"
+            )
+        base = out
+        for adapter, weights in self.others.items():
+            out = self.add_other(adapter, weights, x, base, out)
+        stacks = self.stacks() if self.trains and torch.is_grad_enabled() else self.kept
+        return stacks.map(lambda stack: self.rows(stack, out)).serve(x, out, sums)
+
+    def stacks(self) -> Vectors:
+        """b, β, γ of all mixtures, each (K, out_features)."""
+        sums = [Vectors.weighted_sum([(adapter.vectors(), w) for adapter, w in mix]) for mix in self.mixtures]
+        return Vectors.stacked(sums)
+
+    def rows(self, stack: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, ..., out_features): each sample's own vector."""
+        rows = stack[self.route.index(stack.device)].to(out.device)
+        return rows.view(len(out), *[1] * (out.ndim - 2), out.shape[-1])
+
+    def add_other(self, adapter: Adapter, weights: list[float], x, base, out) -> torch.Tensor:
+        """LoRA and the like, which are no vectors: their own forward for the samples that each of them serves."""
+        samples = [sample for sample, mixture in enumerate(self.route.batch) if weights[mixture]]
+        if not samples:
+            return out
+        index = torch.tensor(samples, device=out.device)
+        scale = torch.tensor([weights[self.route.batch[sample]] for sample in samples], device=out.device)
+        term = adapter(x[index], base[index]) - base[index]
+        return out.index_add(0, index, (scale.view(-1, *[1] * (out.ndim - 1)) * term).to(out.dtype))
 
 
 def adapter_hook(linear: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted linear layer."""
+    if not torch.compiler.is_compiling() and next(iter(linear._forward_hooks.values())) is not adapter_hook:
+        out = out.clone()  # a hook before this one may have kept the layer's output
     return linear.onelora(args[0], out)
+
+
+def memory_of(parameter: nn.Parameter) -> tuple:
+    """What two parameters that are tied have in common."""
+    if type(parameter) is nn.Parameter and not parameter.is_meta:
+        return parameter.data_ptr(), tuple(parameter.shape)
+    return (id(parameter),)

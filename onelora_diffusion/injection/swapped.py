@@ -1,36 +1,69 @@
 """The seat in the place of a module's own tensors: norms, and full fine-tuning."""
 
+import torch
 from torch import nn
 
+from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.injection.route import Route
 
-class SwappedParameters(nn.ModuleDict):
-    """The named `SwapAdapter`s of one module, which runs its own forward on whichever tensors are in place.
 
-    So training and inference cost what the base costs. The base's tensors wait here.
+class SwapSeat(nn.ModuleDict):
+    """The named `SwapAdapter`s of one module, its child `onelora_swap`.
+
+    The module runs its own forward on whichever tensors are in place, so that training and inference cost what the
+    base costs. The base's tensors wait here.
     """
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+    child = "onelora_swap"
 
-    def set_active(self, module: nn.Module, active: dict[str, float]) -> None:
+    def __init__(self, module: nn.Module, path: str):
+        super().__init__()
+        self.__dict__.update(module=module, path=path)  # no child of the seat
+        self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+        module.onelora_swap = self
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        self[name] = adapter
+
+    def remove(self, name: str) -> None:
+        del self[name]
+        if not len(self):
+            del self.module.onelora_swap
+
+    def activate(self, weights: dict[str, float]) -> None:
         """Put p0 + Σₖ wₖ (pₖ − p0) in place; a single adapter of weight 1 is put there itself, and trains."""
-        adapters = [(self[name], weight) for name, weight in active.items() if name in self]
+        adapters = [(self[name], weight) for name, weight in weights.items() if name in self]
         for name, base in self.base.items():
             if not adapters:
-                module._parameters[name] = base
+                self.module._parameters[name] = base
             elif len(adapters) == 1 and adapters[0][1] == 1:
-                module._parameters[name] = getattr(adapters[0][0], name)
+                self.module._parameters[name] = getattr(adapters[0][0], name)
             else:
                 start = base.detach().float()
                 mixed = start + sum(w * (getattr(adapter, name).detach() - start) for adapter, w in adapters)
-                module._parameters[name] = nn.Parameter(mixed.to(base.dtype), requires_grad=False)
+                self.module._parameters[name] = nn.Parameter(mixed.to(base.dtype), requires_grad=False)
 
-    def merge(self, module: nn.Module) -> None:
-        """Put frozen copies of the tensors in place there, in the base's dtype; `set_active` undoes it."""
+    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
+        return None
+
+    def fold(self, check: bool) -> None:
+        """Put frozen copies of the tensors in place there, in the base's dtype; `activate` undoes it."""
         for name, base in self.base.items():
-            merged = module._parameters[name].detach().to(base.dtype).clone()
-            module._parameters[name] = nn.Parameter(merged, requires_grad=False)
+            merged = self.module._parameters[name].detach().to(base.dtype).clone()
+            if check and not torch.isfinite(merged).all():
+                raise ValueError(f"merging into {self.path} gives NaN or infinity")
+            self.module._parameters[name] = nn.Parameter(merged, requires_grad=False)
+
+    def unfold(self) -> None:
+        """The book activates all seats next."""
+
+    def route(self, route: Route | None) -> None:
+        for name in {} if route is None else dict.fromkeys(name for mixture in route.mixtures for name in mixture):
+            if name in self:
+                raise ValueError(
+                    f"adapter '{name}' trains {self.path} itself, which all samples share: it cannot serve single "
+                    "samples"
+                )
 
     def _apply(self, fn, recurse=True):
         for parameter in self.base.values():  # no child of the model while an adapter is in its place

@@ -7,7 +7,6 @@ from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import attach_adapter, build_adapter, state_dict_of
 from onelora_diffusion.injection.book import adapters_of, check_model, check_name
-from onelora_diffusion.injection.merging import unmerge_adapter
 
 
 def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> nn.Module:
@@ -43,15 +42,17 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
     """
     book = adapters_of(model)
     names = list(book.adapters) if adapter_name is None else [book.known(adapter_name)]
-    if book.merged is not None:
-        unmerge_adapter(model)
-    remaining = {name: weight for name, weight in book.weights.items() if name not in names}
-    book.activate(remaining)
-    for name in names:
-        book.detach(name)
-    if not book.adapters:
-        book.restore()
-        del model._onelora, model.save_pretrained
+    with book.turn:
+        if book.merged is not None:
+            book.unmerge()
+        if book.serving:
+            book.activate({name: weight for name, weight in book.serving.items() if name not in names})
+        for name in names:
+            book.detach(name)
+        if not book.adapters:
+            book.restore()
+            del model._onelora
+            model.__dict__.pop("save_pretrained", None)
     return model
 
 
@@ -77,9 +78,10 @@ def set_adapters(
     weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
-    if book.merged is not None:
-        raise ValueError(f"adapters {', '.join(book.merged)} are merged: unmerge them before others are set")
-    book.activate({book.known(name): book.checked(weight, name) for name, weight in zip(names, weights, strict=True)})
+    with book.turn:
+        book.require_unmerged("others are set")
+        chosen = {book.known(name): book.checked(weight, name) for name, weight in zip(names, weights, strict=True)}
+        book.activate(chosen)
     return model
 
 

@@ -33,7 +33,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """Class name -> label, of the adapter whose class table serves, or else of the base."""
-        return self._labels_of(None if self._book() is None else self._book().merged or self._book().weights)
+        return self._labels_of(None if self._book() is None else self._book().merged or self._book().serving)
 
     @labels.setter
     def labels(self, base_labels: dict[str, int]) -> None:
@@ -153,7 +153,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     def _resolve(self, classes: Sequence[int | str], entries: list[Entry] | None) -> list[int]:
         """Labels of class names and numbers, each in the class table of its own sample's adapter."""
         book = self._book()
-        serving = {} if book is None else book.merged or book.weights
+        serving = {} if book is None else book.merged or book.serving
         if entries is None:
             mixtures = [serving] * len(classes)
         else:

@@ -15,8 +15,8 @@ from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight, scaled
 from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, refuse_merged
-from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name
+from onelora_diffusion.injection.merging import unmerge_adapter
 from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
@@ -227,7 +227,7 @@ class OneLoRALoaderMixin:
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in '{self._component()}'")
         book = adapters_of(self._adapted_model())
         if adapter_name is None:
-            serving = list(book.merged or book.weights or book.adapters)
+            serving = list(book.merged or book.serving or book.adapters)
             if len(serving) != 1:
                 raise ValueError(f"adapters {', '.join(serving)} are active: give the adapter_name to save")
             adapter_name = serving[0]
@@ -284,7 +284,7 @@ class OneLoRALoaderMixin:
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that serve; fused ones too, and none while they are disabled."""
         book = self._book()
-        return [] if book is None else list(book.weights if book.merged is None else book.merged)
+        return [] if book is None else list(book.merged or book.serving)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> the names of its adapters, in the order of loading."""
@@ -294,15 +294,15 @@ class OneLoRALoaderMixin:
     def disable_lora(self) -> None:
         """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
         book = adapters_of(self._adapted_model())
-        refuse_merged(book, "disabled")
-        book.paused = book.weights or book.paused
-        book.activate({})
+        with book.turn:
+            book.require_unmerged("they are disabled")
+            book.pause()
 
     def enable_lora(self) -> None:
         """Bring back the adapters that `disable_lora` put out of service, with their weights."""
         book = adapters_of(self._adapted_model())
-        if not book.weights:
-            book.activate({name: weight for name, weight in book.paused.items() if name in book.adapters})
+        with book.turn:
+            book.resume()
 
     def set_lora_device(self, adapter_names: str | list[str], device: torch.device | str | int) -> None:
         """Move the named adapters' tensors to a device, such as the host's while others serve.
@@ -316,8 +316,8 @@ class OneLoRALoaderMixin:
         for name in names:
             for module in book.adapters[name].values():
                 module.to(device)
-        if book.merged is None:
-            book.activate(book.weights)  # sums of vectors that were kept are on the old device
+        if book.serving:
+            book.activate(book.serving)  # sums of vectors that were kept are on the old device
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Nothing to prepare: vectors have no rank to pad, and are swapped in place in a compiled model too.
@@ -346,32 +346,23 @@ class OneLoRALoaderMixin:
         self._check_components(components)
         model = self._adapted_model()
         book = adapters_of(model)
-        refuse_merged(book, "fused again")
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("the base's weights are offloaded: fuse before enable_sequential_cpu_offload")
         if _is_group_offload_enabled(model):  # between calls they are copies, or on the disk
             raise ValueError("the base's weights are offloaded: fuse before enable_group_offload")
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        names = list(book.weights) if names is None else [book.known(name) for name in names]
-        if not names:
-            raise ValueError("no adapter is active: name the adapters to fuse")
-        before = book.weights
-        fused = {n: book.checked(scaled(before.get(n, 1.0), lora_scale), n) for n in names}
-        book.activate(fused)
-        try:
-            merge_adapter(model, safe_merging=safe_fusing)
-        except ValueError:
-            book.activate(before)
-            raise
-        book.before_merging = before
+        with book.turn:
+            book.require_unmerged("they are fused again")
+            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+            names = list(book.serving) if names is None else [book.known(name) for name in names]
+            if not names:
+                raise ValueError("no adapter is active: name the adapters to fuse")
+            fused = {n: book.checked(scaled(book.serving.get(n, 1.0), lora_scale), n) for n in names}
+            book.merge(fused, check_finite=safe_fusing)
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base weights bit for bit, and the adapters with the weights they had before."""
         self._check_components(components)
-        book = adapters_of(self._adapted_model())
-        unmerge_adapter(book.model)
-        book.activate(book.before_merging or book.weights)
-        book.before_merging = {}
+        unmerge_adapter(self._adapted_model())
 
     @property
     def num_fused_loras(self) -> int:
@@ -403,9 +394,9 @@ class OneLoRALoaderMixin:
         Raises:
             ValueError: adapters serve unfused, and would be lost.
         """
-        if (book := self._book()) is not None and book.merged is None and book.weights:
+        if (book := self._book()) is not None and book.serving:
             raise ValueError(
-                f"adapters {', '.join(book.weights)} serve unfused, which a plain pipeline cannot hold: fuse_lora() "
+                f"adapters {', '.join(book.serving)} serve unfused, which a plain pipeline cannot hold: fuse_lora() "
                 "writes them into its weights, disable_lora() leaves the base, save_lora_weights() writes an adapter"
             )
         self._stock().save_pretrained(
@@ -456,18 +447,20 @@ class OneLoRALoaderMixin:
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):
-        """Inside, the adapters that serve weigh `scale` times what they do."""
-        if scale == 1:
-            yield
-            return
-        book = adapters_of(self._adapted_model())
-        refuse_merged(book, f"scaled by {scale}")
-        before = book.weights
-        book.activate({name: book.checked(scaled(weight, scale), name) for name, weight in before.items()})
-        try:
-            yield
-        finally:
-            book.activate(before)
+        """Inside, the adapters that serve weigh `scale` times what they do; other threads wait until the end."""
+        book = self._book()
+        with contextlib.nullcontext() if book is None else book.turn:
+            if scale == 1:
+                yield
+                return
+            book = adapters_of(self._adapted_model())
+            book.require_unmerged(f"they are scaled by {scale}")
+            before = book.serving
+            book.activate({name: book.checked(scaled(weight, scale), name) for name, weight in before.items()})
+            try:
+                yield
+            finally:
+                book.activate(before)
 
 
 # ---------------------------------------------------------------------------------------------------

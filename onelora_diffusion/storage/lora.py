@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
@@ -60,27 +59,22 @@ def export_lora(
     book = adapters_of(model)
     adapter_name = book.chosen(adapter_name)
     adapter, config = book.adapters[adapter_name], book.configs[adapter_name]
-    reasons = {
-        f"it is of method '{config.method}'": not config.is_vector,
-        "it trains a class table": CLASS_TABLE in adapter,
-        "it trains biases (β)": config.bias,
-        "it trains scales (γ)": config.scale,
-        "it trains norms": any(not hasattr(m, "b") for p, m in adapter.items() if p != CLASS_TABLE),
-        "its compression is random, not the sum": config.compression != "sum",
-        "it has no sum part (b)": config.is_vector and not config.sum,
-    }
-    if found := [reason for reason, holds in reasons.items() if holds]:
+    pairs, reasons = {}, []
+    for layer, module in adapter.items():
+        try:
+            pairs[layer] = module.lora()
+        except ValueError as reason:
+            reasons.append(str(reason))
+    if reasons:
         raise ValueError(
-            f"adapter '{adapter_name}' cannot be a LoRA: {', '.join(found)}; merge_adapter and save_pretrained write "
-            "all of it into a plain model"
+            f"adapter '{adapter_name}' cannot be a LoRA: it is of method '{config.method}', "
+            f"{', '.join(dict.fromkeys(reasons))}; merge_adapter and save_pretrained write all into a plain model"
         )
 
     component = "unet" if type(model).__name__.startswith("UNet") else "transformer"
     lora = {}
-    for layer, module in adapter.items():
-        in_features = model.get_submodule(layer).in_features
-        lora[f"{layer}.lora_A.weight"] = torch.ones(1, in_features, dtype=dtype)
-        lora[f"{layer}.lora_B.weight"] = module.b.detach().to("cpu", dtype).unsqueeze(1).clone()
+    for layer, (a, b) in pairs.items():
+        lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
     settings = {"r": 1, "lora_alpha": 1, "target_modules": list(adapter), "bias": "none"}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
     path = Path(path)

@@ -77,7 +77,7 @@ def test_twins_share_the_weights_and_a_conditioning_changes_no_output(base):
     model = twin(base)
     assert resident_bytes(nn.ModuleList([base, model])) == resident_bytes(base)
     before = resident_bytes(model)
-    DiTConditioning(model)
+    DiTConditioning(model).install()
     assert before - resident_bytes(model) == resident_bytes(base.transformer_blocks[1].norm1.emb)
     torch.testing.assert_close(output(model), output(base), atol=0, rtol=0)
 
@@ -162,7 +162,7 @@ def test_bf16_base_and_resident_bytes(tmp_path):
     assert held["bf16-base"] * 2 == held["bf16"]
     whole = make_base(**(SMALL | {"layers": 28}))
     assert results["resident"]["stock"] == resident_bytes(whole)
-    DiTConditioning(whole)
+    DiTConditioning(whole).install()
     assert results["resident"]["shared"] == resident_bytes(whole)
 
 

@@ -75,7 +75,7 @@ def test_order_of_verbs(dit):
     with pytest.raises(ValueError, match="no adapter is merged"):
         unmerge_adapter(dit)
     merge_adapter(dit)
-    with pytest.raises(ValueError, match="already merged"):
+    with pytest.raises(ValueError, match="are merged: unmerge them before"):
         merge_adapter(dit)
     with pytest.raises(ValueError, match="unmerge them before adding another"):
         inject_adapter(dit, AdapterConfig(), "second")

@@ -4,7 +4,7 @@ from conftest import dit_inputs, make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, set_adapters, unload_adapter
-from onelora_diffusion.injection import routing as routing_module
+from onelora_diffusion.adapters import vector as vector_module
 from onelora_diffusion.injection.routing import route_adapters, route_beside_base
 
 CONFIGS = {
@@ -119,8 +119,8 @@ def test_beside_the_base_equals_two_models(names):
 def test_stacks_are_made_once_for_a_route(monkeypatch):
     model, inputs = make_routed(), dit_inputs(3)
     made = []
-    stack = routing_module._stack
-    monkeypatch.setattr(routing_module, "_stack", lambda *args: made.append(1) or stack(*args))
+    stack = vector_module._stack
+    monkeypatch.setattr(vector_module, "_stack", lambda *args: made.append(1) or stack(*args))
     with torch.no_grad(), route_adapters(model, ["food", "birds", None]):
         before = len(made)
         model(**inputs)

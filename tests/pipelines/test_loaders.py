@@ -223,7 +223,7 @@ def test_11_fuse_some_or_all(both):
     both.fuse_lora(adapter_names=["food", "plain"])
     assert both.num_fused_loras == 2
     assert close(run(both), together)
-    with pytest.raises(ValueError, match="are fused, and cannot be fused again: unfuse_lora"):
+    with pytest.raises(ValueError, match="are merged: unmerge them before they are fused again .*unfuse_lora"):
         both.fuse_lora()
     both.unfuse_lora()
     assert both.num_fused_loras == 0

@@ -1,0 +1,146 @@
+"""Adapters on bases whose weights a quantisation has packed: torchao, quanto, bitsandbytes, GGUF."""
+
+import pytest
+import torch
+from conftest import dit_inputs, make_dit, randomize
+from torch import nn
+
+from onelora_diffusion import (
+    AdapterConfig,
+    adapter_state_dict,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    unload_adapter,
+)
+
+
+def replace_linears(model, quantised):
+    """Puts `quantised(linear)` in the place of every linear layer."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, quantised(module))
+    return model
+
+
+def torchao_int8(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def quanto_int8(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    return model
+
+
+def bitsandbytes_int8(model):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantised(linear):
+        layer = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(
+            linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False
+        )
+        layer.bias = linear.bias
+        return layer
+
+    return replace_linears(model, quantised).to("cpu")
+
+
+def bitsandbytes_nf4(model):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def quantised(linear):
+        layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
+        layer.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.detach().clone(), requires_grad=False, quant_type="nf4"
+        )
+        layer.bias = linear.bias
+        return layer
+
+    return replace_linears(model, quantised).to("cpu")
+
+
+def gguf_q8(model):
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+
+    def quantised(linear):
+        layer = GGUFLinear(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+        packed = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().numpy(), kind))
+        layer.weight, layer.bias = GGUFParameter(packed, quant_type=kind), linear.bias
+        return layer
+
+    return replace_linears(model, quantised)
+
+
+QUANTISATIONS = [torchao_int8, quanto_int8, bitsandbytes_int8, bitsandbytes_nf4, gguf_q8]
+quantisations = pytest.mark.parametrize("quantised", QUANTISATIONS)
+
+
+@quantisations
+def test_trains_and_serves_beside_the_packed_weights(quantised, inputs):
+    model = quantised(make_dit()).requires_grad_(False)
+    layer = model.transformer_blocks[0].ff.net[2]
+    x = torch.randn(3, 5, layer.in_features)
+    base, base_layer = model(**inputs).sample, layer(x)
+    inject_adapter(model, AdapterConfig(num_classes=5))
+    b = randomize(model).get_parameter("transformer_blocks.0.ff.net.2.onelora.default.b")
+    torch.testing.assert_close(layer(x), base_layer + x.sum(-1, keepdim=True) * b, atol=1e-4, rtol=1e-4)
+    model(**inputs).sample.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapter_state_dict(model).values())
+    unload_adapter(model)
+    assert torch.equal(model(**inputs).sample, base)
+
+
+@quantisations
+def test_an_adapter_fits_the_base_and_its_quantised_self_alike(quantised, tmp_path):
+    full, packed = make_dit(), quantised(make_dit())
+    for here, there in ((full, packed), (packed, full)):
+        randomize(inject_adapter(here, AdapterConfig(num_classes=5)))
+        save_adapter(here, tmp_path)
+        load_adapter(there, tmp_path)
+        for name, tensor in adapter_state_dict(here).items():
+            assert torch.equal(tensor, adapter_state_dict(there)[name])
+        unload_adapter(here)
+        unload_adapter(there)
+
+
+@quantisations
+def test_merging_is_refused_with_what_to_do(quantised, inputs):
+    model = quantised(make_dit()).requires_grad_(False)
+    randomize(inject_adapter(model, AdapterConfig(), "a"))
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        with pytest.raises(ValueError, match="is quantised: serve adapters unmerged, or merge into the unq"):
+            merge_adapter(model)
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("quantised", QUANTISATIONS[1:])
+def test_quantising_after_injection_is_said_at_the_next_call(quantised):
+    model = inject_adapter(make_dit(), AdapterConfig())
+    quantised(model)
+    with pytest.raises(ValueError, match="was replaced after its adapter was attached"):
+        model(**dit_inputs())
+    unload_adapter(model)
+    model(**dit_inputs())  # a base that runs
+
+
+def test_torchao_quantises_in_place_and_keeps_adapters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    randomize(inject_adapter(model, AdapterConfig(targets=("0", "2"))))
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        b = model[0].onelora["default"].b
+        adapted = nn.functional.linear(x, model[0].weight, model[0].bias) + x.sum(1, keepdim=True) * b
+        torchao_int8(model)
+        torch.testing.assert_close(model[0](x), adapted, atol=0.05, rtol=0.05)  # int8: 0.4 % of a weight

@@ -1,0 +1,83 @@
+"""One model, many callers: a route, a scale or a pause belongs to the call that asked for it."""
+
+import asyncio
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import dit_inputs, make_dit, randomize
+
+from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter, route_adapters, set_adapters
+
+
+def make_model():
+    model = make_dit()
+    for seed, name in enumerate(("a", "b")):
+        randomize(inject_adapter(model, AdapterConfig(), name), seed=seed)
+    return model.requires_grad_(False)
+
+
+def test_every_thread_gets_what_it_asked_for():
+    model, inputs = make_model(), dit_inputs(1)
+    start = threading.Barrier(4)
+
+    def routed(name):
+        with route_adapters(model, [name]):
+            return model(**inputs).sample
+
+    def plain():
+        return model(**inputs).sample
+
+    def paused():
+        with disable_adapter(model):
+            return model(**inputs).sample
+
+    calls = [lambda: routed("a"), lambda: routed("b"), plain, paused]
+    expected = [call() for call in calls]
+
+    def many(number):
+        start.wait()
+        return sum(torch.equal(calls[number](), expected[number]) for _ in range(25))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(many, range(4))) == [25] * 4
+    assert model._onelora.serving == {"b": 1.0}
+
+
+def test_a_forward_that_fails_lets_the_next_thread_in():
+    model, inputs = make_model(), dit_inputs(1)
+    with pytest.raises(RuntimeError):
+        model(**inputs | {"hidden_states": torch.zeros(1, 3, 8, 8)})
+    with pytest.raises(ValueError, match="no multiple"), route_adapters(model, ["a", "b"]):
+        model(**inputs)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: model(**inputs)).result(timeout=60)
+
+
+def test_a_second_task_of_one_thread_is_refused():
+    model = make_model()
+
+    async def route(name):
+        with route_adapters(model, [name]):
+            await asyncio.sleep(0.01)
+
+    async def both():
+        return await asyncio.gather(route("a"), route("b"), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None
+    assert isinstance(second, RuntimeError) and "another task of this thread" in str(second)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_serves_on_its_own(copied):
+    model, inputs = make_model(), dit_inputs(1)
+    other = copied(model)
+    assert torch.equal(other(**inputs).sample, model(**inputs).sample)
+    set_adapters(other, "a")
+    assert model._onelora.serving == {"b": 1.0} and other._onelora.serving == {"a": 1.0}
+    with route_adapters(model, ["a"]):
+        torch.testing.assert_close(other(**inputs).sample, model(**inputs).sample, atol=1e-5, rtol=1e-5)

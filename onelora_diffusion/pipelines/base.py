@@ -1,11 +1,12 @@
 """Where a base model comes from: the miniature inside the package, a folder, or the hub."""
 
 import json
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
+
+from onelora_diffusion.remote import HUB_ID, is_in_reach
 
 
 def miniature_path() -> Path:
@@ -27,7 +28,7 @@ def load_base(base: str | Path | None = None):
     from diffusers import DiTPipeline
 
     folder = miniature_path() if base is None else Path(base).expanduser()
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(base)):
+    if not folder.exists() and HUB_ID.fullmatch(str(base)):
         folder = _fetch(str(base))
     elif not folder.is_dir():
         raise FileNotFoundError(
@@ -69,12 +70,14 @@ def _fetch(hub_id: str) -> Path:
     from diffusers import DiTPipeline
 
     try:
-        return Path(DiTPipeline.download(hub_id))
+        is_online = is_in_reach(hub_id)
+    except FileNotFoundError as error:
+        raise ValueError(f"base model '{hub_id}': there is no such folder, and {error}") from error
+    try:
+        return Path(DiTPipeline.download(hub_id, local_files_only=not is_online))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's
-        raise ValueError(
-            f"base model '{hub_id}': no such folder, and it cannot be fetched from the hub (no network, no "
-            f"such model, or no access to it); {type(error).__name__}"
-        ) from error
+        reason = _first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
+        raise ValueError(f"base model '{hub_id}': there is no such folder, and {reason}") from error
 
 
 def _first_line(error: Exception) -> str:

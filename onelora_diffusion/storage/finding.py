@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onelora_diffusion.remote import HUB_ID, is_in_reach
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, PEFT_CONFIG, PEFT_LORA
 
@@ -65,7 +65,7 @@ def find_weights(source: str | os.PathLike, place: Place = Place()) -> Path:
         return _no_pickle(local)
     if folder.is_dir():
         return _file_in(folder, place.weight_name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or local.is_dir():
+    if not HUB_ID.fullmatch(str(source)) or local.is_dir():
         raise FileNotFoundError(f"no adapter at '{folder}': there is no such file or folder, and it is no hub id")
     names = [place.weight_name] if place.weight_name else KNOWN_NAMES
     _no_pickle(Path(names[0]))
@@ -99,16 +99,20 @@ def _listed(folder: Path) -> str:
 
 
 def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    try:
+        is_online = not place.local_files_only and is_in_reach(repo_id, place.token)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no adapter: there is no folder '{repo_id}', and {error}") from error
     settings = {
         "subfolder": place.subfolder,
         "revision": place.revision,
         "token": place.token,
         "cache_dir": place.cache_dir,
         "force_download": place.force_download,
-        "local_files_only": bool(place.local_files_only) or constants.HF_HUB_OFFLINE,
+        "local_files_only": not is_online,
     }
     failure = None
     for name in names:

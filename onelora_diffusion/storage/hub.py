@@ -1,14 +1,12 @@
 """Share an adapter: its file, a model card and a sample grid in a repository of the Hugging Face hub."""
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from onelora_diffusion.injection.attaching import AdapterFile
+from onelora_diffusion.remote import HUB_ID
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARD = """---
 {yaml}

@@ -315,6 +315,7 @@ def test_15_a_hub_id(pipe, files, tmp_path, monkeypatch):
         return str(files["food"] / "onelora_weights.safetensors")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda api, hub_id, timeout: None)
     pipe.load_lora_weights("someone/food", revision="v1")
     assert asked[0] == ("someone/food", "onelora_weights.safetensors", "v1")
     assert pipe.get_label_ids("sushi") == [1]

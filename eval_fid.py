@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from onelora_diffusion import count_trainable, disable_adapter, load_adapter, read_adapter
-from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.images import Source, open_images, share
 from onelora_diffusion.evaluation.judge import (
@@ -241,4 +241,5 @@ def num_base_classes(pipeline) -> int:
 
 if __name__ == "__main__":
     start_all_processes()
+    quieten()
     main(parse(sys.argv[1:], __doc__))

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from onelora_diffusion.command_line import quieten
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.files import written_beside
 from onelora_diffusion.launch import start_all_processes
@@ -208,4 +209,5 @@ def read_image(path: Path) -> np.ndarray:
 
 if __name__ == "__main__":
     start_all_processes()
+    quieten()
     main(tyro.cli(Settings))

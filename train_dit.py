@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from onelora_diffusion import adapter_state_dict, inject_adapter
-from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
@@ -290,6 +290,7 @@ def train(job: Job, stop: Stop) -> int:
 
 if __name__ == "__main__":
     start_all_processes()
+    quieten()
     with one_line_errors("train_dit.py", same_everywhere=True):
         chosen = parse_command_line(sys.argv[1:], RECIPES)
     sys.exit(main(chosen, started()))

@@ -31,7 +31,7 @@ from onelora_diffusion.pipelines.dit import OneLoRADiTPipeline
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA
 
-OURS = "1LoRA"
+ONE_LORA = "1LoRA"
 VERBS = ("first load", "load", "switch", "hot-swap")
 
 
@@ -168,7 +168,7 @@ class PeftLora:
         hotswap_adapter(self.model, self.file, name, torch_device="cpu")
 
 
-PEERS = {OURS: Ours, "PEFT LoRA r=1": PeftLora, "PEFT LoRA r=1, diffusers": DiffusersLora}
+LOADERS = {ONE_LORA: Ours, "PEFT LoRA r=1": PeftLora, "PEFT LoRA r=1, diffusers": DiffusersLora}
 
 
 def lora_config(base: nn.Module):
@@ -195,12 +195,12 @@ def measure_loading(settings: AdaptersSettings) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         files = Path(folder)
         write_files(base, files)
-        plain = {name: [peer(twin(base), files) for _ in range(settings.rounds + 1)] for name, peer in PEERS.items()}
+        plain = {name: [peer(twin(base), files) for _ in range(settings.rounds + 1)] for name, peer in LOADERS.items()}
         serving = {name: peers[0] for name, peers in plain.items()}  # each of the others loads once only
 
         def verb(call: Callable[[str], Callable[[], None]], warmup: int, label: str) -> dict[str, np.ndarray]:
             clock = time.process_time if settings.clock == "cpu" else time.perf_counter
-            steps = {name: call(name) for name in PEERS}
+            steps = {name: call(name) for name in LOADERS}
             return interleave(steps, settings.rounds, warmup=warmup, clock=clock, label=label)
 
         def first(name):
@@ -224,9 +224,9 @@ def measure_loading(settings: AdaptersSettings) -> list[dict]:
         for label, call in (("load", load), ("switch", switch), ("hot-swap", hotswap)):
             seconds[label] = verb(call, 2, label)
     return [
-        {"peer": name, "verb": label, "seconds": quartiles(own[name]), "ours_over_it": ratio(own[OURS], own[name])}
+        {"peer": name, "verb": label, "seconds": quartiles(own[name]), "ours_over_it": ratio(own[ONE_LORA], own[name])}
         for label, own in seconds.items()
-        for name in PEERS
+        for name in LOADERS
     ]
 
 
@@ -304,8 +304,8 @@ def measure_mixed(settings: AdaptersSettings) -> list[dict]:
             serving, routed = our_models(base, count)
             routes.enter_context(route_adapters(routed, names))
             peft = peft_model(base, count)
-            steps[OURS, "one", count] = lambda model=serving: model(*batch)
-            steps[OURS, "mixed", count] = lambda model=routed: model(*batch)
+            steps[ONE_LORA, "one", count] = lambda model=serving: model(*batch)
+            steps[ONE_LORA, "mixed", count] = lambda model=routed: model(*batch)
             steps["PEFT", "one", count] = lambda model=peft: model(*batch)
             steps["PEFT", "mixed", count] = lambda model=peft, names=names: model(*batch, adapter_names=names)
             openings[count] = lambda model=serving, names=names: _open(model, names)
@@ -325,11 +325,11 @@ def measure_mixed(settings: AdaptersSettings) -> list[dict]:
         row["base_seconds"] = quartiles(seconds["base"])
         row["stock_base_over_base"] = ratio(seconds["base, stock"], seconds["base"])
         row["open_seconds"] = quartiles(opening[count])
-        for peer, reference in ((OURS, "base"), ("PEFT", "base, stock")):
+        for peer, reference in ((ONE_LORA, "base"), ("PEFT", "base, stock")):
             for kind in ("one", "mixed"):
                 own = seconds[peer, kind, count]
                 row[f"{peer}, {kind}"] = {"seconds": quartiles(own), "over_base": ratio(own, seconds[reference])}
-        row["ours_over_peft"] = ratio(seconds[OURS, "mixed", count], seconds["PEFT", "mixed", count])
+        row["ours_over_peft"] = ratio(seconds[ONE_LORA, "mixed", count], seconds["PEFT", "mixed", count])
     return rows
 
 
@@ -388,9 +388,9 @@ def _loading_table(rows: list[dict]) -> list[str]:
         [peer] + [_spread(by_peer[peer, verb]["seconds"], 1e3, 1) for verb in VERBS]
         for peer in dict.fromkeys(row["peer"] for row in rows)
     ]
-    for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
+    for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != ONE_LORA):
         cells.append(
-            [f"{OURS} / {peer.removeprefix('PEFT ')}"]
+            [f"{ONE_LORA} / {peer.removeprefix('PEFT ')}"]
             + [_spread(by_peer[peer, verb]["ours_over_it"], digits=3) for verb in VERBS]
         )
     return table(["ms", *VERBS], cells)
@@ -402,7 +402,11 @@ def _mixed_table(rows: list[dict]) -> list[str]:
         header,
         [
             [str(row["adapters"])]
-            + [_spread(row[f"{peer}, {kind}"]["over_base"]) for peer in (OURS, "PEFT") for kind in ("one", "mixed")]
+            + [
+                _spread(row[f"{peer}, {kind}"]["over_base"])
+                for peer in (ONE_LORA, "PEFT")
+                for kind in ("one", "mixed")
+            ]
             + [_spread(row["ours_over_peft"], digits=3)]
             for row in rows
         ],

@@ -1,6 +1,7 @@
 """1LoRA for diffusion transformers: y = W0 x + bias + b · Σᵢ xᵢ, one trained vector per linear layer."""
 
 import importlib
+from importlib.metadata import version
 
 from onelora_diffusion.adapters import methods as methods  # the table that settings are checked against
 from onelora_diffusion.config import AdapterConfig
@@ -19,7 +20,7 @@ from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter, s
 from onelora_diffusion.storage.hub import push_to_hub
 from onelora_diffusion.storage.lora import export_lora
 
-__version__ = "0.1.0"
+__version__ = version("onelora-diffusion")  # pyproject.toml's
 
 __all__ = [
     "AdapterConfig",

@@ -75,3 +75,10 @@ def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def quieten() -> None:
+    """Hides diffusers' bar of loaded components, which says nothing to who runs a script."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()

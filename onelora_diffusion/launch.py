@@ -31,7 +31,7 @@ def start_all_processes() -> None:
     end_with_launcher()
     if not is_left_alone():
         return
-    number, port = asked_of(psutil.Process().parent().cmdline())
+    number, port = processes_asked_for(psutil.Process().parent().cmdline())
     if number == 1:
         return
     if number is None:
@@ -81,7 +81,7 @@ def is_left_alone() -> bool:
     return is_on_cpu and is_several and not any(name in os.environ for name in started_by)
 
 
-def asked_of(command_line: list[str]) -> tuple[int | None, int | None]:
+def processes_asked_for(command_line: list[str]) -> tuple[int | None, int | None]:
     """The number of processes, and their port if one was named, of an `accelerate launch`.
 
     The number is None if it cannot be known, or if it is that of several machines.

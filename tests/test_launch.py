@@ -26,18 +26,18 @@ def no_default_config(monkeypatch, tmp_path):
     ],
 )
 def test_the_number_is_read_from_the_launchers_command_line(words, expected):
-    assert launch.asked_of(ACCELERATE + words.split()) == expected
-    assert launch.asked_of(["python", "/bin/accelerate-launch", *words.split()]) == expected
+    assert launch.processes_asked_for(ACCELERATE + words.split()) == expected
+    assert launch.processes_asked_for(["python", "/bin/accelerate-launch", *words.split()]) == expected
 
 
 def test_the_number_is_read_from_a_config_file(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 5\nuse_cpu: true\n")
-    assert launch.asked_of([*ACCELERATE, "--config_file", str(config), "train.py"]) == (5, None)
+    assert launch.processes_asked_for([*ACCELERATE, "--config_file", str(config), "train.py"]) == (5, None)
 
 
 def test_another_parent_tells_nothing():
-    assert launch.asked_of(["bash", "-c", "python train.py"]) == (None, None)
+    assert launch.processes_asked_for(["bash", "-c", "python train.py"]) == (None, None)
 
 
 class Replaced(BaseException):

@@ -5,7 +5,7 @@ import torch
 
 import benchmark
 from benchmarks.adapters import (
-    PEERS,
+    LOADERS,
     AdaptersSettings,
     adapter_bytes,
     adapters,
@@ -54,14 +54,14 @@ def test_peft_s_mixed_batch_of_the_same_adapters_gives_the_same_output():
         assert (serving(*batch).sample[1::3] - mixed[1::3]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", LOADERS)
 def test_every_peer_loads_switches_and_swaps(tmp_path, name):
     """Files hold what an adapter starts with, which leaves the base as it is; other values move it."""
     chosen = settings()
     base = fp32_base(chosen)
     write_files(base, tmp_path)
     latents, timesteps, labels = batch_of(chosen)
-    peer = PEERS[name](twin(base), tmp_path)
+    peer = LOADERS[name](twin(base), tmp_path)
 
     def output():
         model = peer.pipe.transformer if name == "1LoRA" else peer.model
@@ -97,7 +97,7 @@ def test_tables_and_files(tmp_path):
     results = adapters(settings(output_dir=tmp_path))
     assert json.loads((tmp_path / "adapters.json").read_text())["mixed"] == json.loads(json.dumps(results["mixed"]))
     assert {(row["peer"], row["verb"]) for row in results["load"]} == {
-        (peer, verb) for peer in PEERS for verb in ("first load", "load", "switch", "hot-swap")
+        (peer, verb) for peer in LOADERS for verb in ("first load", "load", "switch", "hot-swap")
     }
     assert all(row["ours_over_it"] == (1, 1, 1) for row in results["load"] if row["peer"] == "1LoRA")
     assert [row["route_bytes"] for row in results["mixed"]] == [4 * TRAINED, 3 * 4 * TRAINED]

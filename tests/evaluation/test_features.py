@@ -8,13 +8,8 @@ from PIL import Image
 from rounding import assert_rounded, rounding
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from onelora_diffusion.evaluation.features import (
-    DINOV2_HUB_ID,
-    DINOV2_REVISION,
-    INCEPTION_SHA256,
-    distance_name,
-    load_features,
-)
+from onelora_diffusion.evaluation.features import distance_name, load_features
+from onelora_diffusion.evaluation.features.base import DINOV2_HUB_ID, DINOV2_REVISION, INCEPTION_SHA256
 from onelora_diffusion.evaluation.features.inception import inception_2015, inception_random
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import RunningStatistics

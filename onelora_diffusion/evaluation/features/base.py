@@ -2,6 +2,14 @@
 
 from torch import Tensor, nn
 
+# What a file of statistics that another tool wrote says of the weights and the resize behind it.
+UNTOLD = "not told"
+# ViT-L/14 as Meta released it, on the Hugging Face hub
+DINOV2_HUB_ID, DINOV2_REVISION = "facebook/dinov2-large", "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
+DINOV2_PUBLISHED = f"{DINOV2_HUB_ID}@{DINOV2_REVISION}"
+# torch-fidelity's release of the Inception weights of 2015, weights-inception-2015-12-05-6726825d.pth
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
 
 class Features(nn.Module):
     """A frozen module: uint8 images (batch, 3, R, R) -> float64 features (batch, num_features).

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import InterpolationMode, normalize, resize
 
-from onelora_diffusion.evaluation.features import DINOV2_HUB_ID, DINOV2_PUBLISHED, DINOV2_REVISION
-from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.features.base import DINOV2_HUB_ID, DINOV2_PUBLISHED, DINOV2_REVISION, Features
 
 SIDE = 224
 

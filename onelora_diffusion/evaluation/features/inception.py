@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from onelora_diffusion.evaluation.features import INCEPTION_SHA256
-from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.features.base import INCEPTION_SHA256, Features
 
 NUM_SPATIAL = 7 * 17 * 17
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_exports_load_with_stock_classes_and_differ_from_the_base(tmp_path, monkeypatch, capsys):

@@ -10,26 +10,33 @@ import torch
 from torch import Tensor, nn
 
 
-def rounding(terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """The error allowed in a sum of so many terms, relative to its size."""
-    return 4 * terms**0.5 * torch.finfo(dtype).eps
+def rounding(terms: int | nn.Module, dtype: torch.dtype = torch.float32) -> float:
+    """The error allowed in a sum of so many terms, or in a model's output, relative to its size.
 
-
-def terms_of(model: nn.Module) -> int:
-    """The terms that a model adds up on the way to one output: what one row of each of its weights has.
-
-    In half precision a row is summed in float32 and rounded once, to the layer's output.
+    A model adds up one row of each of its weights on the way to an output, in float32 or better, and keeps each sum in
+    the weight's own precision.
     """
-    rows = [parameter[0] for parameter in model.parameters() if parameter.ndim > 1]
-    return sum(row.numel() if row.element_size() >= 4 else 1 for row in rows)
+    if not isinstance(terms, nn.Module):
+        return 4 * terms**0.5 * torch.finfo(dtype).eps
+    squares = 0.0
+    for row in (parameter[0] for parameter in terms.parameters() if parameter.ndim > 1):
+        eps = torch.finfo(row.dtype).eps
+        squares += row.numel() * min(eps, torch.finfo(torch.float32).eps) ** 2 + eps**2
+    return 4 * squares**0.5
 
 
 def assert_rounded(found: Tensor, expected: Tensor, terms: int | nn.Module, size: float | None = None) -> None:
-    """Assert that values differ by no more than the rounding of so many terms, or of a model's.
+    """Assert that values differ by no more than the rounding of so many terms, or of a model.
 
     Args:
-        size: how large the terms' sums get on their way, if larger than the largest expected value.
+        size: how large the sums get on their way, if larger than the largest expected value.
     """
-    terms = terms_of(terms) if isinstance(terms, nn.Module) else terms
+    dtype = max(found.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     size = expected.abs().max().item() if size is None else size
-    torch.testing.assert_close(found, expected, rtol=0, atol=size * rounding(terms, expected.dtype))
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=size * rounding(terms, dtype))
+
+
+def assert_rounded_together(found: list[Tensor], expected: list[Tensor], terms: int | nn.Module) -> None:
+    """The same for tensors that are parts of one result, such as a model's gradients: the largest sets the size."""
+    found, expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, expected))
+    assert_rounded(found, expected, terms)

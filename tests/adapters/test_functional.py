@@ -1,4 +1,5 @@
 import torch
+from rounding import assert_rounded
 
 from onelora_diffusion.adapters.functional import add_outer_, add_vector_, feature_sum
 
@@ -33,7 +34,7 @@ def test_gradients_equal_the_plain_formula():
     ours = gradients(lambda x, b, beta: add_vector_(add_outer_(linear(x), feature_sum(x), b), beta))
     plain = gradients(lambda x, b, beta: linear(x) + b * x.sum(-1, keepdim=True) + beta)
     for own, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(own, expected)
+        assert_rounded(own, expected, terms=5 * 7 * 6)  # features in and out, and tokens
 
 
 def test_fp16_feature_sum_past_its_range_stays_finite():

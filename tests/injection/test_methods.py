@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import make_dit, randomize
+from peft import PeftType
+from rounding import assert_rounded
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -35,7 +37,7 @@ CONFIGS = {
     "peft:ia3": {"peft_config": {"feedforward_modules": []}},
     "peft:fourierft": {"peft_config": {"n_frequency": 5, "init_weights": True}},
     "peft:vblora": {"peft_config": {"num_vectors": 8, "vector_length": 8, "topk": 2}},
-    "peft:road": {"peft_config": {"group_size": 16}},
+    **({"peft:road": {"peft_config": {"group_size": 16}}} if "ROAD" in PeftType.__members__ else {}),  # PEFT >= 0.18
     "peft:miss": {"peft_config": {"r": 2}},
 }
 FUSABLE = [name for name in CONFIGS if name != "full"]
@@ -61,8 +63,10 @@ def test_starts_as_the_base(case, inputs):
     base, model = make_dit(), inject_adapter(make_dit(), config_of(*case))
     labels = {"class_labels": torch.full((3,), 10)}  # the null row, the only one of the new table that is the base's
     out, expected = model(**inputs | labels).sample, base(**inputs | labels).sample
-    tolerance = 0.02 if case[0] == "peft:vblora" else 1e-5  # VB-LoRA's vectors and weights both start beside zero
-    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    if case[0] == "peft:vblora":  # its vectors and weights both start beside zero, by up to 0.02
+        torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    else:
+        assert_rounded(out, expected, model)
     with disable_adapter(model):
         assert torch.equal(model(**inputs).sample, base(**inputs).sample)
 
@@ -112,7 +116,7 @@ def test_merge_and_unmerge(case, inputs):
     with torch.no_grad():
         expected = model(**inputs).sample
         merge_adapter(model)
-        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+        assert_rounded(model(**inputs).sample, expected, model)
         assert not [m for m in model.modules() if m._forward_hooks]
         unmerge_adapter(model)
         assert torch.equal(model(**inputs).sample, expected)
@@ -140,11 +144,11 @@ def test_two_adapters_with_weights(case, inputs):
         set_adapters(model, "default")
         assert torch.equal(model(**inputs).sample, only_first)
         set_adapters(model, "second", 0.0)
-        torch.testing.assert_close(model(**inputs).sample, make_dit()(**inputs).sample, atol=1e-5, rtol=1e-5)
+        assert_rounded(model(**inputs).sample, make_dit()(**inputs).sample, model)
         set_adapters(model, ["default", "second"], [0.75, -0.5])
         both = model(**inputs).sample
         merge_adapter(model)
-        torch.testing.assert_close(model(**inputs).sample, both, atol=1e-4, rtol=1e-4)
+        assert_rounded(model(**inputs).sample, both, model)
         unload_adapter(model)
     assert torch.equal(model(**inputs).sample, make_dit()(**inputs).sample)
 
@@ -164,7 +168,7 @@ def test_a_new_adapter_starts_from_the_base_whatever_serves(inputs):
     null = {**inputs, "class_labels": torch.full((3,), 10)}
     for name in ("dora", "full"):
         inject_adapter(model, config_of(name), f"new-{name}")
-        torch.testing.assert_close(model(**null).sample, make_dit()(**null).sample, atol=1e-5, rtol=1e-5)
+        assert_rounded(model(**null).sample, make_dit()(**null).sample, model)
 
 
 def test_methods_side_by_side(inputs):
@@ -182,7 +186,7 @@ def test_methods_side_by_side(inputs):
         randomize(inject_adapter(model, config_of(*case), name))
     for name in cases:
         set_adapters(model, name)
-        torch.testing.assert_close(model(**inputs).sample, alone[name], atol=1e-6, rtol=1e-5)
+        assert_rounded(model(**inputs).sample, alone[name], model)
     with pytest.raises(ValueError, match="'c' trains q, k and v, which 'b' adapts as one"):
         set_adapters(model, ["b", "c"])
 
@@ -192,9 +196,9 @@ def test_methods_side_by_side(inputs):
             set_adapters(model, names, 0.5)
             expected = model(**inputs).sample
             assert torch.equal(merge_adapter(model)(**inputs).sample, model(**inputs).sample)
-            torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+            assert_rounded(model(**inputs).sample, expected, model)
             unmerge_adapter(model)
-            torch.testing.assert_close(model(**inputs).sample, expected, atol=0, rtol=0)
+            assert torch.equal(model(**inputs).sample, expected)
         set_adapters(model, "e")  # as when `state` was taken
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
@@ -225,7 +229,7 @@ def test_full_is_plain_training(inputs):
         optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
         network(**inputs).sample.square().mean().backward()
         optimizer.step()
-    torch.testing.assert_close(model(**inputs).sample, base(**inputs).sample, atol=1e-5, rtol=1e-5)
+    assert_rounded(model(**inputs).sample, base(**inputs).sample, model)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -240,7 +244,7 @@ def test_save_pretrained_is_the_base_and_merged_the_adapted_model(inputs, name, 
     for folder, output in (("base", make_dit()(**inputs).sample), ("merged", expected)):
         stock, info = DiTTransformer2DModel.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(info.values())
-        torch.testing.assert_close(stock.eval()(**inputs).sample, output, atol=1e-5, rtol=1e-4)
+        assert_rounded(stock.eval()(**inputs).sample, output, stock)
 
 
 def test_fused_layers_need_all_three():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import dit_inputs, make_dit, randomize
+from rounding import assert_rounded, assert_rounded_together
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, set_adapters, unload_adapter
@@ -46,7 +47,7 @@ def test_every_sample_equals_its_own_single_run(grad, equal_copies, fuse_qkv):
         before = model(**inputs).sample
         with route_adapters(model, NAMES):
             out = model(**inputs).sample
-        torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
+        assert_rounded(out, torch.cat(expected), model)
         assert torch.equal(model(**inputs).sample, before)
 
 
@@ -60,7 +61,7 @@ def test_a_guided_batch_is_served_in_turns_and_label_1000_is_each_table_s_null_r
             alone = sample_of(inputs, i) | {"class_labels": torch.tensor([1 if i < 3 else null[name]])}
             with route_adapters(model, names):
                 routed = model(**inputs).sample[i : i + 1]
-            torch.testing.assert_close(routed, run_alone(model, name, **alone), atol=1e-5, rtol=1e-5)
+            assert_rounded(routed, run_alone(model, name, **alone), model)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -79,8 +80,7 @@ def test_gradients_are_those_of_the_single_runs(fuse_qkv, checkpointing):
     model.zero_grad()
     for i, name in enumerate(names):
         run_alone(model, name, **sample_of(inputs, i)).square().sum().backward()
-    for gradient, p in zip(routed, trained, strict=True):
-        torch.testing.assert_close(gradient, p.grad, atol=1e-4, rtol=1e-4)
+    assert_rounded_together(routed, [p.grad for p in trained], model)
 
 
 def test_an_entry_may_be_a_weighted_sum_with_weights_by_block():
@@ -90,11 +90,11 @@ def test_an_entry_may_be_a_weighted_sum_with_weights_by_block():
         out = model(**inputs).sample
     with torch.no_grad():
         set_adapters(model, ["food", "birds"], [0.25, -0.5])
-        torch.testing.assert_close(out[:1], model(**sample_of(inputs, 0)).sample, atol=1e-5, rtol=1e-5)
+        assert_rounded(out[:1], model(**sample_of(inputs, 0)).sample, model)
         set_adapters(model, ["bias"], [by_block])
-        torch.testing.assert_close(out[1:2], model(**sample_of(inputs, 1)).sample, atol=1e-5, rtol=1e-5)
+        assert_rounded(out[1:2], model(**sample_of(inputs, 1)).sample, model)
         unload_adapter(model)
-        torch.testing.assert_close(out[2:], model(**sample_of(inputs, 2)).sample, atol=1e-5, rtol=1e-5)
+        assert_rounded(out[2:], model(**sample_of(inputs, 2)).sample, model)
 
 
 @pytest.mark.parametrize("names", [None, ["food", "birds", None]])
@@ -111,9 +111,9 @@ def test_beside_the_base_equals_two_models(names):
         doubled = {key: torch.cat([inputs[key], null[key]]) for key in inputs}
         with route_beside_base(model, 3, names):
             adapted, unconditional = model(**doubled).sample.chunk(2)
-        torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=1e-5)
+        assert_rounded(adapted, expected, model)
         base_null = base(**inputs | {"class_labels": torch.full((3,), 10)}).sample
-        torch.testing.assert_close(unconditional, base_null, atol=1e-5, rtol=1e-5)
+        assert_rounded(unconditional, base_null, model)
 
 
 def test_stacks_are_made_once_for_a_route(monkeypatch):
@@ -138,7 +138,7 @@ def test_half_precision(dtype):
             out = model(**inputs).sample
         expected = torch.cat([run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES)])
     assert out.dtype == dtype
-    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    assert_rounded(out, expected, model)
 
 
 def test_wrong_routes_are_refused_and_change_nothing():
@@ -174,13 +174,13 @@ def test_any_model_whose_layers_keep_samples_apart():
         set_adapters(model, [])
         base = model(x)
         with route_adapters(model, ["a", None]):
-            torch.testing.assert_close(model(x), torch.stack([adapted[0], base[1]]))
+            assert_rounded(model(x), torch.stack([adapted[0], base[1]]), model)
     inject_adapter(model, AdapterConfig(norms=True), "norms")
     with pytest.raises(ValueError, match="'norms' trains 1 itself"), route_adapters(model, ["norms", None]):
         pass
     randomize(model)
     with torch.no_grad(), route_adapters(model, ["a", None]):  # the trained norm that serves outside does not here
-        torch.testing.assert_close(model(x), torch.stack([adapted[0], base[1]]))
+        assert_rounded(model(x), torch.stack([adapted[0], base[1]]), model)
 
     flat = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
     inject_adapter(flat, AdapterConfig(targets=("1",)), "a")

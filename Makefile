@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart test test-floors style
+.PHONY: quickstart test test-other-kernels test-floors style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -12,6 +13,10 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# The tests that compare numbers once more, with the kernels of another machine.
+test-other-kernels: .venv/installed
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest $(NUMBERS)
 
 # The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 test-floors: .venv-floors/installed

@@ -40,3 +40,8 @@ def assert_rounded_together(found: list[Tensor], expected: list[Tensor], terms: 
     """The same for tensors that are parts of one result, such as a model's gradients: the largest sets the size."""
     found, expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, expected))
     assert_rounded(found, expected, terms)
+
+
+def rounding_of_images(pipeline, num_inference_steps: int) -> float:
+    """The error allowed in a pipeline's images in [0, 1]: that of each step's prediction, and of decoding."""
+    return num_inference_steps * rounding(pipeline.transformer) + rounding(pipeline.vae.decoder)

@@ -103,20 +103,21 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
         origins = [Origin.of(each, Source(models[-1], resolution)) for each in features]
         references = references_of(settings, dataset, origins, features, numbers, accelerator)
-        recognition = recognition_of(dataset, names, features[0], resolution)
+        reader = next((each for each in features if each.name == dataset), features[0])
+        recognition = recognition_of(dataset, names, reader, resolution)
         judge = Judge(features, references, settings.metrics, recognition, accelerator.device)
 
     # Base and adapted, or one guidance after the other, from the same noise; the images are made here, by batches.
-    seen, results = {}, {}
+    results = {}
     for name, (model, _) in columns.items():
         batches = with_progress(images_of[name], len(indices), name, accelerator.is_main_process)
         with (
             disable_adapter(pipeline.transformer) if adapter and model == "base" else nullcontext(),
             accelerator.autocast(),
         ):
-            seen[name] = judge.look(batches, Source(model, resolution))
+            seen = judge.look(batches, Source(model, resolution))
         if accelerator.is_main_process:
-            results[name] = judge.compare(seen[name])
+            results[name] = judge.compare(seen)
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -125,7 +126,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         )
         report = {
             **in_sections(
-                section(seen[name].measured[k], reference, {name: found[k] for name, found in results.items()})
+                section(seen.measured[k], reference, {name: found[k] for name, found in results.items()})
                 for k, reference in enumerate(references)
             ),
             "adapter": str(settings.adapter) if adapter else None,
@@ -147,11 +148,12 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             output = settings.output or folder / "sweep.json"
             report["best"] = best_scales(report)
             print_sweep(report)
+            write_json(output, report)
             plot_sweep(report, output.with_suffix(".png"))
         else:
             output = settings.output or folder / "evaluation.json"
             print_report(report)
-        write_json(output, report)
+            write_json(output, report)
         print(output)
 
 
@@ -163,8 +165,10 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
         is_filed = is_statistics(settings.images)
         images = load_statistics(settings.images).origin if is_filed else open_images(settings.images)
         default = default_for(settings.dataset, (settings.images, *settings.reference))
-        # Between files that hold all that is asked for, nothing is looked at.
-        looks = not (is_filed and all(map(is_statistics, settings.reference))) or needs(settings.metrics)["keep"]
+        if is_filed and set(settings.features) - {default}:
+            raise ValueError(f"'{settings.images}' is statistics of {images.features}: leave --features out")
+        both_filed = is_filed and settings.reference and all(map(is_statistics, settings.reference))
+        looks = not both_filed or needs(settings.metrics)["keep"]  # at real images, or at those beside statistics
         features = features_of(settings, default, images.resolution, accelerator) if looks else [None]
         if is_filed:
             measured = [statistics_in(settings.images, features, settings, accelerator)]

@@ -62,6 +62,8 @@ def references_of(
         filed = [statistics_in(path, features, settings, accelerator) for path in settings.reference]
         found = [next((it for it in filed if it.origin.features == each.features), filed[0]) for each in origins]
     else:
+        if len(settings.reference) > 1:
+            raise ValueError(f"--reference {settings.reference[1]}: several files are statistics; images are one set")
         resolution = origins[0].resolution
         images = real_images(settings, next(iter(settings.reference), None), dataset, resolution, classes)
         if images.resolution != resolution and any(each.name == "pixels" for each in features):

@@ -98,6 +98,9 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     run("calc", *files, "--output", tmp_path / "calc.json")
     (from_files,) = read(tmp_path / "calc.json")["results"].values()
     assert from_files["distance"] == pytest.approx(distance, rel=1e-9)
+    run("calc", "--images", tmp_path / "images.safetensors", "--dataset", "digits", *calc[-2:])
+    (from_dataset,) = read(tmp_path / "calc.json")["results"].values()
+    assert from_dataset["distance"] == pytest.approx(distance, rel=1e-9)
 
 
 def test_two_processes_change_nothing(run_folder, tmp_path):

@@ -151,6 +151,9 @@ def test_statistics_of_inception_do_not_serve_other_features(sets):
         *calc[:3], "--reference", folder / "pytorch-fid.npz", "--metrics", "sfid"
     )
     assert "give them by --reference" in error_of(*calc[:3])
+    filed = ["calc", "--images", folder / "adm.npz", "--reference", folder / "b.npz"]
+    assert "is statistics of inception-12: leave --features out" in error_of(*filed, "--features", "pixels")
+    assert "several files are statistics; images are one set" in error_of(*calc[:3], "--reference", *["b.npz"] * 2)
 
 
 def test_kept_features_serve_the_companions_without_a_second_pass(sets):

@@ -31,15 +31,14 @@ def best_scales(report: dict) -> dict[str, float]:
 
 
 def print_sweep(report: dict) -> None:
-    """A row for each strength, and where each metric is best."""
-    columns = {}
+    """A column for each strength, and where each metric is best."""
+    rows = {}
     for each in sections_of(report):
-        results = list(each["results"].values())
-        columns |= result_rows(each["distance_name"], each["features"]["name"], results)
-    rows = {scale: [cells[k] for cells in columns.values()] for k, scale in enumerate(report["results"])}
+        cells = result_rows(each["distance_name"], each["features"]["name"], list(each["results"].values()))
+        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in cells.items()}
     title = f"{report['num_images']:,} images at each guidance, {report['sampler']}, "
     title += f"{report['num_inference_steps']} steps, seed {report['seed']}"
-    print(f"\n{format_table(title, list(columns), rows)}")
+    print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
     for note in [f"Best: {best}.", *notes_of(report)]:
         print(format_note(note))
@@ -56,7 +55,7 @@ def plot_sweep(report: dict, picture: Path) -> None:
     width = min(len(found), 3)
     height = -(-len(found) // width)
     figure = Figure(figsize=(3.4 * width + 0.6, 2.7 * height + 0.3), layout="constrained")
-    panels = figure.subplots(height, width, squeeze=False, sharex=True).flat
+    panels = list(figure.subplots(height, width, squeeze=False, sharex=True).flat)
     for axes, (name, (key, values)) in zip(panels, found.items(), strict=False):
         best = report["best"][name]
         axes.plot(scales, values, marker="o")
@@ -65,7 +64,7 @@ def plot_sweep(report: dict, picture: Path) -> None:
         axes.set(title=name, ylabel=f"{better} at {best:g}")
         axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
-    for axes in list(panels)[len(found) :]:
+    for axes in panels[len(found) :]:
         axes.axis("off")
     figure.supxlabel("guidance scale")
     png = BytesIO()

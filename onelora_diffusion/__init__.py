@@ -16,6 +16,7 @@ from onelora_diffusion.injection.verbs import (
     set_adapters,
     unload_adapter,
 )
+from onelora_diffusion.pipelines.base import miniature_path
 from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter, save_adapter
 from onelora_diffusion.storage.hub import push_to_hub
 from onelora_diffusion.storage.lora import export_lora
@@ -34,6 +35,7 @@ __all__ = [
     "inject_adapter",
     "load_adapter",
     "merge_adapter",
+    "miniature_path",
     "push_to_hub",
     "read_adapter",
     "route_adapters",
@@ -54,3 +56,7 @@ def __getattr__(name: str):
     if name not in _PIPELINES:
         raise AttributeError(f"module 'onelora_diffusion' has no attribute '{name}'")
     return getattr(importlib.import_module(_PIPELINES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PIPELINES})

@@ -1,0 +1,68 @@
+"""What is shipped: the wheel, the public names, and the README's first snippet."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import onelora_diffusion
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a wheel and an sdist, built from a copy of the tree."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("package")
+    for name in ("onelora_diffusion", "benchmarks", "tools", "configs"):
+        shutil.copytree(REPOSITORY / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "train_dit.py", "benchmark.py"):
+        shutil.copy(REPOSITORY / name, folder / "tree")
+    build = "from setuptools import build_meta as b; b.build_wheel('../dist'); b.build_sdist('../dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=folder / "tree", check=True, capture_output=True)
+    return folder / "dist"
+
+
+def test_the_wheel_holds_the_package_and_the_miniature_and_no_workshop(built):
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    shipped = (path for path in (REPOSITORY / "onelora_diffusion").rglob("*") if path.is_file())
+    assert names == {str(path.relative_to(REPOSITORY)) for path in shipped if path.suffix != ".pyc"}
+    assert "onelora_diffusion/miniature/transformer/diffusion_pytorch_model.safetensors" in names
+    assert "onelora_diffusion/py.typed" in names
+
+
+def test_the_sdist_builds_that_wheel(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "onelora_diffusion/py.typed"} <= names
+    assert "onelora_diffusion/miniature/vae/diffusion_pytorch_model.safetensors" in names
+    assert not any(name.startswith(("benchmarks/", "tools/", "runs/")) for name in names)
+
+
+def test_every_place_tells_the_same_version():
+    assert f'version = "{onelora_diffusion.__version__}"' in (REPOSITORY / "pyproject.toml").read_text()
+    assert f"version: {onelora_diffusion.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
+
+
+def test_dir_lists_every_public_name():
+    assert set(onelora_diffusion.__all__) <= set(dir(onelora_diffusion))
+    assert (onelora_diffusion.miniature_path() / "model_index.json").is_file()
+
+
+def test_the_readmes_first_snippet_runs_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snippet = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(snippet, names)
+    trainable = onelora_diffusion.count_trainable(names["transformer"])
+    assert f"# {trainable};" in snippet
+    file = onelora_diffusion.read_adapter("runs/mine")
+    assert file.id2label == {0: "five"} and sum(tensor.numel() for tensor in file.tensors.values()) == trainable

@@ -229,7 +229,8 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
 def load_models(settings: Generate):
     """The base with its adapter attached, the adapter's file (None without one), and the names of the classes."""
     adapter = read_adapter(settings.adapter) if settings.adapter else None
-    pipeline = load_base(settings.base or (adapter and adapter.base))
+    named_by = None if settings.base else settings.adapter
+    pipeline = load_base(settings.base or (adapter and adapter.base), named_by)
     if adapter:
         load_adapter(pipeline.transformer, settings.adapter)
     names = {label: name for name, label in pipeline.labels.items()}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.command_line import quieten
 from onelora_diffusion.data.defaults import defaults_of
-from onelora_diffusion.files import written_beside
+from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -108,7 +108,7 @@ def main(settings: Settings) -> None:
         if accelerator.is_main_process:
             files = [images_folder / f"{index:06d}.png" for index in range(num_images)]
             if output.suffix == ".png":
-                write_grid(output, files, [names[label] for label in classes])
+                write_grid(output, files, [printable(names[label], 60) for label in classes])
             elif output.suffix == ".npz":
                 write_npz(output, files, class_of)
             else:
@@ -142,7 +142,7 @@ def check_settings(settings: Settings) -> Path:
 def load(settings: Settings):
     """The base with its adapter, the labels by class name, and the name of the data set."""
     adapter = read_adapter(settings.adapter)
-    pipeline = load_base(settings.base or adapter.base)
+    pipeline = load_base(settings.base or adapter.base, named_by=None if settings.base else settings.adapter)
     load_adapter(pipeline.transformer, settings.adapter)
     if adapter.config.num_classes is None:  # it serves the classes of its base
         numbers = range(pipeline.transformer.config.num_embeds_ada_norm)

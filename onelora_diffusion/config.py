@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class AdapterConfig:
             attention processor of your own must read.
         compression: `sum`, or `random`: a fixed vector drawn from `seed` in its place (ablation B.2).
         peft_config: further settings of LoRA, DoRA, VeRA or a `peft:<tuner>` under PEFT's own names, such as
-            `{"lora_alpha": 8}` or `{"n_frequency": 500}`; values that JSON has.
+            `{"lora_alpha": 8}` or `{"n_frequency": 500}`: names, numbers, switches, and lists and tables of these.
         seed: of everything drawn for the adapter: new class rows, random compression, LoRA's A.
     """
 
@@ -81,6 +83,7 @@ class AdapterConfig:
             object.__setattr__(self, "peft_config", json.loads(json.dumps(self.peft_config)))
         except TypeError as error:
             raise ValueError(f"peft_config is written as JSON, and cannot be: {error}") from error
+        _check_peft_config(self.peft_config or {})
         if self.fuse_qkv and method.is_whole:
             raise ValueError("fuse_qkv goes with a frozen base, not with 'full', which trains q, k and v themselves")
         if self.compression not in ("sum", "random"):
@@ -132,3 +135,26 @@ def _check_types(config: AdapterConfig) -> None:
     for target in config.targets or ():
         if not isinstance(target, str):
             raise ValueError(f"targets are names of linear layers, not {str(target)[:40]!r}")
+
+
+# Of `peft_config`, which comes with files of strangers: names, at most with `.*` before them, take no time to compare.
+NAME_PATTERN = re.compile(r"(\.\*)?([\w.|^$:/-]|\\\.){0,1000}")
+FIRST_VALUES = ("gaussian", "orthogonal", "lycoris")  # others decompose the base's weights, and write into them
+
+
+def _check_peft_config(settings: dict) -> None:
+    """Refuse what PEFT would compile as a pattern, import, repeat without end, or change the base by."""
+    for name, value in settings.items():
+        is_other_start = name.startswith("init") and isinstance(value, str) and value not in FIRST_VALUES
+        if name.startswith("megatron") or is_other_start:
+            raise ValueError(f"peft_config has {name}={str(value)[:40]!r}, which would reach beyond the adapter")
+        values = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        is_size = not any(word in name for word in ("seed", "prng_key", "alpha"))
+        limit = 1000 if "iter" in name else 2**20 if is_size else 2**63
+        for part in values if isinstance(values, list) else [values]:
+            is_name = isinstance(part, str) and NAME_PATTERN.fullmatch(part)
+            is_number = isinstance(part, bool | int | float) and math.isfinite(part) and abs(part) < limit
+            if not (part is None or is_name or is_number):
+                raise ValueError(
+                    f"peft_config has {name}={str(part)[:40]!r}; it takes numbers below {limit}, and names"
+                )

@@ -32,7 +32,7 @@ def main(settings: Settings) -> None:
     file = read_adapter(settings.adapter)
     if file.config.method != "full":
         raise SystemExit(f"{settings.adapter} is of the method {file.config.method}: give one of full fine-tuning")
-    base, finetuned = (load_base(file.base).transformer.float() for _ in range(2))
+    base, finetuned = (load_base(file.base, named_by=settings.adapter).transformer.float() for _ in range(2))
     load_adapter(finetuned, settings.adapter)
     rows = {}
     for kind in alignment_by_kind(base, finetuned, num_components=2**31):

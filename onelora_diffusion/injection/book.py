@@ -356,8 +356,8 @@ def adapters_of(model: nn.Module) -> AdapterBook:
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
     check_model(model)
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter name '{adapter_name}' must not be empty or contain a dot")
+    if not adapter_name or set(adapter_name) & set("./\\") or not adapter_name.isprintable():
+        raise ValueError(f"adapter name {adapter_name!r} must not be empty or contain a dot, a slash or a line break")
     if hasattr(model, "_onelora"):
         if adapter_name in model._onelora.adapters:
             raise ValueError(f"adapter name '{adapter_name}' is already in use: unload_adapter removes that adapter")

@@ -1,11 +1,13 @@
 """Where a base model comes from: the miniature inside the package, a folder, or the hub."""
 
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
+from onelora_diffusion.files import printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
 
 
@@ -14,12 +16,13 @@ def miniature_path() -> Path:
     return Path(__file__).parents[1] / "miniature"
 
 
-def load_base(base: str | Path | None = None):
+def load_base(base: str | Path | None = None, named_by: Path | None = None):
     """Load a base model as diffusers' `DiTPipeline`, in float32.
 
     Args:
         base: a pipeline folder (with `model_index.json`), a hub id (`facebook/DiT-XL-2-256`), or None for
             the miniature inside the package.
+        named_by: the adapter file that named it; what a file wants fetched is printed before it is.
 
     Raises:
         FileNotFoundError: `base` is neither a pipeline folder nor shaped like a hub id.
@@ -29,7 +32,7 @@ def load_base(base: str | Path | None = None):
 
     folder = miniature_path() if base is None else Path(base).expanduser()
     if not folder.exists() and HUB_ID.fullmatch(str(base)):
-        folder = _fetch(str(base))
+        folder = _fetch(str(base), named_by)
     elif not folder.is_dir():
         raise FileNotFoundError(
             f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like "
@@ -42,7 +45,7 @@ def load_base(base: str | Path | None = None):
     try:
         # JSON has no integer keys; left to itself, diffusers warns about the strings.
         names = json.loads((folder / "model_index.json").read_text()).get("id2label")
-        id2label = names and {int(label): name for label, name in names.items()}
+        id2label = names and {int(label): printable(name) for label, name in names.items()}
         return DiTPipeline.from_pretrained(folder, id2label=id2label)
     except Exception as error:  # whatever the JSON reader, the safetensors reader or a wrong class raises
         raise ValueError(f"base model '{base or folder}' does not load: {_first_line(error)}") from error
@@ -65,10 +68,12 @@ def eval_mode(model: nn.Module):
             module.training = True
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, named_by: Path | None) -> Path:
     """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
     from diffusers import DiTPipeline
 
+    if named_by is not None and os.environ.get("RANK", "0") == "0":
+        print(f"base: {hub_id} (named by {named_by})", flush=True)
     try:
         is_online = is_in_reach(hub_id)
     except FileNotFoundError as error:
@@ -81,4 +86,4 @@ def _fetch(hub_id: str) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return printable(str(error).strip().split("\n")[0], 400) or type(error).__name__

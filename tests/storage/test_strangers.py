@@ -120,18 +120,21 @@ def test_settings_of_other_types_and_sizes(saved, config, message):
             "lora_A.weight has shape \\(2, 32\\), but this base needs shape \\(2000000000, 32\\)",
         ),
         ({"peft_config": {"r": 60_000}}, "but this base needs shape \\(60000, 32\\)"),
-        ({"peft_config": {"r": 10**9}}, "peft_config has r=1000000000; it may hold numbers below 65536"),
+        ({"peft_config": {"r": 10**9}}, "peft_config has r='1000000000'; it takes numbers below 1048576"),
         ({"peft_config": {"r": "many"}}, "its settings build no adapter"),
-        ({"peft_config": {"init_lora_weights": "pissa_niter_100000000"}}, "init_lora_weights='pissa.*no file may ask"),
+        (
+            {"peft_config": {"init_lora_weights": "pissa_niter_100000000"}},
+            "init_lora_weights='pissa.*beyond the adapter",
+        ),
         (
             {"peft_config": {"megatron_core": "os", "megatron_config": {"a": 1}}},
-            "megatron_core='os', which no file may",
+            "megatron_core='os', which would reach beyond",
         ),
         ({"peft_config": {"rank_pattern": {"(x+x+)+y": 2}}}, "rank_pattern='\\(x\\+x\\+\\)\\+y'"),
         ({"peft_config": {"exclude_modules": "(.*)*b"}}, "exclude_modules="),
-        ({"peft_config": {"alpha_pattern": {"to_q": [[1]]}}}, "alpha_pattern=\\[\\[1\\]\\]"),
+        ({"peft_config": {"alpha_pattern": {"to_q": [[1]]}}}, "alpha_pattern='\\[\\[1\\]\\]'"),
         ({"peft_config": {"colour": 1}}, "colour"),
-        ({"method": "peft:psoft", "rank": 1, "peft_config": {"psoft_svd_lowrank_niter": 10**4}}, "below 64"),
+        ({"method": "peft:psoft", "rank": 1, "peft_config": {"psoft_svd_lowrank_niter": 10**4}}, "below 1000"),
     ],
 )
 def test_settings_of_peft_stay_small(lora, config, message):
@@ -328,3 +331,55 @@ def test_the_loader_verb_reads_with_the_same_eyes(saved):
     with pytest.raises(ValueError, match="its num_classes is 1000000, and its class table has 4 rows"):
         pipe.load_lora_weights(saved)
     assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4", "eva", "loftq"])
+def test_first_values_that_would_change_the_base_are_refused(start):
+    with pytest.raises(ValueError, match=f"peft_config has init_lora_weights='{start}', which would reach beyond"):
+        AdapterConfig("lora", peft_config={"init_lora_weights": start})
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.safetensors", "a/../../x.safetensors"])
+def test_names_stay_in_their_folder(saved, name):
+    from onelora_diffusion.pipelines.base import load_base
+
+    pipe = OneLoRADiTPipeline.from_pipe(load_base())
+    pipe.transformer = make_dit()
+    for source in (saved.parent, "someone/food"):
+        for place in ({"weight_name": name}, {"subfolder": name}):
+            with pytest.raises(ValueError, match=f"'{name}' leads out of the folder or repository"):
+                pipe.load_lora_weights(source, **place)
+    pipe.load_lora_weights(saved.parent, adapter_name="food", weight_name=saved.name)
+    with pytest.raises(ValueError, match="leads out of|must end in"):
+        pipe.save_lora_weights(saved.parent, weight_name=name)
+    for adapter_name in ("../food", "a/b", "a\\b", "a\nb"):
+        with pytest.raises(ValueError, match="must not be empty or contain a dot, a slash or a line break"):
+            load_adapter(make_dit(), saved, adapter_name)
+
+
+def test_a_base_that_a_file_names_is_shown_before_it_is_fetched(monkeypatch, capsys):
+    from onelora_diffusion.pipelines.base import load_base
+
+    shown = []
+
+    def no_hub(hub_id):
+        shown.append(capsys.readouterr().out)
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr("onelora_diffusion.pipelines.base.is_in_reach", no_hub)
+    for named_by, expected in (("x.safetensors", "base: some/one (named by x.safetensors)\n"), (None, "")):
+        with pytest.raises(ValueError, match="base model 'some/one'"):
+            load_base("some/one", named_by)
+        assert shown.pop() == expected
+
+
+def test_what_cannot_be_read_is_not_written(tmp_path):
+    model = inject_adapter(make_dit(), AdapterConfig(num_classes=2))
+    for more, message in (
+        ({"id2label": {0: "p" * 1001}}, "its class 0 is named"),
+        ({"training": {"fd": float("nan")}}, "NaN is no number"),
+        ({"base": "x" * 1001}, "its base has 1,001 characters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_adapter(model, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()

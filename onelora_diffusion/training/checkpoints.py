@@ -57,15 +57,17 @@ def checksum(tensors: bytes, state: bytes) -> str:
     return hashlib.sha256(tensors + CHECKSUM.sub(b"", state, count=1)).hexdigest()
 
 
-def load_newest_checkpoint(folder: Path, report=print) -> Checkpoint | None:
+def load_newest_checkpoint(folder: Path, report=print, keys: tuple[str, ...] = ()) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there is none; each damaged one is reported and passed over.
+
+    Its state must have these keys, if nothing more can be known of it: version 0.1 kept no checksum of the state.
 
     ValueError if there are checkpoints and none of them is whole.
     """
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
         try:
-            return read_checkpoint(path)
+            return read_checkpoint(path, keys)
         except (OSError, ValueError) as error:
             report(f"{path} is damaged ({error}): using the one before it")
     if paths:
@@ -73,7 +75,7 @@ def load_newest_checkpoint(folder: Path, report=print) -> Checkpoint | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, keys: tuple[str, ...] = ()) -> Checkpoint:
     """ValueError or OSError if anything in it is missing, cut or changed."""
     content, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
     written = CHECKSUM.search(text)
@@ -83,6 +85,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state = json.loads(text)
     if checkpoint_path(path.parent, state.get("step", -1)) != path:
         raise ValueError(f"{STATE} is of another step")
+    for key in keys:
+        if key not in state:
+            raise ValueError(f"{STATE} has no {key}")
     del state["sha256"]
     return Checkpoint(path, state.pop("step"), load(content), state)
 

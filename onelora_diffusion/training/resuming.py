@@ -4,6 +4,7 @@ from pathlib import Path
 
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
+from onelora_diffusion.training.run import STATE
 from onelora_diffusion.training.settings import FREE_SETTINGS, Settings
 from onelora_diffusion.training.stopping import Clock
 
@@ -15,7 +16,7 @@ def find_checkpoint(settings: Settings, report) -> Checkpoint | None:
     """
     if settings.fresh:
         return None
-    checkpoint = load_newest_checkpoint(settings.output_dir / "checkpoints", report)
+    checkpoint = load_newest_checkpoint(settings.output_dir / "checkpoints", report, STATE)
     if checkpoint and not settings.allow_changed_settings:
         check_same_settings(settings, checkpoint)
     return checkpoint

@@ -11,6 +11,8 @@ from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 from onelora_diffusion.training.stopping import Clock
 
+STATE = ("seconds", "window", "optimizer", "scaler", "best", "settings")  # what `Run.state` gives beside tensors
+
 
 class Run:
     """What training changes.

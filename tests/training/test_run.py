@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load, save
 
-from onelora_diffusion.training.checkpoints import Checkpoint, read_checkpoint
-from onelora_diffusion.training.run import Run
+from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint, read_checkpoint
+from onelora_diffusion.training.run import STATE, Run
 from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.stopping import Clock
 
@@ -60,6 +61,7 @@ def test_a_record_restored_from_its_state_goes_on_as_if_nothing_had_been(acceler
     tensors = load(save({name: tensor.detach().clone() for name, tensor in tensors.items()}))
     again.restore(Checkpoint(Path("somewhere"), half.step, tensors, facts))
     assert_same_state(again.state(), half.state())
+    assert tuple(facts) == STATE
     assert again.step == 3 and again.best == {"step": 2, "distance": 2.0} and 100 < again.clock.seconds < 200
     for _ in range(3):
         update(again)
@@ -80,6 +82,16 @@ def test_the_record_of_version_0_1_is_restored_to_the_bit(accelerator):
     assert_same_state((tensors, facts | {"settings": then}), (checkpoint.tensors, checkpoint.state))
     assert facts["seconds"] >= checkpoint.state["seconds"] > 8
     assert facts["best"]["step"] == 2 and len(facts["window"]) == 1
+
+
+def test_a_damaged_record_of_version_0_1_is_named_and_the_one_before_used(tmp_path):
+    for step in (2, 3):
+        folder = shutil.copytree(FIXTURE / "step-00000003", tmp_path / f"step-{step:08}")
+        text = (folder / "state.json").read_text().replace('"step": 3', f'"step": {step}', 1)
+        (folder / "state.json").write_text(text.replace("seconds", "sec0nds", 1) if step == 3 else text)
+    said = []
+    assert load_newest_checkpoint(tmp_path, said.append, STATE).step == 2
+    assert said == [f"{folder} is damaged (state.json has no seconds): using the one before it"]
 
 
 def test_the_best_is_dropped_where_nothing_is_measured_any_more(accelerator):

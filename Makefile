@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart test test-other-kernels test-floors style
+.PHONY: quickstart test test-other-kernels test-quantised test-floors style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -18,6 +18,11 @@ test: .venv/installed
 test-other-kernels: .venv/installed
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest $(NUMBERS)
 
+# Adapters on bases that torchao, quanto, bitsandbytes and GGUF have packed. Their packages lie apart: diffusers and PEFT
+# import whatever is installed, and warn about some of it.
+test-quantised: .venv/quantised/installed
+	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py
+
 # The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 test-floors: .venv-floors/installed
 	.venv-floors/bin/python -m pytest
@@ -30,6 +35,10 @@ style: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+.venv/quantised/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/quantised torchao optimum-quanto ninja bitsandbytes gguf
 	touch $@
 
 .venv-floors/installed: pyproject.toml constraints-floors.txt

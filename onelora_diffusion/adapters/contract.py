@@ -12,7 +12,7 @@ class Adapter(nn.Module):
     """The part of an adapter that serves one layer of the base.
 
     A subclass names its seat. One beside a linear layer has a `forward(x, out)` that is the method's formula, from
-    the layer's input (..., in_features) and output (..., out_features), and `folded(weight, bias)`.
+    the layer's input (..., in_features) and output (..., out_features), and `merged(weight, bias)`.
     """
 
     seat: str = BESIDE_LINEAR
@@ -28,7 +28,7 @@ class Adapter(nn.Module):
         """Its trained vectors (`adapters.vector.Vectors`), summed with those of others; None if it has more."""
         return None
 
-    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight (out, in) and bias (out,) with this adapter in them."""
         raise NotImplementedError
 

@@ -43,7 +43,7 @@ class MoraAdapter(Adapter):
         """ΔW (out_features, in_features), fp32: the update is linear, so its columns are those of the unit vectors."""
         return self.update(torch.eye(self.in_features, device=self.M.device)).T
 
-    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return weight + self.delta_weight(), bias
 
 

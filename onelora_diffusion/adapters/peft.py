@@ -35,7 +35,7 @@ class PeftAdapter(Adapter):
         with self.tuner.base_layer.already_computed(x, out):
             return self.tuner(x)
 
-    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight and bias with this adapter in them, by the tuner's own merge."""
         with self.tuner.base_layer.replaced(weight, bias) as base:
             try:

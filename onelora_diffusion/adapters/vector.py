@@ -40,7 +40,7 @@ class Vectors:
             out = add_vector_(out, self.beta)
         return out if self.gamma is None else self.gamma.to(out.dtype) * out
 
-    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """W = γ ⊙ (W0 + b 1ᵀ), bias = γ ⊙ (bias0 + β), in fp32."""
         for seed, b in self.b.items():
             row = torch.ones_like(weight[0])
@@ -107,8 +107,8 @@ class VectorAdapter(Adapter):
     def vectors(self) -> Vectors:
         return Vectors({} if self.b is None else {self.compression_seed: self.b}, self.beta, self.gamma)
 
-    def folded(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vectors().folded(weight, bias)
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vectors().merged(weight, bias)
 
     @classmethod
     def summed(cls, group, names, path):

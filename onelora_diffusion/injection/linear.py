@@ -116,9 +116,9 @@ class LinearSeat(nn.ModuleDict):
         base = weight, bias
         for name, scale in self.active.items():
             if self[name].vectors() is None:
-                adapted = self[name].folded(*base)
+                adapted = self[name].merged(*base)
                 weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-        return self.vectors().folded(weight, bias)
+        return self.vectors().merged(weight, bias)
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         """Why the layer's weight cannot take the active adapters in, or None if it can.
@@ -135,7 +135,7 @@ class LinearSeat(nn.ModuleDict):
             return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
         if weight.is_meta:
             return "has its weight offloaded: merge before offloading"
-        if tied := [path for path in users[memory_of(weight)] if path != self.path]:
+        if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
             return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
         return None
 

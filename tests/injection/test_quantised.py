@@ -16,6 +16,11 @@ from onelora_diffusion import (
 )
 
 
+def package(name):
+    """A quantisation's package, or a skip: `make test-quantised` installs them all."""
+    return pytest.importorskip(name, reason=f"{name} is not installed: make test-quantised")
+
+
 def replace_linears(model, quantised):
     """Puts `quantised(linear)` in the place of every linear layer."""
     for path, module in list(model.named_modules()):
@@ -26,20 +31,20 @@ def replace_linears(model, quantised):
 
 
 def torchao_int8(model):
-    torchao = pytest.importorskip("torchao.quantization")
+    torchao = package("torchao.quantization")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     return model
 
 
 def quanto_int8(model):
-    quanto = pytest.importorskip("optimum.quanto")
+    quanto = package("optimum.quanto")
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
     return model
 
 
 def bitsandbytes_int8(model):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = package("bitsandbytes")
 
     def quantised(linear):
         layer = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
@@ -53,7 +58,7 @@ def bitsandbytes_int8(model):
 
 
 def bitsandbytes_nf4(model):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = package("bitsandbytes")
 
     def quantised(linear):
         layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
@@ -67,7 +72,7 @@ def bitsandbytes_nf4(model):
 
 
 def gguf_q8(model):
-    gguf = pytest.importorskip("gguf")
+    gguf = package("gguf")
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     kind = gguf.GGMLQuantizationType.Q8_0

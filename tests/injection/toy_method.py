@@ -14,7 +14,7 @@ class Volume(Adapter):
     def forward(self, x, out):
         return (1 + self.c).to(out.dtype) * out
 
-    def folded(self, weight, bias):
+    def merged(self, weight, bias):
         return (1 + self.c) * weight, (1 + self.c) * bias
 
 

@@ -60,14 +60,12 @@ def dinov2_published() -> DinoV2Features:
     Raises:
         FileNotFoundError: they are not in the cache and cannot be fetched.
     """
-    from transformers import Dinov2Model
-
     pinned = {"revision": DINOV2_REVISION, "use_safetensors": True}
     try:
-        network = Dinov2Model.from_pretrained(DINOV2_HUB_ID, local_files_only=True, **pinned)
+        network = _model_class().from_pretrained(DINOV2_HUB_ID, local_files_only=True, **pinned)
     except OSError:
         try:
-            network = Dinov2Model.from_pretrained(DINOV2_HUB_ID, **pinned)
+            network = _model_class().from_pretrained(DINOV2_HUB_ID, **pinned)
         except OSError as error:
             raise FileNotFoundError(
                 f"no DINOv2 weights: {DINOV2_HUB_ID} is not in the hub's cache and cannot be fetched "
@@ -86,8 +84,14 @@ def dinov2_in(folder: str | Path) -> DinoV2Features:
         raise FileNotFoundError(
             f"no DINOv2 weights at '{folder}': --dinov2-weights takes a folder of config.json and model.safetensors"
         )
-    from transformers import Dinov2Model
-
-    network = Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    network = _model_class().from_pretrained(folder, use_safetensors=True, local_files_only=True)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return DinoV2Features(network, f"dinov2-{network.config.hidden_size}", digest)
+
+
+def _model_class() -> type:
+    try:
+        from transformers import Dinov2Model
+    except ImportError:
+        raise ValueError("--features dinov2 needs a package that is missing: pip install transformers") from None
+    return Dinov2Model

@@ -226,12 +226,8 @@ class OneLoRALoaderMixin:
         if other := [component for component in layers if component != self._component()]:
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in '{self._component()}'")
         book = adapters_of(self._adapted_model())
-        if adapter_name is None:
-            serving = list(book.merged or book.serving or book.adapters)
-            if len(serving) != 1:
-                raise ValueError(f"adapters {', '.join(serving)} are active: give the adapter_name to save")
-            adapter_name = serving[0]
-        origin = book.origins.get(book.known(adapter_name), {})
+        adapter_name = book.chosen(adapter_name)
+        origin = book.origins.get(adapter_name, {})
         base = base or origin.get("base") or getattr(self.config, "_name_or_path", None)
         if is_main_process:
             save_adapter(

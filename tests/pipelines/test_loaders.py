@@ -461,7 +461,7 @@ def test_any_pipeline_class_and_instance(files, tmp_path):
 
 def test_save_lora_weights_of_several_or_none(both, tmp_path):
     both.set_adapters(["food", "plain"])
-    with pytest.raises(ValueError, match="food, plain are active: give the adapter_name"):
+    with pytest.raises(ValueError, match="food, plain are there to choose from: give the adapter_name"):
         both.save_lora_weights(tmp_path)
     with pytest.raises(ValueError, match="leads out of the folder"):
         both.save_lora_weights(tmp_path / "inside", adapter_name="plain", weight_name="../x.safetensors")

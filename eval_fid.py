@@ -13,7 +13,6 @@ the number of processes or the batch size. The protocol is in docs/evaluation.md
 
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from onelora_diffusion.evaluation.judge import (
     compare,
     metrics_of_each,
     needs,
-    with_progress,
 )
 from onelora_diffusion.evaluation.measuring import (
     default_for,
@@ -49,7 +47,7 @@ from onelora_diffusion.evaluation.summary import describe, in_sections, print_re
 from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 
 
@@ -71,8 +69,10 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
     with one_line_errors("eval_fid.py", same_everywhere=True):
         if settings.num_images is not None and settings.num_images < 2:
             raise ValueError(f"--num-images {settings.num_images}: a distance between sets needs two or more")
+        if settings.images_at_once < 1:
+            raise ValueError(f"--images-at-once is {settings.images_at_once}; it must be at least 1")
         pipeline, adapter, names = load_models(settings)
-        pipeline.to(accelerator.device)
+        settings.place(pipeline, accelerator.device)
         dataset = settings.dataset or (adapter and adapter.training.get("dataset")) or "digits"
         settings = settings.for_dataset(dataset)
         compare_base = settings.compare_base if settings.compare_base is not None else dataset == "digits"
@@ -89,12 +89,8 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             }
         else:
             columns = {model: (model, settings) for model in models}
-        images_of = {
-            name: generate_images(
-                pipeline, labels[model], settings.seed, indices, sampler, batch_size=settings.batch_size
-            )
-            for name, (model, sampler) in columns.items()
-        }
+        for _, sampler in columns.values():
+            sampler.check(pipeline.transformer, pipeline.scheduler.config)
         resolution = resolution_of(pipeline)
         default = default_for(dataset, settings.reference)
         features = features_of(settings, default, resolution, accelerator)
@@ -109,13 +105,24 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
 
     # Base and adapted, or one guidance after the other, from the same noise; the images are made here, by batches.
     results = {}
-    for name, (model, _) in columns.items():
-        batches = with_progress(images_of[name], len(indices), name, accelerator.is_main_process)
+    for name, (model, sampler) in columns.items():
         with (
-            disable_adapter(pipeline.transformer) if adapter and model == "base" else nullcontext(),
-            accelerator.autocast(),
+            disable_adapter(pipeline.transformer)
+            if adapter and model == "base"
+            else adapters_folded_in(pipeline.transformer, sampler),
+            progress_bar(len(indices), name, disable=not accelerator.is_main_process) as progress,
         ):
-            seen = judge.look(batches, Source(model, resolution))
+            images = generate_images(
+                pipeline,
+                labels[model],
+                settings.seed,
+                indices,
+                sampler,
+                images_at_once=settings.images_at_once,
+                batch_size=settings.batch_size,
+                progress=progress.update,
+            )
+            seen = judge.look(images, Source(model, resolution))
         if accelerator.is_main_process:
             results[name] = judge.compare(seen)
     accelerator.wait_for_everyone()
@@ -136,6 +143,8 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             "num_images": settings.num_images,
             "seed": settings.seed,
             **{field.name: getattr(settings, field.name) for field in fields(SamplerSettings)},
+            **settings.report(accelerator.device),
+            "images_at_once": settings.images_at_once,
             "num_trainable_params": count_trainable(pipeline.transformer) if adapter else None,
             "adapter_bytes": file.stat().st_size if adapter else None,
             "classifier": recognition

@@ -6,8 +6,9 @@
         --num-inference-steps 250 --output samples.npz     # for ADM's evaluator
     accelerate launch --num_processes 2 sample.py --num-images 1000 --output pngs
 
-Image i is of class i modulo the number of classes and depends on --seed and i alone: not on the batch size, nor
-on the number of processes, which share one file system.
+Image i is of class i modulo the number of classes and depends on --seed and i alone: not on the batch size, nor on
+the number of processes, which share one file system. With --images-at-once that is so to the bit; without, the last
+bits of a sum depend on how many images are made together.
 """
 
 import difflib
@@ -16,6 +17,7 @@ import shutil
 import textwrap
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,21 +28,21 @@ import tyro
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from onelora_diffusion.command_line import quieten
+from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
 from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SamplerSettings):
+class Settings(SamplerSettings, ComputeSettings):
     """Generate images from an adapter and its base model."""
 
     adapter: Path = Path("runs/digits")
@@ -62,12 +64,16 @@ class Settings(SamplerSettings):
     """Of all noise."""
     batch_size: int = 32
     """Images that each process hands on at a time; no image depends on it."""
+    images_at_once: int | None = None
+    """Run the networks on just so many images, the last ones padded: an image is then the same to the bit in any
+    company and in any number of processes. None: on as many as there are, at most 16."""
 
 
+@one_line_errors("sample.py")
 def main(settings: Settings) -> None:
     start = time.monotonic()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    try:
+    with one_line_errors("sample.py", same_everywhere=True):
         output = check_settings(settings)
         pipeline, labels, dataset = load(settings)
         if settings.guidance_scale is None:
@@ -77,33 +83,35 @@ def main(settings: Settings) -> None:
         num_images = settings.num_images or settings.per_class * len(classes)
         class_of = [classes[index % len(classes)] for index in range(num_images)]
         share = range(accelerator.process_index, num_images, accelerator.num_processes)
-        batches = generate_images(
-            pipeline.to(accelerator.device),
-            [class_of[index] for index in share],
-            settings.seed,
-            share,
-            settings,
-            batch_size=settings.batch_size,
-        )
+        settings.place(pipeline, accelerator.device)
+        settings.check(pipeline.transformer, pipeline.scheduler.config)
         images_folder = output.with_name(f".{output.name}.part")  # every process writes its share here
         if accelerator.is_main_process:
             shutil.rmtree(images_folder, ignore_errors=True)
             images_folder.mkdir(parents=True)
         accelerator.wait_for_everyone()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sample.py: {error}" if accelerator.is_main_process else 1) from error
 
     listing = ", ".join(f"{label} {names[label]}" for label in classes)
     accelerator.print(textwrap.fill(f"classes: {listing}", width=80, max_lines=4))
+    accelerator.print(in_words(settings.report(accelerator.device)))
     try:
         with (
-            accelerator.autocast(),
-            tqdm(total=len(share), unit="image", disable=not accelerator.is_main_process) as progress,
+            adapters_folded_in(pipeline.transformer, settings),
+            progress_bar(len(share), disable=not accelerator.is_main_process) as progress,
         ):
+            batches = generate_images(
+                pipeline,
+                [class_of[index] for index in share],
+                settings.seed,
+                share,
+                settings,
+                images_at_once=settings.images_at_once,
+                batch_size=settings.batch_size,
+                progress=progress.update,
+            )
             for indices, images in batches:
                 for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     Image.fromarray(image).save(images_folder / f"{index:06d}.png")
-                progress.update(len(indices))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = [images_folder / f"{index:06d}.png" for index in range(num_images)]
@@ -121,7 +129,7 @@ def main(settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> Path:
     """Where the images go; an error for what can be known to be wrong before a model is loaded."""
-    for name in ("per_class", "num_images", "batch_size"):
+    for name in ("per_class", "num_images", "batch_size", "images_at_once"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -145,28 +153,36 @@ def load(settings: Settings):
     pipeline = load_base(settings.base or adapter.base, named_by=None if settings.base else settings.adapter)
     load_adapter(pipeline.transformer, settings.adapter)
     if adapter.config.num_classes is None:  # it serves the classes of its base
-        numbers = range(pipeline.transformer.config.num_embeds_ada_norm)
-        labels = pipeline.labels or {str(label): label for label in numbers}
+        labels = pipeline.labels or by_name({}, pipeline.transformer.config.num_embeds_ada_norm)
     else:
-        names = {str(label): label for label in range(adapter.config.num_classes)}
-        labels = {name: label for label, name in adapter.id2label.items()} or names
+        labels = by_name(adapter.id2label, adapter.config.num_classes)
     return pipeline, labels, adapter.training.get("dataset")
+
+
+def by_name(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
+    """Class name -> label; classes of one name are told apart by their labels, a class without one is named so."""
+    names = [id2label.get(label, str(label)) for label in range(num_classes)]
+    counts = Counter(map(plain, names))
+    return {name if counts[plain(name)] == 1 else f"{name} ({label})": label for label, name in enumerate(names)}
 
 
 def find_classes(wanted: Sequence[str], labels: dict[str, int]) -> list[int]:
     """Labels of classes given by name or number, all if none is given; a name wins over a number."""
-    plain = {name.lower().replace(" ", "_"): label for name, label in labels.items()}
+    known = {plain(name): label for name, label in labels.items()}
     found = []
     for text in wanted:
-        name = text.lower().replace(" ", "_")
-        if name in plain:
-            found.append(plain[name])
-        elif text.isdecimal() and int(text) in plain.values():
+        if plain(text) in known:
+            found.append(known[plain(text)])
+        elif text.isdecimal() and int(text) in known.values():
             found.append(int(text))
         else:
-            near = difflib.get_close_matches(name, plain, n=5) or [*list(plain)[:5], "..."]
-            raise ValueError(f"no class '{text}' among {len(set(plain.values()))}; there is {', '.join(near)}")
-    return found or sorted(set(plain.values()))
+            near = difflib.get_close_matches(plain(text), known, n=5) or [*list(known)[:5], "..."]
+            raise ValueError(f"no class '{text}' among {len(set(known.values()))}; there is {', '.join(near)}")
+    return found or sorted(set(known.values()))
+
+
+def plain(name: str) -> str:
+    return name.lower().replace(" ", "_")
 
 
 def write_grid(output: Path, files: list[Path], names: list[str]) -> None:

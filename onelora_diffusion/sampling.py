@@ -1,8 +1,9 @@
 """From noise and class labels to images: one noise stream per image, guidance, three samplers, decoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -11,13 +12,15 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_beside_base
 from onelora_diffusion.pipelines.base import eval_mode
 
 Sampler = Literal["ddim", "dpm-solver++", "ddpm"]
 SAMPLERS = get_args(Sampler)
-# A matrix product of another shape is summed in another order. So the networks always see this many images.
+# Images in one batch of the networks: enough to fill a GPU.
 IMAGES_AT_ONCE = 16
 
 
@@ -44,6 +47,11 @@ class SamplerSettings:
     """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
     guidance_interval: tuple[int, int] | None = None
     """Guide only between these two timesteps of training (0 is the image), the lower first. None: at all."""
+
+    @property
+    def is_beside_base(self) -> bool:
+        """Whether the base takes part in every step, beside the adapters."""
+        return self.guidance == "domain" and self.guidance_scale > 1
 
     def check(self, transformer: nn.Module, scheduler_config: Mapping) -> None:
         """ValueError for an unknown sampler or guidance, or for steps or channels that the model does not have."""
@@ -87,6 +95,7 @@ def sample_latents(
     settings: SamplerSettings,
     *,
     null_label: int | None = None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Sample latents of the given classes: (batch,) labels -> (batch, C, H, W) float32.
 
@@ -99,6 +108,7 @@ def sample_latents(
         class_labels: (batch,) int64.
         generators: one per image, as `image_generators` gives them.
         null_label: the label of no class. None: the last row of the model's class tables.
+        on_step: called after every step.
 
     Raises:
         ValueError: see `SamplerSettings.check`; or a label is none of the classes that serve.
@@ -119,14 +129,20 @@ def sample_latents(
     latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
     denoise = guided_denoiser(transformer, class_labels.to(latents.device), settings, null_label)
     # The second half of a guided batch is the one without class: the adapters leave it to the base.
-    is_domain = settings.guidance == "domain" and settings.guidance_scale > 1
-    with eval_mode(transformer), route_beside_base(transformer, len(generators)) if is_domain else nullcontext():
+    route = route_beside_base(transformer, len(generators)) if settings.is_beside_base else nullcontext()
+    with eval_mode(transformer), route:
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
             model_output = denoise(latents, int(timestep))
             if not learned_variance:
                 model_output = model_output[:, :channels]
             latents = scheduler.step(model_output, timestep, latents, generator=generators).prev_sample
+            on_step()
     return latents
+
+
+def adapters_folded_in(transformer: nn.Module, settings: SamplerSettings) -> AbstractContextManager:
+    """Context manager around sampling: adapters cost nothing inside, unless the base takes part beside them."""
+    return nullcontext() if settings.is_beside_base else merged(transformer)
 
 
 def guided_denoiser(
@@ -187,17 +203,23 @@ def generate_images(
     indices: Sequence[int],
     settings: SamplerSettings,
     *,
+    images_at_once: int | None = IMAGES_AT_ONCE,
     batch_size: int = 32,
+    progress: Callable[[float], object] = lambda images: None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generate image `indices[k]` of class `class_labels[k]` for every k, batch by batch.
 
-    Image i is a function of (seed, i), its class and the sampler, to the bit: the networks always run on
-    `IMAGES_AT_ONCE` images, the last ones padded, so that neither `batch_size` nor the share of a process
-    changes a sum's order. (On one kind of machine, with as many CPU threads: see docs/evaluation.md.)
+    Image i is a function of (seed, i), its class and the sampler. It is so to the bit where the networks always run
+    on the same number of images: a matrix product of another shape is summed in another order. Then neither
+    `batch_size` nor the share of a process changes it. (On one kind of machine, with as many CPU threads: see
+    docs/evaluation.md.)
 
     Args:
         pipeline: a `DiTPipeline`; its transformer, vae and scheduler config are used.
+        images_at_once: how many images the networks always run on, the last ones padded. None: on as many as there
+            are, up to `IMAGES_AT_ONCE`, so that few images cost what they cost.
         batch_size: how many images the iterator gives at a time.
+        progress: called after every step with the images that it made, in parts of an image.
 
     Returns:
         An iterator of (indices, images), a batch each; images are (batch, 3, R, R), uint8, on the pipeline's
@@ -213,15 +235,17 @@ def generate_images(
     settings.check(pipeline.transformer, config)
 
     def chunks():
-        for first in range(0, len(indices), IMAGES_AT_ONCE):
-            chunk = list(range(first, min(first + IMAGES_AT_ONCE, len(indices))))
-            padded = chunk + [chunk[-1]] * (IMAGES_AT_ONCE - len(chunk))
+        size = images_at_once or IMAGES_AT_ONCE
+        for first in range(0, len(indices), size):
+            chunk = list(range(first, min(first + size, len(indices))))
+            padded = chunk if images_at_once is None else chunk + [chunk[-1]] * (size - len(chunk))
             latents = sample_latents(
                 pipeline.transformer,
                 config,
                 torch.tensor([int(class_labels[k]) for k in padded]),
                 image_generators(seed, [indices[k] for k in padded]),
                 settings,
+                on_step=partial(progress, len(chunk) / settings.num_inference_steps),
             )
             yield decode_latents(pipeline.vae, latents)[: len(chunk)]
 
@@ -235,6 +259,12 @@ def generate_images(
             images = images[len(batch) :]
 
     return batches()
+
+
+def progress_bar(num_images: int, description: str = "", **options) -> tqdm:
+    """A bar for `generate_images(progress=bar.update)`: it counts images, and moves with every step of a sampler."""
+    bar_format = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(total=num_images, desc=description, unit=" images", bar_format=bar_format, **options)
 
 
 def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_variance: bool):

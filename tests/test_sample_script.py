@@ -1,5 +1,7 @@
 """sample.py on a tiny pipeline: what it writes, whom it asks for, and how it fails."""
 
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,26 +73,75 @@ def test_two_processes_write_what_one_writes(run_folder, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     flags = ["--adapter", run_folder, "--output", tmp_path / "two.npz", "--num-inference-steps", "2"]
-    flags += ["--num-images", "7", "--batch-size", "3"]
+    flags += ["--num-images", "7", "--batch-size", "3", "--images-at-once", "4"]
     subprocess.run([*launch, "sample.py", *map(str, flags)], cwd=REPOSITORY, check=True)
-    sample.main(settings_for(run_folder, tmp_path / "one.npz", num_images=7))
+    sample.main(settings_for(run_folder, tmp_path / "one.npz", num_images=7, images_at_once=4))
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert np.array_equal(one["arr_1"], two["arr_1"])
     assert np.array_equal(one["arr_0"], two["arr_0"])
 
 
-def test_nothing_is_left_of_a_run_that_breaks_off(run_folder, tmp_path, monkeypatch):
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device", "samples.npz")
+
+
+@pytest.mark.parametrize(
+    "happens, code, line",
+    [
+        (ctrl_c, 130, "sample.py: stopped by Ctrl-C"),
+        (sigterm, 143, "sample.py: stopped by SIGTERM"),
+        (full_disk, "sample.py: samples.npz: No space left on device", ""),
+    ],
+)
+def test_nothing_is_left_of_a_run_that_breaks_off(run_folder, tmp_path, monkeypatch, capsys, happens, code, line):
     (tmp_path / "samples.npz").write_bytes(b"an earlier run's")
 
     def breaks_off(*args, **settings):
         yield [0], torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-        raise KeyboardInterrupt
+        happens()
 
     monkeypatch.setattr(sample, "generate_images", breaks_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         sample.main(settings_for(run_folder, tmp_path / "samples.npz"))
+    assert ended.value.code == code and line in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
     assert (tmp_path / "samples.npz").read_bytes() == b"an earlier run's"
+
+
+def test_a_picture_in_bf16_is_near_the_one_in_float32(run_folder, tmp_path, capsys):
+    images = {}
+    for precision in ("no", "bf16"):
+        output = tmp_path / precision
+        sample.main(settings_for(run_folder, output, num_images=3, mixed_precision=precision))
+        images[precision] = read_folder(output).astype(float)
+    said = capsys.readouterr().out
+    assert "float32 on cpu, " in said and "bf16 on cpu, " in said and "(TF32" not in said
+    apart = np.abs(images["bf16"] - images["no"])
+    assert 0 < apart.mean() < 0.05 * images["no"].std() + 1  # bf16 keeps eight bits, and two steps add little
+
+
+def test_compiles_the_blocks_and_draws_the_same(run_folder, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    sample.main(settings_for(run_folder, tmp_path / "pngs", num_images=1, compile=True))
+    assert compiled == ["BasicTransformerBlock"] * 2
+
+
+def test_classes_of_one_name_are_told_apart():
+    labels = sample.by_name({0: "crane", 1: "Crane", 2: "ibis"}, 4)
+    assert labels == {"crane (0)": 0, "Crane (1)": 1, "ibis": 2, "3": 3}
+    assert sample.find_classes([], labels) == [0, 1, 2, 3]
+    assert sample.find_classes(["crane (1)", "ibis", "0"], labels) == [1, 2, 0]
+    with pytest.raises(ValueError, match=r"no class 'crane' among 4; there is crane_\(1\), crane_\(0\)"):
+        sample.find_classes(["crane"], labels)
 
 
 def test_classes_by_name_and_number():
@@ -109,6 +160,9 @@ def test_classes_by_name_and_number():
     [
         ({"classes": ("soup",)}, "no class 'soup'"),
         ({"num_inference_steps": 2000}, "takes 1 to 1000"),
+        ({"guidance_interval": (900, 100)}, "guidance interval 900 to 100: give two timesteps from 0 to 999"),
+        ({"mixed_precision": "fp16"}, "--mixed-precision fp16 needs a GPU: choose bf16 or no"),
+        ({"images_at_once": 0}, "--images-at-once is 0; it must be at least 1"),
         ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
         ({"adapter": Path("no-run")}, "no adapter at 'no-run': run train_dit.py first"),
         ({"base": "no-base"}, "base model 'no-base': no such folder"),

@@ -1,5 +1,6 @@
 """Samplers against models whose samples are known by hand, stock diffusers and DiT's own code."""
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -21,9 +22,11 @@ from onelora_diffusion.sampling import (
     IMAGES_AT_ONCE,
     SAMPLERS,
     SamplerSettings,
+    adapters_folded_in,
     decode_latents,
     generate_images,
     image_generators,
+    progress_bar,
     sample_latents,
 )
 
@@ -267,14 +270,32 @@ def test_an_image_is_the_same_to_the_bit_in_any_company(sampler, guidance_scale,
             assert torch.equal(image, together[index])
 
 
-def test_the_networks_always_see_as_many_images():
-    pipeline, seen = tiny_pipeline(), set()
-    pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.add(("transformer", len(args[0]))))
-    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: seen.add(("vae", len(args[0]))))
+@pytest.mark.parametrize(
+    "images_at_once, sizes",
+    [(IMAGES_AT_ONCE, [IMAGES_AT_ONCE] * 3), (5, [5] * 5), (None, [1, IMAGES_AT_ONCE, 1])],
+)
+def test_how_many_images_the_networks_see(images_at_once, sizes):
+    """Always as many, or as many as there are; of 1 and of 17 images."""
+    pipeline, seen = tiny_pipeline(), {"transformer": [], "vae": []}
+    pipeline.transformer.register_forward_pre_hook(lambda module, args: seen["transformer"].append(len(args[0])))
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: seen["vae"].append(len(args[0])))
     for count in (1, 17):
         settings = SamplerSettings(num_inference_steps=1)
-        list(generate_images(pipeline, range(count), 0, range(count), settings, batch_size=3))
-    assert seen == {("transformer", 2 * IMAGES_AT_ONCE), ("vae", IMAGES_AT_ONCE)}
+        batches = generate_images(
+            pipeline, range(count), 0, range(count), settings, images_at_once=images_at_once, batch_size=3
+        )
+        assert sum(len(images) for _, images in batches) == count
+    assert seen == {"transformer": [2 * size for size in sizes], "vae": sizes}
+
+
+def test_progress_counts_images_in_parts_of_a_step():
+    pipeline, parts = tiny_pipeline(), []
+    settings = SamplerSettings(num_inference_steps=4)
+    list(generate_images(pipeline, range(17), 0, range(17), settings, progress=parts.append))
+    assert parts == [4.0] * 4 + [0.25] * 4  # 16 images, then one; padding counts for nothing
+    with progress_bar(17, file=(shown := io.StringIO()), ascii=True, mininterval=0) as bar:
+        bar.update(4.0)
+    assert "4.0/17 images" in shown.getvalue()
 
 
 def test_every_image_has_its_own_noise():
@@ -372,6 +393,22 @@ def test_domain_guidance_equals_two_models():
         expected = scheduler.step(null + 4.0 * (own - null), t, expected).prev_sample
     # Guidance multiplies by 4 what was rounded.
     assert_rounded(latents, expected, base, size=4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "domain"])
+def test_adapters_are_folded_in_unless_the_base_is_beside_them(guidance):
+    model = randomize(inject_adapter(make_dit(), AdapterConfig(num_classes=3)))
+    weight = model.transformer_blocks[0].attn1.to_q.weight
+    settings = SamplerSettings(guidance=guidance, num_inference_steps=2)
+
+    def draw():
+        return sample_latents(model, SCHEDULER.config, torch.tensor([0, 2]), image_generators(0, [0, 1]), settings)
+
+    before, base = draw(), weight.clone()
+    with adapters_folded_in(model, settings):
+        assert torch.equal(weight, base) == (guidance == "domain")
+        torch.testing.assert_close(draw(), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(weight, base) and torch.equal(draw(), before)
 
 
 def test_domain_guidance_needs_an_adapter():

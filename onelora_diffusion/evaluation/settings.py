@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from onelora_diffusion.command_line import with_switches
-from onelora_diffusion.sampling import SamplerSettings
+from onelora_diffusion.devices import ComputeSettings
+from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
 
 DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
 OTHERS = {"num_images": 10_000, "num_inference_steps": 50, "guidance_scale": 1.5}
@@ -42,7 +43,7 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
+class Generate(SamplerSettings, ComputeSettings, FeatureSettings, DatasetSettings):
     """Generate images from an adapter and its base, and measure them against real ones."""
 
     adapter: Path | None = Path("runs/digits")
@@ -67,6 +68,9 @@ class Generate(SamplerSettings, FeatureSettings, DatasetSettings):
     1.5."""
     seed: int = 0
     """Of all noise."""
+    images_at_once: int = IMAGES_AT_ONCE
+    """Images that the networks run on, the last ones padded: always as many, so that an image is the same to the bit
+    in any company and in any number of processes."""
     output: Path | None = None
     """JSON file. None: evaluation.json beside the adapter, or here."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from onelora_diffusion.devices import in_words
 from onelora_diffusion.evaluation.judge import Measured
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
 from onelora_diffusion.evaluation.statistics import Origin, shortage
@@ -65,6 +66,8 @@ def print_report(report: dict) -> None:
         notes.append(
             f"Recognition: the share read as the class asked for, by a {report['classifier']['description']}."
         )
+    if "images_at_once" in report:
+        notes.append(f"Generated in {in_words(report)}, {report['images_at_once']} images at once.")
     if len(results) == 2:
         base_classes = report["num_base_classes"]
         notes.append(

@@ -1,5 +1,8 @@
 """Fold adapters into the base weights, take them out again, and write a model as plain diffusers has it."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -42,6 +45,26 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
             raise ValueError("no adapter is merged")
         book.unmerge()
     return model
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Context manager: inside, the adapters that serve are folded into the base; afterwards it is itself, bit for bit.
+
+    What they compute is the same, at the base's own cost. Where they cannot be merged (a quantised base, a tuner
+    without a merge), and where there are none or they are merged already, the model is left as it is.
+    """
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # it would merge by rounded products
+            merge_adapter(model)
+        is_merged = True
+    except ValueError:
+        is_merged = False
+    try:
+        yield model
+    finally:
+        if is_merged:
+            unmerge_adapter(model)
 
 
 def stock_state_dict(

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images
 from onelora_diffusion.training.settings import Settings
 
 GRID_CLASSES, GRID_ROWS = 10, 4
@@ -19,18 +19,13 @@ def sample_grid(pipeline, num_classes: int, settings: Settings, is_stopped) -> b
     columns = min(GRID_CLASSES, num_classes)
     classes = [column * (num_classes - 1) // max(1, columns - 1) for column in range(columns)]
     labels, images = classes * GRID_ROWS, []
-    batches = generate_images(
-        pipeline,
-        labels,
-        settings.seed,
-        range(len(labels)),
-        SamplerSettings(num_inference_steps=settings.sample_steps, guidance_scale=settings.guidance_scale),
-        batch_size=columns,
-    )
-    for _, batch in batches:
-        images.append(batch.cpu())
-        if is_stopped():
-            return None
+    sampler = SamplerSettings(num_inference_steps=settings.sample_steps, guidance_scale=settings.guidance_scale)
+    batches = generate_images(pipeline, labels, settings.seed, range(len(labels)), sampler, batch_size=columns)
+    with adapters_folded_in(pipeline.transformer, sampler):
+        for _, batch in batches:
+            images.append(batch.cpu())
+            if is_stopped():
+                return None
     png = io.BytesIO()
     grid = make_grid(torch.cat(images), nrow=columns)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, format="PNG")

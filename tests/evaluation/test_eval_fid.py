@@ -62,6 +62,8 @@ def test_gen_reports_base_and_adapted(run_folder, capsys):
     assert report["reference"]["dataset"] == "digits" and report["reference"]["count"] == 719
     assert report["features"]["resize"] == "none, 16x16 pixels" and report["features"]["num_features"] == 768
     assert report["seed"] == 0 and report["sampler"] == "ddim" and report["num_inference_steps"] == 2
+    assert report["mixed_precision"] == "no" and not report["tf32"] and report["images_at_once"] == 16
+    assert "Generated in float32 on cpu, " in printed and ", 16 images at once." in " ".join(printed.split())
     model = load_adapter(load_base(run_folder / "base").transformer, run_folder)
     assert report["num_trainable_params"] == count_trainable(model)
     assert report["adapter_bytes"] == (run_folder / "onelora_weights.safetensors").stat().st_size
@@ -151,6 +153,18 @@ def test_a_sweep_finds_the_best_guidance_of_each_metric(run_folder, tmp_path, ca
     run(*gen)
     expected = read(tmp_path / "gen.json")["results"]["adapted"]["distance"]
     assert report["results"]["1.5"]["distance"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_precision_is_taken_and_told(run_folder, tmp_path, capsys):
+    gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
+    run(*gen)
+    exact = read(tmp_path / "gen.json")["results"]["adapted"]["distance"]
+    run(*gen, "--mixed-precision", "bf16", "--images-at-once", "4")
+    report = read(tmp_path / "gen.json")
+    assert report["mixed_precision"] == "bf16" and report["images_at_once"] == 4
+    assert "Generated in bf16 on cpu" in capsys.readouterr().out
+    rounded = report["results"]["adapted"]["distance"]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)  # eight bits of each pixel are left
 
 
 def error_of(*arguments):

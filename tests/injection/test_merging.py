@@ -12,6 +12,7 @@ from onelora_diffusion import (
     unload_adapter,
     unmerge_adapter,
 )
+from onelora_diffusion.injection.merging import merged
 
 EVERY_PART = {"method": "difffit", "sum": True, "num_classes": 3}
 
@@ -111,3 +112,56 @@ def test_save_pretrained_refuses_more_classes_than_the_base_has_room_for(dit, tm
     merge_adapter(inject_adapter(dit, AdapterConfig(num_classes=11)))
     with pytest.raises(ValueError, match="11 classes, but the base's class table only has room for 10"):
         dit.save_pretrained(tmp_path)
+
+
+METHODS = ["1lora", "difffit", "mora1", "mora6", "lora", "dora", "vera", "full"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_merged_in_a_context_and_taken_out_to_the_bit(dit, inputs, method):
+    randomize(inject_adapter(dit, AdapterConfig(method, num_classes=3)))
+    before = {key: tensor.clone() for key, tensor in dit.state_dict().items()}
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        with pytest.raises(KeyboardInterrupt), merged(dit):
+            with pytest.raises(ValueError, match="merged"):
+                merge_adapter(dit)
+            with merged(dit):  # by the outer one already: nothing is left to do
+                torch.testing.assert_close(dit(**inputs).sample, expected, atol=1e-4, rtol=1e-4)
+            raise KeyboardInterrupt
+        assert torch.equal(dit(**inputs).sample, expected)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dit.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_in_bf16_merged_and_unmerged_differ_by_rounding(dit, inputs, method):
+    """Without autocast; each of the few hundred terms of an output is rounded to 8 bits once more or once less."""
+    randomize(inject_adapter(dit, AdapterConfig(method, num_classes=3)))
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        dit.to(torch.bfloat16)
+        inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+        apart = dit(**inputs).sample.float()
+        with merged(dit):
+            together = dit(**inputs).sample
+    assert together.dtype == torch.bfloat16
+    for each in (apart, together.float()):
+        assert (each - expected).norm() < 0.05 * expected.norm()
+
+
+def test_what_cannot_be_merged_serves_unmerged(dit, inputs):
+    with torch.no_grad():
+        base = dit(**inputs).sample
+        with merged(dit):  # no adapter at all
+            assert torch.equal(dit(**inputs).sample, base)
+        randomize(inject_adapter(dit, AdapterConfig(num_classes=3)))
+        expected = dit(**inputs).sample
+        linear = dit.transformer_blocks[0].attn1.to_q
+        linear.weight.data[0, 0] = float("inf")
+        weight = linear.weight.clone()
+        with merged(dit):
+            assert torch.equal(linear.weight, weight)
+        linear.weight.data.copy_(linear.weight.nan_to_num(posinf=0.0))
+        set_adapters(dit, [])
+        with merged(dit):  # none that serves
+            assert dit(**inputs).sample.shape == expected.shape

@@ -4,6 +4,7 @@
     python benchmark.py speed --layers 28 --peers 1LoRA BitFit "PEFT LoRA r=1"
     python benchmark.py scale                                   # against tokens, layers and resident adapters
     python benchmark.py adapters                                # load and switch; many adapters in one batch
+    python benchmark.py generate --layers 4                     # images a second, beside the stock pipeline
     python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
@@ -19,6 +20,7 @@ import tyro
 from benchmarks.adapters import AdaptersSettings, adapters
 from benchmarks.cache import CacheSettings, measure_cache
 from benchmarks.compare import CompareSettings, compare, preset_asked_for
+from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.speed import SpeedSettings, speed
 from onelora_diffusion.command_line import one_line_errors
@@ -28,15 +30,15 @@ SUBCOMMANDS = {
     SpeedSettings: speed,
     ScaleSettings: scale,
     AdaptersSettings: adapters,
+    GenerateSettings: generate,
     CacheSettings: measure_cache,
     CompareSettings: compare,
 }
 
 
-def parse(
-    arguments: list[str],
-) -> SpeedSettings | ScaleSettings | AdaptersSettings | CacheSettings | CompareSettings:
-    defaults = (SpeedSettings(), ScaleSettings(), AdaptersSettings(), CacheSettings(), preset_asked_for(arguments))
+def parse(arguments: list[str]):
+    """The settings of the subcommand that is asked for, of one of the classes in `SUBCOMMANDS`."""
+    defaults = [preset_asked_for(arguments) if kind is CompareSettings else kind() for kind in SUBCOMMANDS]
     names = {kind: command.__name__.replace("_", "-") for kind, command in SUBCOMMANDS.items()}
     commands = [
         Annotated[type(default), tyro.conf.subcommand(names[type(default)], default=default)] for default in defaults

@@ -24,6 +24,12 @@ class Device:
 # NVIDIA's data sheets: A100 SXM 40 GB, H100 SXM (dense). Five microseconds a launch are a rule of thumb.
 DEVICES = (Device("A100", 312e12, 1.555e12), Device("H100", 989e12, 3.35e12))
 
+# Dense products of each precision, from the same data sheets.
+RATES = {
+    "A100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
+    "H100": {"fp32": 67e12, "tf32": 494.7e12, "bf16": 989e12},
+}
+
 
 def step_seconds(work: Work, device: Device) -> float:
     """Σ over operators of max(flops / matrix rate, bytes / bandwidth)."""

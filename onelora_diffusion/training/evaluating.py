@@ -14,7 +14,7 @@ from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
 from onelora_diffusion.training.settings import Settings
 
 
@@ -54,19 +54,24 @@ class Evaluation:
         # As many images on each process, so that all of them meet at every batch; the rest are not counted.
         padded = -(-settings.eval_images // accelerator.num_processes) * accelerator.num_processes
         indices = share(padded, accelerator.process_index, accelerator.num_processes)
-        batches = generate_images(
-            self.pipeline,
-            [index % self.num_classes for index in indices],
-            settings.seed,
-            indices,
-            SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale),
-            batch_size=max(1, settings.batch_size // accelerator.num_processes),
-        )
-        batches = with_progress(batches, len(indices), "evaluate", accelerator.is_main_process, leave=False)
-        try:
-            seen = self.judge.look(counted(batches, settings.eval_images, stop), self.source)
-        except Stopped:
-            return None
+        sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale)
+        with (
+            adapters_folded_in(self.pipeline.transformer, sampler),
+            progress_bar(len(indices), "evaluate", leave=False, disable=not accelerator.is_main_process) as progress,
+        ):
+            batches = generate_images(
+                self.pipeline,
+                [index % self.num_classes for index in indices],
+                settings.seed,
+                indices,
+                sampler,
+                batch_size=max(1, settings.batch_size // accelerator.num_processes),
+                progress=progress.update,
+            )
+            try:
+                seen = self.judge.look(counted(batches, settings.eval_images, stop), self.source)
+            except Stopped:
+                return None
         return self.judge.compare(seen)[0]
 
     def plot(self, metrics: Path, picture: Path) -> None:

@@ -1,0 +1,68 @@
+"""What precision and merging change in images of the miniature: grey levels, distance, recognition.
+
+python train_dit.py && python tools/measure_precision.py
+python tools/measure_precision.py runs/digits 500
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from onelora_diffusion import load_adapter
+from onelora_diffusion.data import load_dataset
+from onelora_diffusion.devices import ComputeSettings
+from onelora_diffusion.evaluation.features import load_features
+from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.images import DatasetImages, Source
+from onelora_diffusion.evaluation.judge import look
+from onelora_diffusion.evaluation.recognition import recognition_of
+from onelora_diffusion.evaluation.report import format_table
+from onelora_diffusion.injection.merging import merge_adapter
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.sampling import SamplerSettings, generate_images
+
+DIGITS = ["5", "6", "7", "8", "9"]
+WAYS = {  # name -> precision of the transformer and of the VAE, merged
+    "float32": ("no", "no", False),
+    "merged": ("no", "no", True),
+    "bf16": ("bf16", "bf16", False),
+    "bf16, merged": ("bf16", "bf16", True),
+    "VAE in float32": ("bf16", "no", True),
+}
+
+
+def main(adapter: Path, num_images: int) -> None:
+    features = load_features("pixels", 16)
+    real = DatasetImages(load_dataset("digits", resolution=16), 16)
+    reference = look(real.batches(range(len(real)), 64), real, [features]).measured[0].statistics
+    recognition = recognition_of("digits", DIGITS, features, 16)
+    images = {name: make(adapter, num_images, *way) for name, way in WAYS.items()}
+    rows = {name: [] for name in ("FD(pixels)", "recognition", "values changed", "mean change", "largest change")}
+    for made in images.values():
+        batches = [(list(range(num_images)), made)]
+        seen = look(batches, Source("made", 16), [features], recognition=recognition)
+        change = (made.float() - images["float32"].float()).abs()
+        rows["FD(pixels)"].append(f"{frechet_distance(seen.measured[0].statistics, reference):.4f}")
+        rows["recognition"].append(f"{seen.recognition:.1%}")
+        rows["values changed"].append(f"{(change > 0).float().mean():.2%}")
+        rows["mean change"].append(f"{change.mean():.3f}")
+        rows["largest change"].append(f"{change.max():.0f}")
+    print(format_table(f"{num_images} digits, DDIM, 25 steps; changes in grey levels", list(images), rows))
+
+
+def make(adapter: Path, num_images: int, precision: str, vae_precision: str, merge: bool) -> torch.Tensor:
+    pipeline = load_base()
+    load_adapter(pipeline.transformer, adapter)
+    ComputeSettings(mixed_precision=precision).place(pipeline, torch.device("cpu"))
+    if vae_precision == "no":
+        pipeline.vae.float()
+    if merge:
+        merge_adapter(pipeline.transformer)
+    settings = SamplerSettings(num_inference_steps=25, guidance_scale=2.0)
+    labels = [index % len(DIGITS) for index in range(num_images)]
+    return torch.cat([made for _, made in generate_images(pipeline, labels, 0, range(num_images), settings)])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/digits"), int(sys.argv[2]) if len(sys.argv) > 2 else 500)

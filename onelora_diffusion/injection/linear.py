@@ -124,7 +124,8 @@ class LinearSeat(nn.ModuleDict):
         """Why the layer's weight cannot take the active adapters in, or None if it can.
 
         Args:
-            users: `memory_of` each of the base's parameters -> paths of the modules that have it.
+            users: `memory_of` each of the base's parameters -> paths of the modules that have it. A fused q, k and v
+                is none of the base's.
         """
         weight = self.layer._parameters.get("weight")
         if not self.active:

@@ -37,7 +37,8 @@ def test_an_update_made_of_one_compression_is_aligned_with_it_alone(method, winn
     lora = inject_adapter(make_dit(), AdapterConfig("lora", fuse_qkv=fuse_qkv)) if method != "lora" else finetuned
     learned = {path: a.clone() for path, a in learned_compressions(adapter_state_dict(lora)).items()}
     for alignment in alignment_by_kind(make_dit(), merge_adapter(finetuned), learned, seed=5):
-        torch.testing.assert_close(alignment.energy[:, 0], torch.ones(len(alignment.energy)), atol=1e-3, rtol=0)
+        # Updates of 0.05 are differences of weights of size 1, which were rounded.
+        assert_rounded(alignment.energy[:, 0], torch.ones(len(alignment.energy)), make_dit(), size=1 / 0.05)
         for name, cosines in alignment.cosines.items():
             first = cosines[:, 0]
             assert (first > 0.999).all() if name == winner else (first < 0.7).all()

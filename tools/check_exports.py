@@ -1,6 +1,7 @@
 """Check that what leaves this library needs nothing of it: load both exports in an environment without it.
 
     python tools/check_exports.py                      # makes a fresh virtual environment first (a few minutes)
+    python tools/check_exports.py --diffusers 0.36.0   # with another release of diffusers in it
     python tools/check_exports.py --python PATH        # the interpreter of an environment without onelora-diffusion
 
 Exports (a) the miniature with an adapter merged into it, class table and class names included, and (b) adapters as
@@ -25,7 +26,7 @@ from torch import nn
 from onelora_diffusion import AdapterConfig, OneLoRADiTPipeline, export_lora, inject_adapter, save_adapter
 from onelora_diffusion.pipelines.base import load_base
 
-PACKAGES = ("torch", "diffusers", "accelerate", "peft", "transformers")
+COMPANIONS = ("torch", "accelerate", "peft", "transformers")
 TOLERANCE = 1e-4  # of images in [0, 1], and of SD3's output: the sums are taken in another order there
 
 
@@ -35,6 +36,8 @@ class Settings:
 
     python: Path | None = None
     """Interpreter of an environment with diffusers and PEFT, without onelora-diffusion; None: make one."""
+    diffusers: str = version("diffusers")
+    """Release of diffusers in the environment that is made."""
     scale: float = 0.05
     """Standard deviation of the adapters' random values."""
 
@@ -43,7 +46,7 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "exports"
         export(folder, settings.scale)
-        python = settings.python or fresh_environment(Path(scratch) / "env")
+        python = settings.python or fresh_environment(Path(scratch) / "env", settings.diffusers)
         # -I: no current folder, no PYTHONPATH, no packages of the user
         subprocess.run([python, "-I", Path(__file__).with_name("load_exports.py"), folder], check=True, cwd=scratch)
         differences = json.loads((folder / "found.json").read_text())
@@ -116,11 +119,11 @@ def randomize(model: nn.Module, scale: float) -> None:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def fresh_environment(folder: Path) -> Path:
-    """A virtual environment with this one's versions of diffusers and its companions, and nothing of ours."""
+def fresh_environment(folder: Path, diffusers: str) -> Path:
+    """A virtual environment with a release of diffusers, its companions as they are here, and nothing of ours."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    wanted = [f"{name}=={version(name)}" for name in PACKAGES]
+    wanted = [f"diffusers=={diffusers}", *(f"{name}=={version(name)}" for name in COMPANIONS)]
     print(f"installing {' '.join(wanted)}", flush=True)
     subprocess.run([python, "-m", "pip", "install", "-qq", *wanted], check=True)
     return python

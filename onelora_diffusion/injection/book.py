@@ -340,22 +340,30 @@ class AdapterBook:
         return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
 
 
-def check_model(model: nn.Module) -> None:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of what `torch.compile` or data parallelism wraps it in, whose names no key shall have."""
     if not isinstance(model, nn.Module):
         parts = [name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)]
         hint = f": give its {parts[0]}, as in pipe.{parts[0]}" if parts else ""
         raise TypeError(f"the model is a {type(model).__name__}, which is no torch.nn.Module{hint}")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model
 
 
 def adapters_of(model: nn.Module) -> AdapterBook:
-    check_model(model)
+    model = unwrapped(model)
     if not hasattr(model, "_onelora"):
         raise ValueError(f"{type(model).__name__} has no adapter: inject or load one first")
     return model._onelora
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
-    check_model(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "add adapters before DistributedDataParallel wraps the model: it averages no gradients of later ones"
+        )
+    model = unwrapped(model)
     if not adapter_name or set(adapter_name) & set("./\\") or not adapter_name.isprintable():
         raise ValueError(f"adapter name {adapter_name!r} must not be empty or contain a dot, a slash or a line break")
     if hasattr(model, "_onelora"):

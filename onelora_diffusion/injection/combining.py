@@ -43,16 +43,16 @@ def combine_adapters(
         group = [(book.adapters[name][path], weight_at(mixture[name], path)) for name in names]
         total = type(group[0][0]).summed(group, names, path)
         tensors |= {f"{path}.{part}": tensor for part, tensor in total.items()}
-    config = _config_of_sum(model, book, mixture)
-    for path in target_layers(model, config.targets):  # a part that some of them train is a part of every layer
-        neutral = torch.zeros(model.get_submodule(path).out_features)
+    config = _config_of_sum(book.model, book, mixture)
+    for path in target_layers(book.model, config.targets):  # a part that some of them train is a part of every layer
+        neutral = torch.zeros(book.model.get_submodule(path).out_features)
         for part, is_trained, start in (("b", config.sum, 0), ("beta", config.bias, 0), ("gamma", config.scale, 1)):
             if is_trained:
                 tensors.setdefault(f"{path}.onelora_{part}", neutral + start)
     with_table = [name for name in mixture if book.configs[name].num_classes is not None]
     id2label = book.origins.get(with_table[-1], {}).get("id2label") if with_table else None
     file = AdapterFile(config, tensors, book.fingerprint, id2label=id2label or {})
-    attach_adapter_file(model, file, adapter_name, source=f"the sum of {', '.join(mixture)}")
+    attach_adapter_file(book.model, file, adapter_name, source=f"the sum of {', '.join(mixture)}")
     return model
 
 

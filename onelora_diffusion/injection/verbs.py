@@ -6,7 +6,7 @@ from torch import nn
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import attach_adapter, build_adapter, state_dict_of
-from onelora_diffusion.injection.book import adapters_of, check_model, check_name
+from onelora_diffusion.injection.book import adapters_of, check_name, unwrapped
 
 
 def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = "default") -> nn.Module:
@@ -31,7 +31,8 @@ def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = 
     check_name(model, adapter_name)
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"the config is an AdapterConfig, as in AdapterConfig(method='1lora'), not {config!r:.60}")
-    attach_adapter(model, config, adapter_name, build_adapter(model, config))
+    inner = unwrapped(model)
+    attach_adapter(inner, config, adapter_name, build_adapter(inner, config))
     return model
 
 
@@ -51,8 +52,8 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
             book.detach(name)
         if not book.adapters:
             book.restore()
-            del model._onelora
-            model.__dict__.pop("save_pretrained", None)
+            del book.model._onelora
+            book.model.__dict__.pop("save_pretrained", None)
     return model
 
 
@@ -97,5 +98,4 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
 
 def count_trainable(model: nn.Module) -> int:
     """The number of weights that require gradients; each shared one counts once."""
-    check_model(model)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in unwrapped(model).parameters() if parameter.requires_grad)

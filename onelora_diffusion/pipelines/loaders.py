@@ -15,7 +15,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight, scaled
 from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
 from onelora_diffusion.injection.merging import unmerge_adapter
 from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
@@ -414,8 +414,7 @@ class OneLoRALoaderMixin:
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to adapt")
 
     def _adapted_model(self) -> nn.Module:
-        model = getattr(self, self._component())
-        return getattr(model, "_orig_mod", model)  # torch.compile wraps it
+        return unwrapped(getattr(self, self._component()))
 
     def _book(self) -> AdapterBook | None:
         return getattr(self._adapted_model(), "_onelora", None)

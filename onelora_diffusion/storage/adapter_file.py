@@ -19,7 +19,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file, check_fits, state_dict_of
-from onelora_diffusion.injection.book import adapters_of, check_name
+from onelora_diffusion.injection.book import adapters_of, check_name, unwrapped
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)
@@ -161,9 +161,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             The model is left exactly as it was.
     """
     check_name(model, adapter_name)
+    inner = unwrapped(model)
     with opened(_file_of(path)) as file:
-        adapter = read_opened(file, model)
-    attach_adapter_file(model, adapter, adapter_name, source=str(path))
+        adapter = read_opened(file, inner)
+    attach_adapter_file(inner, adapter, adapter_name, source=str(path))
     return model
 
 

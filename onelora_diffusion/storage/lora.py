@@ -71,7 +71,7 @@ def export_lora(
             f"{', '.join(dict.fromkeys(reasons))}; merge_adapter and save_pretrained write all into a plain model"
         )
 
-    component = "unet" if type(model).__name__.startswith("UNet") else "transformer"
+    component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
     lora = {}
     for layer, (a, b) in pairs.items():
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()

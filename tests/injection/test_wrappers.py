@@ -1,0 +1,115 @@
+"""Adapters of a model that is inside a wrapper: the model's names are theirs, never the wrapper's."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import dit_inputs, make_dit, randomize
+from denoisers import unet
+from safetensors.torch import load_file
+from torch import nn
+
+from onelora_diffusion import (
+    AdapterConfig,
+    adapter_state_dict,
+    combine_adapters,
+    export_lora,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    read_adapter,
+    route_adapters,
+    save_adapter,
+    set_adapters,
+    unload_adapter,
+    unmerge_adapter,
+)
+
+WRAPPERS = [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_verbs_reach_the_model_inside(wrap, tmp_path):
+    plain = randomize(inject_adapter(make_dit(), AdapterConfig(num_classes=3)))
+    save_adapter(plain, tmp_path / "plain")
+    wrapped = wrap(make_dit())
+    assert inject_adapter(wrapped, AdapterConfig(num_classes=3)) is wrapped
+    randomize(wrapped)
+    save_adapter(wrapped, tmp_path / "wrapped")
+    expected, found = read_adapter(tmp_path / "plain"), read_adapter(tmp_path / "wrapped")
+    assert set(adapter_state_dict(wrapped)) == set(expected.tensors) == set(found.tensors)
+    assert found.fingerprint == expected.fingerprint
+    assert all(torch.equal(tensor, expected.tensors[key]) for key, tensor in found.tensors.items())
+
+    with torch.no_grad():
+        adapted, base = plain(**dit_inputs()).sample, make_dit()(**dit_inputs()).sample
+        torch.testing.assert_close(wrapped(**dit_inputs()).sample, adapted, atol=1e-5, rtol=1e-4)
+        load_adapter(wrapped, tmp_path / "plain", "second")
+        set_adapters(wrapped, ["default", "second"], [0.75, 0.25])
+        torch.testing.assert_close(wrapped(**dit_inputs()).sample, adapted, atol=1e-5, rtol=1e-4)
+        with route_adapters(wrapped, ["second", None, "default"]):
+            torch.testing.assert_close(wrapped(**dit_inputs()).sample[1], base[1], atol=1e-5, rtol=1e-4)
+        combine_adapters(wrapped, ["default", "second"], [0.5, 0.5], "mean")
+        torch.testing.assert_close(wrapped(**dit_inputs()).sample, adapted, atol=1e-5, rtol=1e-4)
+        merge_adapter(wrapped)
+        torch.testing.assert_close(wrapped(**dit_inputs()).sample, adapted, atol=1e-5, rtol=1e-4)
+        unmerge_adapter(wrapped)
+        unload_adapter(wrapped)
+        torch.testing.assert_close(wrapped(**dit_inputs()).sample, base, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="has no adapter"):
+        set_adapters(wrapped, "default")
+
+
+def test_a_wrapped_unet_is_exported_as_a_unet(tmp_path):
+    model, _ = unet()
+    export_lora(inject_adapter(nn.DataParallel(model), AdapterConfig()), tmp_path)
+    keys = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("unet.") and "module." not in key for key in keys)
+
+
+def test_gradients_of_an_adapter_added_after_ddp_would_not_be_averaged(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(inject_adapter(make_dit(), AdapterConfig()))
+        with pytest.raises(ValueError, match="add adapters before DistributedDataParallel wraps the model"):
+            inject_adapter(model, AdapterConfig(), "late")
+        assert set(adapter_state_dict(model)) == set(adapter_state_dict(model.module))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [through_pickle, through_torch_save, copy.deepcopy])
+def test_a_copy_of_an_adapted_model_is_one_of_its_own(copied, tmp_path):
+    model = randomize(inject_adapter(make_dit(), AdapterConfig(num_classes=3)))
+    other = copied(model)
+    with torch.no_grad():
+        expected = model(**dit_inputs()).sample
+        assert torch.equal(other(**dit_inputs()).sample, expected)
+        other.save_pretrained(tmp_path)  # its own base
+        for tensor in adapter_state_dict(other).values():
+            tensor.zero_()
+        assert torch.equal(model(**dit_inputs()).sample, expected)
+        unload_adapter(other)
+        assert torch.equal(other(**dit_inputs()).sample, make_dit()(**dit_inputs()).sample)
+        assert torch.equal(model(**dit_inputs()).sample, expected)
+
+
+def test_a_plain_module_is_given_no_save_pretrained():
+    model = inject_adapter(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), AdapterConfig())
+    assert not hasattr(model, "save_pretrained")
+    assert torch.equal(through_pickle(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    unload_adapter(model)

@@ -49,6 +49,8 @@ class SwapSeat(nn.ModuleDict):
     def fold(self, check: bool) -> None:
         """Put frozen copies of the tensors in place there, in the base's dtype; `activate` undoes it."""
         for name, base in self.base.items():
+            if self.module._parameters[name] is base:  # nothing is in its place, and a fused q, k, v may be its memory
+                continue
             merged = self.module._parameters[name].detach().to(base.dtype).clone()
             if check and not torch.isfinite(merged).all():
                 raise ValueError(f"merging into {self.path} gives NaN or infinity")

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart test test-other-kernels test-quantised test-floors style
+.PHONY: quickstart test fuzz test-other-kernels test-quantised test-floors style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -22,6 +22,10 @@ test-other-kernels: .venv/installed
 # import whatever is installed, and warn about some of it.
 test-quantised: .venv/quantised/installed
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py
+
+# Files changed at random, more of them than `make test` tries, and other ones each time.
+fuzz: .venv/installed
+	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/storage/test_fuzz.py
 
 # The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 test-floors: .venv-floors/installed

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 
 from onelora_diffusion import count_trainable, disable_adapter, load_adapter, read_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.images import Source, open_images, share
 from onelora_diffusion.evaluation.judge import (
@@ -73,10 +74,9 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
             raise ValueError(f"--images-at-once is {settings.images_at_once}; it must be at least 1")
         pipeline, adapter, names = load_models(settings)
         settings.place(pipeline, accelerator.device)
-        dataset = settings.dataset or (adapter and adapter.training.get("dataset")) or "digits"
+        dataset = settings.dataset or (adapter and adapter.training.get("dataset")) or EMBEDDED
         settings = settings.for_dataset(dataset)
-        compare_base = settings.compare_base if settings.compare_base is not None else dataset == "digits"
-        models = (["base"] if compare_base or not adapter else []) + (["adapted"] if adapter else [])
+        models = (["base"] if settings.compare_base or not adapter else []) + (["adapted"] if adapter else [])
         indices = share(settings.num_images, accelerator.process_index, accelerator.num_processes)
         labels = {
             "base": [index % len(names) % num_base_classes(pipeline) for index in indices],
@@ -216,8 +216,8 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
         for output in settings.output:
             if output.suffix not in (".safetensors", ".npz"):
                 raise ValueError(f"--output {output}: statistics are a .safetensors file, or an .npz in ADM's layout")
-        dataset = settings.dataset or "digits"
-        resolution = settings.resolution or (16 if dataset == "digits" else 256)
+        dataset = settings.dataset or EMBEDDED
+        resolution = settings.resolution or defaults_of(dataset).resolution
         images = real_images(settings, settings.images, dataset, resolution)
         features = features_of(settings, default_for(dataset, ()), images.resolution, accelerator)
         if len(features) != len(settings.output):

@@ -7,7 +7,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.features import FEATURES, default_features, load_features
+from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.evaluation.features import FEATURES, load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import DatasetImages, NpzImages, open_images, share
 from onelora_diffusion.evaluation.judge import look, needs, with_progress
@@ -34,7 +35,7 @@ def default_for(dataset: str | None, files: Sequence[Path]) -> str:
     for path in filter(is_statistics, files):
         origin = load_statistics(path).origin
         return next((name for name in FEATURES if origin.features.startswith(name)), origin.features)
-    return default_features(dataset)
+    return defaults_of(dataset).features
 
 
 def real_images(settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None):

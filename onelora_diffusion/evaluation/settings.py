@@ -7,11 +7,9 @@ from typing import Annotated, Literal
 import tyro
 
 from onelora_diffusion.command_line import with_switches
+from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
-
-DIGITS = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0}
-OTHERS = {"num_images": 10_000, "num_inference_steps": 50, "guidance_scale": 1.5}
 
 Metric = Literal["sfid", "kid", "precision-recall", "density-coverage", "inception-score", "limit"]
 
@@ -76,7 +74,13 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, DatasetSetting
 
     def for_dataset(self, dataset: str) -> "Generate":
         """The same with this data set's values where none are given: a minute's work for the embedded digits."""
-        values = DIGITS if dataset == "digits" else OTHERS
+        own = defaults_of(dataset)
+        values = {
+            "num_images": own.eval_images,
+            "num_inference_steps": own.eval_steps,
+            "guidance_scale": own.eval_guidance_scale,
+            "compare_base": own.compares_base,
+        }
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.evaluation.features import default_features, load_features
+from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
 from onelora_diffusion.evaluation.judge import Batches, Judge, look, with_progress
 from onelora_diffusion.evaluation.recognition import recognition_of
@@ -30,7 +31,7 @@ class Evaluation:
         self.num_classes = dataset.num_classes
 
         resolution = resolution_of(pipeline)
-        name = settings.eval_features or default_features(settings.dataset)
+        name = settings.eval_features or defaults_of(settings.dataset).features
         with accelerator.main_process_first():  # it may download
             features = load_features(name, resolution, settings.eval_weights)
         self.source = Source(settings.dataset, resolution)

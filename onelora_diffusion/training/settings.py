@@ -17,6 +17,7 @@ import yaml
 from onelora_diffusion.command_line import check_flags, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data import check_name
+from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.training.stopping import parse_duration
 
 
@@ -26,7 +27,7 @@ class Settings:
 
     config: Path | None = None
     """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
-    dataset: str = "digits"
+    dataset: str = EMBEDDED
     """What to learn: digits, fashion-mnist, food101, imagefolder, torchvision:CLASS (torchvision:Flowers102, any of
     its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
     data_root: Path | None = None
@@ -213,9 +214,6 @@ DIFFUSERS_FLAGS = {
     "logging_dir": "--output-dir",
 }
 
-OWN_RECIPES = {"digits": "digits.yaml", "fashion-mnist": "fashion_mnist.yaml"}
-PHOTOGRAPHS = "food101.yaml"  # the recipe of every other data set
-
 
 def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
     """Flags over a recipe: that of --config, else that of --dataset in the folder `recipes`.
@@ -229,13 +227,13 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
     first.add_argument("--dataset", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
     chosen = first.parse_known_args(arguments)[0]
-    default = read_recipe(chosen.config) if chosen.config else recipe(chosen.dataset or "digits", recipes)
+    default = read_recipe(chosen.config) if chosen.config else recipe(chosen.dataset or EMBEDDED, recipes)
     return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default)
 
 
 def recipe(dataset: str, recipes: Path) -> Settings:
     """The recipe of a data set in the folder `recipes`; one without its own has that of Food-101."""
-    settings = read_recipe(recipes / OWN_RECIPES.get(dataset, PHOTOGRAPHS))
+    settings = read_recipe(recipes / defaults_of(dataset).recipe)
     if dataset == settings.dataset:
         return settings
     name = dataset.replace(":", "/").split("/")[-1].lower()  # torchvision:Flowers102, hf:owner/name

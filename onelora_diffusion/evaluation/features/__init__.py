@@ -9,11 +9,6 @@ from onelora_diffusion.evaluation.features.base import DINOV2_PUBLISHED, INCEPTI
 FEATURES = ("pixels", "inception", "dinov2", "fashion-mnist")
 
 
-def default_features(dataset: str) -> str:
-    """What is compared on a data set where nothing is chosen."""
-    return "pixels" if dataset == "digits" else "inception"
-
-
 def load_features(name: str, resolution: int, weights: str | Path | None = None) -> nn.Module:
     """A frozen module that turns uint8 images (batch, 3, R, R) into float64 features (batch, num_features).
 

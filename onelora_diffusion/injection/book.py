@@ -77,23 +77,23 @@ class AdapterBook:
         """name -> weight of the adapters that the base's weights hold, or None."""
         return self.folded if self.state == MERGED else None
 
-    def known(self, adapter_name: str) -> str:
+    def check_present(self, adapter_name: str) -> str:
         if adapter_name not in self.adapters:
             raise ValueError(
                 f"adapter '{adapter_name}' is not in the list of present adapters: {', '.join(self.adapters)}"
             )
         return adapter_name
 
-    def chosen(self, adapter_name: str | None) -> str:
+    def choose(self, adapter_name: str | None) -> str:
         """The name of a present adapter; of None the one that is active, or the only one there is."""
         if adapter_name is not None:
-            return self.known(adapter_name)
+            return self.check_present(adapter_name)
         names = list(self.merged or self.serving or self.adapters)
         if len(names) > 1:
             raise ValueError(f"adapters {', '.join(names)} are there to choose from: give the adapter_name")
         return names[0]
 
-    def checked(self, weight: Weight, adapter_name: str) -> Weight:
+    def check_weight(self, weight: Weight, adapter_name: str) -> Weight:
         """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""
         if isinstance(weight, dict):
             for block in weight:
@@ -101,7 +101,7 @@ class AdapterBook:
                     raise ValueError(
                         f"adapter '{adapter_name}' serves no layer in '{block}', which was given a weight"
                     )
-            return {block: self.checked(value, adapter_name) for block, value in weight.items()}
+            return {block: self.check_weight(value, adapter_name) for block, value in weight.items()}
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter '{adapter_name}' is {weight}; it must be a finite number")
         return float(weight)

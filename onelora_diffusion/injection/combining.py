@@ -35,7 +35,8 @@ def combine_adapters(
     if not adapter_names or len(adapter_names) != len(weights):
         raise ValueError(f"{len(adapter_names)} adapter names ({', '.join(adapter_names)}) but {len(weights)} weights")
     mixture = {
-        book.known(name): book.checked(weight, name) for name, weight in zip(adapter_names, weights, strict=True)
+        book.check_present(name): book.check_weight(weight, name)
+        for name, weight in zip(adapter_names, weights, strict=True)
     }
     tensors = {}
     for path in dict.fromkeys(path for name in mixture for path in book.adapters[name]):

@@ -64,4 +64,4 @@ def route_beside_base(model: nn.Module, batch_size: int, adapter_names: Sequence
 
 def _mixture(book: AdapterBook, entry: Entry) -> dict[str, Weight]:
     weights = {} if entry is None else {entry: 1.0} if isinstance(entry, str) else dict(entry)
-    return {book.known(name): book.checked(weight, name) for name, weight in weights.items()}
+    return {book.check_present(name): book.check_weight(weight, name) for name, weight in weights.items()}

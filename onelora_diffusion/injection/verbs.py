@@ -42,7 +42,7 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
     Merged weights are unmerged first.
     """
     book = adapters_of(model)
-    names = list(book.adapters) if adapter_name is None else [book.known(adapter_name)]
+    names = list(book.adapters) if adapter_name is None else [book.check_present(adapter_name)]
     with book.turn:
         if book.merged is not None:
             book.unmerge()
@@ -81,7 +81,10 @@ def set_adapters(
         raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
     with book.turn:
         book.require_unmerged("others are set")
-        chosen = {book.known(name): book.checked(weight, name) for name, weight in zip(names, weights, strict=True)}
+        chosen = {
+            book.check_present(name): book.check_weight(weight, name)
+            for name, weight in zip(names, weights, strict=True)
+        }
         book.activate(chosen)
     return model
 
@@ -93,7 +96,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
         adapter_name: None: the one that is active.
     """
     book = adapters_of(model)
-    return state_dict_of(book.adapters[book.chosen(adapter_name)])
+    return state_dict_of(book.adapters[book.choose(adapter_name)])
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -159,7 +159,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         else:
             mixtures = [{} if e is None else {e: 1.0} if isinstance(e, str) else e for e in entries]
             for name in {name for mixture in mixtures for name in mixture}:
-                adapters_of(self._adapted_model()).known(name)
+                adapters_of(self._adapted_model()).check_present(name)
         return [self._label(wanted, mixture) for wanted, mixture in zip(classes, mixtures, strict=True)]
 
     def _label(self, wanted: int | str, weights: Mapping[str, Weight]) -> int:

@@ -114,7 +114,7 @@ class OneLoRALoaderMixin:
         if hotswap and adapter_name is None:
             raise ValueError("hotswap=True needs the adapter_name whose values are replaced")
         if hotswap:
-            adapters_of(model).known(adapter_name)
+            adapters_of(model).check_present(adapter_name)
         else:
             present = adapters_of(model).adapters if hasattr(model, "_onelora") else {}
             free = (f"default_{i}" for i in range(len(present) + 1))
@@ -226,7 +226,7 @@ class OneLoRALoaderMixin:
         if other := [component for component in layers if component != self._component()]:
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in '{self._component()}'")
         book = adapters_of(self._adapted_model())
-        adapter_name = book.chosen(adapter_name)
+        adapter_name = book.choose(adapter_name)
         origin = book.origins.get(adapter_name, {})
         base = base or origin.get("base") or getattr(self.config, "_name_or_path", None)
         if is_main_process:
@@ -251,7 +251,7 @@ class OneLoRALoaderMixin:
         book = adapters_of(self._adapted_model())
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
-            book.known(name)
+            book.check_present(name)
         if book.merged is not None:
             self.unfuse_lora()
         for name in dict.fromkeys(names):
@@ -308,7 +308,7 @@ class OneLoRALoaderMixin:
         book = adapters_of(self._adapted_model())
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
-            book.known(name)
+            book.check_present(name)
         for name in names:
             for module in book.adapters[name].values():
                 module.to(device)
@@ -349,10 +349,10 @@ class OneLoRALoaderMixin:
         with book.turn:
             book.require_unmerged("they are fused again")
             names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            names = list(book.serving) if names is None else [book.known(name) for name in names]
+            names = list(book.serving) if names is None else [book.check_present(name) for name in names]
             if not names:
                 raise ValueError("no adapter is active: name the adapters to fuse")
-            fused = {n: book.checked(scaled(book.serving.get(n, 1.0), lora_scale), n) for n in names}
+            fused = {n: book.check_weight(scaled(book.serving.get(n, 1.0), lora_scale), n) for n in names}
             book.merge(fused, check_finite=safe_fusing)
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
@@ -451,7 +451,7 @@ class OneLoRALoaderMixin:
             book = adapters_of(self._adapted_model())
             book.require_unmerged(f"they are scaled by {scale}")
             before = book.serving
-            book.activate({name: book.checked(scaled(weight, scale), name) for name, weight in before.items()})
+            book.activate({name: book.check_weight(scaled(weight, scale), name) for name, weight in before.items()})
             try:
                 yield
             finally:

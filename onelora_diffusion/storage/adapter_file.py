@@ -70,7 +70,7 @@ def save_adapter(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"an adapter file is float32 or bfloat16, not {dtype}")
     book = adapters_of(model)
-    adapter_name = book.chosen(adapter_name)
+    adapter_name = book.choose(adapter_name)
     _check_labels(id2label, book.configs[adapter_name].num_classes)
     own = state_dict_of(book.adapters[adapter_name])
     values = own if state_dict is None else state_dict
@@ -139,7 +139,10 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
         raise ValueError(f"{file.source}: is damaged, for it is not what was written; copy or download it again")
     if is_newer(adapter.version):
         logger.warning(
-            "%s: was written by onelora-diffusion %s, which is newer than this %s", file.source, adapter.version, OURS
+            "%s: was written by onelora-diffusion %s, which is newer than this %s",
+            file.source,
+            adapter.version,
+            LIBRARY_VERSION,
         )
     return adapter
 
@@ -176,12 +179,12 @@ def _file_of(path: str | os.PathLike) -> Path:
 # ---------------------------------------------------------------------------------------------------
 # What a header may say
 
-OURS = version("onelora-diffusion")
+LIBRARY_VERSION = version("onelora-diffusion")
 
 
 def is_newer(written_by: str) -> bool:
     try:
-        return Version(written_by) > Version(OURS)
+        return Version(written_by) > Version(LIBRARY_VERSION)
     except InvalidVersion:
         return False
 
@@ -190,7 +193,7 @@ def _remedy(header) -> str:
     written_by = header.get("version") if isinstance(header, dict) else None
     if isinstance(written_by, str) and is_newer(written_by):
         return (
-            f"it was written by onelora-diffusion {written_by[:40]}, which is newer than this {OURS}: "
+            f"it was written by onelora-diffusion {written_by[:40]}, which is newer than this {LIBRARY_VERSION}: "
             "pip install --upgrade onelora-diffusion"
         )
     return "copy or download it again, or ask whoever made it"

@@ -57,7 +57,7 @@ def export_lora(
             or it is of another method. To keep these, merge and `save_pretrained`. Nothing is written.
     """
     book = adapters_of(model)
-    adapter_name = book.chosen(adapter_name)
+    adapter_name = book.choose(adapter_name)
     adapter, config = book.adapters[adapter_name], book.configs[adapter_name]
     pairs, reasons = {}, []
     for layer, module in adapter.items():

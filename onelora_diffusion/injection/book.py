@@ -297,6 +297,12 @@ class AdapterBook:
         self.turn.__enter__()
         self._open_forwards += 1
         self._reached.clear()
+        beside = next((seat for (kind, _), seat in self.seats.items() if kind == BESIDE_LINEAR), None)
+        if beside is not None and beside.is_on_disk:
+            raise ValueError(
+                "enable_group_offload took the adapters to the disk with their layers, where they are not found: "
+                "unload them, offload first, and load them then"
+            )
         if self._route is not None:
             self._route.start(args, kwargs)
 

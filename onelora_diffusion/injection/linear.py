@@ -88,6 +88,13 @@ class LinearSeat(nn.ModuleDict):
     def is_in_use(self) -> bool:
         return bool(self.active) or self.open_route is not None
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether diffusers' group offload took the adapters to the disk, where they are not found when they serve."""
+        registry = getattr(self.layer, "_diffusers_hook", None)
+        group = getattr(registry and registry.get_hook("group_offloading"), "group", None)
+        return any(parameter in getattr(group, "tensor_to_key", ()) for parameter in self.parameters())
+
     # -----------------------------------------------------------------------------------------------
     # What every seat answers
 

@@ -82,3 +82,16 @@ def test_diffusers_has_no_group_offload_for_a_dit():
     """So that docs/loading.md can say so."""
     with pytest.raises(ValueError, match="DiTTransformer2DModel does not support group offloading"):
         make_dit().enable_group_offload(CPU, CPU, "leaf_level")
+
+
+def test_offload_to_disk_after_loading_is_refused(case, tmp_path):
+    base, inputs, files, (_, first, _) = case
+    pipe = pipeline_of(base)
+    pipe.load_lora_weights(files[0])
+    base.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=str(tmp_path / "offloaded"))
+    with torch.no_grad(), pytest.raises(ValueError, match="unload them, offload first, and load them then"):
+        base(**inputs)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(files[0])
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).sample, first)

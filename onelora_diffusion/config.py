@@ -77,8 +77,8 @@ class AdapterConfig:
             raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
         method = self.recipe
         if self.peft_config and not method.is_peft:
-            peft_methods = ", ".join(name for name in METHODS if METHODS[name].is_peft)
-            raise ValueError(f"peft_config goes with {peft_methods}, not '{self.method}'")
+            *some, last = (name for name in METHODS if METHODS[name].is_peft)
+            raise ValueError(f"peft_config goes with {', '.join(some)} and {last}, not '{self.method}'")
         try:  # as it will be read back from a file
             object.__setattr__(self, "peft_config", json.loads(json.dumps(self.peft_config)))
         except TypeError as error:

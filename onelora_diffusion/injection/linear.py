@@ -20,8 +20,6 @@ class LinearSeat(nn.ModuleDict):
         reached: the paths of the layers that the model's forward has come by, filled in each.
     """
 
-    child = "onelora"
-
     def __init__(self, layer: nn.Linear, path: str, reached: set[str]):
         super().__init__()
         self.__dict__ |= {"layer": layer, "path": path, "reached": reached}  # no children of the seat
@@ -91,9 +89,14 @@ class LinearSeat(nn.ModuleDict):
     @property
     def is_on_disk(self) -> bool:
         """Whether diffusers' group offload took the adapters to the disk, where they are not found when they serve."""
+        taken = getattr(self._offload_group, "tensor_to_key", ())
+        return any(parameter in taken for parameter in self.parameters())
+
+    @property
+    def _offload_group(self):
+        """What diffusers' group offload moves the layer with, or None."""
         registry = getattr(self.layer, "_diffusers_hook", None)
-        group = getattr(registry and registry.get_hook("group_offloading"), "group", None)
-        return any(parameter in getattr(group, "tensor_to_key", ()) for parameter in self.parameters())
+        return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
     # -----------------------------------------------------------------------------------------------
     # What every seat answers
@@ -142,7 +145,9 @@ class LinearSeat(nn.ModuleDict):
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
         if weight.is_meta:
-            return "has its weight offloaded: merge before offloading"
+            return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
+        if self._offload_group is not None:  # between calls it is a copy, or on the disk
+            return "and other weights are offloaded: fuse before enable_group_offload"
         if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
             return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
         return None

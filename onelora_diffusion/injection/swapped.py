@@ -14,8 +14,6 @@ class SwapSeat(nn.ModuleDict):
     base costs. The base's tensors wait here.
     """
 
-    child = "onelora_swap"
-
     def __init__(self, module: nn.Module, path: str):
         super().__init__()
         self.__dict__.update(module=module, path=path)  # no child of the seat

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight, scaled
@@ -342,10 +341,6 @@ class OneLoRALoaderMixin:
         self._check_components(components)
         model = self._adapted_model()
         book = adapters_of(model)
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError("the base's weights are offloaded: fuse before enable_sequential_cpu_offload")
-        if _is_group_offload_enabled(model):  # between calls they are copies, or on the disk
-            raise ValueError("the base's weights are offloaded: fuse before enable_group_offload")
         with book.turn:
             book.require_unmerged("they are fused again")
             names = [adapter_names] if isinstance(adapter_names, str) else adapter_names

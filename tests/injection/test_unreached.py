@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from conftest import make_dit, randomize
+from denoisers import sd3
 from rounding import assert_rounded
 from torch import nn
 
@@ -55,31 +56,6 @@ def test_a_compiled_block_counts_as_reached(caplog):
     with caplog.at_level(logging.WARNING):
         model(torch.randn(2, 4))
     assert not caplog.records
-
-
-def sd3():
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-    )
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 4, 4),
-        "encoder_hidden_states": torch.randn(1, 3, 16),
-        "pooled_projections": torch.randn(1, 16),
-        "timestep": torch.tensor([5]),
-    }
-    return model, inputs
 
 
 def test_projections_that_were_fused_afterwards_are_an_error_that_names_the_layer():

@@ -8,7 +8,7 @@ from conftest import make_dit, randomize
 from denoisers import flux, pixart, sd3
 from rounding import assert_rounded
 
-from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, inject_adapter, save_adapter
+from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, inject_adapter, merge_adapter, save_adapter
 
 CPU = torch.device("cpu")
 
@@ -65,6 +65,8 @@ def test_leaf_level_group_offload(case, tmp_path, to_disk):
     assert_rounded(output(), second, base)
     with pytest.raises(ValueError, match="weights are offloaded: fuse before enable_group_offload"):
         pipe.fuse_lora()
+    with pytest.raises(ValueError, match="weights are offloaded: fuse before enable_group_offload"):
+        merge_adapter(base)
     assert_rounded(output(), second, base)
     pipe.unload_lora_weights()
     assert_rounded(output(), alone, base)

@@ -25,7 +25,7 @@ test-quantised: .venv/quantised/installed
 
 # Files changed at random, more of them than `make test` tries, and other ones each time.
 fuzz: .venv/installed
-	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/storage/test_fuzz.py
+	FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/storage/test_fuzz.py tests/training/test_checkpoint_fuzz.py
 
 # The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 test-floors: .venv-floors/installed

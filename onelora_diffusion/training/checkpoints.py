@@ -9,11 +9,15 @@ A checkpoint is written into a folder beside, flushed to the disk and renamed; o
 
 import hashlib
 import json
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, UnionType
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -57,17 +61,19 @@ def checksum(tensors: bytes, state: bytes) -> str:
     return hashlib.sha256(tensors + CHECKSUM.sub(b"", state, count=1)).hexdigest()
 
 
-def load_newest_checkpoint(folder: Path, report=print, keys: tuple[str, ...] = ()) -> Checkpoint | None:
+def load_newest_checkpoint(
+    folder: Path, report=print, kinds: Mapping[str, type | UnionType] = MappingProxyType({})
+) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there is none; each damaged one is reported and passed over.
 
-    Its state must have these keys, if nothing more can be known of it: version 0.1 kept no checksum of the state.
+    Its state must have values of these kinds: version 0.1 kept no checksum of the state.
 
     ValueError if there are checkpoints and none of them is whole.
     """
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
         try:
-            return read_checkpoint(path, keys)
+            return read_checkpoint(path, kinds)
         except (OSError, ValueError) as error:
             report(f"{path} is damaged ({error}): using the one before it")
     if paths:
@@ -75,21 +81,28 @@ def load_newest_checkpoint(folder: Path, report=print, keys: tuple[str, ...] = (
     return None
 
 
-def read_checkpoint(path: Path, keys: tuple[str, ...] = ()) -> Checkpoint:
-    """ValueError or OSError if anything in it is missing, cut or changed."""
+def read_checkpoint(path: Path, kinds: Mapping[str, type | UnionType] = MappingProxyType({})) -> Checkpoint:
+    """ValueError or OSError if anything in it is missing, cut or changed, or is not of these kinds."""
     content, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
     written = CHECKSUM.search(text)
     # Version 0.1 counted the tensors alone.
     if not written or written[1].decode() not in (checksum(content, text), hashlib.sha256(content).hexdigest()):
         raise ValueError(f"{TENSORS} and {STATE} are not what was written")
-    state = json.loads(text)
-    if checkpoint_path(path.parent, state.get("step", -1)) != path:
-        raise ValueError(f"{STATE} is of another step")
-    for key in keys:
-        if key not in state:
+    try:
+        state, tensors = json.loads(text), load(content)
+    except (RecursionError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
+    for key, kind in {"sha256": str, "step": int, **kinds}.items():
+        if not isinstance(state, dict) or key not in state:
             raise ValueError(f"{STATE} has no {key}")
+        if not isinstance(state[key], kind):
+            raise ValueError(f"{key} in {STATE} is {type(state[key]).__name__}")
+        if isinstance(state[key], float) and not math.isfinite(state[key]):
+            raise ValueError(f"{key} in {STATE} is {state[key]}")
+    if checkpoint_path(path.parent, state["step"]) != path:
+        raise ValueError(f"{STATE} is of another step")
     del state["sha256"]
-    return Checkpoint(path, state.pop("step"), load(content), state)
+    return Checkpoint(path, state.pop("step"), tensors, state)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -33,8 +33,8 @@ class LossWindow:
     """
 
     def __init__(self, rows: list[dict[str, float]] | None = None):
-        self.names = list(rows[0]) if rows else []
-        self.rows: list[Tensor] = [torch.tensor(list(row.values())) for row in rows or []]
+        self.names = ["loss", *(name for name in rows[0] if name != "loss")] if rows else []
+        self.rows: list[Tensor] = [torch.tensor([float(row[name]) for name in self.names]) for row in rows or []]
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Adds a step's losses, scalars by name."""

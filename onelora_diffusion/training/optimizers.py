@@ -42,7 +42,7 @@ def running_values(optimizer: Optimizer) -> list[dict]:
 
 def restore_running(optimizer: Optimizer, values: list[dict]) -> None:
     for group, running in zip(optimizer.param_groups, values, strict=True):
-        group.update(running)
+        group.update({key: running[key] for key in RUNNING if key in group})
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 from torch import Tensor
 
+from onelora_diffusion.files import printable
 from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import LossWindow
@@ -11,7 +12,15 @@ from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 from onelora_diffusion.training.stopping import Clock
 
-STATE = ("seconds", "window", "optimizer", "scaler", "best", "settings")  # what `Run.state` gives beside tensors
+# What `Run.state` gives beside tensors, and its kinds in JSON.
+STATE = {
+    "seconds": int | float,
+    "window": list,
+    "optimizer": list,
+    "scaler": dict | None,
+    "best": dict | None,
+    "settings": dict,
+}
 
 
 class Run:
@@ -61,7 +70,20 @@ class Run:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`.
+
+        Raises:
+            ValueError: the checkpoint, whole as it may be, holds something else.
+        """
+        try:
+            self._restore(checkpoint)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = printable(str(error), 200)
+            raise ValueError(
+                f"{checkpoint.path} is no record of a run ({reason}): remove it, or use --fresh"
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         best_values = restore_training_tensors(checkpoint.tensors, self.trained, self.averages, self.optimizer)
         self.step = checkpoint.step
@@ -71,7 +93,8 @@ class Run:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.settings.eval_every and best_values:
-            self.best, self.best_values = state["best"], best_values
+            self.best = state["best"] | {"distance": float(state["best"]["distance"])}
+            self.best_values = best_values
 
     def keep_if_best(self, line: dict) -> bool:
         """Whether a line's distance is smaller than all before it; then the averages of now are kept."""

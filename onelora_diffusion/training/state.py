@@ -28,10 +28,10 @@ def training_tensors(
 def check_same_adapter(tensors: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
     """ValueError if what `training_tensors` gave is of an adapter with other names or shapes than `trained`."""
     stored = {name.removeprefix("trained."): t for name, t in tensors.items() if name.startswith("trained.")}
-    for name in [*trained, *stored]:
-        shapes = [tuple(values[name].shape) if name in values else "missing" for values in (stored, trained)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"it is of another adapter: {name} is {shapes[0]} there and {shapes[1]} here")
+    try:
+        _check_same_shapes("trained", stored, trained)
+    except ValueError as error:
+        raise ValueError(f"it is of another adapter: {error}") from None
 
 
 def restore_training_tensors(
@@ -43,17 +43,25 @@ def restore_training_tensors(
     """The inverse of `training_tensors`; returns the best values, if any were kept.
 
     An average that is new since then starts from the trained values.
+
+    Raises:
+        ValueError: what the optimiser kept is not what this one keeps; its kernels would read past other shapes.
     """
     parts: dict[str, dict[str, Tensor]] = {}  # "trained", "ema", "exp_avg", ... -> name -> tensor
     for key, tensor in tensors.items():
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = tensor
-    copy_values(trained, parts.pop("trained"))
-    for key, ema in _keyed(emas).items():
-        copy_values(ema.values, parts.pop(key, trained))
-
-    best = parts.pop("best", {})
+    stored, best = parts.pop("trained"), parts.pop("best", {})
+    averages = {key: parts.pop(key, stored) for key in _keyed(emas)}
     parts = {key: values for key, values in parts.items() if not key.startswith("ema")}  # dropped since then
+
+    for key, values in (averages | ({"best": best} if best else {})).items():
+        _check_same_shapes(key, values, trained)
+    if parts:  # none were kept before the first step
+        expected = _after_a_step(trained, optimizer)
+        for part in expected.keys() | parts.keys():
+            _check_same_shapes(part, parts.get(part, {}), expected.get(part, {}))
+            parts[part] = {name: value.to(expected[part][name].dtype) for name, value in parts[part].items()}
 
     names = {parameter: name for name, parameter in trained.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -61,8 +69,32 @@ def restore_training_tensors(
         index: {part: _value(values[name]) for part, values in parts.items() if name in values}
         for index, name in enumerate(order)
     }
+    copy_values(trained, stored)
+    for key, ema in _keyed(emas).items():
+        copy_values(ema.values, averages[key])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return best
+
+
+def _after_a_step(trained: dict[str, Tensor], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What the optimiser keeps of each trained tensor once it has made a step, which must all be overwritten then."""
+    for parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in trained.items():
+        for part, value in optimizer.state[parameter].items():
+            parts.setdefault(part, {})[name] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return parts
+
+
+def _check_same_shapes(part: str, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """ValueError unless both hold tensors of the same names and shapes."""
+    for name in [*expected, *stored]:
+        shapes = [tuple(values[name].shape) if name in values else "missing" for values in (stored, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{part}.{name} is {shapes[0]} there and {shapes[1]} here")
 
 
 def _keyed(emas: list[ExponentialMovingAverage]) -> dict[str, ExponentialMovingAverage]:

@@ -75,7 +75,7 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
         pipeline, adapter, names = load_models(settings)
         settings.place(pipeline, accelerator.device)
         dataset = settings.dataset or (adapter and adapter.training.get("dataset")) or EMBEDDED
-        settings = settings.for_dataset(dataset)
+        settings = settings.for_dataset(dataset).for_scheduler(pipeline.scheduler.config)
         models = (["base"] if settings.compare_base or not adapter else []) + (["adapted"] if adapter else [])
         indices = share(settings.num_images, accelerator.process_index, accelerator.num_processes)
         labels = {

@@ -27,7 +27,7 @@ from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
 from onelora_diffusion.data.latents import FlippableImages, encode_moments
-from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.diffusion import model_timesteps, training_losses
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.training.holding import HeldFolder
@@ -42,7 +42,7 @@ from onelora_diffusion.training.settings import Settings, check_settings, parse_
 from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.state import check_same_adapter
 from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
-from onelora_diffusion.training.weighting import min_snr_weights
+from onelora_diffusion.training.weighting import check_weighting, loss_weights
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -139,6 +139,7 @@ def prepare(settings: Settings, since: float | None, held: ExitStack) -> Job | N
 def load_inputs(settings: Settings, accelerator: Accelerator):
     """The base model with its adapter, where it trains, and the data."""
     pipeline = load_base(settings.base)
+    check_weighting(pipeline.scheduler, settings.snr_gamma, settings.loss_weighting)
     transformer = pipeline.transformer
     with accelerator.main_process_first() if settings.download else nullcontext():
         dataset = load_dataset(
@@ -217,6 +218,7 @@ def train(job: Job, stop: Stop) -> int:
     )
     batches = iter(loader)
     num_timesteps = scheduler.config.num_train_timesteps
+    density = settings.density()
     latent_shape = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
 
     # From here on something is written.
@@ -230,7 +232,7 @@ def train(job: Job, stop: Stop) -> int:
 
             # Everything random in an update is drawn for the global batch, and sliced.
             drawn = draw_step(
-                settings.seed, run.step, settings.batch_size, latent_shape, num_timesteps, settings.label_drop
+                settings.seed, run.step, settings.batch_size, latent_shape, num_timesteps, settings.label_drop, density
             )
             step_losses = {}
             # Blocks are compiled in the first update of a start, which may take minutes and has nothing to lose.
@@ -244,10 +246,11 @@ def train(job: Job, stop: Stop) -> int:
                     is_last = micro_batch is rows[-1]  # processes exchange gradients once an update
                     with nullcontext() if is_last else accelerator.no_sync(model):
                         with accelerator.autocast():
-                            output = model(latents, timestep=draws.timesteps, class_labels=class_labels).sample
+                            times = model_timesteps(draws.timesteps, scheduler)
+                            output = model(latents, timestep=times, class_labels=class_labels).sample
                         losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
-                        if settings.snr_gamma is not None:
-                            weights = min_snr_weights(draws.timesteps, scheduler, settings.snr_gamma)
+                        weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
+                        if weights is not None:
                             losses["loss"] = losses["loss"] + (weights - 1) * losses["mse"]
                         accelerator.backward(losses["loss"].mean() / len(rows))
                     for name, loss in losses.items():

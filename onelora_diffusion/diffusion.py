@@ -1,39 +1,80 @@
-"""The training loss of DiT: mean squared error on the noise, and a variational bound for the variance."""
+"""What a diffusion model learns: how noisy a timestep is, what is predicted at it, and the loss of a prediction."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-# scheduler -> {(device, dtype): its table}, so that a training step neither rebuilds it nor waits for a copy.
+Prediction = Literal["epsilon", "v_prediction", "flow"]
+
+# scheduler -> {(table, device, dtype): it}, so that a training step neither rebuilds one nor waits for a copy.
 _tables: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def prediction_of(scheduler_config: Mapping) -> Prediction:
+    """What the model predicts whose scheduler has this config: the noise ε, v = √ᾱ ε - √(1-ᾱ) x_0, or ε - x_0 (flow).
+
+    ValueError for anything else, such as x_0 itself.
+    """
+    # The schedulers of flow matching alone do not name it.
+    name = scheduler_config.get("prediction_type", "flow_prediction" if "shift" in scheduler_config else None)
+    if name not in ("epsilon", "v_prediction", "flow_prediction"):
+        raise ValueError(
+            f"the scheduler's prediction_type is {name!r}; known are 'epsilon', 'v_prediction' and 'flow_prediction'"
+        )
+    return "flow" if name == "flow_prediction" else name
+
+
+def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, or of flow matching (1-σ_t) x_0 + σ_t ε: (batch, C, H, W).
+
+    Args:
+        timesteps: (batch,) int64 in [0, number of training steps), the more the noisier.
+        scheduler: any diffusers scheduler of a model that `prediction_of` knows. The schedule of training counts, not
+            the one that its `set_timesteps` has left in it.
+    """
+    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start.dtype)
+    return signal * x_start + sigma * noise
+
+
+def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
+    """The time that the model is told, (batch,): the timestep itself, or of flow matching σ_t times their number."""
+    if prediction_of(scheduler.config) != "flow":
+        return timesteps
+    table = _table(noise_schedule, scheduler, timesteps.device, torch.float32)
+    return table[1, timesteps] * scheduler.config.num_train_timesteps
 
 
 def training_losses(
     model_output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler
 ) -> dict[str, Tensor]:
-    """The hybrid loss of a model that predicts the noise ε and a variance between two bounds.
+    """The loss of what a model predicts, by its scheduler, and of the variance between two bounds, if it has one.
 
-        loss = mse + vb,    mse = mean (ε - ε_θ)²
+        loss = mse + vb,    mse = mean (target - prediction)²
         vb   = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)) in bits per dimension for t > 0,
                -log2 p_θ(x_0 | x_1) of a Gaussian discretised to 256 grey levels for t = 0
 
-    (Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equations 14 to 16, as
-    DiT was trained). `vb` teaches the variance only: its mean is detached from the graph. Without a
-    variance half there is no `vb`, and loss = mse.
+    The target is ε, the velocity √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022), or of flow matching ε - x_0 (Esser et al.
+    2024). `vb` teaches the variance only: its mean is detached from the graph (Nichol & Dhariwal, "Improved Denoising
+    Diffusion Probabilistic Models", 2021, equations 14 to 16, as DiT was trained). Without a variance half, and of
+    flow matching, there is no `vb`, and loss = mse.
 
     Both means are linear in x_0 and x_t, and x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, so they differ by
-    β_t / √(α_t (1-ᾱ_t)) · (ε_θ - ε): x_t itself is not needed, and nothing large cancels at small t.
+    β_t / √(α_t (1-ᾱ_t)) · (ε_θ - ε), and ε_θ - ε by √ᾱ_t (v_θ - v): x_t itself is not needed, and nothing large
+    cancels at small t.
 
     Args:
-        model_output: (batch, 2C, H, W), the noise ε_θ, then where the log variance lies between its bounds
-            (-1 lower, 1 upper); or (batch, C, H, W), the noise alone.
+        model_output: (batch, 2C, H, W), what is predicted, then where the log variance lies between its bounds
+            (-1 lower, 1 upper); or (batch, C, H, W), what is predicted alone.
         x_start: (batch, C, H, W), the clean latents.
         noise: (batch, C, H, W), the noise ε the model was shown.
-        timesteps: (batch,) int64, in [0, number of training steps).
-        scheduler: any diffusers scheduler with `betas`, for a model that predicts ε. Its betas are float32
-            and all that follows from them is computed in float64.
+        timesteps: (batch,) int64, in [0, number of training steps), the more the noisier.
+        scheduler: any diffusers scheduler, which says what the model predicts. Its betas are float32, and all that
+            `vb` takes from them is computed in float64.
 
     Returns:
         `loss`, `mse` and `vb`, each (batch,), in float32 also under autocast (float64 for float64 tensors).
@@ -45,16 +86,16 @@ def training_losses(
     if model_output.shape[1] not in (channels, 2 * channels):
         raise ValueError(
             f"model_output has {model_output.shape[1]} channels; latents of {channels} channels need "
-            f"{channels} (noise) or {2 * channels} (noise and variance)"
+            f"{channels} (a prediction) or {2 * channels} (a prediction and its variance)"
         )
     dtype = torch.promote_types(x_start.dtype, torch.float32)
-    error = model_output[:, :channels].to(dtype) - noise.to(dtype)
+    target = _target(x_start.to(dtype), noise.to(dtype), timesteps, scheduler)
+    error = model_output[:, :channels].to(dtype) - target
     mse = _mean_flat(error**2)
-    if model_output.shape[1] == channels:
+    if model_output.shape[1] == channels or prediction_of(scheduler.config) == "flow":
         return {"loss": mse, "mse": mse}
 
-    table = _table(scheduler, x_start.device, dtype)[:, timesteps, None, None, None]
-    mean_per_error, min_log_variance, log_variance_range = table
+    mean_per_error, min_log_variance, log_variance_range = _at(_variance_bounds, timesteps, scheduler, dtype)
     mean_difference = mean_per_error * error.detach()
     log_ratio = (model_output[:, channels:].to(dtype) + 1) / 2 * log_variance_range  # log(variance of p / of q)
     log_variance = min_log_variance + log_ratio
@@ -63,6 +104,16 @@ def training_losses(
     nll = _discretized_nll(x_start.to(dtype), mean_difference, log_variance)
     vb = torch.where(timesteps == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def _target(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Tensor:
+    prediction = prediction_of(scheduler.config)
+    if prediction == "epsilon":
+        return noise
+    if prediction == "flow":
+        return noise - x_start
+    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start.dtype)
+    return signal * noise - sigma * x_start
 
 
 def _discretized_nll(x_start: Tensor, difference: Tensor, log_variance: Tensor) -> Tensor:
@@ -86,19 +137,45 @@ def _mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def _table(scheduler, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(3, T): β/√(α(1-ᾱ)), the log of the smallest variance β̃, and log β - log β̃, cached on the device."""
-    tables = _tables.setdefault(scheduler, {})
-    if (device, dtype) not in tables:
-        prediction_type = scheduler.config.prediction_type
-        if prediction_type != "epsilon":
-            raise ValueError(f"the scheduler's prediction_type is {prediction_type!r}; this loss needs 'epsilon'")
-        betas = scheduler.betas.double()
-        # Not the scheduler's own float32 alphas_cumprod: of 1 - ᾱ at small t it keeps three digits.
-        alphas_cumprod = torch.cumprod(1 - betas, 0)
-        variance = betas[1:] * (1 - alphas_cumprod[:-1]) / (1 - alphas_cumprod[1:])
-        variance = torch.cat([variance[:1], variance])  # β̃_0 = 0 has no log: β̃_1 stands in for it
+def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:
+    """(2, T): what x_t has of x_0 and of ε; √ᾱ and √(1-ᾱ), or of flow matching 1 - σ and σ, its shift in them."""
+    config = scheduler.config
+    if prediction_of(config) == "flow":
+        # Where the shift depends on the size of the image, models are trained without one, as in diffusers' scripts.
+        flow = FlowMatchEulerDiscreteScheduler(
+            config.num_train_timesteps,
+            shift=config.get("shift", config.get("flow_shift", 1.0)),
+            use_dynamic_shifting=config.get("use_dynamic_shifting", False),
+        )
+        sigma = flow.sigmas.flip(0).to(dtype)
+        return torch.stack([1 - sigma, sigma])
+    alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
+    return torch.stack([alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5])
+
+
+def _variance_bounds(scheduler, dtype: torch.dtype) -> Tensor:
+    """(3, T): the mean's difference per error, the log of the smallest variance β̃, and log β - log β̃."""
+    betas = scheduler.betas.double()
+    # Not the scheduler's own float32 alphas_cumprod: of 1 - ᾱ at small t it keeps three digits.
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    variance = betas[1:] * (1 - alphas_cumprod[:-1]) / (1 - alphas_cumprod[1:])
+    variance = torch.cat([variance[:1], variance])  # β̃_0 = 0 has no log: β̃_1 stands in for it
+    if prediction_of(scheduler.config) == "v_prediction":  # times √ᾱ_t, where 1 - β_t may be 0
+        alphas_before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        mean_per_error = betas * (alphas_before / (1 - alphas_cumprod)).sqrt()
+    else:
         mean_per_error = betas / ((1 - betas) * (1 - alphas_cumprod)).sqrt()
-        table = torch.stack([mean_per_error, variance.log(), betas.log() - variance.log()])
-        tables[device, dtype] = table.to(device=device, dtype=dtype)
-    return tables[device, dtype]
+    return torch.stack([mean_per_error, variance.log(), betas.log() - variance.log()]).to(dtype)
+
+
+def _table(make: Callable, scheduler, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`make(scheduler, dtype)`, (rows, T), kept on the device."""
+    tables = _tables.setdefault(scheduler, {})
+    if (make, device, dtype) not in tables:
+        tables[make, device, dtype] = make(scheduler, dtype).to(device)
+    return tables[make, device, dtype]
+
+
+def _at(make: Callable, timesteps: Tensor, scheduler, dtype: torch.dtype) -> Tensor:
+    """The rows of a table at timesteps (batch,), for tensors of four dimensions: (rows, batch, 1, 1, 1)."""
+    return _table(make, scheduler, timesteps.device, dtype)[:, timesteps, None, None, None]

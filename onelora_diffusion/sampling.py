@@ -1,25 +1,34 @@
-"""From noise and class labels to images: one noise stream per image, guidance, three samplers, decoding."""
+"""From noise and class labels to images: one noise stream per image, guidance, samplers, decoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from onelora_diffusion.diffusion import prediction_of
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_beside_base
 from onelora_diffusion.pipelines.base import eval_mode
 
-Sampler = Literal["ddim", "dpm-solver++", "ddpm"]
+Sampler = Literal["ddim", "dpm-solver++", "ddpm", "euler", "heun"]
 SAMPLERS = get_args(Sampler)
+# Those that fit what a model predicts, the default first.
+NOISE_SAMPLERS, FLOW_SAMPLERS = ("ddim", "dpm-solver++", "ddpm"), ("euler", "heun", "dpm-solver++")
 # Images in one batch of the networks: enough to fill a GPU.
 IMAGES_AT_ONCE = 16
 
@@ -30,13 +39,16 @@ class SamplerSettings:
 
     `ddim` is DDIM with eta 0 (Song et al. 2020), `dpm-solver++` the second-order multistep solver (Lu et al.
     2022), `ddpm` ancestral sampling with the learned variance (Nichol & Dhariwal 2021) on DiT's evenly
-    respaced steps. Guidance is classifier-free (Ho & Salimans 2022) or leads from the base without class to the
-    adapted model (Zhong et al., ICLR 2025), in a batch of twice the images either way; it may be left to some of the
-    timesteps (Kynkäänniemi et al. 2024).
+    respaced steps. A model of flow matching is sampled by `euler` (Esser et al. 2024), by `heun` of the second order,
+    which runs it twice a step but for the last (Karras et al. 2022), or by `dpm-solver++`. Guidance is
+    classifier-free (Ho & Salimans 2022) or leads from the base without class to the adapted model (Zhong et al., ICLR
+    2025), in a batch of twice the images either way; it may be left to some of the timesteps (Kynkäänniemi et al.
+    2024).
     """
 
-    sampler: Sampler = "ddim"
-    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there)."""
+    sampler: Sampler | None = None
+    """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there). euler and heun
+    are for flow matching. None: ddim, or euler for flow matching."""
     num_inference_steps: int = 50
     """Steps of the sampler."""
     guidance: Guidance = "cfg"
@@ -53,16 +65,32 @@ class SamplerSettings:
         """Whether the base takes part in every step, beside the adapters."""
         return self.guidance == "domain" and self.guidance_scale > 1
 
+    def for_scheduler(self, scheduler_config: Mapping) -> "SamplerSettings":
+        """The same, with the sampler of such models where none is chosen."""
+        fitting = FLOW_SAMPLERS if prediction_of(scheduler_config) == "flow" else NOISE_SAMPLERS
+        return self if self.sampler else replace(self, sampler=fitting[0])
+
     def check(self, transformer: nn.Module, scheduler_config: Mapping) -> None:
-        """ValueError for an unknown sampler or guidance, or for steps or channels that the model does not have."""
+        """ValueError for an unknown sampler or guidance, one that does not fit the model, or for steps or channels
+        that it does not have."""
         if self.guidance not in GUIDANCES:
             raise ValueError(f"unknown guidance {self.guidance!r}; choose from {', '.join(GUIDANCES)}")
         if self.guidance == "domain" and self.guidance_interval is not None:
             raise ValueError("domain guidance knows no guidance interval: the base takes part in every step")
         if self.guidance == "domain" and not hasattr(transformer, "_onelora"):
             raise ValueError("domain guidance leads from the base to an adapter: load one first")
-        if self.sampler not in SAMPLERS:
+        if self.sampler not in (None, *SAMPLERS):
             raise ValueError(f"unknown sampler {self.sampler!r}; choose from {', '.join(SAMPLERS)}")
+        is_flow = prediction_of(scheduler_config) == "flow"
+        fitting = FLOW_SAMPLERS if is_flow else NOISE_SAMPLERS
+        if is_flow and scheduler_config.get("use_dynamic_shifting"):
+            fitting = FLOW_SAMPLERS[:1]  # the others know no shift by the size of the image
+        if self.sampler not in (None, *fitting):
+            kind = f"flow matching{', shifted by the size of its images' * (fitting == ('euler',))}"
+            raise ValueError(
+                f"sampler {self.sampler!r} does not fit this model, which predicts {kind if is_flow else 'noise'}: "
+                f"choose {' or '.join(fitting)}"
+            )
         most, channels = scheduler_config["num_train_timesteps"], transformer.config.in_channels
         if not 1 <= self.num_inference_steps <= most:
             raise ValueError(f"{self.num_inference_steps} inference steps asked for; this model takes 1 to {most}")
@@ -95,7 +123,7 @@ def sample_latents(
     settings: SamplerSettings,
     *,
     null_label: int | None = None,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[float], object] = lambda share: None,
 ) -> Tensor:
     """Sample latents of the given classes: (batch,) labels -> (batch, C, H, W) float32.
 
@@ -108,7 +136,7 @@ def sample_latents(
         class_labels: (batch,) int64.
         generators: one per image, as `image_generators` gives them.
         null_label: the label of no class. None: the last row of the model's class tables.
-        on_step: called after every step.
+        on_step: called with its share of the work after every step.
 
     Raises:
         ValueError: see `SamplerSettings.check`; or a label is none of the classes that serve.
@@ -122,8 +150,13 @@ def sample_latents(
         if not 0 <= label <= last_label and label != null_label:
             raise ValueError(f"label {label} is none of the model's {last_label} classes: give 0 to {last_label - 1}")
     channels, size = transformer.config.in_channels, transformer.config.sample_size
+    settings = settings.for_scheduler(scheduler_config)
     learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * channels
-    scheduler = _scheduler(settings.sampler, scheduler_config, settings.num_inference_steps, learned_variance)
+    if prediction_of(scheduler_config) == "flow":
+        num_tokens = (size // transformer.config.patch_size) ** 2
+        scheduler = _flow_scheduler(settings.sampler, scheduler_config, settings.num_inference_steps, num_tokens)
+    else:
+        scheduler = _scheduler(settings.sampler, scheduler_config, settings.num_inference_steps, learned_variance)
 
     shape = (len(generators), channels, size, size)
     latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
@@ -132,11 +165,11 @@ def sample_latents(
     route = route_beside_base(transformer, len(generators)) if settings.is_beside_base else nullcontext()
     with eval_mode(transformer), route:
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
-            model_output = denoise(latents, int(timestep))
+            model_output = denoise(latents, timestep.item())
             if not learned_variance:
                 model_output = model_output[:, :channels]
             latents = scheduler.step(model_output, timestep, latents, generator=generators).prev_sample
-            on_step()
+            on_step(1 / len(scheduler.timesteps))
     return latents
 
 
@@ -147,7 +180,7 @@ def adapters_folded_in(transformer: nn.Module, settings: SamplerSettings) -> Abs
 
 def guided_denoiser(
     transformer: nn.Module, class_labels: Tensor, settings: SamplerSettings, null_label: int
-) -> Callable[[Tensor, int], Tensor]:
+) -> Callable[[Tensor, float], Tensor]:
     """Adapt a DiT to `denoise(latents, timestep) -> model_output`, with classifier-free guidance.
 
         ε(x, t) = ε(x, t, ∅) + w · (ε(x, t, y) - ε(x, t, ∅))
@@ -163,12 +196,12 @@ def guided_denoiser(
     lowest, highest = settings.guidance_interval or (-float("inf"), float("inf"))
     null_labels = torch.full_like(class_labels, null_label)
 
-    def predict(latents: Tensor, timestep: int, labels: Tensor) -> Tensor:
+    def predict(latents: Tensor, timestep: float, labels: Tensor) -> Tensor:
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         output = transformer(latents.to(transformer.dtype), timestep=timesteps, class_labels=labels)
         return output.sample.float()
 
-    def denoise(latents: Tensor, timestep: int) -> Tensor:
+    def denoise(latents: Tensor, timestep: float) -> Tensor:
         if settings.guidance_scale <= 1 or not lowest <= timestep <= highest:
             return predict(latents, timestep, class_labels)
         labels = torch.cat([class_labels, null_labels])
@@ -234,6 +267,9 @@ def generate_images(
         raise ValueError(f"{len(class_labels)} class labels for {len(indices)} images; one each is needed")
     settings.check(pipeline.transformer, config)
 
+    def count(num_images: int, share: float) -> None:
+        progress(num_images * share)
+
     def chunks():
         size = images_at_once or IMAGES_AT_ONCE
         for first in range(0, len(indices), size):
@@ -245,7 +281,7 @@ def generate_images(
                 torch.tensor([int(class_labels[k]) for k in padded]),
                 image_generators(seed, [indices[k] for k in padded]),
                 settings,
-                on_step=partial(progress, len(chunk) / settings.num_inference_steps),
+                on_step=partial(count, len(chunk)),
             )
             yield decode_latents(pipeline.vae, latents)[: len(chunk)]
 
@@ -295,3 +331,31 @@ def _scheduler(sampler: str, config: Mapping, num_inference_steps: int, learned_
         timesteps = accumulate([0.0] + [stride] * (num_inference_steps - 1))
         scheduler.set_timesteps(timesteps=[round(timestep) for timestep in timesteps][::-1])
     return scheduler
+
+
+def _flow_scheduler(sampler: str, config: Mapping, num_inference_steps: int, num_tokens: int):
+    """diffusers' scheduler of flow matching for `sampler`, with its timesteps set, for images of so many tokens."""
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    if sampler == "heun":
+        scheduler = FlowMatchHeunDiscreteScheduler(config["num_train_timesteps"], shift)
+    elif sampler == "dpm-solver++":
+        scheduler = DPMSolverMultistepScheduler(
+            config["num_train_timesteps"],
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+            final_sigmas_type="zero",
+        )
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+        if scheduler.config.use_dynamic_shifting:
+            scheduler.set_timesteps(num_inference_steps, mu=dynamic_shift(scheduler.config, num_tokens))
+            return scheduler
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def dynamic_shift(config: Mapping, num_tokens: int) -> float:
+    """μ of a scheduler that shifts by the size of the image: on the line from `base_shift` to `max_shift`."""
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])

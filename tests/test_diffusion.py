@@ -1,14 +1,20 @@
-"""The training loss against Gaussians written out by hand and against DiT's own code."""
+"""The training loss against Gaussians written out by hand, DiT's own code and diffusers' scripts."""
 
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from rounding import assert_rounded, rounding
 from torch.distributions import Normal, kl_divergence
 
-from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.diffusion import add_noise, model_timesteps, prediction_of, training_losses
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 TIMESTEPS = torch.tensor([0, 1, 20, 250, 700, 999])
@@ -119,9 +125,100 @@ def test_computes_in_float32_under_autocast():
     assert all(torch.equal(losses[name], expected[name]) for name in losses)
 
 
+VELOCITY = DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction")
+
+
+def test_the_loss_of_a_velocity_is_that_of_the_noise_it_means():
+    """v = √ᾱ ε - √(1-ᾱ) x_0, so ε = √ᾱ v + √(1-ᾱ) x_t: the same variance, and an error √ᾱ as large."""
+    model_output, x_start, noise = (tensor.double() for tensor in example())
+    alpha_bar = torch.cumprod(1 - VELOCITY.betas.double(), 0)[TIMESTEPS].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * noise
+    predicted = (model_output[:, :4] - (1 - alpha_bar).sqrt() * x_t) / alpha_bar.sqrt()
+    losses = training_losses(torch.cat([predicted, model_output[:, 4:]], 1), x_start, noise, TIMESTEPS, VELOCITY)
+    expected = training_losses(model_output, x_start, noise, TIMESTEPS, SCHEDULER)
+    # The velocity shown is of the scheduler's float32 ᾱ, of which 1 - ᾱ has three digits at the first steps.
+    torch.testing.assert_close(losses["mse"], expected["mse"] / alpha_bar.flatten(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["vb"], expected["vb"], rtol=1e-3, atol=0)
+
+
+def test_the_velocity_and_its_noise_are_those_of_diffusers():
+    _, x_start, noise = example()
+    losses = training_losses(noise, x_start, noise, TIMESTEPS, VELOCITY)
+    expected = (noise - VELOCITY.get_velocity(x_start, noise, TIMESTEPS)).square().mean((1, 2, 3))
+    assert_rounded(losses["mse"], expected, terms=256)
+    for scheduler in (VELOCITY, SCHEDULER):
+        found = add_noise(x_start, noise, TIMESTEPS, scheduler)
+        assert torch.equal(found, scheduler.add_noise(x_start, noise, TIMESTEPS))
+        assert torch.equal(model_timesteps(TIMESTEPS, scheduler), TIMESTEPS)
+
+
+def test_a_velocity_is_scored_where_no_signal_is_left():
+    """At zero terminal SNR: v = -x_0, and the mean of p is off by nothing where v is right."""
+    scheduler = DDIMScheduler(beta_schedule="linear", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    _, x_start, noise = example()
+    timesteps = torch.full((6,), 999)
+    right = torch.cat([-x_start, -torch.ones_like(x_start)], dim=1)
+    losses = training_losses(right, x_start, noise, timesteps, scheduler)
+    assert_rounded(losses["mse"], torch.zeros(6), terms=1, size=x_start.abs().max().item())
+    assert losses["vb"].abs().max() < 1e-5
+
+
+FLOW_SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchHeunDiscreteScheduler(shift=3.0),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+]
+
+
+@pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_flow_matching_equals_diffusers_scripts(scheduler):
+    # train_dreambooth_lora_{flux,sana}.py on `example()`: with noise_scheduler = FlowMatchEulerDiscreteScheduler(
+    # shift=3.0) and indices = 999 - TIMESTEPS, what they name timesteps, sigmas, noisy_model_input and loss, where
+    # model_pred is `predicted`; by their formulas in float64.
+    position = (TIMESTEPS.double() + 1) / 1000
+    sigmas = 3 * position / (1 + 2 * position)
+    model_output, x_start, noise = example()
+    predicted = model_output[:, :4]
+    at = sigmas.view(-1, 1, 1, 1)
+    assert_rounded(model_timesteps(TIMESTEPS, scheduler), sigmas * 1000, terms=4)
+    assert_rounded(add_noise(x_start, noise, TIMESTEPS, scheduler), (1 - at) * x_start + at * noise, terms=4)
+    expected = (predicted.double() - (noise.double() - x_start.double())).square().mean((1, 2, 3))
+    losses = training_losses(predicted, x_start, noise, TIMESTEPS, scheduler)
+    assert losses.keys() == {"loss", "mse"} and torch.equal(losses["loss"], losses["mse"])
+    assert_rounded(losses["mse"], expected, terms=256)
+    assert torch.equal(losses["mse"], training_losses(model_output, x_start, noise, TIMESTEPS, scheduler)["loss"])
+
+
+def test_flow_matching_by_hand():
+    """Half way, with shift 3: σ = 3 · 0.5 / (1 + 2 · 0.5) = 0.75; x = 2, ε = -2: x_t = -1, and ε - x = -4."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x_start, timesteps = torch.full((1, 1, 1, 1), 2.0), torch.tensor([499])
+    assert model_timesteps(timesteps, scheduler).item() == 750
+    assert add_noise(x_start, -x_start, timesteps, scheduler).item() == -1
+    assert training_losses(torch.zeros(1, 1, 1, 1), x_start, -x_start, timesteps, scheduler)["loss"].item() == 16
+
+
+def test_the_noise_of_training_is_no_matter_of_the_steps_that_sampling_has_set():
+    _, x_start, noise = example()
+    for make in (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), DPMSolverMultistepScheduler):
+        fresh, used = make(), make()
+        used.set_timesteps(7)
+        assert torch.equal(add_noise(x_start, noise, TIMESTEPS, used), add_noise(x_start, noise, TIMESTEPS, fresh))
+
+
+def test_a_shift_by_the_size_of_the_image_is_for_sampling():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.1-dev's
+    assert_rounded(model_timesteps(TIMESTEPS, scheduler), TIMESTEPS.double() + 1, terms=1)
+
+
+def test_what_is_predicted_is_read_from_the_scheduler():
+    assert [prediction_of(scheduler.config) for scheduler in FLOW_SCHEDULERS] == ["flow"] * 3
+    assert prediction_of(SCHEDULER.config) == "epsilon" and prediction_of(VELOCITY.config) == "v_prediction"
+
+
 def test_refuses_what_it_cannot_score():
     model_output, x_start, noise = example()
     with pytest.raises(ValueError, match="6 channels; latents of 4 channels need 4 .* or 8"):
         training_losses(model_output[:, :6], x_start, noise, TIMESTEPS, SCHEDULER)
-    with pytest.raises(ValueError, match="'v_prediction'"):
-        training_losses(model_output, x_start, noise, TIMESTEPS, DDIMScheduler(prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match="'sample'; known are 'epsilon', 'v_prediction' and 'flow_prediction'"):
+        training_losses(model_output, x_start, noise, TIMESTEPS, DDIMScheduler(prediction_type="sample"))

@@ -4,6 +4,7 @@ import io
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_dit, randomize
@@ -13,17 +14,20 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 from rounding import assert_rounded, rounding
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.sampling import (
+    FLOW_SAMPLERS,
     IMAGES_AT_ONCE,
-    SAMPLERS,
+    NOISE_SAMPLERS,
     SamplerSettings,
     adapters_folded_in,
     decode_latents,
+    dynamic_shift,
     generate_images,
     image_generators,
     progress_bar,
@@ -31,6 +35,7 @@ from onelora_diffusion.sampling import (
 )
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 ALPHAS_CUMPROD = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
 MEANS = torch.tensor([[-1.5, 0.5, 2.0, 3.0], [1.0, -2.0, 0.25, -0.5], [0.5, 0.1, -0.4, 1.0]])  # null last
 NULL_LABEL, STEPS = 2, 20
@@ -43,7 +48,7 @@ class Analytic(nn.Module):
 
     def __init__(self, predict, out_channels=8):
         super().__init__()
-        self.config = SimpleNamespace(in_channels=4, out_channels=out_channels, sample_size=4)
+        self.config = SimpleNamespace(in_channels=4, out_channels=out_channels, sample_size=4, patch_size=2)
         self.predict, self.labels = predict, []
 
     def forward(self, x, timestep, class_labels):
@@ -58,13 +63,26 @@ def point_noise(x, timestep, labels):
     return torch.cat([noise, torch.zeros_like(x)], dim=1).float()
 
 
-def sample_points(sampler, **settings):
+def point_flow(x, timestep, labels):
+    """ε - x_0 of the same distribution; x_t = (1 - σ) x_0 + σ ε."""
+    flow = (x - MEANS[labels][:, :, None, None]) / (timestep / 1000).view(-1, 1, 1, 1)
+    return torch.cat([flow, torch.zeros_like(x)], dim=1).float()
+
+
+# What the model predicts, and a sampler of it.
+SAMPLERS = [*((point_noise, sampler) for sampler in NOISE_SAMPLERS), *((point_flow, s) for s in FLOW_SAMPLERS)]
+
+
+def scheduler_of(predict):
+    return FLOW if predict is point_flow else SCHEDULER
+
+
+def sample_points(predict, sampler, **settings):
     labels = torch.tensor([0, 1, 0])
     generators = image_generators(0, range(3))
     settings = SamplerSettings(sampler=sampler, num_inference_steps=STEPS, **settings)
-    latents = sample_latents(
-        Analytic(point_noise), SCHEDULER.config, labels, generators, settings, null_label=NULL_LABEL
-    )
+    config = scheduler_of(predict).config
+    latents = sample_latents(Analytic(predict), config, labels, generators, settings, null_label=NULL_LABEL)
     return latents, MEANS[labels]
 
 
@@ -72,36 +90,45 @@ def sample_points(sampler, **settings):
 FROM_NOISE = rounding(terms=1) * 4 / ALPHAS_CUMPROD[-1].sqrt().item()
 
 
+# diffusers' DPM-Solver tells a model of flow matching whole timesteps: 50.3 of the last step is 50.
+WHOLE_STEPS = 0.02
+
+
+def atol_of(predict, sampler):
+    return WHOLE_STEPS if predict is point_flow and sampler == "dpm-solver++" else FROM_NOISE
+
+
 def assert_flat(latents, expected, atol=FROM_NOISE):
     torch.testing.assert_close(latents, expected[:, :, None, None].expand(-1, -1, 4, 4), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samples_the_class_without_guidance(sampler):
-    latents, means = sample_points(sampler, guidance_scale=1.0)
-    assert_flat(latents, means)
+@pytest.mark.parametrize("predict, sampler", SAMPLERS)
+def test_samples_the_class_without_guidance(predict, sampler):
+    latents, means = sample_points(predict, sampler, guidance_scale=1.0)
+    assert_flat(latents, means, atol_of(predict, sampler))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_guidance_extrapolates_from_the_null_class(sampler):
-    latents, means = sample_points(sampler, guidance_scale=3.0)
-    assert_flat(latents, MEANS[2] + 3 * (means - MEANS[2]))
+@pytest.mark.parametrize("predict, sampler", SAMPLERS)
+def test_guidance_extrapolates_from_the_null_class(predict, sampler):
+    latents, means = sample_points(predict, sampler, guidance_scale=3.0)
+    assert_flat(latents, MEANS[2] + 3 * (means - MEANS[2]), atol_of(predict, sampler))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_guidance_on_three_channels_leaves_the_fourth_to_the_class(sampler):
-    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_channels=3)
-    assert_flat(latents[:, :3], (MEANS[2] + 3 * (means - MEANS[2]))[:, :3])
-    assert_flat(latents[:, 3:], means[:, 3:])
+@pytest.mark.parametrize("predict, sampler", SAMPLERS)
+def test_guidance_on_three_channels_leaves_the_fourth_to_the_class(predict, sampler):
+    latents, means = sample_points(predict, sampler, guidance_scale=3.0, guidance_channels=3)
+    atol = atol_of(predict, sampler)
+    assert_flat(latents[:, :3], (MEANS[2] + 3 * (means - MEANS[2]))[:, :3], atol)
+    assert_flat(latents[:, 3:], means[:, 3:], atol)
 
 
 @pytest.mark.parametrize("sampler, atol", [("ddim", 5e-3), ("ddpm", FROM_NOISE)])
 def test_guidance_interval_includes_both_ends(sampler, atol):
     # The last step (timestep 0) goes to whatever it predicts, so it alone decides here. From that far away
     # diffusers' float32 schedule is good for three digits, which our ancestral sampler does not accept.
-    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_interval=(1, 999))
+    latents, means = sample_points(point_noise, sampler, guidance_scale=3.0, guidance_interval=(1, 999))
     assert_flat(latents, means, atol)
-    latents, means = sample_points(sampler, guidance_scale=3.0, guidance_interval=(0, 0))
+    latents, means = sample_points(point_noise, sampler, guidance_scale=3.0, guidance_interval=(0, 0))
     assert_flat(latents, MEANS[2] + 3 * (means - MEANS[2]), atol)
 
 
@@ -129,6 +156,71 @@ def test_deterministic_samplers_follow_the_flow_of_a_gaussian(sampler, steps):
     first = torch.stack([torch.randn(4, 4, 4, generator=generator) for generator in image_generators(0, range(2))])
     expected = first * s / math.sqrt(ALPHAS_CUMPROD[-1] * s**2 + 1 - ALPHAS_CUMPROD[-1])
     torch.testing.assert_close(latents, expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler, steps", [("euler", 1000), ("heun", 50), ("dpm-solver++", 100)])
+def test_flow_samplers_follow_the_flow_of_a_gaussian(sampler, steps):
+    # Data N(0, s²): x_σ has the variance a = (1-σ)² s² + σ², and the flow takes ε to √a ε, at σ = 0 to s ε.
+    s = 0.5
+
+    def flow(x, timestep, labels):
+        sigma = (timestep.double() / 1000).view(-1, 1, 1, 1)
+        return ((sigma - (1 - sigma) * s**2) / ((1 - sigma) ** 2 * s**2 + sigma**2) * x).float()
+
+    settings = SamplerSettings(sampler=sampler, num_inference_steps=steps, guidance_scale=1.0)
+    labels = torch.zeros(2, dtype=torch.long)
+    generators = image_generators(0, range(2))
+    latents = sample_latents(Analytic(flow, 4), FLOW.config, labels, generators, settings, null_label=0)
+    first = torch.stack([torch.randn(4, 4, 4, generator=generator) for generator in image_generators(0, range(2))])
+    torch.testing.assert_close(latents, first * s, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("shifting", [{"shift": 3.0}, {"use_dynamic_shifting": True, "base_image_seq_len": 2}])
+def test_flow_samplers_step_as_their_formulas_do(sampler, shifting):
+    """x += (σ' - σ) v(x, σ); Heun's takes the mean of v at both ends, but for the last step."""
+    config = FlowMatchEulerDiscreteScheduler(**shifting).config
+    settings = SamplerSettings(sampler=sampler, num_inference_steps=4, guidance_scale=1.0)
+    model, labels = Analytic(lambda x, timestep, labels: x * torch.cos(timestep.view(-1, 1, 1, 1) / 300)), [0]
+    if sampler == "heun" and config.use_dynamic_shifting:
+        with pytest.raises(ValueError, match="'heun' does not fit .* shifted by the size .*: choose euler"):
+            settings.check(model, config)
+        return
+    latents = sample_latents(model, config, torch.tensor(labels), image_generators(0, [0]), settings, null_label=0)
+
+    # Four tokens: μ is two steps of 0.65 / 4094 beyond 0.5, and e^μ the shift. Others shift from end to end again.
+    shift = math.exp(0.5 + 2 * 0.65 / 4094) if config.use_dynamic_shifting else 3.0
+    last = 0.001 if config.use_dynamic_shifting else 0.003 / 1.002
+    sigmas = np.linspace(1, last, 4)
+    sigmas = [*(shift * sigmas / (1 + (shift - 1) * sigmas)), 0.0]
+    x = torch.randn(1, 4, 4, 4, generator=image_generators(0, [0])[0]).double()
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        slope = x * math.cos(sigma * 1000 / 300)
+        if sampler == "heun" and following:
+            slope = (slope + (x + (following - sigma) * slope) * math.cos(following * 1000 / 300)) / 2
+        x = x + (following - sigma) * slope
+    assert_rounded(latents, x, terms=64)
+
+
+def test_the_shift_by_size_is_that_of_diffusers_pipelines():
+    config = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config  # 0.5 at 256 tokens, 1.15 at 4096
+    assert [dynamic_shift(config, tokens) for tokens in (256, 4096, 1024)] == pytest.approx([0.5, 1.15, 0.63])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_a_velocity_is_sampled_as_the_noise_it_means(sampler):
+    def point_velocity(x, timestep, labels):  # v = (√ᾱ x - x_0) / √(1-ᾱ)
+        alpha_bar = ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
+        velocity = (alpha_bar.sqrt() * x - MEANS[labels][:, :, None, None]) / (1 - alpha_bar).sqrt()
+        return torch.cat([velocity, torch.zeros_like(x)], dim=1).float()
+
+    config = DDIMScheduler(beta_schedule="linear", clip_sample=False, prediction_type="v_prediction").config
+    settings, labels = SamplerSettings(sampler=sampler, num_inference_steps=STEPS, guidance_scale=1.0), [0, 1]
+    generators = image_generators(0, labels)
+    latents = sample_latents(
+        Analytic(point_velocity), config, torch.tensor(labels), generators, settings, null_label=2
+    )
+    assert_flat(latents, MEANS[:2])
 
 
 # facebookresearch/DiT: create_diffusion(str(steps)).p_sample_loop(model, shape, noise, clip_denoised=False)
@@ -162,7 +254,7 @@ def test_ancestral_sampler_equals_dits_own_code(steps, monkeypatch):
 
 def test_a_config_of_another_scheduler_does_not_clip():
     config = DPMSolverMultistepScheduler(variance_type="learned_range").config
-    for sampler in SAMPLERS:
+    for sampler in NOISE_SAMPLERS:
         labels, generators = torch.tensor([0]), image_generators(0, [0])
         settings = SamplerSettings(sampler=sampler, guidance_scale=1.0, num_inference_steps=STEPS)
         latents = sample_latents(Analytic(point_noise), config, labels, generators, settings, null_label=NULL_LABEL)
@@ -219,8 +311,8 @@ def test_equals_the_stock_pipeline(sampler, guidance_scale):
     torch.testing.assert_close(images / 255, expected, rtol=0, atol=0.6 / 255)  # rounded to a grey level
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_does_not_depend_on_its_batch(sampler):
+@pytest.mark.parametrize("predict, sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(predict, sampler):
     # To rounding, not to the bit: a matrix product may round differently at another batch size, and `generate_images`
     # keeps to one.
     model = tiny_transformer()
@@ -229,7 +321,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
     def sample(indices):
         generators = image_generators(3, indices)
         settings = SamplerSettings(sampler=sampler, num_inference_steps=10, guidance_scale=1.5)
-        return sample_latents(model, SCHEDULER.config, labels[indices], generators, settings)
+        return sample_latents(model, scheduler_of(predict).config, labels[indices], generators, settings)
 
     together = sample(list(range(7)))
     for share in ([0], [1, 3, 5], [6, 2, 0, 4]):
@@ -343,7 +435,8 @@ def test_decoding_rounds_and_undoes_the_scaling():
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"sampler": "euler"}, "'euler'; choose from ddim"), ({"num_inference_steps": 0}, "0 inference steps"),
+    [({"sampler": "plms"}, "'plms'; choose from ddim"), ({"num_inference_steps": 0}, "0 inference steps"),
+     ({"sampler": "euler"}, "'euler' does not fit this model, which predicts noise: choose ddim or dpm-solver"),
      ({"num_inference_steps": 1001}, "1 to 1000"),
      ({"guidance_channels": 5}, "5 channels asked for; the latents have 4"),
      ({"guidance_interval": (900, 100)}, "interval 900 to 100: give two timesteps from 0 to 999, the lower first"),
@@ -352,6 +445,14 @@ def test_decoding_rounds_and_undoes_the_scaling():
 def test_refuses_what_it_cannot_sample(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerSettings(**settings).check(Analytic(point_noise), SCHEDULER.config)
+
+
+def test_a_model_of_flow_matching_takes_its_own_samplers():
+    with pytest.raises(ValueError, match="'ddim' does not fit this model, .* flow matching: choose euler or heun or"):
+        SamplerSettings(sampler="ddim").check(Analytic(point_flow), FLOW.config)
+    chosen = [SamplerSettings().for_scheduler(scheduler.config).sampler for scheduler in (FLOW, SCHEDULER)]
+    assert chosen == ["euler", "ddim"]
+    assert SamplerSettings(sampler="heun").for_scheduler(FLOW.config).sampler == "heun"
 
 
 @pytest.mark.parametrize(

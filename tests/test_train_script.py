@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -140,6 +140,30 @@ def test_accumulation_and_gradient_checkpointing_change_nothing(train):
     one = train("one")
     assert_same_run(one, train("accumulated", gradient_accumulation_steps=4), tolerance=1e-5)
     assert_same_run(one, train("recomputed", gradient_checkpointing=True), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "v_prediction"])
+def test_the_loss_and_the_sampler_are_those_of_the_bases_scheduler(train, base, tmp_path, prediction):
+    other = (
+        DDIMScheduler(prediction_type=prediction) if prediction != "flow" else FlowMatchEulerDiscreteScheduler(1000, 3)
+    )
+    pipeline = DiTPipeline.from_pretrained(base)
+    pipeline.register_modules(scheduler=other)
+    pipeline.save_pretrained(tmp_path / "base")
+    changes = dict(base=str(tmp_path / "base"), log_every=2, timestep_density="logit-normal", label_drop=0.0)
+    if prediction == "flow":
+        changes |= dict(loss_weighting="cosmap")
+    whole = train("whole", sample_every=4, sample_steps=2, **changes)
+    assert np.array(Image.open(whole / "samples" / "step-00000004.png")).std() > 10
+    halves = train("halves", max_steps=2, **changes)
+    train("halves", **changes)
+    for name, tensor in adapter_of(whole).items():
+        assert torch.equal(tensor, adapter_of(halves)[name]), name
+    line = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("vb" in line) == (prediction != "flow")
+    if prediction == "flow":  # 0.64 <= 2 / π (1 - 2σ + 2σ²) <= 1.28
+        assert 0.63 < line["loss"] / line["mse"] < 1.28
+        fails_with("--snr-gamma weighs the error of noise", settings_of(**changes, output_dir=tmp_path / "other", snr_gamma=5.0))
 
 
 ONE_OF_TWO_STOPS = """

@@ -8,13 +8,14 @@ the number of the step and no generator states.
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.diffusion import add_noise
 
 # One independent stream of numbers for each purpose: drawing more for one does not move another.
 BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS = range(6)
@@ -40,6 +41,39 @@ def batch_flips(seed: int, step: int, batch_size: int) -> list[bool]:
     return (keyed_generator(seed, FLIPS, step).random(batch_size) < 0.5).tolist()
 
 
+class TimestepDensity(NamedTuple):
+    """How often a timestep is drawn: all alike, or of Esser et al. (2024, section 3.1) logit-normal or by mode.
+
+    As in diffusers' scripts, u = 0 is the noise and u = 1 the image: a positive `logit_mean` draws less noise. A
+    positive `mode_scale` draws the middle more often, a negative one the ends.
+    """
+
+    kind: Literal["uniform", "logit-normal", "mode"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def draw(self, generator: np.random.Generator, batch_size: int, num_timesteps: int) -> Tensor:
+        """(batch,) int64 in [0, num_timesteps), the more the noisier."""
+        if self.kind == "uniform":
+            return torch.from_numpy(generator.integers(0, num_timesteps, batch_size))
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        u = compute_density_for_timestep_sampling(
+            self.kind.replace("-", "_"),
+            batch_size,
+            self.logit_mean,
+            self.logit_std,
+            self.mode_scale,
+            generator=torch.Generator().manual_seed(int(generator.integers(2**32))),
+        )
+        # u may round to 1, which diffusers' scripts would take for the timestep after the last.
+        return num_timesteps - 1 - (u * num_timesteps).long().clamp(0, num_timesteps - 1)
+
+
+UNIFORM = TimestepDensity()
+
+
 class StepDraws(NamedTuple):
     """What a step draws for each sample of its batch, before any is sliced."""
 
@@ -63,20 +97,26 @@ class StepDraws(NamedTuple):
             labels (batch,), where a dropped one is the null label.
         """
         x_start = sample_moments(moments, self.posterior_noise)
-        latents = scheduler.add_noise(x_start, self.noise, self.timesteps)
+        latents = add_noise(x_start, self.noise, self.timesteps, scheduler)
         return x_start, latents, torch.where(self.label_drops, null_label, labels)
 
 
 def draw_step(
-    seed: int, step: int, batch_size: int, latent_shape: tuple[int, ...], num_timesteps: int, label_drop: float
+    seed: int,
+    step: int,
+    batch_size: int,
+    latent_shape: tuple[int, ...],
+    num_timesteps: int,
+    label_drop: float,
+    density: TimestepDensity = UNIFORM,
 ) -> StepDraws:
     def normal(purpose: int) -> Tensor:
         generator = keyed_generator(seed, purpose, step)
         return torch.from_numpy(generator.standard_normal((batch_size, *latent_shape), dtype=np.float32))
 
-    timesteps = keyed_generator(seed, TIMESTEPS, step).integers(0, num_timesteps, batch_size)
+    timesteps = density.draw(keyed_generator(seed, TIMESTEPS, step), batch_size, num_timesteps)
     drops = keyed_generator(seed, LABEL_DROPS, step).random(batch_size) < label_drop
-    return StepDraws(normal(POSTERIOR_NOISE), normal(NOISE), torch.from_numpy(timesteps), torch.from_numpy(drops))
+    return StepDraws(normal(POSTERIOR_NOISE), normal(NOISE), timesteps, torch.from_numpy(drops))
 
 
 def micro_batches(batch_size: int, num_processes: int, process_index: int, accumulation: int) -> list[slice]:

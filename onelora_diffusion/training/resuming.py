@@ -23,11 +23,12 @@ def find_checkpoint(settings: Settings, report) -> Checkpoint | None:
 
 
 def check_same_settings(settings: Settings, checkpoint: Checkpoint) -> None:
-    then, now = checkpoint.state["settings"], settings.as_json()
+    # A setting that is newer than the checkpoint was what it is by default.
+    then, now = type(settings)().as_json() | checkpoint.state["settings"], settings.as_json()
     free = FREE_SETTINGS - ({"max_steps"} if settings.lr_schedule != "constant" else set())
-    changed = [name for name in now if name not in free and then.get(name) != now[name]]
+    changed = [name for name in now if name not in free and then[name] != now[name]]
     if changed:
-        listed = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+        listed = ", ".join(f"{name} was {then[name]} and is {now[name]}" for name in changed)
         raise ValueError(
             f"{checkpoint.path} was trained with other settings: {listed}. Resume all the same with "
             "--allow-changed-settings, start over with --fresh, or choose another --output-dir"

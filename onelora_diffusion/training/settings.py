@@ -18,7 +18,9 @@ from onelora_diffusion.command_line import check_flags, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data import check_name
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.training.randomness import TimestepDensity
 from onelora_diffusion.training.stopping import parse_duration
+from onelora_diffusion.training.weighting import Weighting
 
 
 @dataclass
@@ -87,7 +89,17 @@ class Settings:
     label_drop: float = 0.1
     """Share of samples that train the null label, for classifier-free guidance."""
     snr_gamma: float | None = None
-    """Weigh the squared error by min(SNR, gamma) / SNR (Hang et al., 2023)."""
+    """Weigh the squared error by min(SNR, gamma) / SNR (Hang et al., 2023), of velocity / (SNR + 1)."""
+    loss_weighting: Weighting = "none"
+    """Weigh the squared error of flow matching by the noise: sigma-sqrt or cosmap (Esser et al., 2024)."""
+    timestep_density: Literal["uniform", "logit-normal", "mode"] = "uniform"
+    """Which timesteps are drawn how often (Esser et al., 2024)."""
+    logit_mean: float = 0.0
+    """Mean of logit-normal: more than 0 draws less noise, as in diffusers' scripts."""
+    logit_std: float = 1.0
+    """Standard deviation of logit-normal."""
+    mode_scale: float = 1.29
+    """Scale of mode, from -1 to 1.75: more than 0 draws the middle more often, less than 0 the ends."""
     ema_decay: tuple[float, ...] = (0.999,)
     """Decays of moving averages of the trained values: the first average is the adapter that is saved, the others
     lie beside it."""
@@ -164,6 +176,9 @@ class Settings:
             peft_config=peft_config,
         )
 
+    def density(self) -> TimestepDensity:
+        return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
+
     def as_json(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
@@ -186,7 +201,7 @@ AT_LEAST = {
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
     "eval_images": 2,
 }
-POSITIVE = ("learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
+POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
 
 # Flags of diffusers' training scripts that are called something else here.
 DIFFUSERS_FLAGS = {
@@ -200,6 +215,7 @@ DIFFUSERS_FLAGS = {
     "train_batch_size": "--batch-size, the images of an update over all processes",
     "max_train_steps": "--max-steps",
     "num_train_epochs": "--max-steps or --max-train-time, and no epochs",
+    "weighting_scheme": "--timestep-density, or --loss-weighting",
     "lr_scheduler": "--lr-schedule",
     "lr_warmup_steps": "--warmup-steps",
     "use_8bit_adam": "--optimizer adamw-8bit",
@@ -294,7 +310,9 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"--label-drop is a share from 0 to 1, not {settings.label_drop}")
     if not settings.ema_decay or not all(0 <= decay < 1 for decay in settings.ema_decay):
         raise ValueError(f"--ema-decay is at least 0 and below 1, not {settings.ema_decay}")
-    for name in ("guidance_scale", "eval_guidance_scale"):
+    if not -1 <= settings.mode_scale <= 1.75:
+        raise ValueError(f"--mode-scale is from -1 to 1.75, not {settings.mode_scale}")
+    for name in ("guidance_scale", "eval_guidance_scale", "logit_mean"):
         if not math.isfinite(getattr(settings, name)):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, not {getattr(settings, name)}")
     if settings.engine == "fsdp2" and (settings.method == "full" or settings.norms):

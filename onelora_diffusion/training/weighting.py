@@ -1,13 +1,44 @@
 """Weights of the squared error over timesteps."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor
+
+from onelora_diffusion.diffusion import noise_schedule, prediction_of
+
+Weighting = Literal["none", "sigma-sqrt", "cosmap"]
+
+
+def check_weighting(scheduler, snr_gamma: float | None, weighting: Weighting) -> None:
+    """ValueError for weights that do not go with what the model predicts."""
+    is_flow = prediction_of(scheduler.config) == "flow"
+    if snr_gamma is not None and is_flow:
+        raise ValueError("--snr-gamma weighs the error of noise; this base learns flow matching: --loss-weighting")
+    if weighting != "none" and not is_flow:
+        raise ValueError(f"--loss-weighting {weighting} is for flow matching, which this base does not learn")
+
+
+def loss_weights(timesteps: Tensor, scheduler, snr_gamma: float | None, weighting: Weighting) -> Tensor | None:
+    """What the squared error at each timestep is multiplied by, (batch,); None: by 1."""
+    if snr_gamma is not None:
+        return min_snr_weights(timesteps, scheduler, snr_gamma)
+    return None if weighting == "none" else flow_weights(timesteps, scheduler, weighting)
 
 
 def min_snr_weights(timesteps: Tensor, scheduler, gamma: float) -> Tensor:
-    """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ), for a model that predicts the noise: (batch,).
+    """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ) for a model that predicts noise, / (SNR + 1) for velocity: (batch,).
 
     Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023.
     """
     alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_of(scheduler.config) == "v_prediction" else snr)
+
+
+def flow_weights(timesteps: Tensor, scheduler, weighting: Weighting) -> Tensor:
+    """σ⁻², or 2 / π (1 - 2σ + 2σ²): (batch,). Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3."""
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    sigmas = noise_schedule(scheduler, torch.float32)[1].to(timesteps.device)[timesteps]
+    return compute_loss_weighting_for_sd3(weighting.replace("-", "_"), sigmas)

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.schedule import learning_rate_factor
-from onelora_diffusion.training.weighting import min_snr_weights
+from onelora_diffusion.training.weighting import check_weighting, loss_weights, min_snr_weights
 
 
 def test_average_equals_the_formula_by_hand():
@@ -49,3 +49,27 @@ def test_min_snr_weights_by_hand():
     scheduler.alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])  # signal to noise 9, 1 and 1 / 9
     weights = min_snr_weights(torch.tensor([0, 1, 2]), scheduler, gamma=5.0)
     assert weights.tolist() == pytest.approx([5 / 9, 1, 1])
+
+
+def test_min_snr_weights_of_a_velocity_by_hand():
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    scheduler.alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])
+    weights = min_snr_weights(torch.tensor([0, 1, 2]), scheduler, gamma=5.0)
+    assert weights.tolist() == pytest.approx([5 / 10, 1 / 2, (1 / 9) / (10 / 9)])
+
+
+def test_weights_of_flow_matching_by_hand():
+    scheduler, timesteps = FlowMatchEulerDiscreteScheduler(shift=1.0), torch.tensor([499, 999])  # σ = 0.5 and 1
+    assert loss_weights(timesteps, scheduler, None, "none") is None
+    assert loss_weights(timesteps, scheduler, None, "sigma-sqrt").tolist() == pytest.approx([4, 1])
+    cosmap = loss_weights(timesteps, scheduler, None, "cosmap")
+    assert cosmap.tolist() == pytest.approx([4 / torch.pi, 2 / torch.pi])
+
+
+def test_weights_that_do_not_go_with_the_model_are_refused():
+    check_weighting(DDIMScheduler(), 5.0, "none")
+    check_weighting(FlowMatchEulerDiscreteScheduler(), None, "cosmap")
+    with pytest.raises(ValueError, match="--loss-weighting cosmap is for flow matching"):
+        check_weighting(DDIMScheduler(), None, "cosmap")
+    with pytest.raises(ValueError, match="--snr-gamma weighs the error of noise"):
+        check_weighting(FlowMatchEulerDiscreteScheduler(), 5.0, "none")

@@ -1,9 +1,18 @@
+import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
-from onelora_diffusion.training.randomness import StepKeyedBatches, batch_indices, draw_step, micro_batches
+from onelora_diffusion.training.randomness import (
+    StepKeyedBatches,
+    TimestepDensity,
+    batch_indices,
+    draw_step,
+    keyed_generator,
+    micro_batches,
+)
 
 
 def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
@@ -41,6 +50,42 @@ def test_draws_follow_their_distributions():
     assert abs(draws.label_drops.float().mean() - 0.1) < 0.01
     correlation = torch.corrcoef(torch.stack([draws.noise.flatten(), draws.posterior_noise.flatten()]))[0, 1]
     assert abs(correlation) < 0.02
+
+
+DENSITIES = [TimestepDensity(), TimestepDensity("logit-normal", 0.5, 0.8), TimestepDensity("mode", mode_scale=1.29)]
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=lambda density: density.kind)
+def test_timesteps_follow_their_density(density):
+    """Esser et al. (2024): below each u as often as the distribution has it."""
+    drawn = density.draw(np.random.default_rng(0), 20_000, 1000)
+    assert drawn.dtype == torch.int64 and 0 <= drawn.min() and drawn.max() <= 999
+    position = np.arange(1, 10) / 10
+    found = [(drawn >= 1000 * (1 - u)).float().mean().item() for u in position]
+    if density.kind == "logit-normal":
+        logits = np.log(position / (1 - position))
+        expected = [(1 + math.erf((logit - 0.5) / 0.8 / 2**0.5)) / 2 for logit in logits]
+    elif density.kind == "mode":
+        v = np.linspace(0, 1, 100_001)  # the share of v with 1 - v - s (cos²(πv / 2) - 1 + v) below u
+        mapped = 1 - v - 1.29 * (np.cos(np.pi * v / 2) ** 2 - 1 + v)
+        expected = [(mapped < u).mean() for u in position]
+    else:
+        expected = position
+    assert found == pytest.approx(list(expected), abs=0.015)  # four deviations of 20,000 draws
+
+
+@pytest.mark.parametrize("kind", ["logit-normal", "mode"])
+def test_timesteps_are_those_of_diffusers_scripts_on_the_same_draws(kind):
+    generator = torch.Generator().manual_seed(int(keyed_generator(3, 4, 7).integers(2**32)))
+    if kind == "logit-normal":
+        u = torch.sigmoid(torch.normal(mean=0.2, std=0.9, size=(64,), generator=generator))
+    else:
+        u = torch.rand(64, generator=generator)
+        u = 1 - u - 1.1 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    descending = torch.arange(1000).flip(0)  # as a scheduler's timesteps are
+    expected = descending[(u * 1000).long()]
+    density = TimestepDensity(kind, 0.2, 0.9, 1.1)
+    assert torch.equal(draw_step(3, 7, 64, (1, 1, 1), 1000, 0.0, density).timesteps, expected)
 
 
 @pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 3)])

@@ -32,21 +32,29 @@ def hub_images(
     Raises:
         ValueError: the library is missing, or there is no such data set, split or pair of columns.
     """
+    rows = hub_rows(name, root, split)
+    columns = {kind: column_of_type(name, rows, kind) for kind in ("Image", "ClassLabel")}
+    names = rows.features[columns["ClassLabel"]].names
+    source = HubImages(rows, columns["Image"], columns["ClassLabel"])
+    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken, split)
+
+
+def hub_rows(name: str, root: str | Path | None, split: str):
+    """The `datasets.Dataset` of a split; ValueError if the library is missing, or it does not load."""
     try:
         import datasets
     except ImportError:
         raise ValueError(f"hf:{name} needs a package that is missing: pip install datasets") from None
     try:
-        rows = datasets.load_dataset(name, split=split, cache_dir=root and str(root))
+        return datasets.load_dataset(name, split=split, cache_dir=root and str(root))
     except Exception as error:  # the hub's client raises its own, the library's and the system's
         raise ValueError(f"hf:{name}, split {split}, does not load: {str(error).splitlines()[0]}") from error
-    columns = {}
-    for kind in ("Image", "ClassLabel"):
-        found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
-        if len(found) != 1:
-            listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
-            raise ValueError(f"hf:{name} has not one column of type {kind}: {listed}")
-        columns[kind] = found[0]
-    names = rows.features[columns["ClassLabel"]].names
-    source = HubImages(rows, columns["Image"], columns["ClassLabel"])
-    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken, split)
+
+
+def column_of_type(name: str, rows, kind: str) -> str:
+    """The one column whose feature is of a type, `Image` or `ClassLabel`; ValueError if there is not one."""
+    found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
+    if len(found) != 1:
+        listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+        raise ValueError(f"hf:{name} has not one column of type {kind}: {listed}")
+    return found[0]

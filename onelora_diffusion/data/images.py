@@ -1,6 +1,6 @@
-"""Photographs as squares: Food-101, any folder of one folder a class, and whatever else gives (PIL image, label)."""
+"""Photographs of a size: Food-101, any folder of one folder a class, and whatever else gives (PIL image, label)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,15 +16,15 @@ class BrokenImageError(ValueError):
     """An image that cannot be read; the message names it."""
 
 
-MOST_PIXELS = 2**27  # of an image on its way to a square: 400 MB in bytes
+MOST_PIXELS = 2**27  # of an image on its way to its size: 400 MB in bytes
 # Folders that are parts of a data set, not classes of it.
 SPLITS = ("train", "val", "validation", "test")
 # What PIL raises for an image that is damaged, missing, too large or none.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-class ClassifiedImages(Dataset):
-    """A source of (PIL image, label), cropped and scaled to [-1, 1], with its class names.
+class SizedImages(Dataset):
+    """A source of (PIL image, label), each image brought to a size, and what is done about those that cannot be read.
 
     Args:
         broken: `fatal`, an unreadable image is a BrokenImageError; or `skip`, it is named on stderr, and the next
@@ -33,6 +33,40 @@ class ClassifiedImages(Dataset):
     Attributes:
         broken: (images,) bool, which images were found unreadable; loader processes share it.
     """
+
+    def __init__(self, name: str, source: Dataset, broken: str = "fatal"):
+        self.name, self.source = name, source
+        self.skips = broken == "skip"
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def in_place_of(self, index: int) -> Iterator[int]:
+        """An image, and then the others in the order in which they may stand for it."""
+        return chain(range(index, len(self)), range(index))
+
+    def read(self, index: int, height: int, width: int) -> tuple[Tensor, int]:
+        """Pixels uint8 (3, height, width) of an image, and its label; or of the next that can be read."""
+        for candidate in self.in_place_of(index):
+            try:
+                image, label = self.source[candidate]
+                pixels = np.array(crop_to(image.convert("RGB"), height, width))
+            except UNREADABLE as error:
+                named = isinstance(error, BrokenImageError)
+                message = str(error) if named else f"image {candidate} of {self.name} is not readable: {error}"
+                if not self.skips:
+                    raise BrokenImageError(message) from error
+                if not self.broken[candidate]:
+                    self.broken[candidate] = True
+                    tqdm.write(f"skipped: {message}")
+            else:
+                return torch.from_numpy(pixels).permute(2, 0, 1), int(label)
+        raise BrokenImageError(f"none of the {len(list(self.in_place_of(index)))} images of {self.name} can be read")
+
+
+class ClassifiedImages(SizedImages):
+    """A source of (PIL image, label), cropped to squares and scaled to [-1, 1], with its class names."""
 
     crop = "ADM centre crop"
 
@@ -45,33 +79,15 @@ class ClassifiedImages(Dataset):
         broken: str = "fatal",
         split: str = "",
     ):
-        self.name, self.split = name, split
-        self.source = source
+        super().__init__(name, source, broken)
+        self.split = split
         self.resolution = resolution
         self.id2label = dict(enumerate(class_names))
         self.num_classes = len(class_names)
-        self.skips = broken == "skip"
-        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        for candidate in chain(range(index, len(self)), range(index)):
-            try:
-                image, label = self.source[candidate]
-                pixels = np.array(center_crop(image.convert("RGB"), self.resolution))
-            except UNREADABLE as error:
-                named = isinstance(error, BrokenImageError)
-                message = str(error) if named else f"image {candidate} of {self.name} is not readable: {error}"
-                if not self.skips:
-                    raise BrokenImageError(message) from error
-                if not self.broken[candidate]:
-                    self.broken[candidate] = True
-                    tqdm.write(f"skipped: {message}")
-            else:
-                return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, int(label)
-        raise BrokenImageError(f"none of the {len(self)} images of {self.name} can be read")
+        pixels, label = self.read(index, self.resolution, self.resolution)
+        return pixels.float() / 127.5 - 1, label
 
 
 def food101(
@@ -130,19 +146,24 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square of an image at the given resolution, as ADM and DiT crop (Dhariwal & Nichol, 2021).
+    """The central square of an image at the given resolution, as ADM and DiT crop (Dhariwal & Nichol, 2021)."""
+    return crop_to(image, resolution, resolution)
 
-    The image is halved by box filtering while its shorter side is at least twice the resolution, brought to
-    the resolution by bicubic filtering, and cut. ValueError for a strip that would take all memory on the way.
+
+def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of an image at a size: the largest part of it that has this shape.
+
+    The image is halved by box filtering while it is at least twice the size both ways, scaled until it just covers the
+    size by bicubic filtering, and cut. ValueError for a strip that would take all memory on the way.
     """
-    enlarged = resolution**2 * max(image.size) / min(image.size)  # pixels of the whole image, before it is cut
-    if enlarged > MOST_PIXELS:
+    scale = max(height / image.height, width / image.width)
+    if image.height * image.width * scale**2 > MOST_PIXELS:  # pixels of the whole image, before it is cut
         raise ValueError(
-            f"{image.width}x{image.height} pixels are too long a strip to be brought to {resolution}: cut it first"
+            f"{image.width}x{image.height} pixels are too long a strip to be brought to {width}x{height}: cut it first"
         )
-    while min(image.size) >= 2 * resolution:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,339 @@
+"""Images with captions: a folder and what describes it, one prompt for all of a folder, or the Hugging Face hub."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket
+from onelora_diffusion.data.from_hub import column_of_type, hub_rows
+from onelora_diffusion.data.images import UNREADABLE, BrokenImageError, SizedImages
+from onelora_diffusion.data.latents import FlippableImages
+from onelora_diffusion.files import printable
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+FILE_COLUMN = "file_name"
+MOST_CHARACTERS = 10_000  # of a caption: twenty times what the longest text encoder reads
+
+
+class CaptionedImages(FlippableImages):
+    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored where asked.
+
+    Attributes:
+        captions: one for each image. Where an unreadable image is replaced by another, it comes with that one's.
+        dataset: the images without their captions, `[index] -> (image, caption index)`; what latents depend on.
+    """
+
+    dataset: "BucketedImages"
+
+    def __init__(self, dataset: "BucketedImages", captions: list[str]):
+        super().__init__(dataset)
+        self.captions = captions
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def buckets(self) -> Buckets:
+        return self.dataset.buckets
+
+    @property
+    def broken(self) -> Tensor:
+        return self.dataset.broken
+
+
+class BucketedImages(SizedImages):
+    """`[index] -> (image, index)`, image uint8 (3, height, width), of the size of its bucket.
+
+    An unreadable image is replaced, if it is not fatal, by the next one of its bucket.
+    """
+
+    def __init__(self, name: str, source: "Pictures", buckets: Buckets, broken: str = "fatal"):
+        super().__init__(name, source, broken)
+        self.buckets = buckets
+
+    def in_place_of(self, index: int) -> Iterator[int]:
+        bucket_of = self.buckets.of_image
+        return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index, *self.buckets.sizes[self.buckets.of_image[index]])
+
+
+def load_captioned(
+    source: str | Path,
+    prompt: str | None = None,
+    image_column: str | None = None,
+    caption_column: str = "text",
+    resolution: int = 512,
+    aspect_buckets: bool = False,
+    *,
+    multiple: int = 16,
+    root: str | Path | None = None,
+    split: str = "train",
+    broken: str = "fatal",
+) -> CaptionedImages:
+    """Images and their captions, of a folder or of the hub.
+
+    Args:
+        source: a folder of images, which may lie in folders inside; or `hf:NAME`, see `data.from_hub`.
+        prompt: the caption of all images; then no other is looked for. None: the folder has `metadata.jsonl` or
+            `metadata.csv` as Hugging Face's image folders do, or a text file of the same name beside each image.
+        image_column: of the metadata, where the path of an image is, None: file_name; of the hub, where the image is,
+            None: its only column of images.
+        caption_column: where the metadata, or the hub, has the caption.
+        resolution: pixels a side of the square that images are cropped to.
+        aspect_buckets: crop each to the nearest of several shapes of about as many pixels; see `data.buckets`.
+        multiple: of what both sides must be multiples: pixels of a latent by latents of a patch.
+        root, split: of `hf:NAME` alone: where downloads are kept, and the part of it.
+        broken: what an unreadable image is: `fatal`, or `skip` (see `data.images.SizedImages`).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it, or not one that the metadata names.
+        ValueError: captions are missing, empty, too long or said twice, or the resolution does not suit the model.
+        BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
+    """
+    if resolution < 1 or resolution % multiple:
+        raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
+    if prompt is not None:
+        prompt = checked(prompt, "the prompt")
+    kind, _, name = str(source).partition(":")
+    if kind == "hf" and name:
+        named = str(source)
+        pictures, captions = _of_hub(name, root, split, prompt, image_column, caption_column)
+    else:
+        named = Path(source).resolve().name
+        pictures, captions = _of_folder(Path(source), prompt, image_column or FILE_COLUMN, caption_column)
+    if aspect_buckets:
+        buckets = bucketed(pictures, resolution, multiple, broken)
+    else:
+        buckets = one_bucket(len(pictures), resolution)
+    return CaptionedImages(BucketedImages(named, pictures, buckets, broken), captions)
+
+
+def bucketed(pictures: "Pictures", resolution: int, multiple: int, broken: str) -> Buckets:
+    """The bucket of each image; one whose size cannot be read, if it is not fatal, is in that of the next."""
+    sizes: list[tuple[int, int]] = []
+    unread = 0
+    for index in range(len(pictures)):
+        try:
+            size = pictures.size(index)
+        except BrokenImageError:
+            if broken == "fatal":
+                raise
+            unread += 1
+        else:
+            sizes += [size] * (unread + 1)
+            unread = 0
+    if not sizes:
+        raise BrokenImageError(f"none of the {len(pictures)} images can be read")
+    return nearest_buckets(sizes + [sizes[0]] * unread, resolution, multiple)
+
+
+def checked(caption: str, named: str) -> str:
+    """A caption without space around it; ValueError if it is no text, empty, or too long."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"{named} is {printable(repr(caption), 40)}: write some words")
+    if len(caption) > MOST_CHARACTERS:
+        raise ValueError(f"{named} has {len(caption)} characters: {MOST_CHARACTERS} are the most")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # half of a character, which JSON can write
+        raise ValueError(f"{named} is no text: {printable(caption, 40)}") from None
+    return caption.strip()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where the images are
+
+
+class Pictures(Dataset):
+    """`[index] -> (image, index)`: PIL images, turned as their cameras say; `size` needs no pixels."""
+
+    def opened(self, index: int):
+        """Context manager: the image as PIL opens it; BrokenImageError names one that is unreadable."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self.opened(index) as image:
+            return ImageOps.exif_transpose(image).convert("RGB"), index
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width."""
+        with self.opened(index) as image:
+            # A PNG that does not say so at its head would be decoded to the end in search of it.
+            says = image.format != "PNG" or "exif" in image.info
+            lies = says and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (image.width, image.height) if lies else (image.height, image.width)
+
+
+@contextmanager
+def readable(file, named: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UNREADABLE as error:
+        raise BrokenImageError(f"{named} is not a readable image: {error}") from error
+
+
+class Files(Pictures):
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def opened(self, index: int):
+        return readable(self.paths[index], printable(str(self.paths[index])))
+
+
+class HubPictures(Pictures):
+    """A column of images of a `datasets.Dataset` that gives them as they are stored."""
+
+    def __init__(self, name: str, rows, column: str):
+        self.name, self.rows, self.column = name, rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def opened(self, index: int):
+        stored = self.rows[index][self.column]
+        file = stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])
+        return readable(file, f"image {index} of hf:{self.name}")
+
+
+def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str | None, caption_column: str):
+    rows = hub_rows(name, root, split)
+    image_column = image_column or column_of_type(name, rows, "Image")
+    for column in [image_column] + [caption_column] * (prompt is None):
+        if column not in rows.features:
+            raise ValueError(f"hf:{name} has no column {column!r}: it has {printable(', '.join(rows.features))}")
+    if not len(rows):
+        raise ValueError(f"hf:{name}, split {split}, has no rows")
+    if prompt is None:
+        captions = [
+            checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(rows[caption_column])
+        ]
+    else:
+        captions = [prompt] * len(rows)
+    import datasets
+
+    return HubPictures(name, rows.cast_column(image_column, datasets.Image(decode=False)), image_column), captions
+
+
+def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_column: str):
+    from torchvision.datasets.folder import is_image_file
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    shown = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    images = {path.as_posix() for path in shown if is_image_file(path.name)}
+    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
+    texts = {path.with_suffix("").as_posix() for path in shown if path.suffix == ".txt"}
+    texts &= {os.path.splitext(name)[0] for name in images}
+
+    if not images and not metadata:
+        raise FileNotFoundError(f"no images in {folder}")
+    if prompt is not None:
+        captions = dict.fromkeys(images, prompt)
+    elif len(metadata) + bool(texts) > 1:
+        found = " and ".join([path.name for path in metadata] + ["text files beside images"] * bool(texts))
+        raise ValueError(f"{folder} has captions in {found}: leave one of them there, or give one --prompt for all")
+    elif metadata:
+        captions = captions_of_metadata(metadata[0], file_column, caption_column)
+    elif texts:
+        captions = {name: _text_beside(folder / name) for name in images if os.path.splitext(name)[0] in texts}
+    else:
+        raise ValueError(
+            f"{folder} has no captions: put metadata.jsonl or metadata.csv there, with the columns {file_column} and "
+            f"{caption_column}, or a .txt beside each image, or give one --prompt for all"
+        )
+    without = sorted(images - captions.keys())
+    if without:
+        more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
+        raise ValueError(
+            f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
+        )
+    names = sorted(captions)
+    return Files([folder / name for name in names]), [captions[name] for name in names]
+
+
+def _text_beside(image: Path) -> str:
+    path = image.with_suffix(".txt")
+    try:
+        return checked(path.read_text(encoding="utf-8-sig"), f"the caption in {printable(str(path))}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{printable(str(path))} is no text in UTF-8: {error.reason}") from None
+
+
+def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> dict[str, str]:
+    """The caption of each file that a metadata.jsonl or .csv names, by its path in the folder."""
+    captions: dict[str, str] = {}
+    for line, row in _rows_of(path):
+        named = printable(f"line {line} of {path}")
+        for column in (file_column, caption_column):
+            if column not in row:
+                listed = printable(", ".join(map(str, row)), 200) or "none"
+                raise ValueError(f"{named} has no column {column!r}: it has {listed}")
+        file = row[file_column]
+        if not isinstance(file, str) or not file:
+            raise ValueError(f"{named} names no file: {file_column} is {printable(repr(file), 40)}")
+        # By its name alone: folders of links to files elsewhere, such as the hub's cache, are as good as any.
+        name = os.path.normpath(file)
+        if os.path.isabs(name) or name.split(os.sep)[0] == "..":
+            raise ValueError(f"{named} leaves the folder: {printable(file, 200)}")
+        if name in captions:
+            raise ValueError(f"{named} names {printable(name, 200)}, which a line before it has named")
+        if not os.path.isfile(path.parent / name):
+            raise FileNotFoundError(f"{named} names {printable(name, 200)}, which is not in {path.parent}")
+        captions[name] = checked(row[caption_column], f"the caption of {printable(name, 200)} in {named}")
+    if not captions:
+        raise ValueError(f"{path} is empty")
+    return captions
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, dict]]:
+    """Each row of a metadata file with the number of its line."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _rows_of_json(path, file) if path.suffix == ".jsonl" else _rows_of_csv(path, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
+
+
+def _rows_of_json(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {path} is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} is no row of columns: {printable(line.strip(), 40)}")
+        yield number, row
+
+
+def _rows_of_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    rows = csv.DictReader(lines, strict=True)
+    try:
+        columns = rows.fieldnames or []
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{path} has two columns of one name: {printable(', '.join(columns), 200)}")
+        for row in rows:
+            if None in row or None in row.values():  # too many values, or too few
+                raise ValueError(
+                    f"line {rows.line_num} of {path} has not one value for each of {len(rows.fieldnames)} columns"
+                )
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"line {rows.reader.line_num} of {path} is no CSV: {error}") from None

@@ -44,7 +44,7 @@ from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import NonFiniteError, check_finite
 from onelora_diffusion.training.optimizers import make_optimizer
-from onelora_diffusion.training.randomness import batch_flips, batch_indices, draw_step
+from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 
 NUM_SHOWN = 12  # samples of the best evaluation that are kept as a picture
@@ -112,6 +112,7 @@ def run(job: Job, result: Path) -> dict:
     inject_adapter(transformer, AdapterConfig(**job.adapter, num_classes=num_classes, seed=job.seed))
     pipeline.to(device)
     latent_cache = LatentCache(Path(job.latents), job.num_train_images)
+    batches = StepKeyedBatches(job.seed, 0, job.batch_size, job.num_train_images, job.flip, rows=[])
     source = Source("generated", resolution_of(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
     judge = judge_of(job, features, source, device)
@@ -136,9 +137,7 @@ def run(job: Job, result: Path) -> dict:
             scheduler.config.num_train_timesteps,
             job.label_drop,
         ).rows(slice(None), device)
-        indices = batch_indices(job.seed, step, job.batch_size, job.num_train_images)
-        flips = batch_flips(job.seed, step, job.batch_size) if job.flip else [False] * job.batch_size
-        examples = [latent_cache[key] for key in zip(indices, flips, strict=True)]
+        examples = [latent_cache[key] for key in batches.global_batch(step)]
         moments, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
         x_start = sample_moments(moments, drawn.posterior_noise)
         class_labels = torch.where(drawn.label_drops, num_classes, labels)

@@ -163,7 +163,10 @@ def test_the_loss_and_the_sampler_are_those_of_the_bases_scheduler(train, base, 
     assert ("vb" in line) == (prediction != "flow")
     if prediction == "flow":  # 0.64 <= 2 / π (1 - 2σ + 2σ²) <= 1.28
         assert 0.63 < line["loss"] / line["mse"] < 1.28
-        fails_with("--snr-gamma weighs the error of noise", settings_of(**changes, output_dir=tmp_path / "other", snr_gamma=5.0))
+        fails_with(
+            "--snr-gamma weighs the error of noise",
+            settings_of(**changes, output_dir=tmp_path / "other", snr_gamma=5.0),
+        )
 
 
 ONE_OF_TWO_STOPS = """

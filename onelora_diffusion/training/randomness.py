@@ -18,23 +18,12 @@ from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.diffusion import add_noise
 
 # One independent stream of numbers for each purpose: drawing more for one does not move another.
-BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS = range(6)
+BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER = range(7)
 
 
 def keyed_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
     # NumPy's seed sequence mixes the whole key; torch's CPU generator keeps 32 bits of a seed.
     return np.random.default_rng((seed, purpose, index))
-
-
-@lru_cache(maxsize=4)
-def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return keyed_generator(seed, BATCH_ORDER, epoch).permutation(num_images)
-
-
-def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> list[int]:
-    """The images of a global batch: batches are cut from an endless row of permutations, one an epoch."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(epoch_permutation(seed, p // num_images, num_images)[p % num_images]) for p in positions]
 
 
 def batch_flips(seed: int, step: int, batch_size: int) -> list[bool]:
@@ -135,16 +124,70 @@ def micro_batches(batch_size: int, num_processes: int, process_index: int, accum
 
 
 class StepKeyedBatches:
-    """An endless batch sampler for DataLoader: the (index, flip) pairs of a process's micro-batches, in order."""
+    """An endless batch sampler for DataLoader: the (index, flip) pairs of a process's micro-batches, in order.
 
-    def __init__(self, seed: int, first_step: int, batch_size: int, num_images: int, flip: bool, rows: list[slice]):
+    Batches are cut from an endless row of permutations of the images, one an epoch. Where images are in buckets, a
+    batch is of one of them: each has its own row, and in an epoch as many batches as it has filled, in an order drawn
+    for the epoch. So in the long run all images are shown equally often; a bucket smaller than a batch is repeated in
+    it.
+
+    Args:
+        rows: of the global batch, those of each micro-batch.
+        bucket_of: (images,) int64, the number of each image's bucket; None: all are in one.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        first_step: int,
+        batch_size: int,
+        num_images: int,
+        flip: bool,
+        rows: list[slice],
+        bucket_of: np.ndarray | None = None,
+    ):
         self.seed, self.first_step, self.batch_size = seed, first_step, batch_size
         self.num_images, self.flip, self.rows = num_images, flip, rows
+        self.bucket_of = np.zeros(num_images, np.int64) if bucket_of is None else bucket_of
+        self.sizes = np.bincount(self.bucket_of)
+        self.order = lru_cache(maxsize=2)(self.order)
+        self.permutation = lru_cache(maxsize=4 * len(self.sizes))(self.permutation)
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         for step in count(self.first_step):
-            indices = batch_indices(self.seed, step, self.batch_size, self.num_images)
-            flips = batch_flips(self.seed, step, self.batch_size) if self.flip else [False] * self.batch_size
-            keys = list(zip(indices, flips, strict=True))
+            keys = self.global_batch(step)
             for rows in self.rows:
                 yield keys[rows]
+
+    def global_batch(self, step: int) -> list[tuple[int, bool]]:
+        """The (index, flip) pairs of all processes."""
+        flips = batch_flips(self.seed, step, self.batch_size) if self.flip else [False] * self.batch_size
+        return list(zip(self.indices(step), flips, strict=True))
+
+    def indices(self, step: int) -> list[int]:
+        """The images of a global batch."""
+        epoch = step * self.batch_size // self.num_images  # or later: buckets fill no more than their share
+        while self.filled(epoch + 1).sum() <= step:
+            epoch += 1
+        filled = self.filled(epoch)
+        buckets = self.order(epoch)[: step - filled.sum() + 1]
+        bucket = buckets[-1]
+        size, batch = int(self.sizes[bucket]), int(filled[bucket] + np.count_nonzero(buckets[:-1] == bucket))
+        first, last = batch * self.batch_size, (batch + 1) * self.batch_size - 1  # in the bucket's row
+        epochs = range(first // size, last // size + 1)
+        row = np.concatenate([self.permutation(bucket, each) for each in epochs])
+        return row[first % size :][: self.batch_size].tolist()
+
+    def filled(self, epochs: int) -> np.ndarray:
+        """(buckets,) how many batches the images of each fill in so many epochs; what is over goes into the next."""
+        return epochs * self.sizes // self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The bucket of each batch of an epoch."""
+        buckets = np.repeat(np.arange(len(self.sizes)), self.filled(epoch + 1) - self.filled(epoch))
+        return keyed_generator(self.seed, BUCKET_ORDER, epoch).permutation(buckets)
+
+    def permutation(self, bucket: int, epoch: int) -> np.ndarray:
+        """The images of a bucket in the order of an epoch: that of all images, without the others'."""
+        images = keyed_generator(self.seed, BATCH_ORDER, epoch).permutation(self.num_images)
+        return images[self.bucket_of[images] == bucket]

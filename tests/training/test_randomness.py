@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from onelora_diffusion.training.randomness import (
+    BATCH_ORDER,
     StepKeyedBatches,
     TimestepDensity,
-    batch_indices,
     draw_step,
     keyed_generator,
     micro_batches,
 )
+
+
+def batch_indices(seed, step, batch_size, num_images, bucket_of=None):
+    return StepKeyedBatches(seed, 0, batch_size, num_images, flip=False, rows=[], bucket_of=bucket_of).indices(step)
 
 
 def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
@@ -27,6 +31,50 @@ def test_batches_run_on_over_the_end_of_an_epoch():
     shown = [index for step in range(7) for index in batch_indices(0, step, batch_size=5, num_images=7)]
     assert all(sorted(shown[first : first + 7]) == list(range(7)) for first in range(0, 35, 7))
     assert sorted(batch_indices(0, 0, batch_size=14, num_images=7)) == sorted([*range(7), *range(7)])
+
+
+BUCKETS = np.array([0, 1, 0, 2, 0, 1, 0, 2, 0, 1, 0, 0, 2, 1, 0, 0])  # 9, 4 and 3 images
+
+
+def shown_by_bucket(steps, batch_size):
+    """For each bucket, its images in the order in which they are shown."""
+    shown = {0: [], 1: [], 2: []}
+    for step in range(steps):
+        indices = batch_indices(5, step, batch_size, len(BUCKETS), BUCKETS)
+        (bucket,) = set(BUCKETS[indices].tolist())
+        assert len(indices) == batch_size
+        shown[bucket] += indices
+    return shown
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_batch_is_of_one_bucket_and_each_bucket_runs_through_its_images(batch_size):
+    epochs = 10 * batch_size  # enough for every bucket to end with a whole batch
+    shown = shown_by_bucket(epochs * len(BUCKETS) // batch_size, batch_size)
+    for bucket, images in shown.items():
+        members = np.flatnonzero(BUCKETS == bucket).tolist()
+        assert len(images) == epochs * len(members)
+        rounds = [images[first : first + len(members)] for first in range(0, len(images), len(members))]
+        assert all(sorted(each) == members for each in rounds)
+        assert len({tuple(each) for each in rounds}) > 1
+
+
+def test_buckets_take_turns_by_their_sizes_within_every_epoch():
+    orders = []
+    for epoch in range(4):
+        batches = [batch_indices(5, 16 * epoch + step, 1, len(BUCKETS), BUCKETS)[0] for step in range(16)]
+        assert sorted(batches) == list(range(16))
+        orders.append(BUCKETS[batches].tolist())
+    assert len(set(map(tuple, orders))) == 4
+    # Batches of 4: in the first epoch 9 // 4 of the first bucket, 4 // 4 of the second, 3 // 4 of the third.
+    assert {bucket: len(images) // 4 for bucket, images in shown_by_bucket(3, 4).items()} == {0: 2, 1: 1, 2: 0}
+
+
+def test_the_order_of_images_without_buckets_is_that_of_runs_begun_earlier():
+    positions = range(5 * 10**6, 5 * 10**6 + 5)
+    epochs = [keyed_generator(3, BATCH_ORDER, position // 12).permutation(12) for position in positions]
+    expected = [epoch[position % 12] for epoch, position in zip(epochs, positions, strict=True)]
+    assert batch_indices(3, 10**6, 5, 12) == expected
 
 
 def test_draws_depend_on_seed_and_step_and_on_nothing_before_them():
@@ -101,9 +149,10 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         micro_batches(8, num_processes=3, process_index=0, accumulation=2)
 
 
-def test_batches_start_at_any_step():
+@pytest.mark.parametrize("bucket_of", [None, np.arange(20) % 3])
+def test_batches_start_at_any_step(bucket_of):
     def batches(first_step, rows):
-        return iter(StepKeyedBatches(0, first_step, 6, num_images=20, flip=True, rows=rows))
+        return iter(StepKeyedBatches(0, first_step, 6, 20, True, rows, bucket_of))
 
     whole = list(islice(batches(0, [slice(0, 6)]), 5))
     assert list(islice(batches(3, [slice(0, 6)]), 2)) == whole[3:]

@@ -23,7 +23,7 @@ from benchmarks.compare import CompareSettings, compare, preset_asked_for
 from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.speed import SpeedSettings, speed
-from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.command_line import one_line_errors, quieten
 
 # Settings, whose docstring is the help, and what runs them.
 SUBCOMMANDS = {
@@ -49,6 +49,7 @@ def parse(arguments: list[str]):
 
 @one_line_errors("benchmark.py")
 def main() -> None:
+    quieten()
     settings = parse(sys.argv[1:])
     SUBCOMMANDS[type(settings)](settings)
 

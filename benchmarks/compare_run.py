@@ -25,6 +25,7 @@ from torchvision.utils import save_image
 
 from benchmarks.measure import saved_bytes
 from onelora_diffusion import AdapterConfig, __version__, adapter_state_dict, count_trainable, inject_adapter
+from onelora_diffusion.command_line import quieten
 from onelora_diffusion.data.latent_cache import LatentCache
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.devices import peak_memory_bytes, reset_peak_memory
@@ -260,6 +261,7 @@ def machine() -> dict:
 def main(job_file: Path, result_file: Path) -> None:
     if importlib.util.find_spec("peft"):
         import peft  # noqa: F401  for every method alike: its 100 MB are no property of LoRA
+    quieten()
     job = Job(**json.loads(job_file.read_text()))
     facts = {"job": dataclasses.asdict(job), "machine": machine(), "failed": None}
     try:

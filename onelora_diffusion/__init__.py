@@ -7,6 +7,7 @@ from onelora_diffusion.adapters import methods as methods  # the table that sett
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.combining import combine_adapters
+from onelora_diffusion.injection.listing import list_adapters
 from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import (
@@ -14,6 +15,7 @@ from onelora_diffusion.injection.verbs import (
     count_trainable,
     inject_adapter,
     set_adapters,
+    trainable_parts,
     unload_adapter,
 )
 from onelora_diffusion.pipelines.base import miniature_path
@@ -33,6 +35,7 @@ __all__ = [
     "disable_adapter",
     "export_lora",
     "inject_adapter",
+    "list_adapters",
     "load_adapter",
     "merge_adapter",
     "miniature_path",
@@ -41,6 +44,7 @@ __all__ = [
     "route_adapters",
     "save_adapter",
     "set_adapters",
+    "trainable_parts",
     "unload_adapter",
     "unmerge_adapter",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -78,7 +79,13 @@ def _dashed(name: str) -> str:
 
 
 def quieten() -> None:
-    """Hides diffusers' bar of loaded components, which says nothing to who runs a script."""
-    from diffusers.utils import logging
+    """Hides what diffusers says to nobody who runs a script: its bar of loaded components, and a warning of none."""
+    from diffusers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(names_modules)
+
+
+def names_modules(record: logging.LogRecord) -> bool:
+    """False for diffusers' warning of a cast that lists the modules to be kept in float32 and has none to list."""
+    return "should be kept in float32: []" not in record.getMessage()

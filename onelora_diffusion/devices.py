@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,9 +36,8 @@ class ComputeSettings:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         dtype = DTYPES[self.mixed_precision]
         overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
-        # Not by diffusers' own `to`, which warns of modules to be kept in float32 where there are none.
-        nn.Module.to(pipeline.transformer, device, dtype)
-        nn.Module.to(pipeline.vae, device, torch.float32 if overflows else dtype)
+        pipeline.transformer.to(device, dtype)
+        pipeline.vae.to(device, torch.float32 if overflows else dtype)
         if self.compile:
             for block in pipeline.transformer.transformer_blocks:
                 block.compile()

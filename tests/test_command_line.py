@@ -1,12 +1,15 @@
 """The edge of the scripts: errors and signals in one line, with nothing left behind."""
 
+import logging
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from conftest import make_dit
 
-from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.command_line import one_line_errors, quieten
 
 
 def write_and_wait(path):
@@ -88,3 +91,21 @@ def test_an_error_of_the_system_is_told_without_its_number(tmp_path):
     with pytest.raises(SystemExit) as caught, one_line_errors("script.py"):
         (tmp_path / "none").read_bytes()
     assert caught.value.code == f"script.py: {tmp_path / 'none'}: No such file or directory"
+
+
+def test_a_cast_says_which_modules_should_be_float32_only_where_there_are_any():
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        quieten()
+        model = make_dit()
+        model.to(torch.bfloat16)
+        assert said == []
+        model._keep_in_fp32_modules = ["proj_out_2"]
+        model.to(torch.float32)
+        assert len(said) == 1 and "should be kept in float32: ['proj_out_2']" in said[0]
+    finally:
+        logger.removeHandler(handler)

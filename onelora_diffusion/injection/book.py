@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -92,6 +93,12 @@ class AdapterBook:
         if len(names) > 1:
             raise ValueError(f"adapters {', '.join(names)} are there to choose from: give the adapter_name")
         return names[0]
+
+    def choose_all(self, adapter_names: str | Iterable[str] | None) -> list[str]:
+        """The names of present adapters, of which one may be given alone; of None that which `choose` takes."""
+        if adapter_names is None or isinstance(adapter_names, str):
+            return [self.choose(adapter_names)]
+        return [self.check_present(name) for name in adapter_names]
 
     def check_weight(self, weight: Weight, adapter_name: str) -> Weight:
         """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""

@@ -27,9 +27,9 @@ def merge_adapter(
     book = adapters_of(model)
     with book.turn:
         book.require_unmerged("others are merged")
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         serving = book.serving
-        weights = serving if names is None else {book.check_present(name): serving.get(name, 1.0) for name in names}
+        names = serving if adapter_names is None else book.choose_all(adapter_names)
+        weights = {name: serving.get(name, 1.0) for name in names}
         if not weights:
             raise ValueError("no adapter is active: name the adapters to merge")
         book.merge(weights, safe_merging)

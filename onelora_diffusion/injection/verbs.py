@@ -1,5 +1,7 @@
 """The verbs on a model with adapters."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -58,7 +60,7 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
 
 
 def set_adapters(
-    model: nn.Module, adapter_names: str | list[str], weights: Weight | list[Weight] | None = None
+    model: nn.Module, adapter_names: str | list[str] | None = None, weights: Weight | list[Weight] | None = None
 ) -> nn.Module:
     """Let the named adapters serve together: their vectors are summed with these weights.
 
@@ -66,6 +68,7 @@ def set_adapters(
     not summed: the last named adapter that brought one and weighs other than 0 serves its classes.
 
     Args:
+        adapter_names: None: the one that is active, to which `weights` gives another weight.
         weights: one for all or one for each: a number, or numbers by block, such as
             `{"transformer_blocks.3": 0.5, "*.attn1": 0.0}`, where the longest key that fits counts and 1 is
             the weight of all that no key names.
@@ -75,17 +78,13 @@ def set_adapters(
             not names. Nothing is changed then.
     """
     book = adapters_of(model)
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
-    if len(weights) != len(names):
-        raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
     with book.turn:
         book.require_unmerged("others are set")
-        chosen = {
-            book.check_present(name): book.check_weight(weight, name)
-            for name, weight in zip(names, weights, strict=True)
-        }
-        book.activate(chosen)
+        names = book.choose_all(adapter_names)
+        weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
+        if len(weights) != len(names):
+            raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
+        book.activate({name: book.check_weight(weight, name) for name, weight in zip(names, weights, strict=True)})
     return model
 
 
@@ -102,3 +101,25 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
 def count_trainable(model: nn.Module) -> int:
     """The number of weights that require gradients; each shared one counts once."""
     return sum(parameter.numel() for parameter in unwrapped(model).parameters() if parameter.requires_grad)
+
+
+class Part(NamedTuple):
+    """The weights that are trained in one kind of layer, and their share of all that are."""
+
+    count: int
+    share: float
+
+
+def trainable_parts(model: nn.Module) -> dict[str, Part]:
+    """What `count_trainable` counts, by kind of layer: its path, with `*` for the number of a block."""
+    inner = unwrapped(model)
+    adapters = inner._onelora.adapters.values() if hasattr(inner, "_onelora") else ()
+    layers = {id(p): path for adapter in adapters for path, module in adapter.items() for p in module.parameters()}
+    counts: dict[str, int] = {}
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad:
+            path = layers.get(id(parameter), name.rpartition(".")[0])
+            part = ".".join("*" if word.isdigit() else word for word in path.split("."))
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    total = sum(counts.values())
+    return {part: Part(count, count / total) for part, count in counts.items()}

@@ -43,12 +43,16 @@ def load_base(base: str | Path | None = None, named_by: Path | None = None):
             f"base model '{folder}': the folder has no model_index.json, so it is no diffusers pipeline"
         )
     try:
-        # JSON has no integer keys; left to itself, diffusers warns about the strings.
-        names = json.loads((folder / "model_index.json").read_text()).get("id2label")
-        id2label = names and {int(label): printable(name) for label, name in names.items()}
-        return DiTPipeline.from_pretrained(folder, id2label=id2label)
+        index = json.loads((folder / "model_index.json").read_text())
+        return DiTPipeline.from_pretrained(folder, id2label=class_names(index))
     except Exception as error:  # whatever the JSON reader, the safetensors reader or a wrong class raises
         raise ValueError(f"base model '{base or folder}' does not load: {_first_line(error)}") from error
+
+
+def class_names(index: dict) -> dict[int, str] | None:
+    """`id2label` of a pipeline's `model_index.json` by number; JSON has texts for keys, of which diffusers warns."""
+    names = index.get("id2label")
+    return names and {int(label): printable(name) for label, name in names.items()}
 
 
 def resolution_of(pipeline) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.merging import stock_state_dict
 from onelora_diffusion.injection.routing import GUIDANCES, Entry, route_adapters, route_beside_base
-from onelora_diffusion.pipelines.base import eval_mode
+from onelora_diffusion.pipelines.base import class_names, eval_mode, miniature_path
 from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
 
 STOCK_NULL_LABEL = 1000  # what DiTPipeline takes for "no class", whatever the table
@@ -25,10 +26,26 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     """diffusers' `DiTPipeline` with adapters.
 
     pipe = OneLoRADiTPipeline.from_pretrained("facebook/DiT-XL-2-256")   # or .from_pipe(a DiTPipeline)
+    pipe = OneLoRADiTPipeline.from_pretrained()                          # the miniature inside the package
     pipe.load_lora_weights("runs/food101", adapter_name="food")
     pipe(class_labels=["pizza", "sushi"])
     pipe(class_labels=["pizza", "robin", 207], adapter_names=["food", "birds", None])
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None = None, **kwargs):
+        """`DiTPipeline`'s own; None is the miniature inside the package."""
+        base = miniature_path() if pretrained_model_name_or_path is None else pretrained_model_name_or_path
+        return super().from_pretrained(base, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """`DiTPipeline`'s own, with class names by number as its type hint asks."""
+        config = super().load_config(*args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        if "id2label" in index:
+            index["id2label"] = class_names(index)
+        return config
 
     @property
     def labels(self) -> dict[str, int]:

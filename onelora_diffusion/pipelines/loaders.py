@@ -15,6 +15,7 @@ from torch import nn
 from onelora_diffusion.adapters.weights import Weight, scaled
 from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
+from onelora_diffusion.injection.listing import AdapterTable, list_adapters
 from onelora_diffusion.injection.merging import unmerge_adapter
 from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
@@ -100,8 +101,8 @@ class OneLoRALoaderMixin:
 
         Args:
             adapter_name: a new name; None: `default_0`, `default_1`, …
-            hotswap: write the values into the present adapter `adapter_name`, which must be of the same kind; a
-                compiled model is not compiled again.
+            hotswap: write the values into the present adapter `adapter_name` (None: the active one), which must be of
+                the same kind; a compiled model is not compiled again.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
             place: which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
 
@@ -110,10 +111,8 @@ class OneLoRALoaderMixin:
             ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
         """
         model, place = self._adapted_model(), Place(**place)
-        if hotswap and adapter_name is None:
-            raise ValueError("hotswap=True needs the adapter_name whose values are replaced")
         if hotswap:
-            adapters_of(model).check_present(adapter_name)
+            adapter_name = adapters_of(model).choose(adapter_name)
         else:
             present = adapters_of(model).adapters if hasattr(model, "_onelora") else {}
             free = (f"default_{i}" for i in range(len(present) + 1))
@@ -245,12 +244,13 @@ class OneLoRALoaderMixin:
         if self._book() is not None:
             unload_adapter(self._adapted_model())
 
-    def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Remove the named adapters; the others serve as before. Fused weights are unfused first."""
+    def delete_adapters(self, adapter_names: str | list[str] | None = None) -> None:
+        """Remove the named adapters, or the one that is active; the others serve as before.
+
+        Fused weights are unfused first.
+        """
         book = adapters_of(self._adapted_model())
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            book.check_present(name)
+        names = book.choose_all(adapter_names)
         if book.merged is not None:
             self.unfuse_lora()
         for name in dict.fromkeys(names):
@@ -260,11 +260,14 @@ class OneLoRALoaderMixin:
     # Which adapters serve
 
     def set_adapters(
-        self, adapter_names: str | list[str], adapter_weights: float | dict | list[float | dict] | None = None
+        self,
+        adapter_names: str | list[str] | None = None,
+        adapter_weights: float | dict | list[float | dict] | None = None,
     ) -> None:
         """Let the named adapters serve together, their vectors summed with these weights.
 
         Args:
+            adapter_names: None: the one that is active, to which `adapter_weights` gives another weight.
             adapter_weights: one for all or one for each: a number, or numbers by block, as in
                 `{"transformer_blocks.3": 0.5, "*.attn1": 0}`; diffusers' nested form of a UNet,
                 `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well. What is for text encoders
@@ -280,6 +283,11 @@ class OneLoRALoaderMixin:
         """The names of the adapters that serve; fused ones too, and none while they are disabled."""
         book = self._book()
         return [] if book is None else list(book.merged or book.serving)
+
+    @property
+    def adapters(self) -> AdapterTable:
+        """Its adapters, one a row: name, method, classes, size and weight. `print(pipe.adapters)` shows a table."""
+        return list_adapters(self._adapted_model())
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> the names of its adapters, in the order of loading."""
@@ -299,16 +307,15 @@ class OneLoRALoaderMixin:
         with book.turn:
             book.resume()
 
-    def set_lora_device(self, adapter_names: str | list[str], device: torch.device | str | int) -> None:
-        """Move the named adapters' tensors to a device, such as the host's while others serve.
+    def set_lora_device(
+        self, adapter_names: str | list[str] | None = None, device: torch.device | str | int = "cpu"
+    ) -> None:
+        """Move the tensors of the named adapters, or of the one that is active, to a device.
 
-        Before they serve again they have to be where the base is.
+        Such as the host's while others serve; before they serve again they have to be where the base is.
         """
         book = adapters_of(self._adapted_model())
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            book.check_present(name)
-        for name in names:
+        for name in book.choose_all(adapter_names):
             for module in book.adapters[name].values():
                 module.to(device)
         if book.serving:
@@ -343,8 +350,7 @@ class OneLoRALoaderMixin:
         book = adapters_of(model)
         with book.turn:
             book.require_unmerged("they are fused again")
-            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            names = list(book.serving) if names is None else [book.check_present(name) for name in names]
+            names = list(book.serving) if adapter_names is None else book.choose_all(adapter_names)
             if not names:
                 raise ValueError("no adapter is active: name the adapters to fuse")
             fused = {n: book.check_weight(scaled(book.serving.get(n, 1.0), lora_scale), n) for n in names}

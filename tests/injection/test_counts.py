@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter
+from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, trainable_parts
 
 # Table S8 counts one linear layer for q, k and v; diffusers' DiT has three.
 DIT_XL_2 = {
@@ -28,6 +28,37 @@ def test_dit_xl_2_with_101_classes(method, fuse_qkv):
         model = DiTTransformer2DModel(out_channels=8)
     inject_adapter(model, AdapterConfig(method, num_classes=101, fuse_qkv=fuse_qkv))
     assert count_trainable(model) == DIT_XL_2[method][0 if fuse_qkv else 1]
+
+
+def test_the_parts_of_dit_xl_2_and_their_shares():
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(out_channels=8)
+    parts = trainable_parts(inject_adapter(model, AdapterConfig(num_classes=101)))
+    width, blocks = 1152, 28
+    of_blocks = {
+        "norm1.linear": 6 * width,
+        "attn1.to_q": width,
+        "attn1.to_k": width,
+        "attn1.to_v": width,
+        "attn1.to_out.*": width,
+        "ff.net.*.proj": 4 * width,
+        "ff.net.*": width,
+    }
+    expected = {f"transformer_blocks.*.{layer}": blocks * size for layer, size in of_blocks.items()}
+    expected |= {"proj_out_1": 2 * width, "proj_out_2": 2 * 2 * 8, "class_embedding": 102 * width}
+    assert {part: found.count for part, found in parts.items()} == expected
+    assert parts["class_embedding"].share == 102 * width / 603_680
+    assert sum(found.count for found in parts.values()) == count_trainable(model)
+
+
+def test_parts_of_full_fine_tuning_and_of_what_no_adapter_trains():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]), "head": nn.Linear(2, 1)})
+    assert {name: part.count for name, part in trainable_parts(model).items()} == {"blocks.*": 16, "head": 3}
+    inject_adapter(model, AdapterConfig("full", targets=("blocks.0",)))
+    model["head"].requires_grad_(True)
+    assert trainable_parts(model) == {"blocks.*": (8, 8 / 11), "head": (3, 3 / 11)}
 
 
 def llama2(size):

@@ -11,6 +11,7 @@ from onelora_diffusion import (
     AdapterConfig,
     OneLoRADiTPipeline,
     inject_adapter,
+    miniature_path,
     route_adapters,
     save_adapter,
     set_adapters,
@@ -240,3 +241,16 @@ def test_from_pipe_of_another_kind():
     other = DDPMPipeline(unet, DDIMScheduler())
     with pytest.raises(ValueError, match="OneLoRADiTPipeline is made from a DiTPipeline, not DDPMPipeline"):
         OneLoRADiTPipeline.from_pipe(other)
+
+
+@pytest.mark.parametrize("base", [None, miniature_path()])
+def test_the_miniature_loads_without_a_name_and_without_a_warning(base, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.logger.warning", warnings.append)
+    pipe = OneLoRADiTPipeline.from_pretrained(base)
+    assert warnings == []
+    stock = DiTPipeline.from_pretrained(miniature_path())
+    assert len(warnings) == 1 and "id2label" in warnings[0]  # diffusers' own, of the texts that JSON has for keys
+    assert pipe.labels == stock.labels
+    weights = stock.transformer.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.transformer.state_dict().items())

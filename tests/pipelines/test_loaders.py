@@ -282,7 +282,7 @@ def test_15_where_adapters_are_looked_for(pipe, files, tmp_path, monkeypatch):
         ((tmp_path / "pickle.bin",), {}, "is a pickle"),
         (("some/repository",), {"local_files_only": True, "cache_dir": tmp_path}, "is not in the cache"),
         ((tmp_path / "a.safetensors",), {"weight_name": "b.safetensors"}, "is a file, and weight_name"),
-        ((tmp_path,), {"hotswap": True}, "hotswap=True needs the adapter_name"),
+        ((tmp_path,), {"hotswap": True}, "has no adapter: inject or load one first"),
     ]
     for args, kwargs, message in wrong:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -637,3 +637,52 @@ def test_enable_lora_hotswap_needs_nothing(pipe, files):
         vector.data.zero_()
     pipe.load_lora_weights(files["plain"], adapter_name="slot", hotswap=True)
     assert torch.equal(run(pipe), expected)
+
+
+def test_the_one_active_adapter_is_meant_where_none_is_named(both, files):
+    book = both.transformer._onelora
+    both.set_adapters(adapter_weights=0.5)
+    assert book.serving == {"plain": 0.5}
+    both.set_adapters("food")
+    for vector in adapter_state_dict(both.transformer, "food").values():
+        vector.data.zero_()
+    both.load_lora_weights(files["food"], hotswap=True)
+    assert all(vector.any() for vector in adapter_state_dict(both.transformer, "food").values())
+    both.set_lora_device(device="meta")
+    assert all(vector.is_meta for vector in adapter_state_dict(both.transformer, "food").values())
+    both.delete_adapters()
+    assert both.get_list_adapters() == {"transformer": ["plain"]}
+    both.set_adapters()
+    assert both.get_active_adapters() == ["plain"]
+
+
+def test_of_several_active_adapters_one_is_to_be_named(both, files):
+    both.set_adapters(["food", "plain"])
+    for verb in (
+        lambda: both.set_adapters(adapter_weights=0.5),
+        both.delete_adapters,
+        both.set_lora_device,
+        lambda: both.load_lora_weights(files["food"], hotswap=True),
+    ):
+        with pytest.raises(ValueError, match="adapters food, plain are there to choose from: give the adapter_name"):
+            verb()
+    assert both.transformer._onelora.serving == {"food": 1.0, "plain": 1.0}
+
+
+def test_a_table_of_the_adapters(pipe, files):
+    assert str(pipe.adapters) == "no adapters"
+    pipe.load_lora_weights(files["food"], adapter_name="food")
+    pipe.load_lora_weights(files["birds"], adapter_name="the birds of all the gardens of the town")
+    pipe.load_lora_weights(files["plain"], adapter_name="plain")
+    pipe.set_adapters(["food", "plain"], [0.25, {"*.attn1": 0.5}])
+    # The miniature's layers have 8,864 outputs, and a row of a class table is of 96 numbers.
+    assert str(pipe.adapters).splitlines() == [
+        "name                method              classes    size  weight",
+        "food                1lora                     3   9,248    0.25",
+        "the birds of all …  difffit +sum -nor…        2  26,880       -",
+        "plain               1lora                     -   8,864  blocks",
+    ]
+    pipe.set_adapters("food")
+    pipe.fuse_lora(lora_scale=0.5)
+    assert [(row.weight, row.is_merged) for row in pipe.adapters] == [(0.5, True), (None, False), (None, False)]
+    assert str(pipe.adapters).splitlines()[1].endswith("9,248  0.5, merged")

@@ -1,0 +1,92 @@
+"""What is attached to a model, as a table to look at."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from onelora_diffusion.adapters.weights import Weight
+from onelora_diffusion.config import PARTS, AdapterConfig
+from onelora_diffusion.injection.attaching import state_dict_of
+from onelora_diffusion.injection.book import AdapterBook, unwrapped
+
+COLUMNS = ("name", "method", "classes", "size", "weight")
+MAX_WIDTH = 18  # of a name or a method in the table, so that its lines are 80 characters long at most
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter of a model.
+
+    Attributes:
+        method: and what the settings add to it or leave out: `1lora`, `1lora +bias`, `lora rank 4`.
+        num_classes: of its class table; None: it has none.
+        size: the number of its trained weights.
+        weight: that it serves with now; None: it does not.
+        is_merged: it is folded into the base's weights.
+    """
+
+    name: str
+    method: str
+    num_classes: int | None
+    size: int
+    weight: Weight | None
+    is_merged: bool
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, by `COLUMNS`."""
+        weight = "-" if self.weight is None else "blocks" if isinstance(self.weight, dict) else f"{self.weight:.3g}"
+        classes = "-" if self.num_classes is None else str(self.num_classes)
+        weight += ", merged" if self.is_merged else ""
+        return _shortened(self.name), _shortened(self.method), classes, f"{self.size:,}", weight
+
+
+class AdapterTable(tuple[AdapterRow, ...]):
+    """The adapters of a model; printed, it is a table of at most 80 characters a line."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no adapters"
+        lines = [COLUMNS, *(row.cells() for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts, numbers = widths[:2], widths[2:]
+        return "\n".join(
+            "  ".join(
+                [
+                    *(cell.ljust(width) for cell, width in zip(line[:2], texts, strict=True)),
+                    *(cell.rjust(width) for cell, width in zip(line[2:], numbers, strict=True)),
+                ]
+            )
+            for line in lines
+        )
+
+
+def list_adapters(model: nn.Module) -> AdapterTable:
+    """The adapters of a model in the order in which they came; none of a model without."""
+    book: AdapterBook | None = getattr(unwrapped(model), "_onelora", None)
+    if book is None:
+        return AdapterTable()
+    weights = book.merged or book.serving
+    return AdapterTable(
+        AdapterRow(
+            name=name,
+            method=_described(book.configs[name]),
+            num_classes=book.configs[name].num_classes,
+            size=sum(tensor.numel() for tensor in state_dict_of(adapter).values()),
+            weight=weights.get(name),
+            is_merged=name in (book.merged or ()),
+        )
+        for name, adapter in book.adapters.items()
+    )
+
+
+def _described(config: AdapterConfig) -> str:
+    """The method, with whatever differs from its own settings."""
+    own = AdapterConfig(config.method)
+    changed = [part for part in PARTS if getattr(config, part) != getattr(own, part)]
+    signs = [f"+{part}" if getattr(config, part) else f"-{part}" for part in changed]
+    rank = [f"rank {config.rank}"] if config.rank != own.rank else []
+    return " ".join([config.method, *rank, *signs])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 1]}…"

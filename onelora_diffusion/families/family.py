@@ -1,0 +1,60 @@
+"""What a family of text-to-image transformers answers."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+Prompts = dict[str, Tensor]
+"""All that a transformer needs of prompts, a row each, by the names that its pipeline has for them in a call."""
+
+
+class Family:
+    """How a family's prompts are encoded, and how its transformer is called.
+
+    Attributes:
+        name: as it is named in settings and errors.
+        transformer_class: of diffusers.
+        targets: the linear layers that an adapter serves by default: those of the blocks, of the modulation that all
+            blocks share, and of the output, as the paper has them on a DiT.
+        blocks: the lists of the transformer's blocks.
+        is_guided: whether pictures are guided from the empty prompt, which then is trained as well.
+    """
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    is_guided: ClassVar[bool] = True
+
+    def check(self, pipeline) -> None:
+        """ValueError for a pipeline of the family that is called in a way that is not known here."""
+
+    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int | None = None) -> Prompts:
+        """Prompts by the pipeline's text encoders; the empty one is what pictures are guided from.
+
+        Args:
+            max_sequence_length: tokens of each. None: as many as the pipeline draws with.
+        """
+        raise NotImplementedError
+
+    def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
+        """What the transformer predicts of latents (batch, C, H, W): as many channels, or twice with a variance.
+
+        Args:
+            transformer: as it is, or wrapped for several processes.
+            timesteps: (batch,), the times of the family's scheduler, as `model_timesteps` gives them.
+            prompts: of `encode_prompts`, (batch, ...).
+        """
+        raise NotImplementedError
+
+    def patch_size(self, transformer: nn.Module) -> int:
+        """Latents a side that make a token."""
+        return transformer.config.patch_size
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.config.in_channels
+
+
+def longest(max_sequence_length: int | None) -> dict[str, int]:
+    """The keyword argument of `encode_prompt`, where it is given."""
+    return {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}

@@ -1,0 +1,57 @@
+"""FLUX.1 (Black Forest Labs 2024): flow matching on patches of 2 by 2 latents, CLIP's pooled embedding, and T5."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from onelora_diffusion.families.family import Family, Prompts, longest
+from onelora_diffusion.injection.book import unwrapped
+
+GUIDANCE = 3.5  # what `FluxPipeline` tells a distilled model by default; it is trained with what it draws with
+
+
+class Flux(Family):
+    name = "flux"
+    transformer_class = "FluxTransformer2DModel"
+    targets = ("transformer_blocks.*", "single_transformer_blocks.*", "norm_out.linear", "proj_out")
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    is_guided = False
+
+    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int | None = None) -> Prompts:
+        embeddings, pooled, _ = pipeline.encode_prompt(prompts, **longest(max_sequence_length))
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        ids = torch.zeros(height, width, 3, device=latents.device)
+        ids[..., 1] = torch.arange(height, device=latents.device)[:, None]
+        ids[..., 2] = torch.arange(width, device=latents.device)
+        guidance = (
+            latents.new_full((len(latents),), GUIDANCE) if unwrapped(transformer).config.guidance_embeds else None
+        )
+        tokens = transformer(
+            pack(latents),
+            encoder_hidden_states=prompts["prompt_embeds"],
+            pooled_projections=prompts["pooled_prompt_embeds"],
+            timestep=timesteps / 1000,  # which the model multiplies by 1000 again
+            img_ids=ids.flatten(0, 1),
+            txt_ids=ids.new_zeros(prompts["prompt_embeds"].shape[1], 3),
+            guidance=guidance,
+        ).sample
+        return unpack(tokens, height, width)
+
+    def patch_size(self, transformer: nn.Module) -> int:
+        return 2
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        return transformer.config.in_channels // 4
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(batch, C, 2h, 2w) -> tokens (batch, h·w, 4C)."""
+    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(batch, h·w, 4C) -> latents (batch, C, 2h, 2w)."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)

@@ -1,0 +1,187 @@
+"""Each family against the stock pipeline: what it tells the transformer, and how it encodes, packs and decodes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DiTPipeline, FluxPipeline
+from rounding import assert_rounded
+from text_pipelines import MAKERS, RESOLUTION, make_pipeline
+from torch import nn
+
+from onelora_diffusion.diffusion import prediction_of
+from onelora_diffusion.families import FAMILIES, family_of
+from onelora_diffusion.families.flux import pack, unpack
+from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.sampling import decode_latents
+
+LENGTH = 24  # tokens of a prompt
+
+
+@pytest.fixture(params=list(MAKERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def pipeline(name):
+    return make_pipeline(name)
+
+
+def draw(pipeline, name, **changes):
+    """(C, H, W) latents, and what the stock pipeline called its transformer with, and got, at each step."""
+    calls, forward = [], pipeline.transformer.forward
+
+    def recorded(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        calls.append((hidden_states, kwargs["timestep"], output[0]))
+        return output
+
+    pipeline.transformer.forward = recorded
+    arguments = dict(height=RESOLUTION[name], width=RESOLUTION[name], num_inference_steps=2, output_type="latent")
+    arguments |= dict(generator=torch.manual_seed(0), max_sequence_length=LENGTH)
+    if name in ("pixart", "sana"):
+        arguments["use_resolution_binning"] = False
+    if name == "pixart":
+        arguments["clean_caption"] = False
+    latents = pipeline(**arguments | changes).images
+    pipeline.transformer.forward = forward
+    return latents, calls
+
+
+def with_other_transformer(pipeline, **changes):
+    config = {key: value for key, value in pipeline.transformer.config.items() if key != "_use_default_values"}
+    torch.manual_seed(1)
+    pipeline.register_modules(transformer=type(pipeline.transformer).from_config(config | changes))
+
+
+def unpacked(name, tokens):
+    size = RESOLUTION[name]
+    return FluxPipeline._unpack_latents(tokens, size, size, vae_scale_factor=2) if name == "flux" else tokens
+
+
+@torch.no_grad()
+def test_the_transformer_is_told_what_the_stock_pipeline_tells_it(pipeline, name):
+    family, prompts = family_of(pipeline), ["a bold Q", "a violet triangle, upside down"]
+    encoded = family.encode_prompts(pipeline, prompts, LENGTH)
+    _, calls = draw(pipeline, name, prompt=prompts, guidance_scale=3.5 if name == "flux" else 1.0)
+    scale = {"flux": 1000, "sana": 1 / pipeline.transformer.config.get("timestep_scale", 1)}.get(name, 1)
+    for hidden_states, timesteps, output in calls:
+        found = family.predict(pipeline.transformer, unpacked(name, hidden_states), timesteps * scale, encoded)
+        assert_rounded(found, unpacked(name, output), pipeline.transformer)
+    assert len(calls) == 2 and calls[0][2].std() > 0.01
+
+
+@torch.no_grad()
+def test_pictures_are_guided_from_the_empty_prompt(pipeline, name):
+    family = family_of(pipeline)
+    assert family.is_guided == (name != "flux")
+    if not family.is_guided:
+        return
+    encoded = family.encode_prompts(pipeline, ["", "a bold Q"], LENGTH)
+    _, calls = draw(pipeline, name, prompt="a bold Q", guidance_scale=4.0)
+    for hidden_states, timesteps, output in calls:
+        timesteps = timesteps / pipeline.transformer.config.get("timestep_scale", 1)
+        assert_rounded(
+            family.predict(pipeline.transformer, hidden_states, timesteps, encoded), output, pipeline.transformer
+        )
+
+
+def test_prompts_are_rows_that_do_not_depend_on_each_other(pipeline):
+    family = family_of(pipeline)
+    prompts = ["a bold Q", "", "7"]
+    together = family.encode_prompts(pipeline, prompts, LENGTH)
+    assert all(len(tensor) == 3 for tensor in together.values())
+    for row, prompt in enumerate(prompts):
+        for key, alone in family.encode_prompts(pipeline, [prompt], LENGTH).items():
+            assert_rounded(together[key][row].float(), alone[0].float(), terms=1000)
+    assert not torch.equal(*together["prompt_embeds"][:2])
+
+
+@torch.no_grad()
+def test_prompts_are_arguments_of_the_pipelines_call(pipeline, name):
+    family = family_of(pipeline)
+    encoded = family.encode_prompts(pipeline, ["a bold Q"], LENGTH)
+    empty = {f"negative_{key}": tensor for key, tensor in family.encode_prompts(pipeline, [""], LENGTH).items()}
+    by_prompt, _ = draw(pipeline, name, prompt="a bold Q")
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if hasattr(pipeline, component):
+            pipeline.register_modules(**{component: None})
+    none = {"negative_prompt": None} if name in ("pixart", "sana") else {}
+    found, _ = draw(pipeline, name, **encoded, **(empty if family.is_guided else {}), **none)
+    assert torch.equal(found, by_prompt)
+
+
+@torch.no_grad()
+def test_pictures_are_decoded_as_the_pipeline_does(pipeline, name):
+    latents, _ = draw(pipeline, name, prompt="a bold Q")
+    picture, _ = draw(pipeline, name, prompt="a bold Q", output_type="pt")
+    found = decode_latents(pipeline.vae, unpacked(name, latents))
+    torch.testing.assert_close(found / 255, picture, rtol=0, atol=0.6 / 255)  # rounded to a grey level
+
+
+def test_flux_packs_as_its_pipeline_does():
+    latents = torch.randn(2, 3, 6, 4)
+    tokens = FluxPipeline._pack_latents(latents, 2, 3, 6, 4)
+    assert torch.equal(pack(latents), tokens)
+    assert torch.equal(unpack(tokens, 3, 2), latents)
+
+
+@torch.no_grad()
+def test_a_distilled_flux_is_told_the_guidance_that_it_draws_with():
+    pipeline = make_pipeline("flux")
+    with_other_transformer(pipeline, guidance_embeds=True)
+    assert pipeline.transformer.config.guidance_embeds
+    encoded = family_of(pipeline).encode_prompts(pipeline, ["a bold Q"], LENGTH)
+    _, calls = draw(pipeline, "flux", prompt="a bold Q")
+    for hidden_states, timesteps, output in calls:
+        latents = unpacked("flux", hidden_states)
+        found = family_of(pipeline).predict(pipeline.transformer, latents, timesteps * 1000, encoded)
+        assert_rounded(found, unpacked("flux", output), pipeline.transformer)
+
+
+TARGETS = {  # linear layers of a block, times blocks, and those outside the blocks; counted by hand
+    "pixart": 2 * (4 + 4 + 2) + 2,  # self- and cross-attention, the MLP; the shared modulation, the output
+    "sd3": (2 + 4 + 4 + 2 + 2) + (2 + 4 + 3 + 2) + 2,  # the last block has no MLP and output for the prompt
+    "flux": (2 + 4 + 4 + 2 + 2) + (1 + 3 + 2) + 2,  # one double and one single block
+    "sana": 1 * (4 + 4) + 2,  # its MLP is of convolutions
+}
+
+
+def test_targets_are_the_blocks_the_shared_modulation_and_the_output(pipeline, name):
+    family = family_of(pipeline)
+    found = target_layers(pipeline.transformer, family.targets)
+    assert len(found) == TARGETS[name]
+    in_blocks = [path for path in found if path.split(".")[0] in family.blocks]
+    linears = [path for path, module in pipeline.transformer.named_modules() if isinstance(module, nn.Linear)]
+    assert in_blocks == [path for path in linears if path.split(".")[0] in family.blocks]
+    assert len(found) == len(in_blocks) + 2
+
+
+def test_what_each_predicts_is_said_by_its_scheduler(pipeline, name):
+    assert prediction_of(pipeline.scheduler.config) == ("epsilon" if name == "pixart" else "flow")
+
+
+def test_an_unknown_family_is_an_error_that_names_the_known():
+    assert [family.name for family in FAMILIES] == ["pixart", "sd3", "flux", "sana"]
+    dit = DiTPipeline(make_dit(), make_pipeline("pixart").vae, make_pipeline("pixart").scheduler)
+    with pytest.raises(ValueError, match="DiTPipeline has a DiTTransformer2DModel, of no family .*: pixart .*, sd3 "):
+        family_of(dit)
+    with pytest.raises(ValueError, match="SimpleNamespace has no transformer, of no family"):
+        family_of(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("pixart", {"use_additional_conditions": True}, "take PixArt-Σ"),
+        ("sana", {"guidance_embeds": True}, "SANA-Sprint"),
+    ],
+)
+def test_a_relative_that_is_called_in_another_way_is_refused(name, changes, message):
+    pipeline = make_pipeline(name)
+    with_other_transformer(pipeline, **changes)
+    with pytest.raises(ValueError, match=message):
+        family_of(pipeline)

@@ -1,52 +1,51 @@
-"""Latents on disk: the VAE's moments of every image of a data set, both flips, encoded once and mapped to memory.
+"""Latents on disk: what a VAE makes of every image of a data set, both flips, encoded once (see `data.row_cache`).
 
-    latents/food101-2f6e1c0a9b34/
-        inputs.json                    what the name is a hash of: VAE, transform, files
-        shard-00000.safetensors        moments and labels of 1024 images, their sha256 in the header
-        shard-00001.safetensors        ...
-
-A shard is written beside, flushed and renamed, so an interrupted build goes on where it was. Any change of the
-VAE's weights, of the transform or of the images makes another folder.
+A shard has the tensors `moments`, `(images, flips, ...)`, `labels` and `broken`.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from onelora_diffusion.data.latents import encode_moments
-from onelora_diffusion.files import write_bytes
+from onelora_diffusion.data.buckets import Buckets
+from onelora_diffusion.data.latents import encode_moments, in_range
+from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
 
 SHARD_SIZE = 1024  # images
+BUCKET_SHARD_SIZE = 64  # of images in buckets, which may be of any size: a shard is put together in memory
 TRANSFORM = "ADM centre crop, [-1, 1]; mean and std of the scaled latents, float32; 1"
 
 
-class LatentCache(Dataset):
+class LatentCache(RowCache):
     """`[index, flip] -> (moments, label)` from the files of a whole cache, read as they are asked for."""
 
-    def __init__(self, folder: Path, num_images: int):
-        self.shards = [load_file(shard_path(folder, shard)) for shard in range(len(shards_of(num_images)))]
-
-    def __len__(self) -> int:
-        return sum(len(shard["labels"]) for shard in self.shards)
+    def __init__(self, folder: Path, num_images: int, buckets: Buckets | None = None):
+        super().__init__(folder, shards_of(num_images, buckets))
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, Tensor]:
         index, flip = key
-        shard, row = self.shards[index // SHARD_SIZE], index % SHARD_SIZE
-        return shard["moments"][row, int(flip)], shard["labels"][row]
+        row = self.row(index)
+        return row["moments"][int(flip)], row["labels"]
 
     def broken(self) -> Tensor:
         """(images,) bool: which images could not be read when they were encoded."""
-        return torch.cat([shard["broken"] for shard in self.shards])
+        found = torch.empty(len(self), dtype=torch.bool)
+        found[torch.from_numpy(self.rows)] = torch.cat([shard["broken"] for shard in self.shards])
+        return found
+
+
+def shards_of(num_images: int, buckets: Buckets | None) -> list[np.ndarray]:
+    """The images in each file: all of one shape."""
+    if buckets is None:
+        return split(np.arange(num_images), SHARD_SIZE)
+    images = [np.flatnonzero(buckets.of_image == number) for number in range(len(buckets.sizes))]
+    return [part for each in images for part in split(each, BUCKET_SHARD_SIZE)]
 
 
 def cache_size(num_images: int, flip: bool, latent_shape: tuple[int, ...]) -> int:
@@ -60,6 +59,8 @@ def build_cache(
     vae,
     flip: bool,
     *,
+    encode: Callable[[torch.nn.Module, Tensor], Tensor] | None = None,
+    transform: str = TRANSFORM,
     process_index: int = 0,
     num_processes: int = 1,
     batch_size: int = 32,
@@ -67,105 +68,56 @@ def build_cache(
     is_stopped: Callable[[], object] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Encodes what is not there yet, and returns the cache's folder in `parent`.
+    """Encodes the images that are not there yet, and returns the cache's folder in `parent`: see `build_rows`.
 
-    Every process takes the shards whose number it is, modulo the number of processes; the cache is whole once all of
-    them are back, unless `is_stopped` made one of them leave midway. A damaged shard is reported and encoded again.
+    Args:
+        dataset: `[index] -> (image, label)`; where it has `buckets`, images of one have one shape.
+        encode: from the VAE and images float32 (batch, 3, height, width) in [-1, 1] to what is kept of them,
+            (batch, ...); None: `encode_moments`.
+        transform: what `encode` does, in words: other words make another cache.
     """
-    inputs = inputs_of(dataset, vae, flip)
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = parent / f"{inputs['dataset'].replace(':', '-').replace('/', '-')}-{key[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if process_index == 0:
-        write_bytes(folder / "inputs.json", json.dumps(inputs, indent=2).encode())
-
-    shards = shards_of(len(dataset))
-    missing = []
-    for number in range(process_index, len(shards), num_processes):
-        path = shard_path(folder, number)
-        if path.exists() and not is_whole(path):
-            report(f"{path} is damaged: its images are encoded again")
-            path.unlink()
-        if not path.exists():
-            missing.append(number)
-
-    batches = [list(batch) for number in missing for batch in _split(shards[number], batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
-    loaded = iter(loader)
-    total = sum(len(shards[number]) for number in missing)
-    with tqdm(total=total, desc="encode", unit="image", disable=process_index > 0 or not total) as progress:
-        for number in missing:
-            encoded = []
-            for _ in _split(shards[number], batch_size):
-                if is_stopped():
-                    return folder
-                encoded.append(_encode(vae, *next(loaded), flip))
-                progress.update(len(encoded[-1][0]))
-            moments, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-            tensors = {"moments": moments, "labels": labels, "broken": _broken(dataset, shards[number])}
-            write_bytes(shard_path(folder, number), save(tensors, metadata={"sha256": digest(tensors)}))
-    return folder
-
-
-def _encode(vae, images: Tensor, labels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
-    images = images.to(vae.device)
-    both = [images, images.flip(-1)] if flip else [images]
-    return torch.stack([encode_moments(vae, each).cpu() for each in both], dim=1), labels
-
-
-def _broken(dataset: Dataset, indices: range) -> Tensor:
-    broken = getattr(dataset, "broken", None)
-    return (
-        torch.zeros(len(indices), dtype=torch.bool) if broken is None else broken[indices.start : indices.stop].clone()
+    inputs = inputs_of(dataset, vae, flip, transform)
+    return build_rows(
+        parent,
+        inputs["dataset"],
+        inputs,
+        shards_of(len(dataset), getattr(dataset, "buckets", None)),
+        lambda batches: _encoded(batches, dataset, vae, flip, encode or encode_moments, num_workers),
+        process_index=process_index,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        unit="image",
+        is_stopped=is_stopped,
+        report=report,
     )
 
 
-def _split(indices: range, size: int) -> Iterator[range]:
-    return (indices[first : first + size] for first in range(0, len(indices), size))
-
-
-def shards_of(num_images: int) -> list[range]:
-    return list(_split(range(num_images), SHARD_SIZE))
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05}.safetensors"
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a shard holds what was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("sha256")
-        return digest(load_file(path)) == written
-    except (SafetensorError, OSError):
-        return False
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of tensors' names, shapes and bytes."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
+def _encoded(
+    batches: list[np.ndarray], dataset: Dataset, vae, flip: bool, encode, num_workers: int
+) -> Iterator[dict[str, Tensor]]:
+    broken = getattr(dataset, "broken", torch.zeros(len(dataset), dtype=torch.bool))
+    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=num_workers)
+    for batch, (images, labels) in zip(batches, loader, strict=True):
+        images = in_range(images.to(vae.device))
+        both = [images, images.flip(-1)] if flip else [images]
+        moments = torch.stack([encode(vae, each).cpu() for each in both], dim=1)
+        yield {"moments": moments, "labels": labels, "broken": broken[batch]}
 
 
 # ---------------------------------------------------------------------------------------------------
 # What a cache depends on
 
 
-def inputs_of(dataset: Dataset, vae, flip: bool) -> dict:
+def inputs_of(dataset: Dataset, vae, flip: bool, transform: str = TRANSFORM) -> dict:
     """Everything that the moments are a function of, as JSON."""
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     return {
         "dataset": getattr(dataset, "name", type(dataset).__name__),
         "images": len(dataset),
         "files": fingerprint(dataset),
-        "transform": TRANSFORM,
+        "transform": transform,
         "flip": flip,
         "vae": digest(vae.state_dict()),
-        "vae_config": json.loads(json.dumps(config, default=str)),
+        "vae_config": config_of(vae),
     }
 
 

@@ -5,10 +5,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
+def in_range(images: Tensor) -> Tensor:
+    """Images float32 in [-1, 1], of such, or of uint8."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
 @torch.no_grad()
 def encode_moments(vae, images: Tensor) -> Tensor:
     """Mean and standard deviation of the scaled latents of images (batch, 3, R, R): (batch, 2, C, H, W)."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    posterior = vae.encode(in_range(images).to(vae.dtype)).latent_dist
     mean = posterior.mean - (vae.config.get("shift_factor") or 0)
     return torch.stack([mean, posterior.std], dim=1).float() * vae.config.scaling_factor
 

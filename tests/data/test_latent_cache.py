@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -8,11 +9,16 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from rounding import assert_rounded
-from torch.utils.data import DataLoader
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data import latent_cache, load_dataset
+from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size, inputs_of
 from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
+from onelora_diffusion.data.row_cache import is_whole
+from onelora_diffusion.training.randomness import StepKeyedBatches
 
 
 def make_vae(seed=0):
@@ -104,7 +110,7 @@ def test_kill_9_in_a_build_leaves_whole_shards(tmp_path, vae, digits):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (folder,) = tmp_path.iterdir()
     assert shards(folder) == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    assert all(latent_cache.is_whole(folder / name) for name in shards(folder))
+    assert all(is_whole(folder / name) for name in shards(folder))
 
 
 def test_a_full_disk_in_a_build_names_the_shard_and_leaves_whole_ones(tmp_path, vae, digits, monkeypatch):
@@ -168,3 +174,116 @@ def test_images_that_were_skipped_are_remembered(tmp_path, vae):
     dataset = load_dataset("imagefolder", tmp_path / "images", resolution=8, broken="skip")
     folder = build_cache(tmp_path / "latents", dataset, vae, flip=False)
     assert LatentCache(folder, 2).broken().tolist() == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Caches of earlier versions: a folder's name and its files as they were when one was written.
+
+
+class Few(Dataset):
+    name = "few"
+
+    def __init__(self):
+        self.images = torch.arange(60).reshape(5, 3, 2, 2) / 64 - 1
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        raise AssertionError("nothing is to be encoded")
+
+
+class SmallVAE(nn.Module):
+    config = {"scaling_factor": 0.5, "_name_or_path": "anywhere"}
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 0.25))
+
+
+def test_a_cache_that_an_earlier_version_wrote_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache, "SHARD_SIZE", 1024)
+    images = Few().images
+    moments = torch.stack([torch.stack([each / 8, torch.ones_like(each)], 1) for each in (images, images.flip(-1))], 1)
+    tensors = {"moments": moments, "labels": torch.arange(5) ** 2, "broken": torch.zeros(5, dtype=torch.bool)}
+    folder = tmp_path / "few-1b63ae0e709a"
+    folder.mkdir()
+    sha256 = {"sha256": "a58bda2838932790965ecf432dbec85ebba196011a67c1190efb69d95dbf1c8b"}
+    save_file(tensors, folder / "shard-00000.safetensors", metadata=sha256)
+    assert build_cache(tmp_path, Few(), SmallVAE(), flip=True) == folder
+    assert inputs_of(Few(), SmallVAE(), True)["vae_config"] == {"scaling_factor": 0.5}
+
+    cache = LatentCache(folder, 5)
+    for flip in (False, True):
+        found, label = cache[3, flip]
+        assert label == 9
+        assert torch.equal(
+            found, torch.stack([images[3].flip(-1) if flip else images[3], torch.full((3, 2, 2), 8.0)]) / 8
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images in buckets, and other encoders
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Captioned images of grey level 10 times their number: wide, square, wide, square, square, tall, wide."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for number, size in enumerate([(90, 30), (30, 30), (90, 30), (30, 30), (30, 30), (30, 90), (90, 30)]):
+        Image.new("RGB", size, (10 * number,) * 3).save(folder / f"{number}.png")
+    return load_captioned(folder, "x", resolution=32, multiple=4, aspect_buckets=True, broken="skip")
+
+
+def reds(vae, images):
+    """A latent of a quarter of the size, without a deviation."""
+    assert images.dtype == torch.float32
+    return images[:, :1, ::4, ::4]
+
+
+def test_latents_of_images_in_buckets_keep_their_shapes(tmp_path, shapes, monkeypatch):
+    monkeypatch.setattr(latent_cache, "BUCKET_SHARD_SIZE", 2)
+    folder = build_cache(tmp_path, shapes.dataset, make_vae(), flip=True, encode=reds, transform="red, a quarter")
+    assert len(shards(folder)) == 5  # of three wide images two files, of three square ones two, and one
+    cache = LatentCache(folder, 7, shapes.buckets)
+    assert len(cache) == 7
+    for index in range(7):
+        latents, caption = cache[index, False]
+        height, width = shapes.buckets.sizes[shapes.buckets.of_image[index]]
+        assert caption == index and latents.shape == (1, height // 4, width // 4)
+        assert_rounded(latents, torch.full_like(latents, 10 * index / 127.5 - 1), 2)
+        assert torch.equal(cache[index, True][0], latents)
+
+
+def test_a_batch_of_a_bucket_comes_from_the_cache_as_from_the_images(tmp_path, shapes):
+    vae = make_vae()
+    cache = LatentCache(build_cache(tmp_path, shapes.dataset, vae, flip=True), 7, shapes.buckets)
+    keys = StepKeyedBatches(0, 0, 3, 7, True, [slice(0, 3)], shapes.buckets.of_image)
+    loaders = [iter(DataLoader(examples, batch_sampler=keys)) for examples in (shapes, cache)]
+    seen = set()
+    for _ in range(7):
+        (images, expected), (moments, captions) = (next(loader) for loader in loaders)
+        assert torch.equal(captions, expected)
+        assert_rounded(moments, encode_moments(vae, images), vae.encoder)
+        seen.add(tuple(images.shape))
+    assert seen == {(3, 3, 20, 52), (3, 3, 32, 32), (3, 3, 52, 20)}
+
+
+def test_skipped_images_in_buckets_are_remembered_by_their_own_numbers(tmp_path, shapes):
+    path = shapes.dataset.source.paths[2]
+    path.write_bytes(path.read_bytes()[:60])
+    cache = LatentCache(build_cache(tmp_path, shapes.dataset, make_vae(), False, encode=reds), 7, shapes.buckets)
+    assert cache.broken().tolist() == [False, False, True, False, False, False, False]
+    assert [int(cache[index, False][1]) for index in range(7)] == [0, 1, 6, 3, 4, 5, 6]
+
+
+def test_latents_depend_on_images_shapes_and_encoder_and_not_on_captions(tmp_path, shapes):
+    def key(prompt="x", transform=latent_cache.TRANSFORM, **arguments):
+        arguments = {"resolution": 32, "multiple": 4, "aspect_buckets": True, "broken": "skip", **arguments}
+        dataset = load_captioned(tmp_path / "shapes", prompt, **arguments).dataset
+        return json.dumps(inputs_of(dataset, SmallVAE(), False, transform), sort_keys=True)
+
+    assert key() == key(prompt="y")
+    others = [key(), key(resolution=64), key(aspect_buckets=False), key(multiple=8), key(transform="red, a quarter")]
+    assert len(set(others)) == 5

@@ -1,0 +1,99 @@
+"""Prompts on disk: what text encoders make of every caption, and of the empty one, encoded once (`data.row_cache`).
+
+A caption that several images have is one row. The text encoders can leave memory once the cache is built.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
+
+SHARD_SIZE = 64  # prompts: a few megabytes each
+
+
+class PromptCache(RowCache):
+    """What the text encoders made of captions, from the files of a whole cache, read as they are asked for."""
+
+    def __init__(self, folder: Path, captions: Sequence[str]):
+        prompts = distinct(captions)
+        super().__init__(folder, shards_of(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        self.row_of_caption = torch.tensor([row_of[caption] for caption in captions])
+
+    def embeddings(self, captions: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """Tensors `(batch, ...)` by name, those of the empty caption where one is dropped.
+
+        Args:
+            captions: (batch,) int64, indices of captions.
+            dropped: (batch,) bool.
+        """
+        rows = [self.row(row) for row in torch.where(dropped, 0, self.row_of_caption[captions]).tolist()]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def build_prompt_cache(
+    parent: Path,
+    captions: Sequence[str],
+    encode: Callable[[list[str]], dict[str, Tensor]],
+    encoders: dict[str, nn.Module | None],
+    kind: str,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    batch_size: int = 8,
+    is_stopped: Callable[[], object] = lambda: False,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Encodes the prompts that are not there yet, and returns the cache's folder in `parent`: see `build_rows`.
+
+    Args:
+        encode: from prompts to tensors `(prompts, ...)` by name, of the same shapes for all.
+        encoders: the text encoders by name; None for one that the pipeline goes without.
+        kind: what `encode` does with them, in words, such as the family's name and its number of tokens: other words
+            make another cache.
+    """
+    prompts = distinct(captions)
+    inputs = {
+        "prompts": len(prompts),
+        "texts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "kind": kind,
+        "encoders": {
+            name: {"weights": digest(encoder.state_dict()), "config": config_of(encoder)}
+            for name, encoder in encoders.items()
+            if encoder is not None
+        },
+    }
+
+    @torch.no_grad()
+    def encoded(batches: list[np.ndarray]) -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            yield encode([prompts[row] for row in batch])
+
+    return build_rows(
+        parent,
+        "prompts",
+        inputs,
+        shards_of(prompts),
+        encoded,
+        process_index=process_index,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        unit="prompt",
+        is_stopped=is_stopped,
+        report=report,
+    )
+
+
+def distinct(captions: Sequence[str]) -> list[str]:
+    """Each caption once; the empty one, which stands for those that are dropped, is the first."""
+    return list(dict.fromkeys(["", *captions]))
+
+
+def shards_of(prompts: list[str]) -> list[np.ndarray]:
+    return split(np.arange(len(prompts)), SHARD_SIZE)

@@ -1,0 +1,150 @@
+"""Rows of tensors on disk, encoded once and mapped to memory: an image's latents, a prompt's embeddings.
+
+    latents/food101-2f6e1c0a9b34/
+        inputs.json                    what the name is a hash of
+        shard-00000.safetensors        tensors of some rows by name, their sha256 in the header
+        shard-00001.safetensors        ...
+
+A shard is written beside, flushed and renamed, so an interrupted build goes on where it was. Any change of what the
+rows are a function of makes another folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from onelora_diffusion.files import write_bytes
+
+
+class RowCache(Dataset):
+    """The rows of a whole cache, read from its files as they are asked for.
+
+    Args:
+        shards: the numbers of the rows in each file.
+    """
+
+    def __init__(self, folder: Path, shards: list[np.ndarray]):
+        self.shards = [load_file(shard_path(folder, number)) for number in range(len(shards))]
+        self.rows = np.concatenate(shards)  # in the order of the files
+        self.shard_of, self.place_of = np.empty_like(self.rows), np.empty_like(self.rows)
+        self.shard_of[self.rows] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
+        self.place_of[self.rows] = np.concatenate([np.arange(len(shard)) for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        place = self.place_of[number]
+        return {name: tensor[place] for name, tensor in self.shards[self.shard_of[number]].items()}
+
+
+def build_rows(
+    parent: Path,
+    name: str,
+    inputs: dict,
+    shards: list[np.ndarray],
+    encode: Callable[[list[np.ndarray]], Iterator[dict[str, Tensor]]],
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    batch_size: int = 32,
+    unit: str = "row",
+    is_stopped: Callable[[], object] = lambda: False,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Encodes what is not there yet, and returns the cache's folder in `parent`.
+
+    Every process takes the shards whose number it is, modulo the number of processes; the cache is whole once all of
+    them are back, unless `is_stopped` made one of them leave midway. A damaged shard is reported and encoded again.
+
+    Args:
+        inputs: everything that the rows are a function of, as JSON.
+        shards: the numbers of the rows in each file, which have tensors of the same shapes.
+        encode: from batches of row numbers, one after the other, to the tensors of each, `(rows, ...)` by name.
+
+    Raises:
+        ValueError: a row is not finite.
+        OSError: the disk is full; it names the shard, and those before it are whole.
+    """
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    folder = parent / f"{name.replace(':', '-').replace('/', '-')}-{key[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if process_index == 0:
+        write_bytes(folder / "inputs.json", json.dumps(inputs, indent=2).encode())
+
+    missing = []
+    for number in range(process_index, len(shards), num_processes):
+        path = shard_path(folder, number)
+        if path.exists() and not is_whole(path):
+            report(f"{path} is damaged: its {unit}s are encoded again")
+            path.unlink()
+        if not path.exists():
+            missing.append(number)
+
+    encoded = encode([batch for number in missing for batch in split(shards[number], batch_size)])
+    total = sum(len(shards[number]) for number in missing)
+    with tqdm(total=total, desc="encode", unit=unit, disable=process_index > 0 or not total) as progress:
+        for number in missing:
+            parts = []
+            for batch in split(shards[number], batch_size):
+                if is_stopped():
+                    return folder
+                parts.append({name: tensor.cpu() for name, tensor in next(encoded).items()})
+                _check_finite(parts[-1], batch, unit)
+                progress.update(len(batch))
+            tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            write_bytes(shard_path(folder, number), save(tensors, metadata={"sha256": digest(tensors)}))
+    return folder
+
+
+def _check_finite(tensors: dict[str, Tensor], rows: np.ndarray, unit: str) -> None:
+    for name, tensor in tensors.items():
+        wrong = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
+        if wrong.any():
+            raise ValueError(
+                f"{name} of {unit} {rows[int(wrong.nonzero()[0])]} is not finite in {tensor.dtype}: encode in float32"
+            )
+
+
+def split(rows: Sequence, size: int) -> list:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard holds what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+        return digest(load_file(path)) == written
+    except (SafetensorError, OSError):
+        return False
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 of tensors' names, shapes and bytes."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def config_of(model: nn.Module) -> dict:
+    """The configuration of a model of diffusers or transformers, as JSON."""
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    return json.loads(
+        json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, default=str)
+    )

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,6 +21,7 @@ from onelora_diffusion.files import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
+DAMAGED_EXIF = (TypeError, struct.error)  # what PIL raises for it, beside what it does for damaged images
 MOST_CHARACTERS = 10_000  # of a caption: twenty times what the longest text encoder reads
 
 
@@ -180,7 +182,7 @@ def readable(file, named: str) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except UNREADABLE as error:
+    except (*UNREADABLE, *DAMAGED_EXIF) as error:
         raise BrokenImageError(f"{named} is not a readable image: {error}") from error
 
 

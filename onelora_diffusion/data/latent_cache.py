@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data.buckets import Buckets
-from onelora_diffusion.data.latents import encode_moments, in_range
+from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
 
 SHARD_SIZE = 1024  # images
@@ -59,8 +59,6 @@ def build_cache(
     vae,
     flip: bool,
     *,
-    encode: Callable[[torch.nn.Module, Tensor], Tensor] | None = None,
-    transform: str = TRANSFORM,
     process_index: int = 0,
     num_processes: int = 1,
     batch_size: int = 32,
@@ -72,17 +70,15 @@ def build_cache(
 
     Args:
         dataset: `[index] -> (image, label)`; where it has `buckets`, images of one have one shape.
-        encode: from the VAE and images float32 (batch, 3, height, width) in [-1, 1] to what is kept of them,
-            (batch, ...); None: `encode_moments`.
-        transform: what `encode` does, in words: other words make another cache.
+        vae: of diffusers, with a posterior or without: see `encode_moments`.
     """
-    inputs = inputs_of(dataset, vae, flip, transform)
+    inputs = inputs_of(dataset, vae, flip)
     return build_rows(
         parent,
         inputs["dataset"],
         inputs,
         shards_of(len(dataset), getattr(dataset, "buckets", None)),
-        lambda batches: _encoded(batches, dataset, vae, flip, encode or encode_moments, num_workers),
+        lambda batches: _encoded(batches, dataset, vae, flip, num_workers),
         process_index=process_index,
         num_processes=num_processes,
         batch_size=batch_size,
@@ -93,14 +89,14 @@ def build_cache(
 
 
 def _encoded(
-    batches: list[np.ndarray], dataset: Dataset, vae, flip: bool, encode, num_workers: int
+    batches: list[np.ndarray], dataset: Dataset, vae, flip: bool, num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
     broken = getattr(dataset, "broken", torch.zeros(len(dataset), dtype=torch.bool))
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=num_workers)
     for batch, (images, labels) in zip(batches, loader, strict=True):
-        images = in_range(images.to(vae.device))
+        images = images.to(vae.device)
         both = [images, images.flip(-1)] if flip else [images]
-        moments = torch.stack([encode(vae, each).cpu() for each in both], dim=1)
+        moments = torch.stack([encode_moments(vae, each).cpu() for each in both], dim=1)
         yield {"moments": moments, "labels": labels, "broken": broken[batch]}
 
 
@@ -108,13 +104,13 @@ def _encoded(
 # What a cache depends on
 
 
-def inputs_of(dataset: Dataset, vae, flip: bool, transform: str = TRANSFORM) -> dict:
+def inputs_of(dataset: Dataset, vae, flip: bool) -> dict:
     """Everything that the moments are a function of, as JSON."""
     return {
         "dataset": getattr(dataset, "name", type(dataset).__name__),
         "images": len(dataset),
         "files": fingerprint(dataset),
-        "transform": transform,
+        "transform": TRANSFORM,
         "flip": flip,
         "vae": digest(vae.state_dict()),
         "vae_config": config_of(vae),

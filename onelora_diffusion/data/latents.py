@@ -12,10 +12,20 @@ def in_range(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_moments(vae, images: Tensor) -> Tensor:
-    """Mean and standard deviation of the scaled latents of images (batch, 3, R, R): (batch, 2, C, H, W)."""
-    posterior = vae.encode(in_range(images).to(vae.dtype)).latent_dist
-    mean = posterior.mean - (vae.config.get("shift_factor") or 0)
-    return torch.stack([mean, posterior.std], dim=1).float() * vae.config.scaling_factor
+    """Mean and standard deviation of the scaled latents of images: (batch, 2, C, H, W).
+
+    A deterministic autoencoder, as SANA's is, has the deviation 0.
+
+    Args:
+        images: (batch, 3, height, width), in [-1, 1], or uint8.
+    """
+    encoded = vae.encode(in_range(images).to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:
+        mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+    mean = mean - (vae.config.get("shift_factor") or 0)
+    return torch.stack([mean, std], dim=1).float() * vae.config.scaling_factor
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import io
 import json
+import random
 import sys
 import types
 
@@ -225,6 +226,28 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
     for index in range(2):
         turned = dataset[index, False][0]
         assert turned[0, 3].float().mean() > 240 and turned[2, -3].float().mean() > 240
+
+
+def test_damaged_bytes_make_a_broken_image_or_another_one(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    Image.new("RGB", (24, 16), BLUE).save(tmp_path / "a.jpg", exif=exif)
+    whole, generator = (tmp_path / "a.jpg").read_bytes(), random.Random(0)
+    pictures = load_captioned(tmp_path, "x").dataset.source
+    found = set()
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[generator.randrange(120)] = generator.randrange(256)
+        (tmp_path / "a.jpg").write_bytes(damaged)
+        for read in (pictures.size, pictures.__getitem__):
+            try:
+                read(0)
+            except BrokenImageError as error:
+                found.add("\n" in str(error))
+            else:
+                found.add("whole")
+    assert found == {"whole", False}
 
 
 def test_a_broken_image_is_named_or_replaced_by_the_next_of_its_bucket(tmp_path, capfd):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from rounding import assert_rounded
 
 from onelora_diffusion.data import load_dataset
@@ -21,6 +21,25 @@ def test_latents_are_those_that_diffusers_samples(vae):
     expected = posterior.sample(torch.Generator().manual_seed(3)) * vae.config.scaling_factor
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     assert_rounded(sample_moments(encode_moments(vae, images), noise), expected, vae.encoder)
+
+
+def test_a_deterministic_autoencoder_has_latents_without_deviation():
+    torch.manual_seed(0)
+    blocks = dict(encoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()))
+    blocks |= {name.replace("encoder", "decoder"): value for name, value in blocks.items()}
+    vae = AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41407, **blocks).eval()
+    images = torch.randn(2, 3, 8, 12)
+    with torch.no_grad():
+        expected = vae.encode(images).latent * 0.41407
+    moments = encode_moments(vae, images)
+    assert_rounded(sample_moments(moments, torch.randn(2, 4, 4, 6)), expected, vae.encoder)
+    assert moments.shape == (2, 2, 4, 4, 6) and not moments[:, 1].any()
+
+
+def test_images_in_bytes_are_brought_into_range(vae):
+    signs = torch.randn(1, 3, 8, 8).sign()
+    pixels = torch.where(signs > 0, 255, 0).to(torch.uint8)
+    assert torch.equal(encode_moments(vae, pixels), encode_moments(vae, signs))
 
 
 def test_images_are_mirrored_where_asked():

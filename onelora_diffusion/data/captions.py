@@ -218,6 +218,8 @@ def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str |
     for column in [image_column] + [caption_column] * (prompt is None):
         if column not in rows.features:
             raise ValueError(f"hf:{name} has no column {column!r}: it has {printable(', '.join(rows.features))}")
+    if (stored := type(rows.features[image_column]).__name__) != "Image":
+        raise ValueError(f"hf:{name} has no images in its column {image_column!r}, but {stored}")
     if not len(rows):
         raise ValueError(f"hf:{name}, split {split}, has no rows")
     if prompt is None:

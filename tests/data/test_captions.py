@@ -339,6 +339,7 @@ def test_images_and_captions_of_the_hub(hub):
     [
         (dict(caption_column="caption"), "hf:signs/few has no column 'caption': it has picture, text, empty"),
         (dict(image_column="photo"), "hf:signs/few has no column 'photo': it has picture"),
+        (dict(image_column="text"), "hf:signs/few has no images in its column 'text', but str"),
         (dict(caption_column="empty"), "the caption in row 1 of hf:signs/few is '': write some words"),
     ],
 )

@@ -11,8 +11,9 @@ quickstart: .venv/installed
 	$(BIN)/python sample.py
 	$(BIN)/python eval_fid.py
 
+# Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests that compare numbers once more, with the kernels of another machine.
 test-other-kernels: .venv/installed

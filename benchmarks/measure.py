@@ -32,6 +32,8 @@ def interleave(
     """
     order, seconds = random.Random(0), {name: [] for name in steps}
     gc_was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # between rounds only what the steps have made is looked at
     gc.disable()
     try:
         for index in tqdm(range(-warmup, rounds), desc=label, unit="round", leave=False):
@@ -44,6 +46,7 @@ def interleave(
                     seconds[name].append(clock() - start)
             gc.collect()
     finally:
+        gc.unfreeze()
         if gc_was_on:
             gc.enable()
     return {name: np.array(values) for name, values in seconds.items()}

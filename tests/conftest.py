@@ -51,3 +51,14 @@ def dit():
 @pytest.fixture
 def inputs():
     return dit_inputs()
+
+
+@pytest.fixture
+def accelerator():
+    """Of one process on the CPU; what it set is taken back."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -5,16 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 
 from onelora_diffusion.training import holding
 from onelora_diffusion.training.holding import HeldFolder
 from onelora_diffusion.training.stopping import Clock
-
-
-@pytest.fixture
-def accelerator():
-    return Accelerator(cpu=True)
 
 
 @pytest.fixture

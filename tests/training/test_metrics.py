@@ -2,14 +2,8 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from onelora_diffusion.training.metrics import LossWindow, NonFiniteError, append_line, check_finite, cut_lines_after
-
-
-@pytest.fixture
-def accelerator():
-    return Accelerator(cpu=True)
 
 
 def window_of(*losses):

@@ -8,7 +8,7 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.combining import combine_adapters
 from onelora_diffusion.injection.listing import list_adapters
-from onelora_diffusion.injection.merging import merge_adapter, unmerge_adapter
+from onelora_diffusion.injection.merging import merge_adapter, stock_state_dict, unmerge_adapter
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import (
     adapter_state_dict,
@@ -44,6 +44,7 @@ __all__ = [
     "route_adapters",
     "save_adapter",
     "set_adapters",
+    "stock_state_dict",
     "trainable_parts",
     "unload_adapter",
     "unmerge_adapter",

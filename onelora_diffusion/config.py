@@ -49,6 +49,8 @@ class AdapterConfig:
             `*` and `?` match as in a shell. None: the paper's set on a DiT, every linear but the output
             head on any other model. `full` trains every module that has weights, or only these layers.
         num_classes: N trains a new class table of N + 1 rows, the null row last. None keeps the base's.
+        class_table: name of the base's table of classes (`y_embedder.embedding_table`), whose last row stands for no
+            class. None: a DiT's own, or the one table that is called `embedding_table`.
         fuse_qkv: compute q, k and v by one matrix product. Vector adapters stay the same, and so do their
             files; LoRA, DoRA, VeRA and MoRA then have one adapter for the three, of the layer `to_qkv`, which an
             attention processor of your own must read.
@@ -70,6 +72,7 @@ class AdapterConfig:
     compression: str = "sum"
     seed: int = 0
     peft_config: dict | None = None
+    class_table: str | None = None
 
     def __post_init__(self):
         _check_types(self)
@@ -92,6 +95,8 @@ class AdapterConfig:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if self.num_classes is not None and not 1 <= self.num_classes < 2**31:
             raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
+        if self.class_table is not None and self.num_classes is None:
+            raise ValueError(f"class_table='{self.class_table}' is where new classes go: give their num_classes")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a number of 64 bits, not {self.seed}")
         for part in PARTS:

@@ -217,7 +217,7 @@ def _null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
     embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
     # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
     null_label = max(len(table) for table in embedder.parameters()) - 1
-    serving = transformer._onelora.conditioning.active_table() if hasattr(transformer, "_onelora") else None
+    serving = transformer._onelora.class_tables.active_table() if hasattr(transformer, "_onelora") else None
     return null_label, len(embedder.embedding_table.weight if serving is None else serving) - 1
 
 

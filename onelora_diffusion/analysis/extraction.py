@@ -9,7 +9,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.analysis.updates import weight_updates
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import check_name
-from onelora_diffusion.injection.layers import is_dit
+from onelora_diffusion.injection.layers import class_table_paths, is_dit
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter
 
 
@@ -75,5 +75,5 @@ def extract_adapter(
 
 def _class_table(model: nn.Module) -> torch.Tensor:
     """(classes + 1, width) that serves now: an adapter's or the model's own."""
-    embedder = model.transformer_blocks[0].norm1.emb.class_embedder
-    return (embedder.table() if hasattr(embedder, "onelora") else embedder.embedding_table.weight).detach()
+    table = model._onelora.class_tables.active_table() if hasattr(model, "_onelora") else None
+    return (model.get_submodule(class_table_paths(model)[0]).weight if table is None else table).detach()

@@ -16,7 +16,14 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable
 from onelora_diffusion.injection.attention import fused_layers
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
-from onelora_diffusion.injection.layers import full_layers, is_dit, norm_layers, stand_ins, target_layers
+from onelora_diffusion.injection.layers import (
+    class_table_paths,
+    full_layers,
+    is_dit,
+    norm_layers,
+    stand_ins,
+    target_layers,
+)
 from onelora_diffusion.injection.merging import save_base
 
 logger = logging.getLogger(__name__)
@@ -57,8 +64,7 @@ def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = Fal
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
         raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
-    if config.num_classes is not None and not is_dit(model):
-        raise ValueError(f"num_classes={config.num_classes}: {type(model).__name__} has no class embedding")
+    table = None if config.num_classes is None else _base_table(model, config)
     # Trained tensors that are in the base's place are no start for a new adapter.
     with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
         layers = served(_layers_of(model, config))
@@ -69,10 +75,18 @@ def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = Fal
             if not norms and not as_shapes:
                 logger.warning("%s: no norm has weights of its own; `norms` trains nothing", type(model).__name__)
             adapter |= build_copies(served(norms), config)
-        if config.num_classes is not None:
-            table = model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        if table is not None:
             adapter[CLASS_TABLE] = ClassTable(table, config)
     return adapter
+
+
+def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
+    """The table that `config` brings new classes for; a model's adapters bring theirs for one and the same."""
+    path = class_table_paths(model, config.class_table)[0]
+    seat = model._onelora.class_tables if hasattr(model, "_onelora") else None
+    if seat is not None and path != seat.paths[0]:
+        raise ValueError(f"class_table='{path}': other adapters have theirs at {seat.paths[0]}: unload those first")
+    return model.get_submodule(path)
 
 
 def _layers_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

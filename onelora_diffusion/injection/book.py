@@ -15,8 +15,9 @@ from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, I
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attention import OneLoRAAttnProcessor, fuse_in_place, is_fused_apart
+from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.conditioning import DiTConditioning
-from onelora_diffusion.injection.layers import base_modules, is_dit
+from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.swapped import SwapSeat
@@ -36,7 +37,8 @@ class AdapterBook:
         adapters: name -> path of the served layer -> the adapter's module.
         configs: name -> the adapter's settings.
         origins: name -> what its file said of it (`id2label`, `base`, `training`).
-        seats: (kind, path) -> the seat in the model. Every seat answers add, remove, activate, fold, unfold, route.
+        seats: (kind, path) -> the seat in the model. Every seat answers add, remove, is_empty, activate, fold,
+            has_new_bias, unfold, route.
         state: `serving`; `paused`, while the base serves alone; `merged`, while the base's weights hold `folded`.
         weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
         folded: name -> weight of the adapters that are merged into the base's weights.
@@ -62,11 +64,16 @@ class AdapterBook:
         self._stock_processors: dict[str, object] = {}
         self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
         if self.conditioning is not None:
-            self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.conditioning
+            self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.conditioning.table_seat
         self._hooks: list = []
 
     # -----------------------------------------------------------------------------------------------
     # Questions and guards
+
+    @property
+    def class_tables(self) -> TableSeat | None:
+        """The seat of class tables, if the model has one."""
+        return self.seats.get((AS_CLASS_TABLE, CLASS_TABLE))
 
     @property
     def serving(self) -> dict[str, Weight]:
@@ -129,7 +136,7 @@ class AdapterBook:
             for attn in self._attentions().values():
                 fuse_in_place(attn)
         for path, module in adapter.items():
-            self._seat(module.seat, path).add(adapter_name, module)
+            self._seat(module.seat, path, config).add(adapter_name, module)
         self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
         self._take_part()
 
@@ -137,18 +144,20 @@ class AdapterBook:
         for path, module in self.adapters.pop(adapter_name).items():
             seat = self.seats[module.seat, path]
             seat.remove(adapter_name)
-            if not len(seat):
+            if seat.is_empty:
                 del self.seats[module.seat, path]
         del self.configs[adapter_name]
         self.origins.pop(adapter_name, None)
         self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}
 
-    def _seat(self, kind: str, path: str):
+    def _seat(self, kind: str, path: str, config: AdapterConfig):
+        make = {
+            BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self._reached),
+            IN_PLACE: lambda: SwapSeat(self.model.get_submodule(path), path),
+            AS_CLASS_TABLE: lambda: TableSeat(self.model, class_table_paths(self.model, config.class_table)),
+        }
         if (kind, path) not in self.seats:
-            module = self.model.get_submodule(path)
-            self.seats[kind, path] = (
-                LinearSeat(module, path, self._reached) if kind == BESIDE_LINEAR else SwapSeat(module, path)
-            )
+            self.seats[kind, path] = make[kind]()
         return self.seats[kind, path]
 
     def freeze(self) -> None:
@@ -164,6 +173,8 @@ class AdapterBook:
         """Put back all that `attach` replaced for every adapter together."""
         if self.conditioning is not None:
             self.conditioning.restore()
+        elif self.class_tables is not None:
+            self.class_tables.leave()
         self._step_aside()
         for attn in self._attentions().values():
             if hasattr(attn, "to_qkv"):  # q, k and v keep the matrix alive as its views

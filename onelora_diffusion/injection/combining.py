@@ -64,11 +64,12 @@ def _config_of_sum(model: nn.Module, book: AdapterBook, mixture: dict[str, Weigh
         raise ValueError(f"adapters {', '.join(mixture)} compress in different ways: their sum is no adapter")
     compression, seed = compressions.pop() if compressions else ("sum", None)
     paths = {path for c in configs if c.sum or c.bias or c.scale for path in target_layers(model, c.targets)}
-    tables = [c.num_classes for c in configs if c.num_classes is not None]
+    tables = [c for c in configs if c.num_classes is not None]
     return AdapterConfig(
         **{part: any(getattr(c, part) for c in configs) for part in PARTS} | {"norms": False},
         targets=None if paths == set(target_layers(model, None)) else tuple(sorted(paths)),
-        num_classes=tables[-1] if tables else None,
+        num_classes=tables[-1].num_classes if tables else None,
+        class_table=tables[-1].class_table if tables else None,
         compression=compression,
         seed=0 if seed is None else seed,
     )

@@ -29,25 +29,57 @@ def is_dit(model: nn.Module) -> bool:
     return any(cls.__name__ == "DiTTransformer2DModel" for cls in type(model).__mro__)
 
 
+def is_modulated(model: nn.Module) -> bool:
+    """Whether this is built as Meta's DiT, and SiT, REPA, LightningDiT, DDT and RAE after it.
+
+    Told by the names all of them have: `blocks` and a `final_layer`, each with an `adaLN_modulation`.
+    """
+    places = [path.split(".") for path, _ in base_modules(model) if path.endswith(".adaLN_modulation")]
+    return all(any(part in place for place in places) for part in ("blocks", "final_layer"))
+
+
+def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
+    """Where a model has its table of classes, whose last row stands for none: in a DiT, one in each block.
+
+    Args:
+        name: of the table, or the last components of its path; None: `embedding_table`, as in Meta's `y_embedder`.
+
+    Raises:
+        ValueError: there is none, or another than the one that is meant, or it has no row for no class.
+    """
+    kind = type(model).__name__
+    tables = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
+    found = [path for path in tables if f".{path}".endswith(f".{name or 'embedding_table'}")]
+    if not found or len(found) > 1 and not is_dit(model):
+        there = f"its tables are {', '.join(tables)}" if tables else "it has no nn.Embedding"
+        wanted = f"class_table='{name}' is not one of {kind}" if name else f"{kind} has no class embedding to be found"
+        raise ValueError(f"{wanted}: name the table of its classes by class_table; {there}")
+    for path in found:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if getattr(owner, "dropout_prob", None) == 0 and tables[path].num_embeddings == owner.num_classes:
+            raise ValueError(
+                f"{path} has {owner.num_classes} rows, for its classes and none for no class: build the model with "
+                "label dropout, whose last row that is"
+            )
+    return found
+
+
 def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
     """The linear layers that an adapter serves, by path.
 
-    `targets=None` on a DiT is the paper's set, found from its parameter counts: per block adaLN, q, k, v,
-    attention output and both MLP linears, and both output linears; the timestep embedder is left out.
-    Elsewhere it is every linear but the output head.
+    `targets=None` on a DiT, diffusers' or one in its authors' code, is the paper's set, found from its parameter
+    counts: per block adaLN, q, k, v, attention output and both MLP linears, and both output linears; the timestep
+    embedder is left out. Elsewhere it is every linear but the output head.
     """
     linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
     unreached = {
         f"{path}.out_proj" for path, module in base_modules(model) if isinstance(module, nn.MultiheadAttention)
     }
-    if targets is None and is_dit(model):
-        return {path: linear for path, linear in linears.items() if ".norm1.emb." not in path}
     if targets is None:
         if unreached:
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
-        return {
-            path: linear for path, linear in linears.items() if path not in unreached and not _is_output_head(path)
-        }
+        is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
+        return {path: linear for path, linear in linears.items() if path not in unreached and is_target(path)}
 
     chosen = {path for target in targets for path in linears if _matches(path, target)}
     for target in targets:
@@ -86,10 +118,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
-def _is_output_head(path: str) -> bool:
+def _is_conditioned(path: str) -> bool:
+    """Of diffusers' DiT: all but the timestep embedder in each block."""
+    return ".norm1.emb." not in path
+
+
+def _is_modulated(path: str) -> bool:
+    """Of a DiT in its authors' code: outside is what embeds, and what compares features with another model's."""
+    return not {"blocks", "final_layer"}.isdisjoint(path.split("."))
+
+
+def _is_no_head(path: str) -> bool:
     """By its name, unless it is in a list of blocks: Flux calls a linear layer of each single block `proj_out` too."""
     *parents, name = path.split(".")
-    return name in OUTPUT_HEADS and not any(parent.isdigit() for parent in parents)
+    return name not in OUTPUT_HEADS or any(parent.isdigit() for parent in parents)
 
 
 def _matches(path: str, target: str) -> bool:
@@ -113,8 +155,9 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     }
     if is_dit(model):
         layers = _without_copies(model, layers)
-        if config.num_classes is not None:
-            layers = {path: m for path, m in layers.items() if not path.endswith(".class_embedder.embedding_table")}
+    if config.num_classes is not None:
+        tables = class_table_paths(model, config.class_table)
+        layers = {path: module for path, module in layers.items() if path not in tables}
     return layers
 
 

@@ -87,27 +87,30 @@ class LinearSeat(nn.ModuleDict):
         return bool(self.active) or self.open_route is not None
 
     @property
-    def is_on_disk(self) -> bool:
-        """Whether diffusers' group offload took the adapters to the disk, where they are not found when they serve."""
-        taken = getattr(self._offload_group, "tensor_to_key", ())
-        return any(parameter in taken for parameter in self.parameters())
+    def has_new_bias(self) -> bool:
+        """Whether the layer has none of its own, and was given one by merging."""
+        return self.original is not None and self.original[1] is None and self.layer.bias is not None
 
     @property
-    def _offload_group(self):
-        """What diffusers' group offload moves the layer with, or None."""
-        registry = getattr(self.layer, "_diffusers_hook", None)
-        return getattr(registry and registry.get_hook("group_offloading"), "group", None)
+    def is_on_disk(self) -> bool:
+        """Whether diffusers' group offload took the adapters to the disk, where they are not found when they serve."""
+        taken = getattr(_offload_group(self.layer), "tensor_to_key", ())
+        return any(parameter in taken for parameter in self.parameters())
 
     # -----------------------------------------------------------------------------------------------
     # What every seat answers
 
+    @property
+    def is_empty(self) -> bool:
+        return not len(self)
+
     def add(self, name: str, adapter: Adapter) -> None:
-        self[name] = adapter
+        self._modules[name] = adapter  # whatever its name, an attribute's too
         adapter.serve(self.layer)
 
     def remove(self, name: str) -> None:
-        del self[name]
-        if not len(self):
+        del self._modules[name]
+        if self.is_empty:
             self.unhook()
             del self.layer.onelora
 
@@ -142,12 +145,8 @@ class LinearSeat(nn.ModuleDict):
             return None
         if weight is None:
             return "has a weight that is computed from others (weight_norm, spectral_norm): remove that first"
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
-        if weight.is_meta:
-            return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
-        if self._offload_group is not None:  # between calls it is a copy, or on the disk
-            return "and other weights are offloaded: fuse before enable_group_offload"
+        if reason := why_not_writable(self.layer):
+            return reason
         if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
             return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
         return None
@@ -245,6 +244,24 @@ def adapter_hook(linear: nn.Module, args: tuple, out: torch.Tensor) -> torch.Ten
     if not torch.compiler.is_compiling() and next(iter(linear._forward_hooks.values())) is not adapter_hook:
         out = out.clone()  # a hook before this one may have kept the layer's output
     return linear.onelora(args[0], out)
+
+
+def why_not_writable(layer: nn.Module) -> str | None:
+    """Why other values cannot be put in the place of a layer's weight, or None if they can."""
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
+    if weight.is_meta:
+        return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
+    if _offload_group(layer) is not None:  # between calls it is a copy, or on the disk
+        return "and other weights are offloaded: fuse before enable_group_offload"
+    return None
+
+
+def _offload_group(layer: nn.Module):
+    """What diffusers' group offload moves a layer with, or None."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
 def memory_of(parameter: nn.Parameter) -> tuple:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from onelora_diffusion.injection.book import adapters_of
+from onelora_diffusion.injection.book import AdapterBook, adapters_of
 
 
 def merge_adapter(
@@ -68,26 +68,39 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def stock_state_dict(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], *, table_rows: int | None = None
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None, *, table_rows: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """A model's state dict without adapters, as stock diffusers loads it.
+    """A model's state dict without adapters, as its own class loads it where this library is not.
 
     Merged, it is the adapted model's: new classes come first in the class table, and the null row stays last, where
-    `DiTPipeline` looks for it.
+    `DiTPipeline` and Meta's sample.py look for it. Otherwise it is the base's.
 
     Args:
+        state_dict: of the model while the base serves alone or is merged; None: it is taken here.
         table_rows: rows of a merged model's class table; None: as many as the base's has.
 
     Raises:
-        ValueError: the merged adapter has more classes than there is room for.
+        ValueError: the merged adapter has more classes than there is room for, or biases where the base has none.
     """
     book = adapters_of(model)
-    stock = {k: v for k, v in state_dict.items() if ".onelora" not in k and ".to_qkv." not in k}
-    if book.merged is not None and book.conditioning is not None:
-        table = book.conditioning.active_table()
-        for key in [key for key in stock if key.endswith("class_embedder.embedding_table.weight")]:
-            own = stock[key] if table is None else table.detach().to(stock[key])
-            stock[key] = _padded_table(own, table_rows or len(stock[key]))
+    if state_dict is None:
+        with _base_in_place(book):
+            state_dict = book.model.state_dict()
+    if new := [path for (_, path), seat in book.seats.items() if seat.has_new_bias]:
+        raise ValueError(
+            f"merging gave {new[0]} a bias, which its own class has no place for: serve the adapter unmerged there"
+        )
+    added = {"onelora", "onelora_swap", "to_qkv"}
+    stock = {key: tensor for key, tensor in state_dict.items() if added.isdisjoint(key.split("."))}
+    if book.merged is not None and (seat := book.class_tables) is not None:
+        room = table_rows or seat.num_rows
+        for key in (f"{path}.weight" for path in seat.paths):
+            if len(stock[key]) > room:
+                raise ValueError(
+                    f"the adapter has {len(stock[key]) - 1} classes, but the base's class table only has room for "
+                    f"{room - 1}"
+                )
+            stock[key] = torch.cat([stock[key], stock[key][-1:].expand(room - len(stock[key]), -1)])
 
     seen = set()
     for key, tensor in stock.items():  # safetensors writes no tensor twice: shared ones become copies
@@ -106,22 +119,23 @@ def save_base(model: nn.Module, save_directory, *args, **kwargs):
         state_dict.clear()
         state_dict.update(clean)
 
-    with book.turn:
+    with _base_in_place(book):
         hook = model.register_state_dict_post_hook(stock)
-        was_serving = bool(book.serving)
-        if was_serving:
-            book.pause()  # trained norms make way for the base's
         try:
             return type(model).save_pretrained(model, save_directory, *args, **kwargs)
         finally:
-            if was_serving:
-                book.resume()
             hook.remove()
 
 
-def _padded_table(table: torch.Tensor, rows: int) -> torch.Tensor:
-    if len(table) > rows:
-        raise ValueError(
-            f"the adapter has {len(table) - 1} classes, but the base's class table only has room for {rows - 1}"
-        )
-    return torch.cat([table, table[-1:].expand(rows - len(table), -1)])
+@contextlib.contextmanager
+def _base_in_place(book: AdapterBook) -> Iterator[None]:
+    """Context manager: inside, trained norms and weights that serve make way for the base's; merged ones stay."""
+    with book.turn:
+        was_serving = bool(book.serving)
+        if was_serving:
+            book.pause()
+        try:
+            yield
+        finally:
+            if was_serving:
+                book.resume()

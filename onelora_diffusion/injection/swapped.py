@@ -14,18 +14,24 @@ class SwapSeat(nn.ModuleDict):
     base costs. The base's tensors wait here.
     """
 
+    has_new_bias = False
+
     def __init__(self, module: nn.Module, path: str):
         super().__init__()
         self.__dict__.update(module=module, path=path)  # no child of the seat
         self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
         module.onelora_swap = self
 
+    @property
+    def is_empty(self) -> bool:
+        return not len(self)
+
     def add(self, name: str, adapter: Adapter) -> None:
-        self[name] = adapter
+        self._modules[name] = adapter  # whatever its name, an attribute's too
 
     def remove(self, name: str) -> None:
-        del self[name]
-        if not len(self):
+        del self._modules[name]
+        if self.is_empty:
             del self.module.onelora_swap
 
     def activate(self, weights: dict[str, float]) -> None:

@@ -155,10 +155,10 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         if book is None:
             return None, model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.num_embeddings - 1
         at_table = {name: weight_at(weight, CLASS_TABLE) for name, weight in (weights or {}).items()}
-        name = serving_table(book.conditioning.tables, at_table)
+        name = serving_table(book.class_tables, at_table)
         if name is None:
-            return None, book.conditioning.base_table.num_embeddings - 1
-        return name, len(book.conditioning.tables[name].weight) - 1
+            return None, book.class_tables.num_rows - 1
+        return name, len(book.class_tables[name].weight) - 1
 
     def _labels_of(self, weights: Mapping[str, Weight] | None) -> dict[str, int]:
         name, _ = self._table_of(weights)
@@ -229,7 +229,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
 def _plain_transformer(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """A merged transformer as diffusers has it, with a class table that reaches to `DiTPipeline`'s null label."""
-    rows = max(adapters_of(model).conditioning.base_table.num_embeddings, STOCK_NULL_LABEL + 1)
+    rows = max(adapters_of(model).class_tables.num_rows, STOCK_NULL_LABEL + 1)
     weights = stock_state_dict(model, model.state_dict(), table_rows=rows)
     with torch.device("meta"):
         plain = DiTTransformer2DModel.from_config(model.config, num_embeds_ada_norm=rows - 1)

@@ -16,6 +16,7 @@ from onelora_diffusion import (
     read_adapter,
     save_adapter,
     set_adapters,
+    unload_adapter,
 )
 
 PLAIN = AdapterConfig()
@@ -49,6 +50,17 @@ def test_a_name_in_use_says_how_to_free_it(dit, tmp_path):
     save_adapter(inject_adapter(dit, PLAIN), tmp_path)
     for again in (lambda: inject_adapter(dit, PLAIN), lambda: load_adapter(dit, tmp_path)):
         assert "'default' is already in use: unload_adapter" in refusal(ValueError, again)
+
+
+@pytest.mark.parametrize("name", ["path", "layer", "active", "labels", "train", "onelora"])
+def test_a_name_that_a_module_has_an_attribute_of(dit, inputs, name, tmp_path):
+    config = AdapterConfig("difffit", num_classes=3)
+    model = randomize(inject_adapter(dit, config, name))
+    expected = model(**inputs).sample
+    loaded = load_adapter(make_dit(), save_adapter(model, tmp_path), name)
+    assert torch.equal(loaded(**inputs).sample, expected)
+    unload_adapter(loaded)
+    assert torch.equal(loaded(**inputs).sample, make_dit()(**inputs).sample)
 
 
 def test_the_one_active_adapter_is_meant_where_none_is_named(dit, tmp_path):

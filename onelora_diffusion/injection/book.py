@@ -20,6 +20,7 @@ from onelora_diffusion.injection.conditioning import DiTConditioning
 from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
+from onelora_diffusion.injection.seat import Seat
 from onelora_diffusion.injection.swapped import SwapSeat
 from onelora_diffusion.injection.turns import Turn
 
@@ -37,8 +38,7 @@ class AdapterBook:
         adapters: name -> path of the served layer -> the adapter's module.
         configs: name -> the adapter's settings.
         origins: name -> what its file said of it (`id2label`, `base`, `training`).
-        seats: (kind, path) -> the seat in the model. Every seat answers add, remove, is_empty, activate, fold,
-            has_new_bias, unfold, route.
+        seats: (kind, path) -> the seat in the model.
         state: `serving`; `paused`, while the base serves alone; `merged`, while the base's weights hold `folded`.
         weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
         folded: name -> weight of the adapters that are merged into the base's weights.
@@ -52,7 +52,7 @@ class AdapterBook:
         self.adapters: dict[str, dict[str, Adapter]] = {}
         self.configs: dict[str, AdapterConfig] = {}
         self.origins: dict[str, dict] = {}
-        self.seats: dict[tuple[str, str], nn.Module] = {}
+        self.seats: dict[tuple[str, str], Seat] = {}
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}

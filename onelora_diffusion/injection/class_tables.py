@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
-from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.weights import weight_at
 from onelora_diffusion.injection.linear import why_not_writable
 from onelora_diffusion.injection.route import Route
+from onelora_diffusion.injection.seat import Seat
 
 
-class TableSeat(nn.ModuleDict):
+class TableSeat(Seat):
     """The named class tables of a model's adapters, the child `onelora` of the base's table.
 
     The one called `active` serves; while a route is open, it decides sample by sample. Any label past a table's
@@ -23,14 +23,12 @@ class TableSeat(nn.ModuleDict):
         model: whose base table is at `paths`: one, or the copies in all blocks of a DiT.
     """
 
-    has_new_bias = False
-
     def __init__(self, model: nn.Module, paths: list[str]):
         super().__init__()
         bases = list(dict.fromkeys(model.get_submodule(path) for path in paths))
         owners = dict.fromkeys(model.get_submodule(path.rpartition(".")[0]) for path in paths)
         counts = {owner: owner.num_classes for owner in owners if hasattr(owner, "num_classes")}
-        self.__dict__ |= {"paths": paths, "bases": bases, "counts": counts}  # no children of the seat
+        self.paths, self.bases, self.counts = paths, bases, counts
         self.num_rows = bases[0].num_embeddings
         self.active: str | None = None
         self.open_route: _TableRoute | None = None
@@ -72,7 +70,6 @@ class TableSeat(nn.ModuleDict):
             self._hooks.pop().remove()
 
     def leave(self) -> None:
-        """Take nothing but the base's table back into the model."""
         self.unhook()
         for base, before in zip(self.bases, self._before, strict=True):
             before.remove()
@@ -95,12 +92,6 @@ class TableSeat(nn.ModuleDict):
     @property
     def is_empty(self) -> bool:
         return False  # labels past the base's classes stay its null row
-
-    def add(self, name: str, adapter: Adapter) -> None:
-        self._modules[name] = adapter  # whatever its name, an attribute's too
-
-    def remove(self, name: str) -> None:
-        del self._modules[name]
 
     def activate(self, weights: dict[str, float]) -> None:
         self.active = serving_table(self, weights)

@@ -8,9 +8,10 @@ from onelora_diffusion.adapters.functional import writable
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import keeping_precision, weight_at
 from onelora_diffusion.injection.route import Route
+from onelora_diffusion.injection.seat import Seat
 
 
-class LinearSeat(nn.ModuleDict):
+class LinearSeat(Seat):
     """The named adapters of one linear layer, its child `onelora`; `active` says which serve, with what weight.
 
     While a `route` is open, it decides sample by sample in their place.
@@ -22,8 +23,11 @@ class LinearSeat(nn.ModuleDict):
 
     def __init__(self, layer: nn.Linear, path: str, reached: set[str]):
         super().__init__()
-        self.__dict__ |= {"layer": layer, "path": path, "reached": reached}  # no children of the seat
+        self.layer, self.path, self.reached = layer, path, reached
         self.active: dict[str, float] = {}
+        # The same by what serves, without names, so that a compiled layer is not compiled again for another name.
+        self._vector_adapters: list[tuple[Adapter, float]] = []
+        self._other_adapters: list[tuple[Adapter, float]] = []
         self.open_route: _LinearRoute | None = None
         self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._hook = None
@@ -50,10 +54,9 @@ class LinearSeat(nn.ModuleDict):
         if not self.active:
             return out
         base = out
-        for name, weight in self.active.items():
-            if self[name].vectors() is None:
-                adapted = self[name](x, base)  # new memory, which the vectors' terms below may reuse
-                out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
+        for adapter, weight in self._other_adapters:
+            adapted = adapter(x, base)  # new memory, which the vectors' terms below may reuse
+            out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
         return self.vectors().serve(x, out, sums)
 
     def vectors(self) -> Vectors:
@@ -61,15 +64,14 @@ class LinearSeat(nn.ModuleDict):
 
         Without gradients it is taken once and kept until a vector or a weight changes.
         """
-        group = [(self[name], weight) for name, weight in self.active.items()]
-        group = [(adapter, vectors, weight) for adapter, weight in group if (vectors := adapter.vectors())]
-        if len(group) == 1 and group[0][2] == 1:
-            return group[0][1]
+        group = self._vector_adapters
+        if len(group) == 1 and group[0][1] == 1:
+            return group[0][0].vectors()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return Vectors.weighted_sum([(vectors, weight) for _, vectors, weight in group])
-        versions = [(weight, *(part._version for part in adapter.parameters())) for adapter, _, weight in group]
+            return Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
+        versions = [(weight, *(part._version for part in adapter.parameters())) for adapter, weight in group]
         if self._cached_vectors is None or self._cached_vectors[0] != versions:
-            summed = Vectors.weighted_sum([(vectors, weight) for _, vectors, weight in group])
+            summed = Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
             self._cached_vectors = versions, summed
         return self._cached_vectors[1]
 
@@ -88,7 +90,6 @@ class LinearSeat(nn.ModuleDict):
 
     @property
     def has_new_bias(self) -> bool:
-        """Whether the layer has none of its own, and was given one by merging."""
         return self.original is not None and self.original[1] is None and self.layer.bias is not None
 
     @property
@@ -100,22 +101,19 @@ class LinearSeat(nn.ModuleDict):
     # -----------------------------------------------------------------------------------------------
     # What every seat answers
 
-    @property
-    def is_empty(self) -> bool:
-        return not len(self)
-
     def add(self, name: str, adapter: Adapter) -> None:
-        self._modules[name] = adapter  # whatever its name, an attribute's too
+        super().add(name, adapter)
         adapter.serve(self.layer)
 
-    def remove(self, name: str) -> None:
-        del self._modules[name]
-        if self.is_empty:
-            self.unhook()
-            del self.layer.onelora
+    def leave(self) -> None:
+        self.unhook()
+        del self.layer.onelora
 
     def activate(self, weights: dict[str, float]) -> None:
         self.active = {name: weight for name, weight in weights.items() if name in self._modules}
+        adapters = [(self[name], weight) for name, weight in self.active.items()]
+        self._vector_adapters = [(adapter, weight) for adapter, weight in adapters if adapter.vectors() is not None]
+        self._other_adapters = [(adapter, weight) for adapter, weight in adapters if adapter.vectors() is None]
         self._cached_vectors = None
 
     @torch.no_grad()
@@ -127,19 +125,12 @@ class LinearSeat(nn.ModuleDict):
         weight = self.layer.weight.float()
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
-        for name, scale in self.active.items():
-            if self[name].vectors() is None:
-                adapted = self[name].merged(*base)
-                weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
+        for adapter, scale in self._other_adapters:
+            adapted = adapter.merged(*base)
+            weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
         return self.vectors().merged(weight, bias)
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
-        """Why the layer's weight cannot take the active adapters in, or None if it can.
-
-        Args:
-            users: `memory_of` each of the base's parameters -> paths of the modules that have it. A fused q, k and v
-                is none of the base's.
-        """
         weight = self.layer._parameters.get("weight")
         if not self.active:
             return None

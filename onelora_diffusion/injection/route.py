@@ -27,18 +27,18 @@ class Route:
                 self.mixtures.append(mixture)
             self.samples.append(numbers[key])
         self.batch = self.samples
-        self._index: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._index = torch.tensor(self.batch)
 
     def start(self, args: tuple, kwargs: dict) -> None:
         """Spread the samples over the batch that comes into the model."""
-        size = next(len(x) for x in itertools.chain(args, kwargs.values()) if isinstance(x, torch.Tensor))
+        first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, torch.Tensor))
+        size = len(first)
         if size % len(self.samples):
             raise ValueError(f"a batch of {size} is no multiple of the {len(self.samples)} samples that have a route")
-        self.batch = self.samples * (size // len(self.samples))
+        if size != len(self.batch) or first.device != self._index.device:
+            self.batch = self.samples * (size // len(self.samples))
+            self._index = torch.tensor(self.batch, device=first.device)
 
     def index(self, device: torch.device) -> torch.Tensor:
         """(batch,) the mixture of every sample."""
-        key = (len(self.batch), device)
-        if key not in self._index:
-            self._index[key] = torch.tensor(self.batch, device=device)
-        return self._index[key]
+        return self._index.to(device)

@@ -3,36 +3,25 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.injection.route import Route
+from onelora_diffusion.injection.seat import Seat
 
 
-class SwapSeat(nn.ModuleDict):
+class SwapSeat(Seat):
     """The named `SwapAdapter`s of one module, its child `onelora_swap`.
 
     The module runs its own forward on whichever tensors are in place, so that training and inference cost what the
     base costs. The base's tensors wait here.
     """
 
-    has_new_bias = False
-
     def __init__(self, module: nn.Module, path: str):
         super().__init__()
-        self.__dict__.update(module=module, path=path)  # no child of the seat
+        self.module, self.path = module, path
         self.base = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
         module.onelora_swap = self
 
-    @property
-    def is_empty(self) -> bool:
-        return not len(self)
-
-    def add(self, name: str, adapter: Adapter) -> None:
-        self._modules[name] = adapter  # whatever its name, an attribute's too
-
-    def remove(self, name: str) -> None:
-        del self._modules[name]
-        if self.is_empty:
-            del self.module.onelora_swap
+    def leave(self) -> None:
+        del self.module.onelora_swap
 
     def activate(self, weights: dict[str, float]) -> None:
         """Put p0 + Σₖ wₖ (pₖ − p0) in place; a single adapter of weight 1 is put there itself, and trains."""
@@ -47,9 +36,6 @@ class SwapSeat(nn.ModuleDict):
                 mixed = start + sum(w * (getattr(adapter, name).detach() - start) for adapter, w in adapters)
                 self.module._parameters[name] = nn.Parameter(mixed.to(base.dtype), requires_grad=False)
 
-    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
-        return None
-
     def fold(self, check: bool) -> None:
         """Put frozen copies of the tensors in place there, in the base's dtype; `activate` undoes it."""
         for name, base in self.base.items():
@@ -59,9 +45,6 @@ class SwapSeat(nn.ModuleDict):
             if check and not torch.isfinite(merged).all():
                 raise ValueError(f"merging into {self.path} gives NaN or infinity")
             self.module._parameters[name] = nn.Parameter(merged, requires_grad=False)
-
-    def unfold(self) -> None:
-        """The book activates all seats next."""
 
     def route(self, route: Route | None) -> None:
         for name in {} if route is None else dict.fromkeys(name for mixture in route.mixtures for name in mixture):

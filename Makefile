@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart test fuzz test-other-kernels test-quantised test-floors style
+.PHONY: quickstart test fuzz test-other-kernels test-quantised test-floors types style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -35,6 +35,15 @@ test-floors: .venv-floors/installed
 style: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The public names against a type checker (pyright's rules; this build of it brings its own Node.js).
+types: .venv/types/installed
+	.venv/types/bin/basedpyright --level error --pythonpath $(BIN)/python tests/typing
+
+.venv/types/installed: .venv/installed
+	$(PYTHON) -m venv .venv/types
+	.venv/types/bin/python -m pip install --quiet basedpyright
+	touch $@
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -2,6 +2,7 @@
 
 import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from onelora_diffusion.adapters import methods as methods  # the table that settings are checked against
 from onelora_diffusion.config import AdapterConfig
@@ -55,6 +56,11 @@ _PIPELINES = {
     "OneLoRADiTPipeline": "onelora_diffusion.pipelines.dit",
     "OneLoRALoaderMixin": "onelora_diffusion.pipelines.loaders",
 }
+
+
+if TYPE_CHECKING:
+    from onelora_diffusion.pipelines.dit import OneLoRADiTPipeline
+    from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
 
 
 def __getattr__(name: str):

@@ -1,5 +1,7 @@
 """Sums of adapters that are adapters themselves."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ from onelora_diffusion.injection.layers import target_layers
 
 @torch.no_grad()
 def combine_adapters(
-    model: nn.Module, adapter_names: list[str], weights: list[Weight], adapter_name: str
+    model: nn.Module, adapter_names: Sequence[str], weights: Sequence[Weight], adapter_name: str
 ) -> nn.Module:
     """Add the weighted sum of adapters as a new adapter of the same size, and make it the active one.
 

@@ -1,5 +1,6 @@
 """The verbs on a model with adapters."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,9 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
 
 
 def set_adapters(
-    model: nn.Module, adapter_names: str | list[str] | None = None, weights: Weight | list[Weight] | None = None
+    model: nn.Module,
+    adapter_names: str | Sequence[str] | None = None,
+    weights: Weight | Sequence[Weight] | None = None,
 ) -> nn.Module:
     """Let the named adapters serve together: their vectors are summed with these weights.
 
@@ -81,7 +84,8 @@ def set_adapters(
     with book.turn:
         book.require_unmerged("others are set")
         names = book.choose_all(adapter_names)
-        weights = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, list) else weights
+        if not isinstance(weights, list | tuple):
+            weights = [1.0 if weights is None else weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
         book.activate({name: book.check_weight(weight, name) for name, weight in zip(names, weights, strict=True)})

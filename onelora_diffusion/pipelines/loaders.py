@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -261,8 +262,8 @@ class OneLoRALoaderMixin:
 
     def set_adapters(
         self,
-        adapter_names: str | list[str] | None = None,
-        adapter_weights: float | dict | list[float | dict] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
+        adapter_weights: Weight | Sequence[Weight] | None = None,
     ) -> None:
         """Let the named adapters serve together, their vectors summed with these weights.
 
@@ -273,11 +274,9 @@ class OneLoRALoaderMixin:
                 `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well. What is for text encoders
                 is left out, with a warning.
         """
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]
-        weights = [self._weight(weight) for weight in weights]
-        set_adapters(
-            self._adapted_model(), adapter_names, weights if isinstance(adapter_weights, list) else weights[0]
-        )
+        is_one_for_all = not isinstance(adapter_weights, list | tuple)
+        weights = [self._weight(weight) for weight in ([adapter_weights] if is_one_for_all else adapter_weights)]
+        set_adapters(self._adapted_model(), adapter_names, weights[0] if is_one_for_all else weights)
 
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that serve; fused ones too, and none while they are disabled."""

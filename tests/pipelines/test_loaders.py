@@ -138,7 +138,7 @@ def test_05_fuse_and_unfuse(pipe, files):
 
 def test_06_two_adapters_disable_and_enable(both):
     a, b = (both.set_adapters(name) or run(both) for name in ("food", "plain"))
-    both.set_adapters(["food", "plain"])
+    both.set_adapters(("food", "plain"))
     ab = run(both)
     outputs = [base_images(), a, b, ab]
     assert not any(close(x, y) for i, x in enumerate(outputs) for y in outputs[:i])
@@ -213,7 +213,7 @@ def test_10_lists_of_adapters(pipe, files):
 
 
 def test_11_fuse_some_or_all(both):
-    both.set_adapters(["food", "plain"], [1.0, 0.5])
+    both.set_adapters(("food", "plain"), (1.0, 0.5))
     together = run(both)
     both.set_adapters("food")
     only_food = run(both)

@@ -228,6 +228,7 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
         assert turned[0, 3].float().mean() > 240 and turned[2, -3].float().mean() > 240
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_bytes_make_a_broken_image_or_another_one(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"

@@ -69,11 +69,12 @@ class LinearSeat(Seat):
             return group[0][0].vectors()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
-        versions = [(weight, *(part._version for part in adapter.parameters())) for adapter, weight in group]
-        if self._cached_vectors is None or self._cached_vectors[0] != versions:
+        parts = [(weight, part, part.data) for adapter, weight in group for part in adapter.parameters()]
+        state = [(weight, memory_of(part), part._version) for weight, part, _ in parts]
+        if self._cached_vectors is None or self._cached_vectors[0] != state:
             summed = Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
-            self._cached_vectors = versions, summed
-        return self._cached_vectors[1]
+            self._cached_vectors = state, parts, summed  # parts are kept, so that nothing takes their addresses
+        return self._cached_vectors[-1]
 
     def hook(self) -> None:
         if self._hook is None:
@@ -256,7 +257,7 @@ def _offload_group(layer: nn.Module):
 
 
 def memory_of(parameter: nn.Parameter) -> tuple:
-    """What two parameters that are tied have in common."""
+    """What two parameters that are tied have in common, and no others while they are there."""
     if type(parameter) is nn.Parameter and not parameter.is_meta:
         return parameter.data_ptr(), tuple(parameter.shape)
     return (id(parameter),)

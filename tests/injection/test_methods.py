@@ -7,6 +7,7 @@ import torch
 from conftest import make_dit, randomize
 from peft import PeftType
 from rounding import assert_rounded
+from torch import nn
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -151,6 +152,44 @@ def test_two_adapters_with_weights(case, inputs):
         assert_rounded(model(**inputs).sample, both, model)
         unload_adapter(model)
     assert torch.equal(model(**inputs).sample, make_dit()(**inputs).sample)
+
+
+def assigned(layer, values):
+    layer.load_state_dict(layer.state_dict() | values, assign=True)
+    return layer
+
+
+def replaced(layer, values):
+    for name, parameter in layer.named_parameters():
+        parameter.data = values.get(name, parameter.data)
+    return layer
+
+
+def called(layer, values):
+    return lambda x: torch.func.functional_call(layer, values, (x,))
+
+
+def mapped(layer, values):
+    return lambda x: torch.vmap(called(layer, values), in_dims=0)(x[None])[0]
+
+
+@pytest.mark.parametrize("give", [assigned, replaced, called, mapped])
+def test_the_sum_of_adapters_follows_values_that_take_the_place_of_others(give):
+    """However they come there, of which the versions of tensors tell nothing."""
+    layer = nn.Sequential(nn.Linear(4, 3))
+    for name in ("one", "two"):
+        randomize(inject_adapter(layer, AdapterConfig(targets=("0",)), name))
+    set_adapters(layer, ["one", "two"], [0.5, 2.0])
+    x, vectors = torch.randn(5, 4), [torch.randn(3), torch.randn(3)]
+    names = ["0.onelora.one.b", "0.onelora.two.b"]
+    with torch.no_grad():
+        before = layer(x)
+        changed = give(layer, dict(zip(names, vectors, strict=True)))(x)
+        expected = (
+            layer[0].weight @ x.T + layer[0].bias[:, None] + torch.outer(0.5 * vectors[0] + 2 * vectors[1], x.sum(1))
+        )
+    assert_rounded(changed, expected.T, terms=8)
+    assert not torch.allclose(changed, before)
 
 
 def test_deepcopy_is_independent(case, inputs):

@@ -22,7 +22,8 @@ test-other-kernels: .venv/installed
 # Adapters on bases that torchao, quanto, bitsandbytes and GGUF have packed. Their packages lie apart: diffusers and PEFT
 # import whatever is installed, and warn about some of it.
 test-quantised: .venv/quantised/installed
-	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py
+	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py \
+		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does
 
 # Files changed at random, more of them than `make test` tries, and other ones each time.
 fuzz: .venv/installed

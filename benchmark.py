@@ -2,6 +2,8 @@
 
     python benchmark.py speed                                   # DiT-XL/2's width, 4 layers, batch 4
     python benchmark.py speed --layers 28 --peers 1LoRA BitFit "PEFT LoRA r=1"
+    python benchmark.py speed --family flux --precisions fp32   # a few blocks of FLUX.1 at its full width
+    python benchmark.py memory                                  # on paper: SD3.5-Large, FLUX.1-dev and SANA
     python benchmark.py scale                                   # against tokens, layers and resident adapters
     python benchmark.py adapters                                # load and switch; many adapters in one batch
     python benchmark.py generate --layers 4                     # images a second, beside the stock pipeline
@@ -20,6 +22,7 @@ import tyro
 from benchmarks.adapters import AdaptersSettings, adapters
 from benchmarks.cache import CacheSettings, measure_cache
 from benchmarks.compare import CompareSettings, compare, preset_asked_for
+from benchmarks.families import MemorySettings, memory
 from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.speed import SpeedSettings, speed
@@ -28,6 +31,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 # Settings, whose docstring is the help, and what runs them.
 SUBCOMMANDS = {
     SpeedSettings: speed,
+    MemorySettings: memory,
     ScaleSettings: scale,
     AdaptersSettings: adapters,
     GenerateSettings: generate,

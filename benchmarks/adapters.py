@@ -19,9 +19,8 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import nn
 
-from benchmarks.measure import interleave, ratio, storage_bytes
+from benchmarks.measure import interleave, ratio, storage_bytes, table
 from benchmarks.peers import make_base, twin
-from benchmarks.speed import table
 from onelora_diffusion.adapters.contract import BESIDE_LINEAR
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.layers import target_layers

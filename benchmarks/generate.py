@@ -15,10 +15,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch import nn
 
-from benchmarks.measure import CountWork, interleave, ratio
+from benchmarks.measure import CountWork, interleave, ratio, table
 from benchmarks.peers import make_base, make_peer
 from benchmarks.roofline import DEVICES, RATES, roofline
-from benchmarks.speed import table
 from onelora_diffusion.devices import DTYPES, ComputeSettings
 from onelora_diffusion.injection.merging import merge_adapter, merged
 from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators, sample_latents

@@ -168,3 +168,19 @@ def _flops(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -
         query, key = inputs[backward : backward + 2]
         return (10 if backward else 4) * query.numel() * key.shape[-2]
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table with aligned columns; the first is a name, the others are numbers."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+
+    def line(cells):
+        numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *numbers])} |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
+    return [line(header), rule, *map(line, rows)]

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.measure import interleave, resident_bytes
+from benchmarks.measure import interleave, resident_bytes, table
 from benchmarks.peers import PEERS, make_base, make_peer
-from benchmarks.speed import Step, table
+from benchmarks.speed import Step
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.verbs import inject_adapter, set_adapters
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.measure import CountWork, Work, interleave, ratio, resident_bytes, saved_bytes, storage_bytes
+from benchmarks.families import family_speed
+from benchmarks.measure import CountWork, Work, interleave, ratio, resident_bytes, saved_bytes, storage_bytes, table
 from benchmarks.peers import OURS, PEERS, RIVALS, make_base, make_peer
 from benchmarks.roofline import DEVICES, Device, roofline, step_seconds
 from onelora_diffusion.injection.conditioning import DiTConditioning
@@ -31,8 +32,11 @@ class SpeedSettings:
 
     peers: tuple[str, ...] = tuple(PEERS)
     """Which methods. 1LoRA and BitFit are always among them."""
-    precisions: tuple[Literal["fp32", "bf16", "bf16-base"], ...] = PRECISIONS
-    """fp32; bf16: autocast over an fp32 base; bf16-base: autocast over a base held in bf16."""
+    family: Literal["dit", "pixart", "sd3", "flux", "sana"] = "dit"
+    """dit; or a few blocks of a text-to-image transformer at its full width, with its own peers."""
+    precisions: tuple[Literal["fp32", "bf16", "bf16-base", "int8"], ...] = PRECISIONS
+    """fp32; bf16: autocast over an fp32 base; bf16-base: autocast over a base held in bf16; int8: the same over one
+    whose weights torchao has packed, of text-to-image alone."""
     conditioning: tuple[Literal["shared", "stock"], ...] = ("shared", "stock")
     """The rivals' model: stock computes the conditioning in each block; shared once, as ours always does."""
     width: int = 1152
@@ -67,6 +71,10 @@ def speed(settings: SpeedSettings) -> dict:
     Raises:
         ValueError: an unknown peer, or a width that the heads do not divide.
     """
+    if settings.family != "dit":
+        return family_speed(settings)
+    if "int8" in settings.precisions:
+        raise ValueError("int8 is measured on a text-to-image transformer: give its --family")
     if unknown := [name for name in settings.peers if name not in PEERS]:
         raise ValueError(f"unknown peer '{unknown[0]}': choose from {', '.join(PEERS)}")
     if settings.width % settings.heads:
@@ -277,18 +285,6 @@ def markdown(results: dict) -> str:
             rows = [row for row in results["roofline"] if row["device"] == device.name]
             lines += ["", f"### Roofline of a step of 28 layers, bf16 base, {device.name}", ""] + _roofline_table(rows)
     return "\n".join(lines) + "\n"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table with aligned columns; the first is a name, the others are numbers."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-
-    def line(cells):
-        numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join([cells[0].ljust(widths[0]), *numbers])} |"
-
-    rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
-    return [line(header), rule, *map(line, rows)]
 
 
 def _name(row: dict) -> str:

@@ -15,17 +15,16 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from launching import REPOSITORY, launch
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_dit
 from onelora_diffusion.data import latent_cache
 from onelora_diffusion.storage.adapter_file import read_adapter
-from onelora_diffusion.training import outputs
+from onelora_diffusion.training import loop, outputs
 from onelora_diffusion.training import settings as settings_module
 from train_dit import RECIPES, main
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def settings_of(**changes):
@@ -97,7 +96,7 @@ def assert_same_run(one, other, tolerance=0.0):
 
 def call_at_step(monkeypatch, step, function):
     """Calls a function inside the given update of the next run (1 is the first)."""
-    losses, calls = train_dit.training_losses, []
+    losses, calls = loop.training_losses, []
 
     def counted(*args):
         calls.append(1)
@@ -105,7 +104,7 @@ def call_at_step(monkeypatch, step, function):
             function()
         return losses(*args)
 
-    monkeypatch.setattr(train_dit, "training_losses", counted)
+    monkeypatch.setattr(loop, "training_losses", counted)
 
 
 def fails_with(message, settings):
@@ -196,15 +195,6 @@ def defaults(tmp_path):
     path = tmp_path / "defaults.yaml"
     path.write_text("dataset: digits\n")
     return path
-
-
-def launch(*command):
-    """Runs a script by `accelerate launch` from the repository; returns what it printed."""
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *map(str, command)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_accelerate_launch_on_cpus_trains_with_two_processes_that_end_at_the_same_step(
@@ -374,7 +364,7 @@ def test_a_signal_in_samples_leaves_them_and_not_the_run(train, monkeypatch):
         time.sleep(600)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "sample_grid", sample)
+        patch.setattr(train_dit, "sample_grid", sample)
         run = train(sample_every=3, exit_code=128 + signal.SIGTERM)
     assert read_adapter(run).training["steps"] == 3 and not (run / "samples").exists()
     train()

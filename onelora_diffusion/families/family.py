@@ -1,11 +1,12 @@
-"""What a family of text-to-image transformers answers."""
+"""What a family of diffusion transformers answers."""
 
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 Prompts = dict[str, Tensor]
-"""All that a transformer needs of prompts, a row each, by the names that its pipeline has for them in a call."""
+"""All that a transformer needs of prompts, a row each, by the names that its pipeline has for them in a call; of
+classes, `class_labels`."""
 
 
 class Family:
@@ -18,13 +19,15 @@ class Family:
             blocks share, and of the output, as the paper has them on a DiT.
         blocks: the lists of the transformer's blocks.
         is_guided: whether pictures are guided from the empty prompt, which then is trained as well.
+        call: further arguments of the pipeline's call, for pictures of just the size that is asked for.
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
-    targets: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...] | None]
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     is_guided: ClassVar[bool] = True
+    call: ClassVar[dict] = {}
 
     def check(self, pipeline) -> None:
         """ValueError for a pipeline of the family that is called in a way that is not known here."""
@@ -46,6 +49,17 @@ class Family:
             prompts: of `encode_prompts`, (batch, ...).
         """
         raise NotImplementedError
+
+    def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
+        return [block for name in self.blocks for block in getattr(transformer, name)]
+
+    def resolution(self, pipeline) -> int:
+        """Pixels a side of the pictures that the pipeline draws by itself."""
+        return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+
+    def multiple(self, pipeline) -> int:
+        """Of what the sides of an image are multiples: pixels of a token."""
+        return pipeline.vae_scale_factor * self.patch_size(pipeline.transformer)
 
     def patch_size(self, transformer: nn.Module) -> int:
         """Latents a side that make a token."""

@@ -40,6 +40,9 @@ class Flux(Family):
         ).sample
         return unpack(tokens, height, width)
 
+    def resolution(self, pipeline) -> int:
+        return pipeline.default_sample_size * pipeline.vae_scale_factor
+
     def patch_size(self, transformer: nn.Module) -> int:
         return 2
 

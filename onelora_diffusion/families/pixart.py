@@ -10,6 +10,8 @@ class PixArt(Family):
     transformer_class = "PixArtTransformer2DModel"
     targets = ("transformer_blocks.*", "adaln_single.linear", "proj_out")
 
+    call = {"use_resolution_binning": False}
+
     def check(self, pipeline) -> None:
         if pipeline.transformer.config.use_additional_conditions:
             raise ValueError(

@@ -14,6 +14,8 @@ class Sana(Family):
     transformer_class = "SanaTransformer2DModel"
     targets = ("transformer_blocks.*", "time_embed.linear", "proj_out")
 
+    call = {"use_resolution_binning": False}
+
     def check(self, pipeline) -> None:
         if pipeline.transformer.config.guidance_embeds:
             raise ValueError("SANA-Sprint is distilled to few steps, which fine-tuning undoes: take SANA itself")

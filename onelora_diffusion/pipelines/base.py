@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from onelora_diffusion.files import printable
@@ -30,18 +32,7 @@ def load_base(base: str | Path | None = None, named_by: Path | None = None):
     """
     from diffusers import DiTPipeline
 
-    folder = miniature_path() if base is None else Path(base).expanduser()
-    if not folder.exists() and HUB_ID.fullmatch(str(base)):
-        folder = _fetch(str(base), named_by)
-    elif not folder.is_dir():
-        raise FileNotFoundError(
-            f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like "
-            "facebook/DiT-XL-2-256"
-        )
-    elif not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"base model '{folder}': the folder has no model_index.json, so it is no diffusers pipeline"
-        )
+    folder = miniature_path() if base is None else _folder_of(base, DiTPipeline, "facebook/DiT-XL-2-256", named_by)
     try:
         index = json.loads((folder / "model_index.json").read_text())
         return DiTPipeline.from_pretrained(folder, id2label=class_names(index))
@@ -53,6 +44,44 @@ def class_names(index: dict) -> dict[int, str] | None:
     """`id2label` of a pipeline's `model_index.json` by number; JSON has texts for keys, of which diffusers warns."""
     names = index.get("id2label")
     return names and {int(label): printable(name) for label, name in names.items()}
+
+
+def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], object]):
+    """Load a pipeline of diffusers for text-to-image.
+
+    Args:
+        base: a pipeline folder or a hub id.
+        precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
+            as it is read, and bf16 of all else.
+        check: called with the class name of the transformer before anything is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+
+    folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev")
+    index = json.loads((folder / "model_index.json").read_text())
+    check((index.get("transformer") or [None, "NoneType"])[1])
+    settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
+    if precision in ("int8", "nf4"):
+        settings["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": _packed(precision)})
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **settings)
+    except Exception as error:
+        raise ValueError(f"base model '{base}' does not load: {_first_line(error)}") from error
+
+
+def _packed(precision: str):
+    """diffusers' settings of a quantisation."""
+    if precision == "int8":
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def resolution_of(pipeline) -> int:
@@ -72,10 +101,24 @@ def eval_mode(model: nn.Module):
             module.training = True
 
 
-def _fetch(hub_id: str, named_by: Path | None) -> Path:
-    """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
-    from diffusers import DiTPipeline
+def _folder_of(base: str | Path, pipeline_class: type, example: str, named_by: Path | None = None) -> Path:
+    """The folder of a pipeline that is one, or is on the hub, from where it is fetched."""
+    folder = Path(base).expanduser()
+    if not folder.exists() and HUB_ID.fullmatch(str(base)):
+        return _fetch(str(base), pipeline_class, named_by)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like {example}"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"base model '{folder}': the folder has no model_index.json, so it is no diffusers pipeline"
+        )
+    return folder
 
+
+def _fetch(hub_id: str, pipeline_class: type, named_by: Path | None) -> Path:
+    """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
     if named_by is not None and os.environ.get("RANK", "0") == "0":
         print(f"base: {hub_id} (named by {named_by})", flush=True)
     try:
@@ -83,7 +126,7 @@ def _fetch(hub_id: str, named_by: Path | None) -> Path:
     except FileNotFoundError as error:
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {error}") from error
     try:
-        return Path(DiTPipeline.download(hub_id, local_files_only=not is_online))
+        return Path(pipeline_class.download(hub_id, local_files_only=not is_online))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's
         reason = _first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {reason}") from error

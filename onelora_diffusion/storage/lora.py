@@ -57,25 +57,12 @@ def export_lora(
             or it is of another method. To keep these, merge and `save_pretrained`. Nothing is written.
     """
     book = adapters_of(model)
-    adapter_name = book.choose(adapter_name)
-    adapter, config = book.adapters[adapter_name], book.configs[adapter_name]
-    pairs, reasons = {}, []
-    for layer, module in adapter.items():
-        try:
-            pairs[layer] = module.lora()
-        except ValueError as reason:
-            reasons.append(str(reason))
-    if reasons:
-        raise ValueError(
-            f"adapter '{adapter_name}' cannot be a LoRA: it is of method '{config.method}', "
-            f"{', '.join(dict.fromkeys(reasons))}; merge_adapter and save_pretrained write all into a plain model"
-        )
-
+    pairs = lora_pairs(model, book.choose(adapter_name))
     component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
     lora = {}
     for layer, (a, b) in pairs.items():
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
-    settings = {"r": 1, "lora_alpha": 1, "target_modules": list(adapter), "bias": "none"}
+    settings = {"r": 1, "lora_alpha": 1, "target_modules": list(pairs), "bias": "none"}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -104,6 +91,23 @@ def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
         save_file(tensors, part, header)
+
+
+def lora_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each layer, by its path; ValueError if the adapter holds what a LoRA cannot carry."""
+    book = adapters_of(model)
+    pairs, reasons = {}, []
+    for layer, module in book.adapters[adapter_name].items():
+        try:
+            pairs[layer] = module.lora()
+        except ValueError as reason:
+            reasons.append(str(reason))
+    if reasons:
+        raise ValueError(
+            f"adapter '{adapter_name}' cannot be a LoRA: it is of method '{book.configs[adapter_name].method}', "
+            f"{', '.join(dict.fromkeys(reasons))}; merge_adapter and save_pretrained write all into a plain model"
+        )
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------------

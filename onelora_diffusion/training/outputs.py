@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
@@ -18,9 +17,9 @@ from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkp
 from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
 from onelora_diffusion.training.resuming import adapter_names
 from onelora_diffusion.training.run import Run
-from onelora_diffusion.training.samples import sample_grid, write_sample
+from onelora_diffusion.training.samples import write_sample
 from onelora_diffusion.training.schedule import learning_rate_factor
-from onelora_diffusion.training.settings import Settings
+from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
 
 
@@ -31,9 +30,9 @@ class Outputs:
         num_broken: images that could not be read, for the adapters' headers.
     """
 
-    def __init__(self, run: Run, accelerator: Accelerator, pipeline, dataset: Dataset, evaluation, stop: Stop):
+    def __init__(self, run: Run, accelerator: Accelerator, task, evaluation, stop: Stop):
         self.run, self.settings, self.accelerator = run, run.settings, accelerator
-        self.pipeline, self.dataset, self.evaluation, self.stop = pipeline, dataset, evaluation, stop
+        self.task, self.evaluation, self.stop = task, evaluation, stop
         self.folder, self.num_broken = self.settings.output_dir, 0
         if accelerator.is_main_process:
             if self.settings.fresh:
@@ -46,10 +45,9 @@ class Outputs:
         self.metrics = MetricsFile(
             self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock
         )
-        base, data = self.settings.base or "the miniature", self.settings.dataset
         accelerator.print(
-            f"{self.settings.method} on {base}: {run.num_trainable_params:,} trained parameters; {data}: "
-            f"{len(dataset):,} images of {dataset.num_classes} classes; output in {self.folder}"
+            f"{self.settings.method} on {self.settings.base or 'the miniature'}: {run.num_trainable_params:,} trained "
+            f"parameters; {task.described}; output in {self.folder}"
         )
 
     def write_losses(self, progress: tqdm) -> None:
@@ -67,7 +65,7 @@ class Outputs:
         is_stopped, alone = (self.stop.agreed, nullcontext) if is_sharded else (self.stop.asked, self.stop.at_once)
         png = None
         with suppress(Interrupted), self.run.averages[0].applied(), self.accelerator.autocast(), alone():
-            png = sample_grid(self.pipeline, self.dataset.num_classes, self.settings, is_stopped)
+            png = self.task.sample_grid(is_stopped)
         if is_main and png:
             write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
 
@@ -99,7 +97,8 @@ class Outputs:
             save_checkpoint(self.folder / "checkpoints", run.step, tensors, state, self.settings.keep_checkpoints)
         except OSError as error:
             last_good = last_checkpoint(self.settings) or "none"
-            tqdm.write(f"train_dit.py: no checkpoint at step {run.step} ({error}); the last good one is {last_good}")
+            script = self.settings.script
+            tqdm.write(f"{script}: no checkpoint at step {run.step} ({error}); the last good one is {last_good}")
 
     def write_adapters(self) -> None:
         """The best adapter measured, else the last average; and the other averages."""
@@ -110,13 +109,15 @@ class Outputs:
         names = adapter_names(self.settings, is_measured=run.best is not None)
         for name, (facts, tensors) in zip(names, values, strict=True):
             self._write_adapter(name, tensors, **facts)
+        if self.accelerator.is_main_process:
+            with run.averages[0].applied():
+                self.task.export(self.folder)
 
     def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
         settings, run = self.settings, self.run
         if not self.accelerator.is_main_process:
             return
-        summary = {
-            "dataset": settings.dataset,
+        summary = self.task.facts | {
             "steps": run.step,
             "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate,
@@ -131,10 +132,10 @@ class Outputs:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
         save_adapter(
-            self.pipeline.transformer,
+            self.task.pipeline.transformer,
             self.folder / name,
             state_dict=values,
-            id2label=self.dataset.id2label,
+            id2label=self.task.id2label,
             base=settings.base,
             training=summary | facts,
         )
@@ -153,16 +154,15 @@ class Outputs:
         if Stop.is_signal(ended):
             say("The same command resumes.")
             return 128 + ended
-        where = self.settings.flag_of_output()
-        say(f"Next:\n  python sample.py{where}\n  python eval_fid.py{where}")
+        say(f"Next:\n  {self.settings.next_steps()}")
         return 0
 
 
-def last_checkpoint(settings: Settings) -> Path | None:
+def last_checkpoint(settings: RunSettings) -> Path | None:
     return next(reversed(checkpoint_paths(settings.output_dir / "checkpoints")), None)
 
 
-def diverged(error: NonFiniteError, settings: Settings) -> str:
+def diverged(error: NonFiniteError, settings: RunSettings) -> str:
     """What to say of a loss that is not finite."""
     factor = learning_rate_factor(error.step - 1, settings.lr_schedule, settings.warmup_steps, settings.max_steps)
     last_good = last_checkpoint(settings)

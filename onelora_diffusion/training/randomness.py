@@ -14,9 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelora_diffusion.data.latents import sample_moments
-from onelora_diffusion.diffusion import add_noise
-
 # One independent stream of numbers for each purpose: drawing more for one does not move another.
 BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER = range(7)
 
@@ -73,21 +70,6 @@ class StepDraws(NamedTuple):
 
     def rows(self, rows: slice, device: torch.device) -> "StepDraws":
         return StepDraws(*(drawn[rows].to(device, non_blocking=True) for drawn in self))
-
-    def shown(self, moments: Tensor, labels: Tensor, scheduler, null_label: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the model is shown of images, with these draws: x_start, latents, class_labels.
-
-        Args:
-            moments: (batch, 2, C, H, W), the VAE's mean and standard deviation of each image.
-            labels: (batch,) int64.
-
-        Returns:
-            x_start (batch, C, H, W), drawn from the VAE's posterior; latents, the same with noise; and the class
-            labels (batch,), where a dropped one is the null label.
-        """
-        x_start = sample_moments(moments, self.posterior_noise)
-        latents = add_noise(x_start, self.noise, self.timesteps, scheduler)
-        return x_start, latents, torch.where(self.label_drops, null_label, labels)
 
 
 def draw_step(

@@ -5,11 +5,11 @@ from pathlib import Path
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
 from onelora_diffusion.training.run import STATE
-from onelora_diffusion.training.settings import FREE_SETTINGS, Settings
+from onelora_diffusion.training.settings import FREE_SETTINGS, RunSettings
 from onelora_diffusion.training.stopping import Clock
 
 
-def find_checkpoint(settings: Settings, report) -> Checkpoint | None:
+def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
     """The newest whole checkpoint of the run, or None at its start.
 
     ValueError if it was trained with other settings, or if there are only damaged ones.
@@ -22,7 +22,7 @@ def find_checkpoint(settings: Settings, report) -> Checkpoint | None:
     return checkpoint
 
 
-def check_same_settings(settings: Settings, checkpoint: Checkpoint) -> None:
+def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
     # A setting that is newer than the checkpoint was what it is by default.
     then, now = type(settings)().as_json() | checkpoint.state["settings"], settings.as_json()
     free = FREE_SETTINGS - ({"max_steps"} if settings.lr_schedule != "constant" else set())
@@ -35,7 +35,7 @@ def check_same_settings(settings: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def is_finished(settings: Settings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
+def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
     """Whether the checkpoint is the last of its run, and the adapters of that step are there.
 
     One that is missing or damaged, which is reported, is written anew by going on.
@@ -55,7 +55,7 @@ def is_finished(settings: Settings, checkpoint: Checkpoint | None, clock: Clock,
     return True
 
 
-def adapter_names(settings: Settings, is_measured: bool) -> list[str]:
+def adapter_names(settings: RunSettings, is_measured: bool) -> list[str]:
     """Files that a run ends with: the adapter; the last average, if that is not the best one; further averages."""
     stem = Path(WEIGHTS_NAME).stem
     averages = [f"{stem}_ema_{decay}.safetensors" for decay in settings.ema_decay[1:]]

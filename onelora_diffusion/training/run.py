@@ -8,7 +8,7 @@ from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import LossWindow
 from onelora_diffusion.training.optimizers import make_optimizer, restore_running, running_values
-from onelora_diffusion.training.settings import Settings
+from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 from onelora_diffusion.training.stopping import Clock
 
@@ -37,7 +37,7 @@ class Run:
         clock: seconds used, over all resumes.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
+    def __init__(self, settings: RunSettings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
         self.settings, self.accelerator, self.trained, self.clock = settings, accelerator, trained, clock
         self.optimizer = make_optimizer(
             settings.optimizer, trained, settings.learning_rate, settings.class_learning_rate

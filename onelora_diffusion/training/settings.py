@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 import yaml
@@ -24,27 +24,21 @@ from onelora_diffusion.training.weighting import Weighting
 
 
 @dataclass
-class Settings:
-    """Fine-tune a frozen DiT on new classes. The defaults are those of the chosen --config or --dataset."""
+class RunSettings:
+    """What every training run can be told."""
+
+    script: ClassVar[str]
+    class_learning_rate: ClassVar[float | None] = None  # of class tables, where a base has them
+    eval_every: ClassVar[int] = 0  # updates between evaluations, where there are any
 
     config: Path | None = None
-    """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
-    dataset: str = EMBEDDED
-    """What to learn: digits, fashion-mnist, food101, imagefolder, torchvision:CLASS (torchvision:Flowers102, any of
-    its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
-    data_root: Path | None = None
-    """Where the data set lies: the folder that holds food-101/, or the one of one folder a class."""
-    download: bool = False
-    """Fetch the data set (Food-101: 5 GB) if it is not there."""
+    """A recipe, *.yaml, that sets the defaults of all other flags."""
+    output_dir: Path = Path("runs/run")
+    """Where the adapter, checkpoints, metrics and samples go."""
     flip: bool = False
     """Mirror half of the images."""
     broken_images: Literal["fatal", "skip"] = "fatal"
     """An unreadable image ends the run, or is named, counted and replaced by the next one."""
-    base: str | None = None
-    """Base model: a folder or a hub id. None: the miniature inside the package."""
-    output_dir: Path = Path("runs/digits")
-    """Where the adapter, checkpoints, metrics and samples go."""
-
     method: str = "1lora"
     """1lora, bitfit, difffit, mora1, mora6, lora, dora, vera, full, or peft:TUNER for any other tuner of PEFT."""
     rank: int = 1
@@ -78,16 +72,12 @@ class Settings:
     """adamw-8bit is bitsandbytes', schedule-free is Meta's schedulefree; none of them decays weights."""
     learning_rate: float = 5e-3
     """The optimiser's."""
-    class_learning_rate: float | None = None
-    """Learning rate of the class table, if another."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine and linear fall to 0 at --max-steps."""
     warmup_steps: int = 0
     """Updates in which the learning rate rises from 0."""
     max_grad_norm: float | None = None
     """Clip the norm of the gradient."""
-    label_drop: float = 0.1
-    """Share of samples that train the null label, for classifier-free guidance."""
     snr_gamma: float | None = None
     """Weigh the squared error by min(SNR, gamma) / SNR (Hang et al., 2023), of velocity / (SNR + 1)."""
     loss_weighting: Weighting = "none"
@@ -106,29 +96,12 @@ class Settings:
     seed: int = 0
     """Of everything random."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the frozen base and of its products; trained values stay float32."""
     gradient_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): a slow start, then faster steps."""
     engine: Literal["ddp", "fsdp2"] = "ddp"
     """With several processes: the whole base on each, or a share of it on each (fsdp2)."""
-
-    eval_every: int = 0
-    """Updates between two evaluations, which keep the best adapter instead of the last; 0: none."""
-    eval_images: int = 500
-    """Images to generate for an evaluation."""
-    eval_steps: int = 50
-    """DDIM steps of those images."""
-    eval_guidance_scale: float = 1.5
-    """Classifier-free guidance of those images."""
-    eval_features: str | None = None
-    """What is compared: pixels, inception (FID), or others of eval_fid.py. None: pixels for digits, else inception."""
-    eval_weights: Path | None = None
-    """Weights of those features, as eval_fid.py takes them."""
-    eval_reference: Path | None = None
-    """Statistics that `eval_fid.py ref` wrote. None: those of the training images, computed at the start."""
 
     log_every: int = 20
     """Updates between two lines of metrics."""
@@ -148,15 +121,13 @@ class Settings:
     """Processes that load images."""
     latent_cache: Path | None = None
     """Where encoded images are kept, for all runs. None: latents/ beside --output-dir."""
-    latent_cache_gb: float = 10.0
-    """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
     allow_changed_settings: bool = False
     """Resume although settings have changed."""
     fresh: bool = False
     """Start over, and delete the checkpoints and metrics of an earlier run in the output folder."""
 
-    def adapter_config(self, num_classes: int | None) -> AdapterConfig:
-        """ValueError if a setting of the adapter is wrong."""
+    def adapter_config(self, num_classes: int | None = None, targets: tuple[str, ...] | None = None) -> AdapterConfig:
+        """The adapter's, with these targets if none are chosen; ValueError if a setting of it is wrong."""
         try:
             peft_config = self.peft_config and json.loads(self.peft_config)
         except json.JSONDecodeError as error:
@@ -164,7 +135,7 @@ class Settings:
         return AdapterConfig(
             method=self.method,
             rank=self.rank,
-            targets=self.targets,
+            targets=self.targets or targets,
             num_classes=num_classes,
             fuse_qkv=self.fuse_qkv,
             sum=self.sum,
@@ -182,9 +153,60 @@ class Settings:
     def as_json(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
-    def flag_of_output(self) -> str:
-        """What the other scripts need to find this run."""
-        return "" if self.output_dir == Settings.output_dir else f" --adapter {self.output_dir}"
+
+@dataclass
+class Settings(RunSettings):
+    """Fine-tune a frozen DiT on new classes. The defaults are those of the chosen --config or --dataset."""
+
+    script: ClassVar[str] = "train_dit.py"
+
+    config: Path | None = None
+    """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
+    dataset: str = EMBEDDED
+    """What to learn: digits, fashion-mnist, food101, imagefolder, torchvision:CLASS (torchvision:Flowers102, any of
+    its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
+    data_root: Path | None = None
+    """Where the data set lies: the folder that holds food-101/, or the one of one folder a class."""
+    download: bool = False
+    """Fetch the data set (Food-101: 5 GB) if it is not there."""
+    base: str | None = None
+    """Base model: a folder or a hub id. None: the miniature inside the package."""
+    output_dir: Path = Path("runs/digits")
+    """Where the adapter, checkpoints, metrics and samples go."""
+    class_learning_rate: float | None = None
+    """Learning rate of the class table, if another."""
+    label_drop: float = 0.1
+    """Share of samples that train the null label, for classifier-free guidance."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the frozen base and of its products; trained values stay float32."""
+    eval_every: int = 0
+    """Updates between two evaluations, which keep the best adapter instead of the last; 0: none."""
+    eval_images: int = 500
+    """Images to generate for an evaluation."""
+    eval_steps: int = 50
+    """DDIM steps of those images."""
+    eval_guidance_scale: float = 1.5
+    """Classifier-free guidance of those images."""
+    eval_features: str | None = None
+    """What is compared: pixels, inception (FID), or others of eval_fid.py. None: pixels for digits, else inception."""
+    eval_weights: Path | None = None
+    """Weights of those features, as eval_fid.py takes them."""
+    eval_reference: Path | None = None
+    """Statistics that `eval_fid.py ref` wrote. None: those of the training images, computed at the start."""
+    latent_cache_gb: float = 10.0
+    """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
+
+    def check(self) -> None:
+        """ValueError for what can be known to be wrong before anything is read."""
+        check_name(self.dataset)
+        check_settings(self)
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")
+
+    def next_steps(self) -> str:
+        """What can be done with the adapter of a run that has ended."""
+        where = "" if self.output_dir == Settings.output_dir else f" --adapter {self.output_dir}"
+        return f"python sample.py{where}\n  python eval_fid.py{where}"
 
 
 # Settings that may change between a run and its resume: they do not alter what an update computes.
@@ -192,7 +214,7 @@ FREE_SETTINGS = {
     *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
-    *("allow_changed_settings", "fresh"),
+    *("allow_changed_settings", "fresh", "validation_prompt", "export_lora"),
 }
 
 AT_LEAST = {
@@ -238,13 +260,20 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
         FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, DIFFUSERS_FLAGS)
-    # These two are read first, so that the defaults, and --help, are the recipe's.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", nargs="?")
-    first.add_argument("--config", nargs="?", type=Path)
-    chosen = first.parse_known_args(arguments)[0]
-    default = read_recipe(chosen.config) if chosen.config else recipe(chosen.dataset or EMBEDDED, recipes)
+    chosen = first_flags(arguments, "dataset", "config")
+    if chosen["config"]:
+        default = read_recipe(Path(chosen["config"]))
+    else:
+        default = recipe(chosen["dataset"] or EMBEDDED, recipes)
     return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default)
+
+
+def first_flags(arguments: list[str], *names: str) -> dict[str, str | None]:
+    """The values of flags that are read before all others, so that the defaults, and --help, are the recipe's."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        first.add_argument(f"--{name}", nargs="?")
+    return vars(first.parse_known_args(arguments)[0])
 
 
 def recipe(dataset: str, recipes: Path) -> Settings:
@@ -256,7 +285,7 @@ def recipe(dataset: str, recipes: Path) -> Settings:
     return dataclasses.replace(settings, dataset=dataset, output_dir=settings.output_dir.with_name(name))
 
 
-def read_recipe(path: Path) -> Settings:
+def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettings:
     """The settings in a YAML file, over the defaults; they have the names of the flags, with _ for -."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -266,7 +295,7 @@ def read_recipe(path: Path) -> Settings:
         raise FileNotFoundError(f"no recipe {path}: give one by --config") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a list of `name: value`")
-    names = [field.name for field in dataclasses.fields(Settings)]
+    names = [field.name for field in dataclasses.fields(settings)]
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
@@ -275,7 +304,7 @@ def read_recipe(path: Path) -> Settings:
     # As flags, so that values are read in one way; YAML takes 1e-3 for a string.
     flags = [word for name, value in values.items() for word in _as_flag(name, value)]
     try:
-        return tyro.cli(Settings, args=with_switches(flags, Settings))
+        return tyro.cli(settings, args=with_switches(flags, settings))
     except SystemExit:
         print(f"in {path}", file=sys.stderr)
         raise
@@ -288,16 +317,15 @@ def _as_flag(name: str, value) -> list[str]:
     return [f"--{flag}", *(str(each) for each in (value if isinstance(value, list) else [value]))]
 
 
-def check_settings(settings: Settings) -> None:
-    """ValueError for what can be known to be wrong before anything is read."""
-    check_name(settings.dataset)
-    settings.adapter_config(num_classes=1)
+def check_settings(settings: RunSettings) -> None:
+    """ValueError for what can be known to be wrong before anything is read, of any run."""
+    settings.adapter_config()
     for name, least in AT_LEAST.items():
-        value = getattr(settings, name)
+        value = getattr(settings, name, None)
         if value is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     for name in POSITIVE:
-        value = getattr(settings, name)
+        value = getattr(settings, name, None)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0 and finite, not {value}")
     if settings.max_train_time is None and settings.max_steps is None:
@@ -306,15 +334,14 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"--max-train-time must be more than 0, not {settings.max_train_time}")
     if settings.lr_schedule != "constant" and settings.max_steps is None:
         raise ValueError(f"the {settings.lr_schedule} schedule ends at --max-steps: give one")
-    if not 0 <= settings.label_drop <= 1:
-        raise ValueError(f"--label-drop is a share from 0 to 1, not {settings.label_drop}")
     if not settings.ema_decay or not all(0 <= decay < 1 for decay in settings.ema_decay):
         raise ValueError(f"--ema-decay is at least 0 and below 1, not {settings.ema_decay}")
     if not -1 <= settings.mode_scale <= 1.75:
         raise ValueError(f"--mode-scale is from -1 to 1.75, not {settings.mode_scale}")
     for name in ("guidance_scale", "eval_guidance_scale", "logit_mean"):
-        if not math.isfinite(getattr(settings, name)):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {getattr(settings, name)}")
+        value = getattr(settings, name, None)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {value}")
     if settings.engine == "fsdp2" and (settings.method == "full" or settings.norms):
         raise ValueError(
             "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from onelora_diffusion.injection.layers import is_dit
 
-def shard_base(transformer: nn.Module, trained: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """Share out a DiT's frozen weights over all processes, in place: a unit a block, one for the conditioning.
 
-    The conditioning is computed outside the blocks that own it, so it is a unit of its own, gathered once a step.
+def shard_base(
+    transformer: nn.Module, blocks: list[nn.Module], trained: dict[str, Tensor], device: torch.device
+) -> nn.Module:
+    """Share out a transformer's frozen weights over all processes, in place: a unit a block, one for the rest.
+
+    A DiT's conditioning is computed outside the blocks that own it, so it is a unit of its own, gathered once a step.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -22,10 +26,10 @@ def shard_base(transformer: nn.Module, trained: dict[str, Tensor], device: torch
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     ignored = set(trained.values())
-    embeddings = {id(block.norm1.emb): block.norm1.emb for block in transformer.transformer_blocks}
+    embeddings = {id(block.norm1.emb): block.norm1.emb for block in blocks} if is_dit(transformer) else {}
     for embedding in embeddings.values():
         fully_shard(embedding, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    for block in transformer.transformer_blocks:
+    for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     return fully_shard(transformer, mesh=mesh, ignored_params=ignored)
 

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmarks.measure import CountWork, Work, interleave, ratio, resident_bytes, saved_bytes
+from benchmarks.measure import CountWork, Work, interleave, ratio, resident_bytes, saved_bytes, table
 from benchmarks.peers import PEERS, make_base, make_peer, twin
 from benchmarks.roofline import Device, at_batch, at_layers, step_seconds
 from benchmarks.scale import ScaleSettings, scale, slope
-from benchmarks.speed import SpeedSettings, Step, speed, table
+from benchmarks.speed import SpeedSettings, Step, speed
 from onelora_diffusion.injection.conditioning import DiTConditioning
 
 SMALL = {"width": 32, "heads": 2, "layers": 2, "sample_size": 8}

@@ -167,9 +167,9 @@ def test_what_each_predicts_is_said_by_its_scheduler(pipeline, name):
 def test_an_unknown_family_is_an_error_that_names_the_known():
     assert [family.name for family in FAMILIES] == ["pixart", "sd3", "flux", "sana"]
     dit = DiTPipeline(make_dit(), make_pipeline("pixart").vae, make_pipeline("pixart").scheduler)
-    with pytest.raises(ValueError, match="DiTPipeline has a DiTTransformer2DModel, of no family .*: pixart .*, sd3 "):
+    with pytest.raises(ValueError, match="the pipeline has a DiTTransformer2DModel, of no family .*: pixart .*, sd3 "):
         family_of(dit)
-    with pytest.raises(ValueError, match="SimpleNamespace has no transformer, of no family"):
+    with pytest.raises(ValueError, match="the pipeline has no transformer, of no family"):
         family_of(SimpleNamespace())
 
 

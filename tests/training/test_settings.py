@@ -7,7 +7,6 @@ import pytest
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     Settings,
-    check_settings,
     parse_command_line,
     read_recipe,
     recipe,
@@ -31,7 +30,7 @@ def test_without_flags_the_recipe_of_the_digits_runs_on_the_miniature():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_are_right_and_say_where_their_run_goes(path):
     settings = read_recipe(path)
-    check_settings(settings)
+    settings.check()
     assert settings.output_dir == Path("runs") / settings.dataset
 
 
@@ -91,16 +90,16 @@ def test_a_missing_file_is_named():
 def test_an_optimizer_whose_library_is_missing_is_said(name, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(ValueError, match=f"--optimizer {name} needs a package that is missing: pip install {package}"):
-        check_settings(Settings(optimizer=name))
+        Settings(optimizer=name).check()
 
 
 def test_settings_of_peft_are_taken_as_json(tmp_path):
     path = write(tmp_path, "method: peft:fourierft\npeft_config: '{\"n_frequency\": 50}'\n")
     assert read_recipe(path).adapter_config(3).peft_config == {"n_frequency": 50}
     with pytest.raises(ValueError, match="--peft-config n_frequency=50 is no JSON"):
-        check_settings(Settings(method="peft:fourierft", peft_config="n_frequency=50"))
+        Settings(method="peft:fourierft", peft_config="n_frequency=50").check()
     with pytest.raises(ValueError, match="peft_config goes with"):
-        check_settings(Settings(peft_config='{"r": 2}'))
+        Settings(peft_config='{"r": 2}').check()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_settings_of_peft_are_taken_as_json(tmp_path):
 )
 def test_what_no_run_can_be_made_of_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_settings(Settings(**changes))
+        Settings(**changes).check()
 
 
 @pytest.mark.parametrize(

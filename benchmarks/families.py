@@ -1,0 +1,349 @@
+"""Text-to-image transformers at their full width: step time and memory of adapters, and what a whole one needs."""
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from benchmarks.measure import interleave, ratio, resident_bytes, saved_bytes, table
+from benchmarks.peers import twin
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.families import Family, family_named
+from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.injection.verbs import inject_adapter
+
+TEXT_TOKENS = 128
+REFERENCE = "PEFT LoRA r=16"
+
+
+class Base(NamedTuple):
+    """A published transformer.
+
+    Attributes:
+        transformer_class: of diffusers.
+        config: its settings, as far as they are not the defaults of its class.
+        depths: settings of its numbers of blocks, and what a step is measured with.
+        pixels: of the image, a side, that a latent stands for.
+        prompts: features of each of the prompt's tensors; those of two dimensions have no tokens.
+    """
+
+    title: str
+    transformer_class: str
+    config: dict
+    depths: dict[str, int]
+    pixels: int
+    prompts: dict[str, tuple[int, ...]]
+
+
+BASES = {
+    "flux": Base(
+        "FLUX.1-dev",
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38},
+        {"num_layers": 1, "num_single_layers": 2},
+        8,
+        {"prompt_embeds": (TEXT_TOKENS, 4096), "pooled_prompt_embeds": (768,)},
+    ),
+    "sd3": Base(
+        "SD3.5-Large",
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        {"num_layers": 2},
+        8,
+        {"prompt_embeds": (TEXT_TOKENS, 4096), "pooled_prompt_embeds": (2048,)},
+    ),
+    "sana": Base(
+        "SANA 1.6B",
+        "SanaTransformer2DModel",
+        {"num_layers": 20},
+        {"num_layers": 3},
+        32,
+        {"prompt_embeds": (TEXT_TOKENS, 2304), "prompt_attention_mask": (TEXT_TOKENS,)},
+    ),
+    "pixart": Base(
+        "PixArt-Σ",
+        "PixArtTransformer2DModel",
+        {"num_layers": 28, "caption_channels": 4096, "use_additional_conditions": False, "sample_size": 128},
+        {"num_layers": 4},
+        8,
+        {"prompt_embeds": (TEXT_TOKENS, 4096), "prompt_attention_mask": (TEXT_TOKENS,)},
+    ),
+}
+
+
+def family_base(name: str, **depths: int) -> tuple[nn.Module, Family]:
+    """A random frozen transformer of a published width, with so many blocks, and its family."""
+    import diffusers
+
+    base = BASES[name]
+    torch.manual_seed(0)
+    model = getattr(diffusers, base.transformer_class)(**(base.config | depths))
+    return model.requires_grad_(False), family_named(base.transformer_class)
+
+
+def family_batch(name: str, family: Family, model: nn.Module, batch: int, height: int, width: int) -> tuple:
+    """Latents (batch, C, height, width), times, prompts, target."""
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape)
+
+    latents, target = (normal(family.latent_channels(model), height, width) for _ in range(2))
+    prompts = {key: normal(*shape) for key, shape in BASES[name].prompts.items()}
+    if "prompt_attention_mask" in prompts:
+        prompts["prompt_attention_mask"] = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
+    return latents, torch.linspace(100, 900, batch), prompts, target
+
+
+# ---------------------------------------------------------------------------------------------------
+# The peers, on the family's targets.
+
+
+def _ours(method: str) -> Callable:
+    return lambda model, targets: inject_adapter(model, AdapterConfig(method=method, targets=targets))
+
+
+def _peft(kind: str, **settings) -> Callable:
+    def build(model, targets):
+        import peft
+
+        config = {"miss": peft.MissConfig, "lora": peft.LoraConfig}[kind]
+        layers = list(target_layers(model, targets))
+        return peft.get_peft_model(model, config(target_modules=layers, **settings)).get_base_model()
+
+    return build
+
+
+PEERS = {
+    "1LoRA": _ours("1lora"),
+    "BitFit": _ours("bitfit"),
+    "PEFT MiSS r=1": _peft("miss", r=1),
+    "PEFT LoRA r=1": _peft("lora", r=1, lora_alpha=1),
+    REFERENCE: _peft("lora", r=16, lora_alpha=16),
+}
+
+
+def family_peer(name: str, base: nn.Module, family: Family) -> nn.Module:
+    """The base with a peer on it, in train mode, its trained values in fp32 and off their start."""
+    torch.manual_seed(0)
+    model = PEERS[name](twin(base), family.targets).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.float() + 1e-3 * torch.randn_like(parameter, dtype=torch.float32)
+    return model
+
+
+class FamilyStep:
+    """Forward, mean squared error, backward and AdamW update of one peer on a fixed batch."""
+
+    def __init__(self, model: nn.Module, family: Family, batch: tuple, precision: str):
+        self.model, self.family, self.batch, self.precision = model, family, batch, precision
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
+
+    def loss(self) -> Tensor:
+        latents, timesteps, prompts, target = self.batch
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision != "fp32"):
+            output = self.family.predict(self.model, latents, timesteps, prompts)
+        return (output[:, : target.shape[1]].float() - target).square().mean()
+
+    def train(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def held_in(base: nn.Module, precision: str) -> nn.Module:
+    """The base, a copy of it in bf16, or one with torchao's int8 weights."""
+    if precision in ("fp32", "bf16"):
+        return base
+    base = copy.deepcopy(base).bfloat16()
+    if precision == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(base, Int8WeightOnlyConfig())
+    return base
+
+
+def family_speed(settings) -> dict:
+    """Measure a family's step at its full width and a few blocks; print the tables, and write them.
+
+    Args:
+        settings: of `benchmark.py speed`.
+    """
+    torch.set_num_threads(settings.threads)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    base, family = family_base(settings.family, **BASES[settings.family].depths)
+    height, width = settings.sample_size, settings.sample_size
+    batch = family_batch(settings.family, family, base, settings.batch, height, width)
+    clock = time.process_time if settings.clock == "cpu" else time.perf_counter
+    rows = []
+    for precision in settings.precisions:
+        held = held_in(base, precision)
+        peers = {name: family_peer(name, held, family) for name in PEERS}
+        steps = {name: FamilyStep(model, family, batch, precision) for name, model in peers.items()}
+        seconds = interleave(
+            {name: step.train for name, step in steps.items()}, settings.rounds, clock=clock, label=precision
+        )
+        for name, step in steps.items():
+            rows.append(
+                {"precision": precision, "peer": name, "seconds": float(np.median(seconds[name]))}
+                | {"ours_over_it": ratio(seconds["1LoRA"], seconds[name])}
+                | {"num_trainable_params": sum(parameter.numel() for parameter in step.trained)}
+                | {"saved_bytes": saved_bytes(step.model, step.loss), "base_bytes": resident_bytes(held)}
+            )
+    results = {"settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)}, "train": rows}
+    report = family_markdown(results)
+    print(report)
+    (settings.output_dir / f"{settings.family}.md").write_text(report)
+    (settings.output_dir / f"{settings.family}.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def family_markdown(results: dict) -> str:
+    settings = results["settings"]
+    name = settings["family"]
+    blocks = " and ".join(f"{key} {value}" for key, value in BASES[name].depths.items())
+    lines = [
+        f"{BASES[name].title} at its full width, {blocks}, batch {settings['batch']} of "
+        f"{settings['sample_size']} x {settings['sample_size']} latents and {TEXT_TOKENS} tokens of text,",
+        f"{settings['threads']} threads, {settings['clock']} time, median over {settings['rounds']} rounds "
+        "(± half the distance of the quartiles).",
+    ]
+    for precision in dict.fromkeys(row["precision"] for row in results["train"]):
+        rows = [row for row in results["train"] if row["precision"] == precision]
+        kept = {row["peer"]: row["saved_bytes"] for row in rows}
+        cells = [
+            [
+                row["peer"],
+                f"{1e3 * row['seconds']:.0f}",
+                "{:.3f} ±{:.2f}".format(row["ours_over_it"][0], (row["ours_over_it"][2] - row["ours_over_it"][1]) / 2),
+                f"{row['saved_bytes'] / 1e6:.1f}",
+                f"{kept['1LoRA'] / row['saved_bytes']:.2f}",
+                f"{row['num_trainable_params']:,}",
+                f"{row['base_bytes'] / 1e6:,.0f}",
+            ]
+            for row in rows
+        ]
+        header = ["method", "ms", "1LoRA/it", "saved MB", "1LoRA/it", "trained", "base MB"]
+        lines += ["", f"### Training step, {precision} base", "", *table(header, cells)]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory on paper
+
+
+@dataclasses.dataclass
+class MemorySettings:
+    """Count what training a whole text-to-image transformer holds, without its weights: on tensors that are shapes."""
+
+    bases: tuple[str, ...] = ("sd3", "flux", "sana")
+    """Which transformers."""
+    resolutions: tuple[int, ...] = (512, 1024)
+    """Pixels a side; batch 1."""
+    output_dir: Path = Path("runs/memory")
+    """Where memory.md and memory.json go."""
+
+
+BYTES_OF_WEIGHT = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # nf4: a float32 scale for each 64 weights
+
+
+def memory(settings: MemorySettings) -> dict:
+    """Weights by precision, what is kept for backward, and the optimiser, of 1LoRA and of LoRA r=16; in bytes.
+
+    Kept for backward is counted in a forward pass of the whole depth in bf16, on tensors that are shapes, where
+    attention keeps no matrix of tokens by tokens, as on a GPU; with checkpointing it is the input of each block and
+    what the largest one keeps. Weights of linear layers count as packed, all else as bf16.
+    """
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    rows, cells = [], []
+    for name in settings.bases:
+        for resolution in settings.resolutions:
+            for peer in ("1LoRA", REFERENCE):
+                row = {"base": BASES[name].title, "resolution": resolution, "peer": peer}
+                rows.append(row | counted(name, resolution, peer))
+    for row in rows:
+        whole = [
+            f"{(row['weights'][precision] + row[kept] + row['optimizer']) / 1e9:.1f}"
+            for kept in ("saved", "saved_checkpointed")
+            for precision in BYTES_OF_WEIGHT
+        ]
+        cells.append(
+            [f"{row['base']}, {row['resolution']}, {row['peer']}", f"{row['weights']['bf16'] / 1e9:.1f}"]
+            + [f"{row[key] / 1e9:.2f}" for key in ("saved", "saved_checkpointed", "optimizer")]
+            + whole
+        )
+    header = ["GB", "bf16 base", "kept", "checkpointed", "trained"]
+    header += [*BYTES_OF_WEIGHT, *(f"{precision}, chkp." for precision in BYTES_OF_WEIGHT)]
+    report = "\n".join(table(header, cells)) + "\n"
+    print(report)
+    (settings.output_dir / "memory.md").write_text(report)
+    (settings.output_dir / "memory.json").write_text(json.dumps(rows, indent=1))
+    return {"rows": rows}
+
+
+def counted(name: str, resolution: int, peer: str) -> dict:
+    """Bytes of a whole transformer in training: `weights` by precision, `saved`, `saved_checkpointed`, `optimizer`."""
+    depths = {key: BASES[name].config[key] for key in BASES[name].depths}
+    with torch.device("meta"):
+        model, _ = family_base(name)
+        linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        others = sum(parameter.numel() for parameter in model.parameters()) - linear
+    step = shapes_of_step(name, resolution, peer, depths)
+    one = dict.fromkeys(depths, 1)
+    of_one = kept(shapes_of_step(name, resolution, peer, one))
+    block = max(kept(shapes_of_step(name, resolution, peer, one | {key: 2})) for key in depths) - of_one
+    saved = kept(step)
+    step.model.enable_gradient_checkpointing()
+    return {
+        "weights": {precision: linear * size + others * 2 for precision, size in BYTES_OF_WEIGHT.items()},
+        "saved": saved,
+        "saved_checkpointed": kept(step) + block,
+        # values, gradients and two moments, all float32
+        "optimizer": 4 * 4 * sum(parameter.numel() for parameter in step.trained),
+    }
+
+
+def shapes_of_step(name: str, resolution: int, peer: str, depths: dict[str, int]) -> FamilyStep:
+    """A step of a bf16 base on the meta device."""
+    with torch.device("meta"):
+        model, family = family_base(name, **depths)
+        model = PEERS[peer](model.bfloat16(), family.targets).train()
+    if peer not in ("1LoRA", "BitFit"):  # there is no autocast there, in which products of float32 are taken in bf16
+        model.bfloat16()
+    size = resolution // BASES[name].pixels
+    batch = family_batch(name, family, model, 1, size, size)
+    latents, timesteps, prompts, target = send_to_device(batch, "meta")
+    prompts = {key: value.bfloat16() if value.is_floating_point() else value for key, value in prompts.items()}
+    return FamilyStep(model.to("meta"), family, (latents.bfloat16(), timesteps, prompts, target), "fp32")
+
+
+def kept(step: FamilyStep) -> int:
+    """Bytes kept for backward, with the attention that a GPU has: it keeps no matrix of tokens by tokens."""
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
+        return saved_bytes(step.model, step.loss)

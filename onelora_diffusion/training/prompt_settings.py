@@ -1,0 +1,123 @@
+"""The settings of a text-to-image run: what train_text_to_image.py takes beside those of every run."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import tyro
+
+from onelora_diffusion.command_line import check_flags, with_switches
+from onelora_diffusion.training.settings import (
+    DIFFUSERS_FLAGS,
+    RunSettings,
+    check_settings,
+    first_flags,
+    read_recipe,
+)
+
+# What reads a base as int8 or nf4.
+QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+@dataclass
+class PromptSettings(RunSettings):
+    """Fine-tune a frozen text-to-image transformer on images with captions."""
+
+    script: ClassVar[str] = "train_text_to_image.py"
+
+    base: str | None = None
+    """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA."""
+    base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
+    """What the frozen transformer is kept in; int8 and nf4 compute in bf16. Trained values stay float32."""
+    output_dir: Path = Path("runs/text-to-image")
+    """Where the adapter, checkpoints, metrics and samples go."""
+
+    images: str | None = None
+    """What to learn: a folder of images with metadata.jsonl or .csv or a .txt beside each, or with --prompt; or
+    hf:NAME."""
+    prompt: str | None = None
+    """The caption of all images, such as 'a photo of sks dog'."""
+    image_column: str | None = None
+    """Where the metadata has an image's path, or the hub the image. None: file_name, or the only column of images."""
+    caption_column: str = "text"
+    """Where the metadata or the hub has the caption."""
+    resolution: int | None = None
+    """Pixels a side that images are cropped to. None: those that the base draws."""
+    aspect_buckets: bool = False
+    """Crop each image to the nearest of several shapes of about as many pixels."""
+    max_sequence_length: int | None = None
+    """Tokens of a prompt. None: as many as the base's pipeline takes."""
+    caption_drop: float | None = None
+    """Share of samples that train the empty prompt. None: 0.1, or 0 where pictures are not guided from it (FLUX.1)."""
+
+    max_train_time: str | None = "1h"
+    """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""
+    batch_size: int = 4
+    """Images an update, over all processes and accumulation steps."""
+    learning_rate: float = 1e-3
+    """The optimiser's."""
+
+    validation_prompt: tuple[str, ...] = ()
+    """What samples are drawn of, the adapter's below the base's of the same noise."""
+    sample_steps: int = 28
+    """Steps of the base's own sampler."""
+    guidance_scale: float | None = None
+    """Guidance of those samples. None: the pipeline's own."""
+    export_lora: bool = False
+    """At the end also write lora/, the adapter as a LoRA of rank 1, as diffusers and PEFT read it."""
+
+    @property
+    def mixed_precision(self) -> str:
+        return "no" if self.base_precision == "fp32" else "bf16"
+
+    def check(self) -> None:
+        """ValueError for what can be known to be wrong before anything is read."""
+        check_settings(self)
+        if self.base is None:
+            raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
+        if self.images is None:
+            raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
+        if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
+            raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
+        package = QUANTISERS.get(self.base_precision)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--base-precision {self.base_precision} needs a package that is missing: pip install {package}"
+            )
+        if package and self.method == "full":
+            raise ValueError(
+                f"--method full trains the base itself, which --base-precision {self.base_precision} packs"
+            )
+        if package and self.engine == "fsdp2":
+            raise ValueError(f"--engine fsdp2 cannot share out a base of --base-precision {self.base_precision}")
+
+    def next_steps(self) -> str:
+        """What can be done with the adapter of a run that has ended."""
+        return f'OneLoRALoaderMixin.from_pipe(pipeline).load_lora_weights("{self.output_dir}")'
+
+
+# Flags of diffusers' training scripts that are called something else here.
+HINTS = {
+    **{flag: here for flag, here in DIFFUSERS_FLAGS.items() if flag != "resolution"},
+    "dataset_name": "--images hf:NAME",
+    "train_data_dir": "--images FOLDER",
+    "instance_data_dir": "--images FOLDER",
+    "instance_prompt": "--prompt",
+    "weight_dtype": "--base-precision",
+    "mixed_precision": "--base-precision",
+    "proportion_empty_prompts": "--caption-drop",
+    "cache_latents": "no need of it: latents are always cached",
+}
+
+
+def parse_command_line(arguments: list[str]) -> PromptSettings:
+    """Flags over a recipe, if --config names one.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
+    """
+    check_flags(arguments, HINTS)
+    config = first_flags(arguments, "config")["config"]
+    default = read_recipe(Path(config), PromptSettings) if config else PromptSettings()
+    return tyro.cli(PromptSettings, args=with_switches(arguments, PromptSettings), default=default)

@@ -1,0 +1,63 @@
+"""The step of text-to-image transformers and their memory on paper, at a small width."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import families
+from benchmarks.families import BASES, PEERS, MemorySettings, counted, family_base, family_peer, memory
+from benchmarks.speed import SpeedSettings, speed
+
+SMALL = {
+    "flux": {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)},
+    "sd3": {"num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32},
+    "sana": {"num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2}
+    | {"cross_attention_head_dim": 16, "cross_attention_dim": 32},
+    "pixart": {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shrunk = {name: base._replace(config=base.config | base.depths | SMALL[name]) for name, base in BASES.items()}
+    monkeypatch.setattr(families, "BASES", shrunk)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_familys_step_is_measured_beside_its_peers(name, tmp_path, capsys):
+    settings = SpeedSettings(family=name, precisions=("fp32",), sample_size=8, batch=1, rounds=2, output_dir=tmp_path)
+    settings.threads = torch.get_num_threads()
+    rows = speed(settings)["train"]
+    assert [row["peer"] for row in rows] == list(PEERS)
+    by_peer = {row["peer"]: row for row in rows}
+    assert by_peer["1LoRA"]["num_trainable_params"] == by_peer["BitFit"]["num_trainable_params"]
+    assert by_peer["PEFT MiSS r=1"]["num_trainable_params"] == by_peer["1LoRA"]["num_trainable_params"]
+    assert by_peer["PEFT LoRA r=16"]["num_trainable_params"] == 16 * by_peer["PEFT LoRA r=1"]["num_trainable_params"]
+    assert (
+        by_peer["BitFit"]["saved_bytes"] <= by_peer["1LoRA"]["saved_bytes"] < by_peer["PEFT LoRA r=16"]["saved_bytes"]
+    )
+    assert json.loads((tmp_path / f"{name}.json").read_text())["train"][0]["peer"] == "1LoRA"
+    assert BASES[name].title in capsys.readouterr().out
+
+
+def test_memory_on_paper_is_what_the_tensors_hold(tmp_path, capsys):
+    found = counted("flux", 64, "1LoRA")
+    model, family = family_base("flux")
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(p.numel() for p in family_peer("1LoRA", model, family).parameters() if p.requires_grad)
+    assert found["weights"] == {
+        "bf16": 2 * whole,
+        "int8": linear + 2 * (whole - linear),
+        "nf4": 0.5625 * linear + 2 * (whole - linear),
+    }
+    assert found["optimizer"] == 16 * trained
+    assert 0 < found["saved_checkpointed"] < found["saved"] < counted("flux", 64, "PEFT LoRA r=16")["saved"]
+    memory(MemorySettings(bases=("sana",), resolutions=(64,), output_dir=tmp_path))
+    assert "SANA 1.6B, 64, 1LoRA" in capsys.readouterr().out
+
+
+def test_int8_is_for_text_to_image():
+    with pytest.raises(ValueError, match="int8 is measured on a text-to-image transformer"):
+        speed(SpeedSettings(precisions=("int8",)))

@@ -1,0 +1,313 @@
+"""train_text_to_image.py on a tiny pipeline of each family: what it learns, writes, and does not depend on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import make_dit, randomize
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
+from launching import launch
+from peft import PeftModel
+from PIL import Image
+from rounding import assert_rounded, rounding_of_images
+from safetensors.torch import load_file
+from text_pipelines import MAKERS, RESOLUTION, make_pipeline, make_vae
+
+from onelora_diffusion import (
+    AdapterConfig,
+    OneLoRALoaderMixin,
+    inject_adapter,
+    read_adapter,
+    route_adapters,
+    set_adapters,
+)
+from onelora_diffusion.data.latents import encode_moments
+from onelora_diffusion.families import family_of
+from onelora_diffusion.families.flux import unpack
+from onelora_diffusion.sampling import image_generators
+from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
+from onelora_diffusion.training.stopping import Clock, Stop
+from train_text_to_image import PromptTask, main
+
+COLOURS = {
+    "a red sign": (230, 20, 20),
+    "a green sign": (20, 200, 40),
+    "a blue sign": (20, 40, 230),
+    "night": (5, 5, 5),
+}
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder of each family's pipeline."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name in MAKERS:
+        make_pipeline(name).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def signs(tmp_path_factory):
+    """Four pictures of one colour each, with captions."""
+    folder = tmp_path_factory.mktemp("data") / "signs"
+    folder.mkdir()
+    rows = []
+    for number, (caption, colour) in enumerate(COLOURS.items()):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def train(bases, signs, tmp_path):
+    """Runs the script's main in this process; returns the run's folder."""
+
+    def run(name, folder="run", exit_code=0, **changes):
+        assert main(settings_of(bases, signs, tmp_path, name, folder, **changes)) == exit_code
+        return tmp_path / folder
+
+    return run
+
+
+def settings_of(bases, signs, tmp_path, name, folder="run", **changes):
+    short = dict(base=str(bases / name), base_precision="fp32", images=str(signs), output_dir=tmp_path / folder)
+    short |= dict(resolution=RESOLUTION[name], max_sequence_length=LENGTH, max_steps=4, batch_size=4, log_every=1)
+    return PromptSettings(**short | dict(sample_every=0, checkpoint_every=2) | changes)
+
+
+def adapter_of(run):
+    return load_file(run / "onelora_weights.safetensors")
+
+
+def losses_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+def draw(pipeline, name, prompts=tuple(COLOURS), **changes):
+    """(prompts, 3, R, R) in [0, 1], each of its own noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = dict(num_inference_steps=4, output_type="pt", height=RESOLUTION[name], width=RESOLUTION[name])
+    arguments |= dict(
+        max_sequence_length=LENGTH, generator=[torch.Generator().manual_seed(n) for n in range(len(prompts))]
+    )
+    if name != "flux":
+        arguments["guidance_scale"] = 1.0
+    return pipeline(list(prompts), **arguments | family_of(pipeline).call | changes).images
+
+
+def loaded(bases, name):
+    return OneLoRALoaderMixin.from_pipe(DiffusionPipeline.from_pretrained(bases / name))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_run_resumes_bit_for_bit_and_its_adapter_draws_everywhere_the_same(train, bases, name):
+    whole = train(name, "whole", export_lora=True, learning_rate=0.05)
+    halves = train(name, "halves", max_steps=2, learning_rate=0.05)
+    assert halves == train(name, "halves", learning_rate=0.05)
+    assert losses_of(whole) == losses_of(halves)
+    for key, tensor in adapter_of(whole).items():
+        assert torch.equal(tensor, adapter_of(halves)[key]), key
+
+    adapter = read_adapter(whole)
+    family = family_of(make_pipeline(name))
+    assert adapter.config.targets == family.targets and adapter.base == str(bases / name)
+    assert (adapter.training["family"], adapter.training["dataset"], adapter.id2label) == (name, "signs", {})
+
+    pipeline = loaded(bases, name)
+    by_base = draw(pipeline, name)
+    pipeline.load_lora_weights(whole)
+    adapted = draw(pipeline, name)
+    assert (adapted - by_base).abs().mean() > 1e-3
+    tolerance = dict(rtol=0, atol=rounding_of_images(pipeline, 4))
+    pipeline.fuse_lora()
+    torch.testing.assert_close(draw(pipeline, name), adapted, **tolerance)
+    stock = DiffusionPipeline.from_pretrained(bases / name)
+    if hasattr(stock, "load_lora_weights"):
+        stock.load_lora_weights(whole / "lora")
+    else:  # diffusers has no such verb for PixArt
+        stock.register_modules(
+            transformer=PeftModel.from_pretrained(stock.transformer, whole / "lora").get_base_model()
+        )
+    torch.testing.assert_close(draw(stock, name), adapted, **tolerance)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_run_learns_its_pictures(train, bases, signs, name):
+    """The loss falls, and what is drawn of their captions comes nearer to them."""
+    run = train(name, max_steps=80, learning_rate=0.05, ema_decay=(0.9,), checkpoint_every=80, caption_drop=0.0)
+    losses = losses_of(run)
+    assert np.mean(losses[-20:]) < 0.95 * np.mean(losses[:10])
+
+    pipeline = loaded(bases, name)
+    size = RESOLUTION[name]
+    pixels = [torch.tensor(colour).view(3, 1, 1).expand(3, size, size) for colour in COLOURS.values()]
+    wanted = encode_moments(pipeline.vae, torch.stack(pixels).to(torch.uint8))[:, 0]
+
+    def distance():
+        found = draw(pipeline, name, output_type="latent")
+        found = unpack(found, *(side // 2 for side in wanted.shape[2:])) if name == "flux" else found
+        return (found - wanted).square().mean().item()
+
+    before = distance()
+    pipeline.load_lora_weights(run)
+    assert distance() < before
+
+
+def assert_same_run(one, other, tolerance):
+    np.testing.assert_allclose(losses_of(one), losses_of(other), rtol=0, atol=tolerance)
+    for key, tensor in adapter_of(one).items():
+        torch.testing.assert_close(tensor, adapter_of(other)[key], rtol=0, atol=tolerance)
+
+
+def test_accumulation_checkpointing_and_compiled_blocks_change_nothing(train, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(module):  # the default compiler takes minutes
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    one = train("flux", "one")
+    assert_same_run(one, train("flux", "parts", gradient_accumulation_steps=2), 1e-5)
+    assert_same_run(one, train("flux", "recomputed", gradient_checkpointing=True), 1e-5)
+    assert_same_run(one, train("flux", "compiled", compile=True), 1e-5)
+    assert compiled == ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+
+
+@pytest.mark.parametrize("name, engine", [("sd3", "ddp"), ("flux", "fsdp2")])
+def test_two_processes_train_what_one_does(train, bases, signs, tmp_path, name, engine):
+    run = tmp_path / "two"
+    flags = f"--base {bases / name} --base-precision fp32 --images {signs} --output-dir {run} --engine {engine}"
+    flags += f" --resolution {RESOLUTION[name]} --max-sequence-length {LENGTH} --max-steps 4 --log-every 1"
+    flags += " --validation-prompt night --sample-every 4 --sample-steps 2"
+    launch("--num_processes", 2, "--cpu", "train_text_to_image.py", *flags.split())
+    one = train(name, "one", validation_prompt=("night",), sample_every=4, sample_steps=2)
+    assert_same_run(one, run, 1e-5)
+    grids = [np.array(Image.open(each / "samples/step-00000004.png")).astype(int) for each in (run, one)]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_samples_are_of_the_adapter_and_of_the_base_below_the_same_noise(train, bases, name):
+    prompts = ("night", "a bold Q")
+    run = train(name, validation_prompt=prompts, sample_every=4, sample_steps=2, learning_rate=0.05)
+    size = RESOLUTION[name] + 2
+    grid = torch.from_numpy(np.array(Image.open(run / "samples" / "step-00000004.png"))).permute(2, 0, 1)
+    assert grid.shape == (3, 2 * size + 2, 2 * size + 2)
+    pipeline = loaded(bases, name)
+    for row in range(2):
+        if row:
+            pipeline.load_lora_weights(run)
+        for column, prompt in enumerate(prompts):
+            noise, defaults = image_generators(0, [column]), {"guidance_scale": 7.0 if name == "sd3" else 3.5}
+            expected = draw(pipeline, name, [prompt], generator=noise, num_inference_steps=2, **defaults)[0] * 255
+            found = grid[:, row * size + 2 : (row + 1) * size, column * size + 2 : (column + 1) * size]
+            torch.testing.assert_close(found.float(), expected, rtol=0, atol=1.0)
+
+
+def test_dropped_captions_train_the_empty_prompt(train):
+    def losses(caption, drop):
+        return losses_of(train("pixart", f"{caption}-{drop}", prompt=caption, caption_drop=drop))
+
+    assert losses("night", 1.0) == losses("a bold Q", 1.0)
+    assert losses("night", 0.0) != losses("a bold Q", 0.0)
+
+
+def test_images_of_several_shapes_train_in_buckets(train, tmp_path):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for number, size in enumerate([(40, 40), (80, 30), (30, 80), (44, 40)]):
+        Image.new("RGB", size, (60 * number, 0, 0)).save(folder / f"{number}.png")
+    run = train("sd3", images=str(folder), prompt="a sign", aspect_buckets=True, batch_size=2, max_steps=6)
+    assert len(losses_of(run)) == 6 and np.isfinite(losses_of(run)).all()
+
+
+def test_text_encoders_leave_memory(bases, signs, tmp_path):
+    task = PromptTask(settings_of(bases, signs, tmp_path, "sd3"), Accelerator(cpu=True))
+    encoders = [name for name in task.pipeline.components if name.startswith("text_encoder")]
+    assert len(encoders) == 3 and all(getattr(task.pipeline, name) is not None for name in encoders)
+    examples, is_cached, _ = task.examples(Stop(Clock(), 1))
+    assert is_cached and all(getattr(task.pipeline, name) is None for name in encoders)
+    prompts = task.prompts(torch.tensor([0, 3]), torch.tensor([False, True]))
+    expected = family_of(make_pipeline("sd3")).encode_prompts(make_pipeline("sd3"), ["a red sign", ""], LENGTH)
+    for key, tensor in expected.items():
+        assert_rounded(prompts[key], tensor, terms=1000)
+
+
+def test_sixteen_prompts_with_sixteen_adapters_in_one_batch_are_their_single_runs():
+    pipeline, names = make_pipeline("sd3"), [f"style{number}" for number in range(16)]
+    family, model = family_of(pipeline), pipeline.transformer
+    for seed, name in enumerate(names):
+        inject_adapter(model, AdapterConfig(targets=family.targets), name)
+        randomize(model, 0.2, seed)
+    prompts = [f"sign number {number}" for number in range(16)]
+    with route_adapters(model, names):
+        together = draw(pipeline, "sd3", prompts)
+    for number, name in enumerate(names):
+        set_adapters(model, name)
+        alone = draw(pipeline, "sd3", [prompts[number]], generator=torch.Generator().manual_seed(number))[0]
+        torch.testing.assert_close(together[number], alone, rtol=0, atol=rounding_of_images(pipeline, 4))
+    assert (together[0] - draw(pipeline, "sd3", [prompts[0]])[0]).abs().mean() > 1e-3
+
+
+def test_an_int8_base_trains_what_the_full_one_does(train, bases):
+    pytest.importorskip("torchao", reason="torchao is not installed: make test-quantised")
+    full, packed = train("flux", "full", base_precision="bf16"), train("flux", "packed", base_precision="int8")
+    np.testing.assert_allclose(losses_of(packed), losses_of(full), rtol=0.05)
+    assert {tensor.dtype for tensor in adapter_of(packed).values()} == {torch.float32}
+    pipeline = loaded(bases, "flux")
+    pipeline.load_lora_weights(packed)  # the same adapter fits the full base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(base=None), "no base: give the folder or hub id"),
+        (dict(base="nowhere"), "base model 'nowhere': no such folder; give .* like black-forest-labs/FLUX.1-dev"),
+        (dict(images=None), "nothing to learn: give a folder of images"),
+        (dict(images="nowhere"), "no folder nowhere: give a folder of images"),
+        (dict(resolution=15), "a resolution of 15 is no multiple of 2"),
+        (dict(caption_drop=1.5), "--caption-drop is a share from 0 to 1, not 1.5"),
+        (dict(snr_gamma=5.0), "--snr-gamma weighs the error of noise"),
+        (dict(export_lora=True, bias=True), "adapter 'default' cannot be a LoRA"),
+        (dict(targets=("to_z",)), "target 'to_z' matches no linear layer"),
+        (dict(engine="fsdp2"), "fsdp2 shares the base out over several processes"),
+        (dict(method="full", base_precision="bf16"), "full trains the base in float32"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(bases, signs, tmp_path, changes, message):
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(settings_of(bases, signs, tmp_path, "sd3", **changes))
+    assert "\n" not in caught.value.code and caught.value.code.startswith("train_text_to_image.py: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_no_known_family_is_refused_before_it_is_loaded(signs, tmp_path):
+    DiTPipeline(make_dit(), make_vae(4, None), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    (tmp_path / "dit" / "transformer" / "config.json").unlink()
+    settings = PromptSettings(base=str(tmp_path / "dit"), images=str(signs), output_dir=tmp_path / "run")
+    with pytest.raises(SystemExit, match="the pipeline has a DiTTransformer2DModel, of no family .* flux"):
+        main(settings)
+
+
+def test_flags_are_read_over_a_recipe_and_diffusers_names_are_told_ours(tmp_path):
+    (tmp_path / "signs.yaml").write_text("base: some/base\nimages: signs\nvalidation_prompt: [a, b]\n")
+    settings = parse_command_line(["--config", str(tmp_path / "signs.yaml"), "--images", "others", "--bias"])
+    assert (settings.base, settings.images, settings.validation_prompt) == ("some/base", "others", ("a", "b"))
+    assert settings.bias is True and settings.mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="--instance_prompt is a name of diffusers' scripts; here there is --prompt"):
+        parse_command_line(["--instance_prompt", "x"])
+    assert not set(HINTS) & {field for field in vars(settings)}

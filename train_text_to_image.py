@@ -1,0 +1,156 @@
+"""Train an adapter on a frozen text-to-image transformer: PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA.
+
+    python train_text_to_image.py --base stabilityai/stable-diffusion-3.5-medium --images dog --prompt "a sks dog"
+    python train_text_to_image.py --base black-forest-labs/FLUX.1-dev --base-precision nf4 --gradient-checkpointing \\
+        --images signs --resolution 512 --validation-prompt "a bold Q" "a violet triangle"
+    python train_text_to_image.py --config signs.yaml --learning-rate 2e-3   # flags override the recipe
+    accelerate launch --num_processes 2 train_text_to_image.py --base ... --images hf:NAME --caption-column text
+
+Images and captions are encoded once, to disk; then the text encoders leave memory, and the autoencoder leaves the
+GPU. The same command again resumes a run that was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from onelora_diffusion import adapter_state_dict, disable_adapter, export_lora, inject_adapter
+from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.captions import load_captioned
+from onelora_diffusion.data.latent_cache import LatentCache, build_cache
+from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache
+from onelora_diffusion.families import Prompts, family_named, family_of
+from onelora_diffusion.launch import start_all_processes, started
+from onelora_diffusion.pipelines.base import eval_mode, load_text_to_image
+from onelora_diffusion.storage.lora import lora_pairs
+from onelora_diffusion.training.loop import start
+from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
+from onelora_diffusion.training.samples import draw_prompts, png_of
+from onelora_diffusion.training.stopping import Stop
+
+
+class PromptTask:
+    """A text-to-image transformer that learns images by their captions."""
+
+    id2label = None
+
+    def __init__(self, settings: PromptSettings, accelerator: Accelerator):
+        self.settings, self.accelerator = settings, accelerator
+        self.pipeline = load_text_to_image(settings.base, settings.base_precision, family_named)
+        self.family = family_of(self.pipeline)
+        self.captioned = load_captioned(
+            settings.images,
+            settings.prompt,
+            settings.image_column,
+            settings.caption_column,
+            settings.resolution or self.family.resolution(self.pipeline),
+            settings.aspect_buckets,
+            multiple=self.family.multiple(self.pipeline),
+            broken=settings.broken_images,
+        )
+        self.dataset = self.captioned.dataset
+        inject_adapter(self.pipeline.transformer, settings.adapter_config(targets=self.family.targets))
+        for tensor in adapter_state_dict(self.pipeline.transformer).values():
+            tensor.data = tensor.to(accelerator.device)  # the base follows when the encoders have left
+        if settings.export_lora:
+            lora_pairs(self.pipeline.transformer, "default")  # an error now, where it cannot be one
+
+        self.described = f"{self.dataset.name}: {len(self.dataset):,} images"
+        self.facts = {"dataset": self.dataset.name, "family": self.family.name, "prompt": settings.prompt}
+        default = 0.1 if self.family.is_guided else 0.0
+        self.label_drop = default if settings.caption_drop is None else settings.caption_drop
+        self.base_pictures: Tensor | None = None
+
+    def examples(self, stop: Stop) -> tuple[Dataset, bool, np.ndarray]:
+        """`[index, flip] -> (moments, number of the caption)`, encoded once. What encodes them leaves memory then."""
+        settings, pipeline, device = self.settings, self.pipeline, self.accelerator.device
+        parent = settings.latent_cache or settings.output_dir.parent / "latents"
+        share = {
+            "process_index": self.accelerator.process_index,
+            "num_processes": self.accelerator.num_processes,
+            "is_stopped": stop.asked,
+            "report": tqdm.write,
+        }
+        captions = [*self.captioned.captions, *settings.validation_prompt]
+        encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+        for encoder in encoders.values():
+            if encoder is not None:
+                encoder.to(device)
+        folder = build_prompt_cache(
+            parent,
+            captions,
+            lambda prompts: self.family.encode_prompts(pipeline, prompts, settings.max_sequence_length),
+            encoders,
+            f"{self.family.name}, {settings.max_sequence_length or 'all'} tokens",
+            **share,
+        )
+        pipeline.register_modules(**dict.fromkeys(encoders))
+        pipeline.vae.to(device)
+        latents = build_cache(
+            parent, self.dataset, pipeline.vae, settings.flip, num_workers=settings.num_workers, **share
+        )
+        pipeline.vae.to("cpu")
+        pipeline.transformer.to(device)
+        buckets = self.captioned.buckets
+        if stop.agreed():  # the caches may be half done, and there is no step to come
+            return self.captioned, False, buckets.of_image
+        self.cache = PromptCache(folder, captions)
+        return LatentCache(latents, len(self.dataset), buckets), True, buckets.of_image
+
+    def prompts(self, captions: Tensor, drops: Tensor) -> Prompts:
+        return self.cache.embeddings(captions, drops)
+
+    def evaluation(self) -> None:
+        return None
+
+    def sample_grid(self, is_stopped) -> bytes | None:
+        """The base's pictures of --validation-prompt, and the adapter's of the same noise below them."""
+        pipeline, device = self.pipeline, self.accelerator.device
+        rows = range(len(self.captioned.captions), len(self.cache.row_of_caption))
+        kept, dropped = torch.tensor([False]), torch.tensor([True])
+        if not rows:
+            return None
+
+        def draw() -> Tensor | None:
+            prompts = [to(device, self.cache.embeddings(torch.tensor([row]), kept)) for row in rows]
+            empty = to(device, self.cache.embeddings(torch.tensor([0]), dropped))
+            return draw_prompts(pipeline, self.family, prompts, empty, self.settings, is_stopped)
+
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.to(device)
+        try:
+            with eval_mode(pipeline.transformer):
+                if self.base_pictures is None:
+                    with disable_adapter(pipeline.transformer):
+                        self.base_pictures = draw()
+                pictures = None if self.base_pictures is None else draw()
+        finally:
+            pipeline.vae.to("cpu")
+        return None if pictures is None else png_of(torch.cat([self.base_pictures, pictures]), len(rows))
+
+    def export(self, folder: Path) -> None:
+        if self.settings.export_lora:
+            export_lora(self.pipeline.transformer, folder / "lora")
+
+
+def to(device: torch.device, prompts: Prompts) -> Prompts:
+    return {name: tensor.to(device) for name, tensor in prompts.items()}
+
+
+def main(settings: PromptSettings, since: float | None = None) -> int:
+    """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
+    return start(settings, PromptTask, since)
+
+
+if __name__ == "__main__":
+    start_all_processes()
+    quieten()
+    with one_line_errors("train_text_to_image.py", same_everywhere=True):
+        chosen = parse_command_line(sys.argv[1:])
+    sys.exit(main(chosen, started()))

@@ -2,11 +2,12 @@
 
     python sample.py                                       # runs/digits -> runs/digits/sample.png, a row a class
     python sample.py --adapter runs/food101 --classes pizza sushi --output pizza-and-sushi.png
+    python sample.py --adapter runs/text-to-image --prompts "a bold Q" "a violet triangle" --per-class 4
     python sample.py --adapter runs/food101 --num-images 50000 --guidance-scale 1.5 --sampler ddpm \\
         --num-inference-steps 250 --output samples.npz     # for ADM's evaluator
     accelerate launch --num_processes 2 sample.py --num-images 1000 --output pngs
 
-Image i is of class i modulo the number of classes and depends on --seed and i alone: not on the batch size, nor on
+Image i is of class, or prompt, i modulo their number and depends on --seed and i alone: not on the batch size, nor on
 the number of processes, which share one file system. With --images-at-once that is so to the bit; without, the last
 bits of a sum depend on how many images are made together.
 """
@@ -18,7 +19,7 @@ import textwrap
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,15 +28,25 @@ import torch
 import tyro
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
+from onelora_diffusion.families import family_named, family_of
 from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.launch import start_all_processes
-from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
+from onelora_diffusion.pipelines.base import load_base, load_text_to_image
+from onelora_diffusion.sampling import (
+    SamplerSettings,
+    adapters_folded_in,
+    draw_prompt,
+    generate_images,
+    image_generators,
+    progress_bar,
+)
 from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
@@ -54,12 +65,17 @@ class Settings(SamplerSettings, ComputeSettings):
     None: sample.png beside the adapter."""
     classes: tuple[str, ...] = ()
     """Names of classes, or their numbers. None given: all."""
+    prompts: tuple[str, ...] = ()
+    """What a text-to-image adapter draws, by its pipeline's own sampler."""
+    resolution: int | None = None
+    """Pixels a side of those pictures. None: as it was trained."""
     per_class: int = 10
-    """Images of each class."""
+    """Images of each class or prompt."""
     num_images: int | None = None
     """Images in total, classes taking turns; replaces --per-class."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, else 4."""
+    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, the pipeline's own for prompts, or
+    4."""
     seed: int = 0
     """Of all noise."""
     batch_size: int = 32
@@ -75,33 +91,68 @@ def main(settings: Settings) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with one_line_errors("sample.py", same_everywhere=True):
         output = check_settings(settings)
-        pipeline, labels, dataset = load(settings)
-        if settings.guidance_scale is None:
-            settings = replace(settings, guidance_scale=defaults_of(dataset).guidance_scale)
-        classes = find_classes(settings.classes, labels)
-        names = {label: name for name, label in reversed(labels.items())}
-        num_images = settings.num_images or settings.per_class * len(classes)
-        class_of = [classes[index % len(classes)] for index in range(num_images)]
+        adapter = read_adapter(settings.adapter)
+        source = (Prompted if "family" in adapter.training else Classified)(settings, adapter, accelerator.device)
+        names = source.names
+        num_images = settings.num_images or settings.per_class * len(names)
         share = range(accelerator.process_index, num_images, accelerator.num_processes)
-        settings.place(pipeline, accelerator.device)
-        settings.check(pipeline.transformer, pipeline.scheduler.config)
         images_folder = output.with_name(f".{output.name}.part")  # every process writes its share here
         if accelerator.is_main_process:
             shutil.rmtree(images_folder, ignore_errors=True)
             images_folder.mkdir(parents=True)
         accelerator.wait_for_everyone()
 
-    listing = ", ".join(f"{label} {names[label]}" for label in classes)
-    accelerator.print(textwrap.fill(f"classes: {listing}", width=80, max_lines=4))
+    listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(source.labels, names, strict=True))
+    accelerator.print(textwrap.fill(f"{source.kind}: {listing}", width=80, max_lines=4))
     accelerator.print(in_words(settings.report(accelerator.device)))
     try:
-        with (
-            adapters_folded_in(pipeline.transformer, settings),
-            progress_bar(len(share), disable=not accelerator.is_main_process) as progress,
-        ):
-            batches = generate_images(
-                pipeline,
-                [class_of[index] for index in share],
+        with progress_bar(len(share), disable=not accelerator.is_main_process) as progress:
+            for indices, images in source.draw(share, progress):
+                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    Image.fromarray(image).save(images_folder / f"{index:06d}.png")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = [images_folder / f"{index:06d}.png" for index in range(num_images)]
+            if output.suffix == ".png":
+                write_grid(output, files, [printable(name, 60) for name in names])
+            elif output.suffix == ".npz":
+                write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
+            else:
+                images_folder.rename(output)
+            print(f"{num_images} images of {len(names)} {source.kind} in {time.monotonic() - start:.1f} s: {output}")
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(images_folder, ignore_errors=True)
+
+
+class Classified:
+    """Images of classes, by a DiT.
+
+    Attributes:
+        labels, names: of the classes that are drawn, in turns.
+    """
+
+    kind = "classes"
+
+    def __init__(self, settings: Settings, adapter: AdapterFile, device: torch.device):
+        if settings.prompts:
+            raise ValueError(f"the adapter in {settings.adapter} draws classes, not --prompts: give --classes")
+        self.pipeline, labels, dataset = load(settings, adapter)
+        if settings.guidance_scale is None:
+            settings = replace(settings, guidance_scale=defaults_of(dataset).guidance_scale)
+        self.settings, self.labels = settings, find_classes(settings.classes, labels)
+        name_of = {label: name for name, label in reversed(labels.items())}
+        self.names = [name_of[label] for label in self.labels]
+        settings.place(self.pipeline, device)
+        settings.check(self.pipeline.transformer, self.pipeline.scheduler.config)
+
+    def draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, images (batch, 3, R, R) in uint8) of a share of the images."""
+        settings = self.settings
+        with adapters_folded_in(self.pipeline.transformer, settings):
+            yield from generate_images(
+                self.pipeline,
+                [self.labels[index % len(self.labels)] for index in share],
                 settings.seed,
                 share,
                 settings,
@@ -109,22 +160,66 @@ def main(settings: Settings) -> None:
                 batch_size=settings.batch_size,
                 progress=progress.update,
             )
-            for indices, images in batches:
-                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    Image.fromarray(image).save(images_folder / f"{index:06d}.png")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            files = [images_folder / f"{index:06d}.png" for index in range(num_images)]
-            if output.suffix == ".png":
-                write_grid(output, files, [printable(names[label], 60) for label in classes])
-            elif output.suffix == ".npz":
-                write_npz(output, files, class_of)
-            else:
-                images_folder.rename(output)
-            print(f"{num_images} images of {len(classes)} classes in {time.monotonic() - start:.1f} s: {output}")
-    finally:
-        if accelerator.is_main_process:
-            shutil.rmtree(images_folder, ignore_errors=True)
+
+
+class Prompted:
+    """Pictures of prompts, by a text-to-image transformer: each is drawn alone, by its pipeline's own sampler."""
+
+    kind = "prompts"
+
+    def __init__(self, settings: Settings, adapter: AdapterFile, device: torch.device):
+        if not settings.prompts or settings.classes:
+            raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
+        for name in ("sampler", "guidance_channels", "guidance_interval"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for classes: pictures have their pipeline's sampler")
+        self.settings, self.names = settings, list(settings.prompts)
+        self.labels = list(range(len(self.names)))
+        precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
+        if precision is None:
+            raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
+        named_by = None if settings.base else settings.adapter
+        self.pipeline = load_text_to_image(settings.base or adapter.base, precision, family_named, named_by)
+        self.family = family_of(self.pipeline)
+        self.size = settings.resolution or number(adapter, "resolution") or self.family.resolution(self.pipeline)
+        if self.size < 1 or self.size % (multiple := self.family.multiple(self.pipeline)):
+            raise ValueError(f"--resolution {self.size} is no multiple of {multiple}, which the model needs")
+        if settings.guidance == "domain" and not self.family.is_guided:
+            raise ValueError(
+                f"domain guidance leads from the empty prompt, from which {self.family.name} is not guided"
+            )
+        load_adapter(self.pipeline.transformer, settings.adapter)
+        self.pipeline.to(device)
+        settings.place(self.pipeline, device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        length = number(adapter, "max_sequence_length")
+        with torch.no_grad():
+            *self.prompts, self.empty = (
+                self.family.encode_prompts(self.pipeline, [prompt], length) for prompt in (*self.names, "")
+            )
+
+    def draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, images (1, 3, R, R) in uint8) of a share of the images."""
+        for index in share:
+            picture = draw_prompt(
+                self.pipeline,
+                self.family,
+                self.prompts[index % len(self.prompts)],
+                self.empty,
+                *image_generators(self.settings.seed, [index]),
+                self.size,
+                num_inference_steps=self.settings.num_inference_steps,
+                guidance_scale=self.settings.guidance_scale,
+                guidance=self.settings.guidance,
+            )
+            yield [index], picture[None]
+            progress.update(1)
+
+
+def number(adapter: AdapterFile, name: str) -> int | None:
+    """What an adapter's file says of its training, if it is a number."""
+    value = adapter.training.get(name)
+    return value if isinstance(value, int) else None
 
 
 def check_settings(settings: Settings) -> Path:
@@ -147,9 +242,8 @@ def check_settings(settings: Settings) -> Path:
     return output
 
 
-def load(settings: Settings):
+def load(settings: Settings, adapter: AdapterFile):
     """The base with its adapter, the labels by class name, and the name of the data set."""
-    adapter = read_adapter(settings.adapter)
     pipeline = load_base(settings.base or adapter.base, named_by=None if settings.base else settings.adapter)
     load_adapter(pipeline.transformer, settings.adapter)
     if adapter.config.num_classes is None:  # it serves the classes of its base

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -27,11 +28,12 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache
 from onelora_diffusion.families import Prompts, family_named, family_of
 from onelora_diffusion.launch import start_all_processes, started
-from onelora_diffusion.pipelines.base import eval_mode, load_text_to_image
+from onelora_diffusion.pipelines.base import load_text_to_image
+from onelora_diffusion.sampling import draw_prompt, image_generators
 from onelora_diffusion.storage.lora import lora_pairs
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
-from onelora_diffusion.training.samples import draw_prompts, png_of
+from onelora_diffusion.training.samples import png_of
 from onelora_diffusion.training.stopping import Stop
 
 
@@ -44,12 +46,13 @@ class PromptTask:
         self.settings, self.accelerator = settings, accelerator
         self.pipeline = load_text_to_image(settings.base, settings.base_precision, family_named)
         self.family = family_of(self.pipeline)
+        self.resolution = settings.resolution or self.family.resolution(self.pipeline)
         self.captioned = load_captioned(
             settings.images,
             settings.prompt,
             settings.image_column,
             settings.caption_column,
-            settings.resolution or self.family.resolution(self.pipeline),
+            self.resolution,
             settings.aspect_buckets,
             multiple=self.family.multiple(self.pipeline),
             broken=settings.broken_images,
@@ -62,7 +65,13 @@ class PromptTask:
             lora_pairs(self.pipeline.transformer, "default")  # an error now, where it cannot be one
 
         self.described = f"{self.dataset.name}: {len(self.dataset):,} images"
-        self.facts = {"dataset": self.dataset.name, "family": self.family.name, "prompt": settings.prompt}
+        self.facts = {
+            "dataset": self.dataset.name,
+            "family": self.family.name,
+            "prompt": settings.prompt,
+            "resolution": self.resolution,
+            "max_sequence_length": settings.max_sequence_length,
+        }
         default = 0.1 if self.family.is_guided else 0.0
         self.label_drop = default if settings.caption_drop is None else settings.caption_drop
         self.base_pictures: Tensor | None = None
@@ -111,25 +120,40 @@ class PromptTask:
 
     def sample_grid(self, is_stopped) -> bytes | None:
         """The base's pictures of --validation-prompt, and the adapter's of the same noise below them."""
-        pipeline, device = self.pipeline, self.accelerator.device
+        settings, pipeline, device = self.settings, self.pipeline, self.accelerator.device
         rows = range(len(self.captioned.captions), len(self.cache.row_of_caption))
         kept, dropped = torch.tensor([False]), torch.tensor([True])
         if not rows:
             return None
 
         def draw() -> Tensor | None:
-            prompts = [to(device, self.cache.embeddings(torch.tensor([row]), kept)) for row in rows]
-            empty = to(device, self.cache.embeddings(torch.tensor([0]), dropped))
-            return draw_prompts(pipeline, self.family, prompts, empty, self.settings, is_stopped)
+            pictures = []
+            empty = send_to_device(self.cache.embeddings(torch.tensor([0]), dropped), device)
+            for number, row in enumerate(rows):
+                prompt = send_to_device(self.cache.embeddings(torch.tensor([row]), kept), device)
+                (generator,) = image_generators(settings.seed, [number])
+                picture = draw_prompt(
+                    pipeline,
+                    self.family,
+                    prompt,
+                    empty,
+                    generator,
+                    self.resolution,
+                    num_inference_steps=settings.sample_steps,
+                    guidance_scale=settings.guidance_scale,
+                )
+                pictures.append(picture.cpu())
+                if is_stopped():
+                    return None
+            return torch.stack(pictures)
 
         pipeline.set_progress_bar_config(disable=True)
         pipeline.vae.to(device)
         try:
-            with eval_mode(pipeline.transformer):
-                if self.base_pictures is None:
-                    with disable_adapter(pipeline.transformer):
-                        self.base_pictures = draw()
-                pictures = None if self.base_pictures is None else draw()
+            if self.base_pictures is None:
+                with disable_adapter(pipeline.transformer):
+                    self.base_pictures = draw()
+            pictures = None if self.base_pictures is None else draw()
         finally:
             pipeline.vae.to("cpu")
         return None if pictures is None else png_of(torch.cat([self.base_pictures, pictures]), len(rows))
@@ -137,10 +161,6 @@ class PromptTask:
     def export(self, folder: Path) -> None:
         if self.settings.export_lora:
             export_lora(self.pipeline.transformer, folder / "lora")
-
-
-def to(device: torch.device, prompts: Prompts) -> Prompts:
-    return {name: tensor.to(device) for name, tensor in prompts.items()}
 
 
 def main(settings: PromptSettings, since: float | None = None) -> int:

@@ -1,4 +1,4 @@
-"""From noise and class labels to images: one noise stream per image, guidance, samplers, decoding."""
+"""From noise and class labels, or prompts, to images: one noise stream per image, guidance, samplers, decoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from onelora_diffusion.diffusion import prediction_of
+from onelora_diffusion.families import Family, Prompts
+from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.merging import merged
-from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_beside_base
+from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_adapters, route_beside_base
 from onelora_diffusion.pipelines.base import eval_mode
 
 Sampler = Literal["ddim", "dpm-solver++", "ddpm", "euler", "heun"]
@@ -295,6 +297,50 @@ def generate_images(
             images = images[len(batch) :]
 
     return batches()
+
+
+def draw_prompt(
+    pipeline,
+    family: Family,
+    prompt: Prompts,
+    empty: Prompts,
+    generator: torch.Generator,
+    size: int,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    guidance: Guidance = "cfg",
+) -> Tensor:
+    """A picture of a prompt, (3, size, size) in uint8, by the pipeline's own sampler, alone: a function of its noise.
+
+    Args:
+        prompt, empty: of `encode_prompts`, a row each: what is drawn, and what is guided from. On the device.
+        guidance_scale: None: the pipeline's own.
+        guidance: `domain` leads from the base without prompt to the adapters that serve (Zhong et al., ICLR 2025).
+
+    Raises:
+        ValueError: domain guidance of a family whose pictures are not guided from the empty prompt, or no adapter.
+    """
+    if guidance == "domain" and not family.is_guided:
+        raise ValueError(f"domain guidance leads from the empty prompt, from which {family.name} is not guided")
+    arguments = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if family.is_guided:
+        arguments |= {f"negative_{name}": tensor for name, tensor in empty.items()}
+    # The pipelines put the empty prompt first, then the one that the adapter draws.
+    serving = [None, adapters_of(pipeline.transformer).serving] if guidance == "domain" else None
+    with route_adapters(pipeline.transformer, serving) if serving else nullcontext(), eval_mode(pipeline.transformer):
+        (picture,) = pipeline(
+            **prompt,
+            **arguments,
+            **family.call,
+            negative_prompt=None,
+            height=size,
+            width=size,
+            num_inference_steps=num_inference_steps,
+            generator=[generator],
+            output_type="pt",
+        ).images
+    return (picture.float() * 255).round().to(torch.uint8)
 
 
 def progress_bar(num_images: int, description: str = "", **options) -> tqdm:

@@ -16,9 +16,11 @@ from rounding import assert_rounded, rounding_of_images
 from safetensors.torch import load_file
 from text_pipelines import MAKERS, RESOLUTION, make_pipeline, make_vae
 
+import sample
 from onelora_diffusion import (
     AdapterConfig,
     OneLoRALoaderMixin,
+    disable_adapter,
     inject_adapter,
     read_adapter,
     route_adapters,
@@ -27,7 +29,7 @@ from onelora_diffusion import (
 from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.flux import unpack
-from onelora_diffusion.sampling import image_generators
+from onelora_diffusion.sampling import decode_latents, draw_prompt, image_generators
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
 from train_text_to_image import PromptTask, main
@@ -216,6 +218,72 @@ def test_samples_are_of_the_adapter_and_of_the_base_below_the_same_noise(train, 
             expected = draw(pipeline, name, [prompt], generator=noise, num_inference_steps=2, **defaults)[0] * 255
             found = grid[:, row * size + 2 : (row + 1) * size, column * size + 2 : (column + 1) * size]
             torch.testing.assert_close(found.float(), expected, rtol=0, atol=1.0)
+
+
+def test_sample_draws_prompts_as_the_pipeline_does(train, bases, tmp_path):
+    run = train("sd3", learning_rate=0.05)
+    prompts = ("night", "a bold Q")
+    short = dict(adapter=run, prompts=prompts, num_inference_steps=2)
+    sample.main(sample.Settings(**short, num_images=3, output=tmp_path / "pngs"))
+    pipeline = loaded(bases, "sd3")
+    pipeline.load_lora_weights(run)
+    for number, path in enumerate(sorted((tmp_path / "pngs").iterdir())):
+        noise, defaults = image_generators(0, [number]), {"num_inference_steps": 2, "guidance_scale": 7.0}
+        expected = draw(pipeline, "sd3", [prompts[number % 2]], generator=noise, **defaults)[0] * 255
+        found = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1.0)
+    assert number == 2
+    sample.main(sample.Settings(**short, per_class=2))
+    assert Image.open(run / "sample.png").size[1] == 2 * 66 + 2
+
+    for changes, message in (
+        (dict(prompts=()), "draws prompts: give --prompts"),
+        (dict(sampler="ddim"), "--sampler is for classes"),
+        (dict(resolution=15), "--resolution 15 is no multiple of 2"),
+        (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for classes"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            sample.main(sample.Settings(**short | changes))
+
+
+@torch.no_grad()
+def test_domain_guidance_leads_from_the_base_without_prompt_to_the_adapter():
+    pipeline = make_pipeline("sd3")
+    family, model = family_of(pipeline), pipeline.transformer
+    prompt, empty = (family.encode_prompts(pipeline, [text], LENGTH) for text in ("night", ""))
+    randomize(inject_adapter(model, AdapterConfig(targets=family.targets)), 0.2)
+    found = draw_prompt(
+        pipeline,
+        family,
+        prompt,
+        empty,
+        *image_generators(0, [0]),
+        16,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        guidance="domain",
+    )
+    # One step of Euler's from pure noise, σ = 1, is x - v.
+    noise = torch.randn(1, 4, 8, 8, generator=image_generators(0, [0])[0])
+    time = torch.tensor([1000.0])
+    adapted = family.predict(model, noise, time, prompt)
+    with disable_adapter(model):
+        base = family.predict(model, noise, time, empty)
+    expected = decode_latents(pipeline.vae, noise - (base + 3 * (adapted - base)))[0]
+    assert (found.int() - expected.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="domain guidance leads from the empty prompt, from which flux is not guided"):
+        draw_prompt(make_pipeline("flux"), family_of(make_pipeline("flux")), {}, {}, None, 16,
+                    num_inference_steps=1, guidance="domain")  # fmt: skip
+
+
+def test_tensorboard_gets_the_pictures(train):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train("sd3", validation_prompt=("night",), sample_every=2, sample_steps=1, track="tensorboard")
+    events = EventAccumulator(str(run / "onelora-diffusion")).Reload()
+    pictures = events.Images("samples")
+    assert [(picture.step, picture.height, picture.width) for picture in pictures] == [(2, 38, 20), (4, 38, 20)]
 
 
 def test_dropped_captions_train_the_empty_prompt(train):

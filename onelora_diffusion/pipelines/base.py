@@ -46,7 +46,7 @@ def class_names(index: dict) -> dict[int, str] | None:
     return names and {int(label): printable(name) for label, name in names.items()}
 
 
-def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], object]):
+def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], object], named_by: Path | None = None):
     """Load a pipeline of diffusers for text-to-image.
 
     Args:
@@ -54,13 +54,14 @@ def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], 
         precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
             as it is read, and bf16 of all else.
         check: called with the class name of the transformer before anything is loaded.
+        named_by: as in `load_base`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_base`.
     """
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
-    folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev")
+    folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev", named_by)
     index = json.loads((folder / "model_index.json").read_text())
     check((index.get("transformer") or [None, "NoneType"])[1])
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}

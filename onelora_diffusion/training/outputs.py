@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torchvision.io import decode_png
 from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
@@ -68,6 +69,10 @@ class Outputs:
             png = self.task.sample_grid(is_stopped)
         if is_main and png:
             write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
+            for tracker in self.accelerator.trackers:
+                tracker.log_images(
+                    {"samples": decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8))[None]}, self.run.step
+                )
 
     def write_evaluation(self) -> None:
         """A line of metrics with the distance, and the adapter if it is the best so far, unless a signal comes."""

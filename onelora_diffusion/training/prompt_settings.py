@@ -94,7 +94,7 @@ class PromptSettings(RunSettings):
 
     def next_steps(self) -> str:
         """What can be done with the adapter of a run that has ended."""
-        return f'OneLoRALoaderMixin.from_pipe(pipeline).load_lora_weights("{self.output_dir}")'
+        return f'python sample.py --adapter {self.output_dir} --prompts "{self.prompt or "what is to be drawn"}"'
 
 
 # Flags of diffusers' training scripts that are called something else here.

@@ -1,7 +1,6 @@
 """Grids of samples with the same noise all along a run."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,10 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from onelora_diffusion.families import Family, Prompts
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, image_generators
-from onelora_diffusion.training.prompt_settings import PromptSettings
+from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images
 from onelora_diffusion.training.settings import Settings
 
 GRID_CLASSES, GRID_ROWS = 10, 4
@@ -31,40 +28,6 @@ def sample_grid(pipeline, num_classes: int, settings: Settings, is_stopped) -> b
             if is_stopped():
                 return None
     return png_of(torch.cat(images), columns)
-
-
-def draw_prompts(
-    pipeline, family: Family, prompts: list[Prompts], empty: Prompts, settings: PromptSettings, is_stopped: Callable
-) -> Tensor | None:
-    """A picture of each prompt, (prompts, 3, R, R) in uint8, by the pipeline's own sampler; None if stopped midway.
-
-    Picture i has the same noise every time, and is drawn alone, so that it depends on nothing else.
-
-    Args:
-        prompts: a row each, without text encoders in the pipeline.
-        empty: what is guided from.
-    """
-    arguments = {} if settings.guidance_scale is None else {"guidance_scale": settings.guidance_scale}
-    if family.is_guided:
-        arguments |= {f"negative_{name}": tensor for name, tensor in empty.items()}
-    size = settings.resolution or family.resolution(pipeline)
-    pictures = []
-    for number, prompt in enumerate(prompts):
-        (picture,) = pipeline(
-            **prompt,
-            **arguments,
-            **family.call,
-            negative_prompt=None,
-            height=size,
-            width=size,
-            num_inference_steps=settings.sample_steps,
-            generator=image_generators(settings.seed, [number]),
-            output_type="pt",
-        ).images
-        pictures.append((picture.float() * 255).round().to("cpu", torch.uint8))
-        if is_stopped():
-            return None
-    return torch.stack(pictures)
 
 
 def png_of(images: Tensor, columns: int) -> bytes:

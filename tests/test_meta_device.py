@@ -1,83 +1,277 @@
-"""The meta device as a stand-in for a GPU: a tensor left on the host, or a value to wait for, is an error there."""
+"""The meta device as a stand-in for a GPU: a tensor left on the host, or a value to wait for, is an error there.
+
+Copies from the host are none on the meta device, but a GPU's work is waited for at each: they are counted here.
+"""
 
 import contextlib
+from functools import partial
 
+import denoisers
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
-from onelora_diffusion.diffusion import training_losses
-from onelora_diffusion.injection.routing import route_beside_base
-from onelora_diffusion.sampling import SamplerSettings, guided_denoiser
+from benchmarks.update import Update
+from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, route_adapters, set_adapters
+from onelora_diffusion.config import METHODS
+from onelora_diffusion.sampling import SAMPLERS, SamplerSettings, generate_images, image_generators, sample_latents
 
-METHODS = ["1lora", "bitfit", "difffit", "mora1", "mora6", "lora", "dora", "vera", "full"]
-SCHEDULER = DDIMScheduler(clip_sample=False)
+META = torch.device("meta")
+NAMES = [name for name in METHODS if not name.startswith("peft:")]
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def on_meta(*configs, dtype=torch.float32):
+class CopiesByOperators(TorchDispatchMode):
+    def __init__(self, copies: list[str]):
+        super().__init__()
+        self.copies = copies
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        tensors = [each for each in tree_iter((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        is_copy = operator in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        is_left_to_run = is_copy and any(each is True for each in (*args, (kwargs or {}).get("non_blocking")))
+        # A single number on the host is handed over with an operator's call, but not with a copy.
+        on_host = any(not tensor.is_meta and (is_copy or tensor.ndim) for tensor in tensors)
+        if on_host and any(tensor.is_meta for tensor in tensors) and not is_left_to_run:
+            self.copies.append(str(operator))
+        return result
+
+
+class CopiesByConstructors(TorchFunctionMode):
+    def __init__(self, copies: list[str]):
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor) and result.is_meta:
+            self.copies.append(function.__name__)
+        return result
+
+
+@contextlib.contextmanager
+def copies_from_host():
+    """Context manager: inside, the list grows by each copy that a GPU's work is waited for."""
+    copies = []
+    with CopiesByOperators(copies), CopiesByConstructors(copies):
+        yield copies
+
+
+def copies_of_second(step):
+    """The copies that a step makes again: its first time fills tables."""
+    step()
+    with copies_from_host() as copies:
+        step()
+    return copies
+
+
+def on_meta(*configs, dtype=torch.float32, model=None):
     """Adapters named a, b, ..., the last of them serving, on a base held in `dtype`."""
-    model = make_dit()
-    for name, config in zip("ab", configs, strict=False):
+    model = make_dit() if model is None else model
+    for name, config in zip("abcdefg", configs, strict=False):
+        if config.method == "full":  # what it puts in the base's place cannot move there: it is made there
+            model = model.to(META)
         inject_adapter(model, config, name)
-    return nn.Module.to(model, "meta", dtype)
+    return nn.Module.to(model, META, dtype)
 
 
-def batch(size, dtype=torch.float32):
-    with torch.device("meta"):
-        return torch.empty(size, 4, 8, 8, dtype=dtype), torch.empty(size, dtype=torch.long)
+def batch(size):
+    with META:
+        labels = torch.empty(size, dtype=torch.long)
+        return {"hidden_states": torch.empty(size, 4, 8, 8), "timestep": labels, "class_labels": labels}
 
 
-def test_what_waits_or_stays_behind_is_an_error_there():
-    latents, labels = batch(2)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        latents.sum().item()
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        latents[latents > 0]
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        on_meta()(torch.zeros(2, 4, 8, 8), timestep=labels, class_labels=labels)
+# ---------------------------------------------------------------------------------------------------
+# The stand-in itself
 
 
 @pytest.mark.parametrize(
-    "method, dtype",
-    [(method, torch.float32) for method in METHODS]
-    + [(method, torch.bfloat16) for method in METHODS if method != "full"],  # which trains float32 alone
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool(x.isfinite().all()),
+        lambda x: x + torch.zeros(4),
+        lambda x: torch.where(torch.zeros(4) > 0, x, 0.0),
+    ],
 )
-def test_a_training_step_waits_for_nothing(method, dtype):
-    config = AdapterConfig(method, num_classes=3)
-    # What full fine-tuning puts in the base's place does not move to this device: it is made there.
-    model = inject_adapter(make_dit().to("meta"), config) if method == "full" else on_meta(config, dtype=dtype)
-    model.train()
-    latents, labels = batch(2, dtype)
-    output = model(latents, timestep=labels, class_labels=labels).sample
-    losses = training_losses(output, latents, torch.empty_like(latents), labels, SCHEDULER)
-    losses["loss"].mean().backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert trained and all(parameter.grad.is_meta for parameter in trained)
+def test_what_waits_or_stays_behind_is_an_error_there(wait):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        wait(torch.empty(2, 4, device=META))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("guidance", ["none", "cfg", "domain"])
-def test_a_guided_step_waits_for_nothing(guidance, dtype):
+@pytest.mark.parametrize(
+    "copy, number",
+    [
+        (lambda x: torch.zeros(4).to(META), 1),
+        (lambda x: torch.tensor([1.0, 2.0], device=META), 1),
+        (lambda x: torch.tensor(1.0, device=META), 1),
+        (lambda x: torch.tensor(1.0).to(META), 1),
+        (lambda x: x.copy_(torch.zeros(2, 4)), 1),
+        (lambda x: x[torch.tensor([0, 1])], 1),
+        (lambda x: x.index_fill(0, torch.tensor([1]).to(META), 2.0), 1),
+        (lambda x: torch.zeros(4).to(META, non_blocking=True), 0),
+        (lambda x: x.copy_(torch.zeros(2, 4), non_blocking=True), 0),
+        (lambda x: x * torch.tensor(3.0), 0),
+        (lambda x: torch.full_like(x, 2.0) + torch.arange(4, device=META), 0),
+        (lambda x: x.to(torch.bfloat16), 0),
+        (lambda x: torch.zeros(4).to(torch.bfloat16), 0),
+    ],
+)
+def test_copies_that_are_waited_for_are_counted(copy, number):
+    with copies_from_host() as copies:
+        copy(torch.empty(2, 4, device=META))
+    assert len(copies) == number
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "method, dtype", [(name, torch.float32) for name in NAMES] + [("1lora", dtype) for dtype in PRECISIONS[1:]]
+)
+def test_an_update_waits_for_nothing(method, dtype):
+    """Draws, losses, backward, clipping, optimiser and averages."""
+    model = on_meta(AdapterConfig(method, num_classes=3), dtype=dtype).train()
+    update = Update(model, META)
+    for group in update.optimizer.param_groups:
+        group["fused"] = False  # which is for CPUs and GPUs alone
+    assert copies_of_second(update) == []
+    assert trained(model) and all(parameter.is_meta for parameter in trained(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig(fuse_qkv=True),
+        AdapterConfig(compression="random"),
+        AdapterConfig(sum=True, bias=True, scale=True),
+        AdapterConfig("lora", rank=4, fuse_qkv=True),
+        AdapterConfig("mora6", fuse_qkv=True),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_other_ways_through_a_model_wait_for_nothing(config, checkpointing):
+    model = on_meta(config).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    assert copies_of_second(partial(backward, model, batch(2))) == []
+    assert all(parameter.grad.is_meta for parameter in trained(model))
+
+
+def forward(model, inputs):
+    assert model(**inputs).sample.is_meta
+
+
+def backward(model, inputs):
+    model(**inputs).sample.mean().backward()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling
+
+
+GUIDED = [("cfg", 1.0), ("cfg", 4.0), ("domain", 4.0)]
+
+
+@pytest.mark.parametrize(
+    "sampler, guidance, scale, dtype",
+    [(sampler, *guided, torch.float32) for sampler in SAMPLERS for guided in GUIDED]
+    + [("ddim", *guided, dtype) for guided in GUIDED for dtype in PRECISIONS[1:]],
+)
+def test_a_step_of_a_sampler_waits_for_nothing(sampler, guidance, scale, dtype):
+    """But for ancestral sampling, whose noise the images' own generators draw on the CPU: one copy a step."""
     model = on_meta(AdapterConfig(num_classes=3), dtype=dtype)
-    latents, labels = batch(2)
-    settings = SamplerSettings(guidance_scale=1.0 if guidance == "none" else 4.0, guidance_channels=3)
-    denoise = guided_denoiser(model, labels, settings, null_label=3)
-    route = route_beside_base(model, 2) if guidance == "domain" else contextlib.nullcontext()
-    with torch.no_grad(), route:
-        output = denoise(latents, 500)
-    assert output.is_meta and output.shape == (2, 8, 8, 8) and output.dtype == torch.float32
+    options = {"guidance": guidance, "guidance_scale": scale, "guidance_channels": 3}
+    settings = SamplerSettings(sampler=sampler, num_inference_steps=5, **options)
+    config, labels, generators = DDIMScheduler().config, torch.tensor([0, 2]), image_generators(0, range(2))
+    with copies_from_host() as copies:
+        at_step = []
+        latents = sample_latents(
+            model, config, labels, generators, settings, on_step=lambda: at_step.append(len(copies))
+        )
+    assert latents.is_meta and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float32
+    noises = [1, 1, 1, 0] if sampler == "ddpm" else [0] * 4  # the last step draws none
+    assert [after - before for before, after in zip(at_step, at_step[1:], strict=False)] == noises
 
 
-@pytest.mark.parametrize("methods", [("1lora", "bitfit"), ("lora", "difffit"), ("mora6", "1lora")])
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_routed_forward_waits_for_nothing(methods, grad):
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_images_are_decoded_without_waiting(dtype):
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4)
+    pipeline = DiTPipeline(on_meta(AdapterConfig(), dtype=dtype), vae.to(META, dtype), DDIMScheduler())
+    settings = SamplerSettings(num_inference_steps=1)
+    with copies_from_host() as copies:
+        ((_, images),) = generate_images(pipeline, [0, 1], 0, [0, 1], settings, images_at_once=None)
+    assert images.is_meta and images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
+    assert len(copies) == 2  # the first noise and the labels
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several adapters
+
+
+PAIRS = [("bitfit", "1lora"), ("difffit", "mora6"), ("lora", "1lora"), ("dora", "vera"), ("mora1", "lora")]
+
+
+@pytest.mark.parametrize("methods", PAIRS)
+def test_a_route_waits_for_nothing(methods):
     model = on_meta(*(AdapterConfig(method, num_classes=3) for method in methods))
-    latents, labels = batch(6)
-    with torch.set_grad_enabled(grad), route_adapters(model, ["a", None, {"a": 0.5, "b": 0.5}]):
-        output = model(latents, timestep=labels, class_labels=labels).sample
-        if grad:
-            output.mean().backward()
-    assert output.is_meta
+    with route_adapters(model, ["a", None, {"a": 0.5, "b": 0.5}]):
+        assert copies_of_second(partial(backward, model, batch(6))) == []
+        with torch.no_grad():
+            assert copies_of_second(partial(forward, model, batch(3))) == []
+
+
+@pytest.mark.parametrize("methods", PAIRS)
+def test_a_weighted_sum_waits_for_nothing(methods):
+    model = on_meta(*(AdapterConfig(method) for method in methods))
+    set_adapters(model, ["a", "b"], [0.5, {"transformer_blocks.0": 2.0}])
+    assert copies_of_second(partial(backward, model, batch(2))) == []
+    with torch.no_grad():
+        assert copies_of_second(partial(forward, model, batch(2))) == []
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other families
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "sana"])
+def test_other_denoisers_wait_for_nothing(family, dtype):
+    """With adapters of many methods, all of which serve at once and train; then with two of them by sample."""
+    base, inputs = getattr(denoisers, family)()
+    methods = ["1lora", "bitfit", "lora", "mora6", "mora1", "dora", "vera"][: None if dtype == torch.float32 else 4]
+    model = on_meta(*(AdapterConfig(method) for method in methods), dtype=dtype, model=base)
+    inputs = tree_map_only(torch.Tensor, lambda x: x.to(META, dtype if x.ndim > 1 else None), inputs)
+    names = list("abcdefg"[: len(methods)])
+    set_adapters(model, names)
+    tensors = [tensor for name in names for tensor in adapter_state_dict(model, name).values()]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert copies_of_second(partial(backward, model, inputs)) == []
+    assert all(tensor.grad.is_meta for tensor in tensors)
+    with torch.no_grad(), route_adapters(model, ["a", {"a": 0.5, "c": 2.0}]):
+        assert copies_of_second(partial(forward, model, inputs)) == []
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "sana"])
+def test_full_fine_tuning_of_other_denoisers_waits_for_nothing(family):
+    base, inputs = getattr(denoisers, family)()
+    model = on_meta(AdapterConfig("full"), model=base)
+    inputs = tree_map_only(torch.Tensor, lambda x: x.to(META), inputs)
+    assert copies_of_second(partial(backward, model, inputs)) == []
+    assert trained(model) and all(parameter.grad.is_meta for parameter in trained(model))

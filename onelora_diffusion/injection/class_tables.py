@@ -151,8 +151,8 @@ class _TableRoute:
         ]
         self.tables = [tables[name].weight for name in dict.fromkeys(names) if name is not None]
         firsts = dict(zip((n for n in dict.fromkeys(names) if n is not None), _starts(self.tables), strict=True))
-        self.first = torch.tensor([firsts.get(name, 0) for name in names])
-        self.null = torch.tensor([-1 if name is None else len(tables[name].weight) - 1 for name in names])
+        self.firsts = [firsts.get(name, 0) for name in names]
+        self.nulls = [-1 if name is None else len(tables[name].weight) - 1 for name in names]
         self.kept = torch.cat([table.detach() for table in self.tables]) if self.tables else None
 
     def __call__(self, labels: torch.Tensor, base_rows: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ class _TableRoute:
         trains = torch.is_grad_enabled() and any(table.requires_grad for table in self.tables)
         table = (torch.cat(self.tables) if trains else self.kept).to(labels.device)
         index = self.route.index(labels.device)
-        first, null = self.first.to(labels.device)[index], self.null.to(labels.device)[index]
+        first, null = (self.route.copied(of, torch.long, labels.device)[index] for of in (self.firsts, self.nulls))
         rows = nn.functional.embedding(first + torch.minimum(labels, null).clamp(min=0), table)
         return torch.where((null < 0).unsqueeze(-1), base_rows.to(rows.dtype), rows)
 

@@ -225,8 +225,9 @@ class _LinearRoute:
         samples = [sample for sample, mixture in enumerate(self.route.batch) if weights[mixture]]
         if not samples:
             return out
-        index = torch.tensor(samples, device=out.device)
-        scale = torch.tensor([weights[self.route.batch[sample]] for sample in samples], device=out.device)
+        index = self.route.copied(samples, torch.long, out.device)
+        of_samples = [weights[self.route.batch[sample]] for sample in samples]
+        scale = self.route.copied(of_samples, torch.float32, out.device)
         term = adapter(x[index], base[index]) - base[index]
         return out.index_add(0, index, (scale.view(-1, *[1] * (out.ndim - 1)) * term).to(out.dtype))
 

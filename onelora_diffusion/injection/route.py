@@ -28,6 +28,7 @@ class Route:
             self.samples.append(numbers[key])
         self.batch = self.samples
         self._index = torch.tensor(self.batch)
+        self._copied: dict[tuple, torch.Tensor] = {}
 
     def start(self, args: tuple, kwargs: dict) -> None:
         """Spread the samples over the batch that comes into the model."""
@@ -42,3 +43,12 @@ class Route:
     def index(self, device: torch.device) -> torch.Tensor:
         """(batch,) the mixture of every sample."""
         return self._index.to(device)
+
+    def copied(self, numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Numbers as a tensor. Copied to the device once: every copy waits for what a GPU has been given to do."""
+        if torch.compiler.is_compiling():  # a compiler keeps constants itself
+            return torch.tensor(numbers, dtype=dtype, device=device)
+        key = (tuple(numbers), dtype, device)
+        if key not in self._copied:
+            self._copied[key] = torch.tensor(numbers, dtype=dtype, device=device)
+        return self._copied[key]

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart test fuzz test-other-kernels test-quantised test-floors types style
+.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors types style
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -10,6 +10,10 @@ quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_dit.py
 	$(BIN)/python sample.py
 	$(BIN)/python eval_fid.py
+
+# For whoever has a GPU: about ten minutes, no download, a table. docs/performance.md says what it checks.
+check-gpu: .venv/installed
+	$(BIN)/python -m tools.check_gpu
 
 # Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed

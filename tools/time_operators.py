@@ -1,6 +1,6 @@
 """What each operator of an adapter adds to a linear layer on this machine, beside the other ways to write it.
 
-    python tools/time_operators.py            # two threads; --threads 1 for one
+    python -m tools.time_operators            # two threads; --threads 1 for one
 
 The layers have the shapes of DiT-XL/2's: 1152 features in attention, 4608 inside the MLP, for four samples of 256
 tokens. Every operator runs right after a product, since how fast it is depends on what the product has left in the

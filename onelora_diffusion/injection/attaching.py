@@ -136,9 +136,12 @@ def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
 def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
     """Build an adapter, check every key and shape of it against the file's, and only then attach it."""
     adapter = _build(model, file, source)
+    device = _execution_device(model)
     for module in adapter.values():  # under sequential offload the base is on the meta device between calls
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu")
+        if device is not None:
+            module.to(device)
     own = state_dict_of(adapter)
     _check_shapes(own, file, source)
     _check_base(model, file, source)
@@ -165,6 +168,12 @@ def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = F
         raise ValueError(
             f"{source}: its settings build no adapter ({type(error).__name__}: {_first_line(error)})"
         ) from error
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where accelerate brings each layer's weights for its forward, and the adapters stay; None if it does not."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 def _first_line(error: Exception) -> str:

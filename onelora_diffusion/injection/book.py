@@ -316,10 +316,10 @@ class AdapterBook:
         self._open_forwards += 1
         self._reached.clear()
         beside = next((seat for (kind, _), seat in self.seats.items() if kind == BESIDE_LINEAR), None)
-        if beside is not None and beside.is_on_disk:
+        if beside is not None and beside.taken_by is not None:
             raise ValueError(
-                "enable_group_offload took the adapters to the disk with their layers, where they are not found: "
-                "unload them, offload first, and load them then"
+                f"{beside.taken_by} took the adapters away with their layers, to where they are not found: unload "
+                "them, offload first, and load them then"
             )
         if self._route is not None:
             self._route.start(args, kwargs)

@@ -94,10 +94,15 @@ class LinearSeat(Seat):
         return self.original is not None and self.original[1] is None and self.layer.bias is not None
 
     @property
-    def is_on_disk(self) -> bool:
-        """Whether diffusers' group offload took the adapters to the disk, where they are not found when they serve."""
-        taken = getattr(_offload_group(self.layer), "tensor_to_key", ())
-        return any(parameter in taken for parameter in self.parameters())
+    def taken_by(self) -> str | None:
+        """The offloading that took the adapters along, to where they are not found when they serve; or None."""
+        on_disk = getattr(_offload_group(self.layer), "tensor_to_key", ())
+        if any(parameter in on_disk for parameter in self.parameters()):
+            return "enable_group_offload"
+        # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
+        vectors = (adapter for adapter in self.values() if adapter.vectors() is not None)
+        is_taken = any(getattr(getattr(adapter, "_hf_hook", None), "offload", False) for adapter in vectors)
+        return "enable_sequential_cpu_offload" if is_taken else None
 
     # -----------------------------------------------------------------------------------------------
     # What every seat answers

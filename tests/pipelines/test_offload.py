@@ -4,11 +4,19 @@ import copy
 
 import pytest
 import torch
-from conftest import make_dit, randomize
+from conftest import dit_inputs, make_dit, randomize
 from denoisers import flux, pixart, sd3
 from rounding import assert_rounded
 
-from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, inject_adapter, merge_adapter, save_adapter
+from onelora_diffusion import (
+    AdapterConfig,
+    OneLoRALoaderMixin,
+    adapter_state_dict,
+    inject_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 
 CPU = torch.device("cpu")
 
@@ -100,3 +108,37 @@ def test_offload_to_disk_after_loading_is_refused(case, tmp_path):
     pipe.load_lora_weights(files[0])
     with torch.no_grad():
         assert_rounded(base(**inputs).sample, first, base)
+
+
+def test_sequential_offload_after_loading_is_refused(case):
+    """accelerate takes the vectors along, and would not bring them back: they would be no numbers at all."""
+    from accelerate import cpu_offload
+
+    base, inputs, files, (alone, first, _) = case
+    pipe = pipeline_of(base)
+    pipe.load_lora_weights(files[0])
+    cpu_offload(base, CPU)
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match="enable_sequential_cpu_offload took .* offload first, and load them then"
+        ):
+            base(**inputs)
+        pipe.unload_lora_weights()
+        assert_rounded(base(**inputs).sample, alone, base)
+        pipe.load_lora_weights(files[0])
+        assert_rounded(base(**inputs).sample, first, base)
+
+
+@pytest.mark.parametrize("method", ["1lora", "difffit", "lora", "mora6"])
+def test_what_is_loaded_into_offloaded_weights_is_where_they_compute(tmp_path, method):
+    """The meta device stands in for a GPU, to which accelerate brings each layer's weights."""
+    from accelerate import cpu_offload
+
+    save_adapter(randomize(inject_adapter(make_dit(), AdapterConfig(method, num_classes=3))), tmp_path)
+    base = make_dit()
+    cpu_offload(base, torch.device("meta"))
+    load_adapter(base, tmp_path)
+    assert all(tensor.is_meta for tensor in adapter_state_dict(base).values())
+    inputs = {name: tensor.to("meta") for name, tensor in dit_inputs().items()}
+    with torch.no_grad():
+        assert base(**inputs).sample.is_meta

@@ -10,16 +10,25 @@ import denoisers
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from benchmarks.update import Update
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, route_adapters, set_adapters
 from onelora_diffusion.config import METHODS
-from onelora_diffusion.sampling import SAMPLERS, SamplerSettings, generate_images, image_generators, sample_latents
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import FAMILIES
+from onelora_diffusion.sampling import (
+    FLOW_SAMPLERS,
+    NOISE_SAMPLERS,
+    SamplerSettings,
+    generate_images,
+    image_generators,
+    sample_latents,
+)
 
 META = torch.device("meta")
 NAMES = [name for name in METHODS if not name.startswith("peft:")]
@@ -185,28 +194,31 @@ def backward(model, inputs):
 # Sampling
 
 
+NOISE, FLOW = DDIMScheduler().config, FlowMatchEulerDiscreteScheduler().config
 GUIDED = [("cfg", 1.0), ("cfg", 4.0), ("domain", 4.0)]
+CASES = [(sampler, NOISE, *guided) for sampler in NOISE_SAMPLERS for guided in GUIDED]
+CASES += [(sampler, FLOW, *GUIDED[1]) for sampler in FLOW_SAMPLERS]
 
 
 @pytest.mark.parametrize(
-    "sampler, guidance, scale, dtype",
-    [(sampler, *guided, torch.float32) for sampler in SAMPLERS for guided in GUIDED]
-    + [("ddim", *guided, dtype) for guided in GUIDED for dtype in PRECISIONS[1:]],
+    "sampler, config, guidance, scale, dtype",
+    [(*case, torch.float32) for case in CASES] + [(*CASES[1], dtype) for dtype in PRECISIONS[1:]],
 )
-def test_a_step_of_a_sampler_waits_for_nothing(sampler, guidance, scale, dtype):
+def test_a_step_of_a_sampler_waits_for_nothing(sampler, config, guidance, scale, dtype):
     """But for ancestral sampling, whose noise the images' own generators draw on the CPU: one copy a step."""
     model = on_meta(AdapterConfig(num_classes=3), dtype=dtype)
     options = {"guidance": guidance, "guidance_scale": scale, "guidance_channels": 3}
     settings = SamplerSettings(sampler=sampler, num_inference_steps=5, **options)
-    config, labels, generators = DDIMScheduler().config, torch.tensor([0, 2]), image_generators(0, range(2))
+    labels, generators = torch.tensor([0, 2]), image_generators(0, range(2))
     with copies_from_host() as copies:
         at_step = []
         latents = sample_latents(
-            model, config, labels, generators, settings, on_step=lambda: at_step.append(len(copies))
+            model, config, labels, generators, settings, on_step=lambda share: at_step.append(len(copies))
         )
     assert latents.is_meta and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float32
-    noises = [1, 1, 1, 0] if sampler == "ddpm" else [0] * 4  # the last step draws none
-    assert [after - before for before, after in zip(at_step, at_step[1:], strict=False)] == noises
+    after_first = [after - before for before, after in zip(at_step, at_step[1:], strict=False)]
+    assert len(after_first) == (8 if sampler == "heun" else 4)
+    assert after_first == ([1, 1, 1, 0] if sampler == "ddpm" else [0] * len(after_first))  # the last draws none
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -246,32 +258,52 @@ def test_a_weighted_sum_waits_for_nothing(methods):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Other families
+# Families
+
+
+@pytest.fixture(params=["flux", "sd3", "pixart", "sana"])
+def case(request):
+    """(a small model of a family, how its family calls it on the meta device)."""
+    model, inputs = getattr(denoisers, request.param)()
+    (family,) = (family for family in FAMILIES if family.transformer_class == type(model).__name__)
+    prompts = {
+        "prompt_embeds": inputs["encoder_hidden_states"],
+        "pooled_prompt_embeds": inputs.get("pooled_projections", torch.empty(2, 8)),
+        "prompt_attention_mask": torch.ones(2, 5),
+    }
+    prompts = {name: tensor.to(META) for name, tensor in prompts.items()}
+    latents = torch.empty(2, family.latent_channels(model), 8, 8, device=META)
+    timesteps = torch.empty(2, dtype=torch.long, device=META)
+    scheduler = DDIMScheduler() if family.name == "pixart" else FlowMatchEulerDiscreteScheduler()
+
+    def losses(model):
+        noisy = add_noise(latents, latents, timesteps, scheduler).to(model.dtype)
+        given = {name: tensor.to(model.dtype) for name, tensor in prompts.items()}
+        output = family.predict(model, noisy, model_timesteps(timesteps, scheduler), given)
+        return training_losses(output, latents, latents, timesteps, scheduler)["loss"]
+
+    return model, losses
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "sana"])
-def test_other_denoisers_wait_for_nothing(family, dtype):
+def test_families_wait_for_nothing(case, dtype):
     """With adapters of many methods, all of which serve at once and train; then with two of them by sample."""
-    base, inputs = getattr(denoisers, family)()
-    methods = ["1lora", "bitfit", "lora", "mora6", "mora1", "dora", "vera"][: None if dtype == torch.float32 else 4]
-    model = on_meta(*(AdapterConfig(method) for method in methods), dtype=dtype, model=base)
-    inputs = tree_map_only(torch.Tensor, lambda x: x.to(META, dtype if x.ndim > 1 else None), inputs)
-    names = list("abcdefg"[: len(methods)])
+    methods = ["1lora", "lora", "bitfit", "mora6", "dora", "vera"][: None if dtype == torch.float32 else 2]
+    model, losses = case
+    model = on_meta(*(AdapterConfig(method) for method in methods), dtype=dtype, model=model)
+    names = list("abcdef"[: len(methods)])
     set_adapters(model, names)
     tensors = [tensor for name in names for tensor in adapter_state_dict(model, name).values()]
     for tensor in tensors:
         tensor.requires_grad_()
-    assert copies_of_second(partial(backward, model, inputs)) == []
+    assert copies_of_second(lambda: losses(model).mean().backward()) == []
     assert all(tensor.grad.is_meta for tensor in tensors)
-    with torch.no_grad(), route_adapters(model, ["a", {"a": 0.5, "c": 2.0}]):
-        assert copies_of_second(partial(forward, model, inputs)) == []
+    with torch.no_grad(), route_adapters(model, ["a", {"a": 0.5, "b": 2.0}]):
+        assert copies_of_second(lambda: losses(model)) == []
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "sana"])
-def test_full_fine_tuning_of_other_denoisers_waits_for_nothing(family):
-    base, inputs = getattr(denoisers, family)()
-    model = on_meta(AdapterConfig("full"), model=base)
-    inputs = tree_map_only(torch.Tensor, lambda x: x.to(META), inputs)
-    assert copies_of_second(partial(backward, model, inputs)) == []
+def test_full_fine_tuning_of_families_waits_for_nothing(case):
+    model, losses = case
+    model = on_meta(AdapterConfig("full"), model=model)
+    assert copies_of_second(lambda: losses(model).mean().backward()) == []
     assert trained(model) and all(parameter.grad.is_meta for parameter in trained(model))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.utils import collect_env
 from tqdm import tqdm
@@ -39,9 +40,17 @@ from onelora_diffusion.devices import DTYPES, peak_memory_bytes, reset_peak_memo
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.pipelines.dit import OneLoRADiTPipeline
-from onelora_diffusion.sampling import SAMPLERS, SamplerSettings, generate_images, image_generators, sample_latents
+from onelora_diffusion.sampling import (
+    FLOW_SAMPLERS,
+    SAMPLERS,
+    SamplerSettings,
+    generate_images,
+    image_generators,
+    sample_latents,
+)
 
 ROOT, CPU, WIDTH = Path(__file__).parents[1], torch.device("cpu"), 100
+FLOW = FlowMatchEulerDiscreteScheduler().config
 SMALL = {"width": 32, "heads": 2, "layers": 2, "sample_size": 8}
 BATCH = 32  # of a timed step: an H100 then works for longer than its host needs to start the operators
 STEPS, GUIDANCE_SCALE = 10, 2.0  # of samples that are compared
@@ -235,11 +244,11 @@ def samples(place: Place, sampler: str = "ddim", guidance: str = "cfg") -> Itera
     yield compared(f"samples of {sampler}, {guidance} guidance", found, expected, allowed)
 
 
-def sampled(device: torch.device, sampler: str, guidance: str, on_step: Callable = lambda: None) -> Tensor:
+def sampled(device: torch.device, sampler: str, guidance: str, on_step: Callable = lambda share: None) -> Tensor:
     pipeline, labels, generators = miniature(device), torch.arange(4), image_generators(0, range(4))
     options = {"num_inference_steps": STEPS, "guidance": guidance, "guidance_scale": GUIDANCE_SCALE}
     settings = SamplerSettings(sampler=sampler, **options)
-    config = pipeline.scheduler.config
+    config = FLOW if sampler in FLOW_SAMPLERS[:2] else pipeline.scheduler.config
     return sample_latents(pipeline.transformer, config, labels, generators, settings, on_step=on_step)
 
 
@@ -262,7 +271,9 @@ def no_waiting_in_sampling(place: Place, sampler: str = "ddim", guidance: str = 
     if sampler == "ddpm":
         yield Row(name, note="its noise is drawn on the CPU")
         return
-    sampled(place.device, sampler, guidance, on_step=lambda: place.refuse_waiting(True))  # so from the second step on
+    sampled(
+        place.device, sampler, guidance, on_step=lambda share: place.refuse_waiting(True)
+    )  # so from the second step on
     yield nothing_waited(name, place)
 
 
@@ -283,12 +294,13 @@ def step_times(place: Place) -> Iterator[Row]:
     for layers, compiled in ((28, False), (4, True)) if place.compile else ((28, False),):
         base = place.base(layers).to(place.device, torch.bfloat16)
         for row in speed.measure_training(base, "bf16-base", compiled, settings):
-            name, note = f"step{', compiled' * compiled}: 1LoRA", f"{1e3 * row['seconds']:.1f} ms"
+            name = f"step{', compiled' * compiled}: 1LoRA"
+            note = f"{1e3 * row['seconds']:.1f} ms, {len(base.transformer_blocks)} layers"
             if row["peer"] in STEP_LIMITS:
-                name, limit = f"{name} / {row['peer']}", place.time_limit(STEP_LIMITS[row["peer"]])
-                yield Row(name, row["ours_over_it"]["1LoRA"][0], limit, f"{note}, {layers} layers")
+                limit = place.time_limit(STEP_LIMITS[row["peer"]])
+                yield Row(f"{name} / {row['peer']}", row["ours_over_it"]["1LoRA"][0], limit, note)
             elif row["peer"] == "1LoRA":
-                yield Row(f"{name}, seconds", row["seconds"], None, f"{note}, {layers} layers")
+                yield Row(f"{name}, seconds", row["seconds"], None, note)
 
 
 def memory(place: Place) -> Iterator[Row]:

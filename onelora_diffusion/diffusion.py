@@ -45,7 +45,7 @@ def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
     """The time that the model is told, (batch,): the timestep itself, or of flow matching σ_t times their number."""
     if prediction_of(scheduler.config) != "flow":
         return timesteps
-    table = _table(noise_schedule, scheduler, timesteps.device, torch.float32)
+    table = device_table(noise_schedule, scheduler, timesteps.device, torch.float32)
     return table[1, timesteps] * scheduler.config.num_train_timesteps
 
 
@@ -168,8 +168,8 @@ def _variance_bounds(scheduler, dtype: torch.dtype) -> Tensor:
     return torch.stack([mean_per_error, variance.log(), betas.log() - variance.log()]).to(dtype)
 
 
-def _table(make: Callable, scheduler, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`make(scheduler, dtype)`, (rows, T), kept on the device."""
+def device_table(make: Callable, scheduler, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`make(scheduler, dtype)`, (..., T), kept on the device, so that a training step does not wait for a copy."""
     tables = _tables.setdefault(scheduler, {})
     if (make, device, dtype) not in tables:
         tables[make, device, dtype] = make(scheduler, dtype).to(device)
@@ -178,4 +178,4 @@ def _table(make: Callable, scheduler, device: torch.device, dtype: torch.dtype) 
 
 def _at(make: Callable, timesteps: Tensor, scheduler, dtype: torch.dtype) -> Tensor:
     """The rows of a table at timesteps (batch,), for tensors of four dimensions: (rows, batch, 1, 1, 1)."""
-    return _table(make, scheduler, timesteps.device, dtype)[:, timesteps, None, None, None]
+    return device_table(make, scheduler, timesteps.device, dtype)[:, timesteps, None, None, None]

@@ -29,6 +29,7 @@ from onelora_diffusion.sampling import (
     image_generators,
     sample_latents,
 )
+from onelora_diffusion.training.weighting import loss_weights
 
 META = torch.device("meta")
 NAMES = [name for name in METHODS if not name.startswith("peft:")]
@@ -280,7 +281,9 @@ def case(request):
         noisy = add_noise(latents, latents, timesteps, scheduler).to(model.dtype)
         given = {name: tensor.to(model.dtype) for name, tensor in prompts.items()}
         output = family.predict(model, noisy, model_timesteps(timesteps, scheduler), given)
-        return training_losses(output, latents, latents, timesteps, scheduler)["loss"]
+        weighting = (5.0, "none") if family.name == "pixart" else (None, "cosmap")
+        weights = loss_weights(timesteps, scheduler, *weighting)
+        return weights * training_losses(output, latents, latents, timesteps, scheduler)["mse"]
 
     return model, losses
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from onelora_diffusion.diffusion import noise_schedule, prediction_of
+from onelora_diffusion.diffusion import device_table, noise_schedule, prediction_of
 
 Weighting = Literal["none", "sigma-sqrt", "cosmap"]
 
@@ -31,7 +31,7 @@ def min_snr_weights(timesteps: Tensor, scheduler, gamma: float) -> Tensor:
 
     Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023.
     """
-    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    alphas_cumprod = device_table(_alphas_cumprod, scheduler, timesteps.device, torch.float32)[timesteps]
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return snr.clamp(max=gamma) / (snr + 1 if prediction_of(scheduler.config) == "v_prediction" else snr)
 
@@ -40,5 +40,9 @@ def flow_weights(timesteps: Tensor, scheduler, weighting: Weighting) -> Tensor:
     """σ⁻², or 2 / π (1 - 2σ + 2σ²): (batch,). Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3."""
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-    sigmas = noise_schedule(scheduler, torch.float32)[1].to(timesteps.device)[timesteps]
+    sigmas = device_table(noise_schedule, scheduler, timesteps.device, torch.float32)[1, timesteps]
     return compute_loss_weighting_for_sd3(weighting.replace("-", "_"), sigmas)
+
+
+def _alphas_cumprod(scheduler, dtype: torch.dtype) -> Tensor:
+    return scheduler.alphas_cumprod.to(dtype)

@@ -369,6 +369,10 @@ def test_a_base_of_no_known_family_is_refused_before_it_is_loaded(signs, tmp_pat
     settings = PromptSettings(base=str(tmp_path / "dit"), images=str(signs), output_dir=tmp_path / "run")
     with pytest.raises(SystemExit, match="the pipeline has a DiTTransformer2DModel, of no family .* flux"):
         main(settings)
+    for damaged in ("{", "[]", '{"transformer": 3}'):
+        (tmp_path / "dit" / "model_index.json").write_text(damaged)
+        with pytest.raises(SystemExit, match="dit' has no readable model_index.json: "):
+            main(settings)
 
 
 def test_flags_are_read_over_a_recipe_and_diffusers_names_are_told_ours(tmp_path):

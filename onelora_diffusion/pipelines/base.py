@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,13 +63,20 @@ def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], 
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev", named_by)
-    index = json.loads((folder / "model_index.json").read_text())
-    check((index.get("transformer") or [None, "NoneType"])[1])
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        transformer_class = printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
+    except Exception as error:  # no JSON, or of another kind
+        raise ValueError(f"base model '{base}' has no readable model_index.json: {_first_line(error)}") from error
+    check(transformer_class)
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):
         settings["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": _packed(precision)})
     try:
-        return DiffusionPipeline.from_pretrained(folder, **settings)
+        with warnings.catch_warnings():
+            # Newer releases call it dtype, which older ones do not know.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return DiffusionPipeline.from_pretrained(folder, **settings)
     except Exception as error:
         raise ValueError(f"base model '{base}' does not load: {_first_line(error)}") from error
 

@@ -69,6 +69,7 @@ class PromptTask:
             "dataset": self.dataset.name,
             "family": self.family.name,
             "prompt": settings.prompt,
+            "base_precision": settings.base_precision,
             "resolution": self.resolution,
             "max_sequence_length": settings.max_sequence_length,
         }

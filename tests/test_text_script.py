@@ -379,7 +379,7 @@ def test_flags_are_read_over_a_recipe_and_diffusers_names_are_told_ours(tmp_path
     (tmp_path / "signs.yaml").write_text("base: some/base\nimages: signs\nvalidation_prompt: [a, b]\n")
     settings = parse_command_line(["--config", str(tmp_path / "signs.yaml"), "--images", "others", "--bias"])
     assert (settings.base, settings.images, settings.validation_prompt) == ("some/base", "others", ("a", "b"))
-    assert settings.bias is True and settings.mixed_precision == "bf16"
+    assert settings.bias is True and settings.base_precision == "bf16"
     with pytest.raises(ValueError, match="--instance_prompt is a name of diffusers' scripts; here there is --prompt"):
         parse_command_line(["--instance_prompt", "x"])
     assert not set(HINTS) & {field for field in vars(settings)}

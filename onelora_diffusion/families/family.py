@@ -45,6 +45,7 @@ class Family:
 
         Args:
             transformer: as it is, or wrapped for several processes.
+            latents: in any precision; the transformer computes in that of the prompts, which are its own encoders'.
             timesteps: (batch,), the times of the family's scheduler, as `model_timesteps` gives them.
             prompts: of `encode_prompts`, (batch, ...).
         """

@@ -30,7 +30,7 @@ class Flux(Family):
             latents.new_full((len(latents),), GUIDANCE) if unwrapped(transformer).config.guidance_embeds else None
         )
         tokens = transformer(
-            pack(latents),
+            pack(latents.to(prompts["prompt_embeds"].dtype)),
             encoder_hidden_states=prompts["prompt_embeds"],
             pooled_projections=prompts["pooled_prompt_embeds"],
             timestep=timesteps / 1000,  # which the model multiplies by 1000 again

@@ -24,7 +24,7 @@ class PixArt(Family):
 
     def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
         return transformer(
-            latents,
+            latents.to(prompts["prompt_embeds"].dtype),
             encoder_hidden_states=prompts["prompt_embeds"],
             encoder_attention_mask=prompts["prompt_attention_mask"],
             timestep=timesteps,

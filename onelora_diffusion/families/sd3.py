@@ -18,7 +18,7 @@ class StableDiffusion3(Family):
 
     def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
         return transformer(
-            latents,
+            latents.to(prompts["prompt_embeds"].dtype),
             encoder_hidden_states=prompts["prompt_embeds"],
             pooled_projections=prompts["pooled_prompt_embeds"],
             timestep=timesteps,

@@ -25,6 +25,8 @@ class PromptSettings(RunSettings):
     """Fine-tune a frozen text-to-image transformer on images with captions."""
 
     script: ClassVar[str] = "train_text_to_image.py"
+    # The base computes in its own precision, as its pipeline does: a packed layer is not reached by autocast.
+    mixed_precision: ClassVar[str] = "no"
 
     base: str | None = None
     """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA."""
@@ -66,10 +68,6 @@ class PromptSettings(RunSettings):
     """Guidance of those samples. None: the pipeline's own."""
     export_lora: bool = False
     """At the end also write lora/, the adapter as a LoRA of rank 1, as diffusers and PEFT read it."""
-
-    @property
-    def mixed_precision(self) -> str:
-        return "no" if self.base_precision == "fp32" else "bf16"
 
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""

@@ -258,11 +258,12 @@ def sampled(device: torch.device, sampler: str, guidance: str, on_step: Callable
 
 def no_waiting_in_training(place: Place, method: str) -> Iterator[Row]:
     update = Update(small_model(method).to(place.device), place.device)
-    update()  # the first copies tables to the device
-    place.refuse_waiting(True)
     for autocast in (False, True):
         with torch.autocast(place.device.type, torch.bfloat16, enabled=autocast):
+            update()  # the first copies tables to the device
+            place.refuse_waiting(True)
             update()
+            place.refuse_waiting(False)
     yield nothing_waited(f"no waiting in an update of {method}", place)
 
 

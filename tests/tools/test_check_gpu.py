@@ -11,7 +11,8 @@ from tools.check_gpu import Place, Row, Settings, checks, compared, main, run, t
 PLACE = Place(torch.device("cpu"), is_rehearsal=True, compile=False)
 
 
-def test_a_rehearsal_runs_every_check_that_starts_no_processes(tmp_path, capsys):
+def test_a_rehearsal_runs_every_check_that_starts_no_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_gpu, "STEPS", 2)
     chosen = tuple(name for name in checks(PLACE) if name != "two processes")
     assert main(Settings(rehearse=True, only=chosen, compile=False, output=tmp_path / "gpu.json")) == 0
     lines = capsys.readouterr().out.splitlines()

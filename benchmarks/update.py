@@ -1,16 +1,19 @@
-"""An update as train_dit.py makes it, by the same calls, for what is measured and checked of a step."""
+"""An update as the training loop makes it, by the same calls, for what is checked of one."""
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DDIMScheduler
 from torch import nn
 
-from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import LossWindow
 from onelora_diffusion.training.optimizers import make_optimizer
 from onelora_diffusion.training.randomness import draw_step
-from onelora_diffusion.training.weighting import min_snr_weights
+from onelora_diffusion.training.weighting import loss_weights
 
 
 class Update:
@@ -29,14 +32,19 @@ class Update:
         self.losses = LossWindow()
         self.shape = (model.config.in_channels, *[model.config.sample_size] * 2)
         self.moments = torch.ones(batch, 2, *self.shape, device=device)
-        self.labels = torch.zeros(batch, dtype=torch.long, device=device)
+        self.labels = torch.zeros(batch, dtype=torch.long)
 
     def __call__(self) -> None:
-        draws = draw_step(0, self.step, self.batch, self.shape, 1000, 0.1).rows(slice(self.batch), self.device)
-        x_start, latents, class_labels = draws.shown(self.moments, self.labels, self.scheduler, null_label=3)
-        output = self.model(latents.to(self.model.dtype), timestep=draws.timesteps, class_labels=class_labels).sample
+        drawn = draw_step(0, self.step, self.batch, self.shape, 1000, label_drop=0.1)
+        draws = drawn.rows(slice(self.batch), self.device)
+        prompts = {"class_labels": torch.where(drawn.label_drops, 3, self.labels)}
+        prompts = send_to_device(prompts, self.device, non_blocking=True)
+        x_start = sample_moments(self.moments, draws.posterior_noise)
+        latents = add_noise(x_start, draws.noise, draws.timesteps, self.scheduler).to(self.model.dtype)
+        times = model_timesteps(draws.timesteps, self.scheduler)
+        output = DiT().predict(self.model, latents, times, prompts)
         losses = training_losses(output, x_start, draws.noise, draws.timesteps, self.scheduler)
-        weights = min_snr_weights(draws.timesteps, self.scheduler, 5.0)
+        weights = loss_weights(draws.timesteps, self.scheduler, 5.0, "none")
         losses["loss"] = losses["loss"] + (weights - 1) * losses["mse"]
         losses["loss"].mean().backward()
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from benchmarks import generate, speed
 from benchmarks.measure import resident_bytes
+from benchmarks.measure import table as markdown_table
 from benchmarks.peers import make_base, make_peer
 from benchmarks.rounding import rounding
 from benchmarks.update import Update
@@ -183,7 +184,7 @@ def table(rows: list[Row]) -> list[str]:
     cells = [row.cells() for row in rows]
     taken = sum(max(map(len, column)) for column in list(zip(*cells, ("", "figure", "limit", ""), strict=True))[:3])
     cells = [[*row[:3], textwrap.shorten(row[3], WIDTH - taken - 13, placeholder=" ...")] for row in cells]
-    return speed.table(["", "figure", "limit", ""], cells)
+    return markdown_table(["", "figure", "limit", ""], cells)
 
 
 # ---------------------------------------------------------------------------------------------------

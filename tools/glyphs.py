@@ -5,7 +5,6 @@ turned, slanted and bent picture come to lie; so a heavier stroke is a larger di
 """
 
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +146,7 @@ def _field(glyph: Glyph) -> Tensor:
     from PIL import Image, ImageDraw, ImageFont
     from scipy.ndimage import distance_transform_edt
 
-    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / f"{glyph.font}.ttf", size=DRAWN * 0.9)
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{glyph.font}.ttf", size=round(0.9 * DRAWN))
     picture = Image.new("L", (DRAWN, DRAWN))
     left, top, right, bottom = font.getbbox(glyph.character)
     middle = (DRAWN - left - right) / 2, (DRAWN - top - bottom) / 2

@@ -182,8 +182,7 @@ class Prompted:
         self.pipeline = load_text_to_image(settings.base or adapter.base, precision, family_named, named_by)
         self.family = family_of(self.pipeline)
         self.size = settings.resolution or number(adapter, "resolution") or self.family.resolution(self.pipeline)
-        if self.size < 1 or self.size % (multiple := self.family.multiple(self.pipeline)):
-            raise ValueError(f"--resolution {self.size} is no multiple of {multiple}, which the model needs")
+        self.family.check_resolution(self.pipeline, self.size)
         if settings.guidance == "domain" and not self.family.is_guided:
             raise ValueError(
                 f"domain guidance leads from the empty prompt, from which {self.family.name} is not guided"

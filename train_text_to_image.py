@@ -47,6 +47,7 @@ class PromptTask:
         self.pipeline = load_text_to_image(settings.base, settings.base_precision, family_named)
         self.family = family_of(self.pipeline)
         self.resolution = settings.resolution or self.family.resolution(self.pipeline)
+        self.family.check_resolution(self.pipeline, self.resolution)
         self.captioned = load_captioned(
             settings.images,
             settings.prompt,
@@ -101,11 +102,12 @@ class PromptTask:
             **share,
         )
         pipeline.register_modules(**dict.fromkeys(encoders))
-        pipeline.vae.to(device)
+        dtype = pipeline.vae.dtype
+        pipeline.vae.to(device, torch.float32)  # once, and for all steps
         latents = build_cache(
             parent, self.dataset, pipeline.vae, settings.flip, num_workers=settings.num_workers, **share
         )
-        pipeline.vae.to("cpu")
+        pipeline.vae.to("cpu", dtype)
         pipeline.transformer.to(device)
         buckets = self.captioned.buckets
         if stop.agreed():  # the caches may be half done, and there is no step to come

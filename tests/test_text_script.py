@@ -149,7 +149,7 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_draws_everywhere_the_same(tra
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_run_learns_its_pictures(train, bases, signs, name):
     """The loss falls, and what is drawn of their captions comes nearer to them."""
-    run = train(name, max_steps=80, learning_rate=0.05, ema_decay=(0.9,), checkpoint_every=80, caption_drop=0.0)
+    run = train(name, max_steps=60, learning_rate=0.05, ema_decay=(0.9,), checkpoint_every=60, caption_drop=0.0)
     losses = losses_of(run)
     assert np.mean(losses[-20:]) < 0.95 * np.mean(losses[:10])
 
@@ -189,10 +189,9 @@ def test_accumulation_checkpointing_and_compiled_blocks_change_nothing(train, mo
     assert compiled == ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 
 
-@pytest.mark.parametrize("name, engine", [("sd3", "ddp"), ("flux", "fsdp2")])
-def test_two_processes_train_what_one_does(train, bases, signs, tmp_path, name, engine):
-    run = tmp_path / "two"
-    flags = f"--base {bases / name} --base-precision fp32 --images {signs} --output-dir {run} --engine {engine}"
+def test_two_processes_that_share_out_the_base_train_what_one_does(train, bases, signs, tmp_path):
+    name, run = "flux", tmp_path / "two"
+    flags = f"--base {bases / name} --base-precision fp32 --images {signs} --output-dir {run} --engine fsdp2"
     flags += f" --resolution {RESOLUTION[name]} --max-sequence-length {LENGTH} --max-steps 4 --log-every 1"
     flags += " --validation-prompt night --sample-every 4 --sample-steps 2"
     launch("--num_processes", 2, "--cpu", "train_text_to_image.py", *flags.split())
@@ -239,7 +238,7 @@ def test_sample_draws_prompts_as_the_pipeline_does(train, bases, tmp_path):
     for changes, message in (
         (dict(prompts=()), "draws prompts: give --prompts"),
         (dict(sampler="ddim"), "--sampler is for classes"),
-        (dict(resolution=15), "--resolution 15 is no multiple of 2"),
+        (dict(resolution=15), "a resolution of 15 is no multiple of 2"),
         (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for classes"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -348,6 +347,7 @@ def test_an_int8_base_trains_what_the_full_one_does(train, bases):
         (dict(images=None), "nothing to learn: give a folder of images"),
         (dict(images="nowhere"), "no folder nowhere: give a folder of images"),
         (dict(resolution=15), "a resolution of 15 is no multiple of 2"),
+        (dict(resolution=194), "a resolution of 194 is beyond the 192 pixels"),
         (dict(caption_drop=1.5), "--caption-drop is a share from 0 to 1, not 1.5"),
         (dict(snr_gamma=5.0), "--snr-gamma weighs the error of noise"),
         (dict(export_lora=True, bias=True), "adapter 'default' cannot be a LoRA"),

@@ -62,6 +62,12 @@ class Family:
         """Of what the sides of an image are multiples: pixels of a token."""
         return pipeline.vae_scale_factor * self.patch_size(pipeline.transformer)
 
+    def check_resolution(self, pipeline, resolution: int) -> None:
+        """ValueError for pictures of a size that the transformer does not take."""
+        multiple = self.multiple(pipeline)
+        if resolution < 1 or resolution % multiple:
+            raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
+
     def patch_size(self, transformer: nn.Module) -> int:
         """Latents a side that make a token."""
         return transformer.config.patch_size

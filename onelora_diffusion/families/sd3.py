@@ -10,6 +10,14 @@ class StableDiffusion3(Family):
     transformer_class = "SD3Transformer2DModel"
     targets = ("transformer_blocks.*", "norm_out.linear", "proj_out")
 
+    def check_resolution(self, pipeline, resolution: int) -> None:
+        super().check_resolution(pipeline, resolution)
+        most = pipeline.transformer.config.pos_embed_max_size * self.multiple(pipeline)
+        if resolution > most:
+            raise ValueError(
+                f"a resolution of {resolution} is beyond the {most} pixels that this model has places for"
+            )
+
     def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int | None = None) -> Prompts:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, **longest(max_sequence_length)

@@ -75,6 +75,17 @@ def test_the_transformer_is_told_what_the_stock_pipeline_tells_it(pipeline, name
 
 
 @torch.no_grad()
+def test_a_transformer_that_is_wrapped_for_several_processes_is_called_alike(pipeline, name):
+    family, encoded = family_of(pipeline), family_of(pipeline).encode_prompts(pipeline, ["a bold Q"], LENGTH)
+    latents = torch.randn(1, family.latent_channels(pipeline.transformer), 8, 8)
+    found = [
+        family.predict(model, latents, torch.tensor([500.0]), encoded)
+        for model in (pipeline.transformer, nn.DataParallel(pipeline.transformer))
+    ]
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_pictures_are_guided_from_the_empty_prompt(pipeline, name):
     family = family_of(pipeline)
     assert family.is_guided == (name != "flux")

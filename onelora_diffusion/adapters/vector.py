@@ -76,6 +76,11 @@ class Vectors:
         """
         if len(group) == 1 and group[0][1] == 1:
             return group[0][0]
+        return Vectors.combined(group)
+
+    @staticmethod
+    def combined(group: list[tuple["Vectors", float | torch.Tensor]]) -> "Vectors":
+        """The same by its formula whatever the weights are, so that compiled code need not look at them."""
         seeds = dict.fromkeys(seed for vectors, _ in group for seed in vectors.b)
         return Vectors(
             {seed: _sum([(vectors.b.get(seed), weight) for vectors, weight in group], 0) for seed in seeds},
@@ -150,7 +155,7 @@ def random_compression(seed: int, in_features: int, device: torch.device) -> tor
     return torch.randn(in_features, generator=generator).to(device)
 
 
-def _sum(parts: list[tuple[torch.Tensor | None, float]], neutral: float) -> torch.Tensor | None:
+def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral: float) -> torch.Tensor | None:
     present = [(part, weight) for part, weight in parts if part is not None]
     return neutral + sum(weight * (part - neutral) for part, weight in present) if present else None
 

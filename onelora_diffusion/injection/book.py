@@ -16,6 +16,7 @@ from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attention import OneLoRAAttnProcessor, fuse_in_place, is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
+from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
 from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
@@ -135,17 +136,23 @@ class AdapterBook:
         if config.fuse_qkv:
             for attn in self._attentions().values():
                 fuse_in_place(attn)
+        before = len(self.seats)
         for path, module in adapter.items():
             self._seat(module.seat, path, config).add(adapter_name, module)
+        if len(self.seats) > before:
+            forget_compiled()
         self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
         self._take_part()
 
     def detach(self, adapter_name: str) -> None:
+        before = len(self.seats)
         for path, module in self.adapters.pop(adapter_name).items():
             seat = self.seats[module.seat, path]
             seat.remove(adapter_name)
             if seat.is_empty:
                 del self.seats[module.seat, path]
+        if len(self.seats) < before:
+            forget_compiled()
         del self.configs[adapter_name]
         self.origins.pop(adapter_name, None)
         self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
+from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.weights import weight_at
+from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.linear import why_not_writable
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -31,6 +33,7 @@ class TableSeat(Seat):
         self.paths, self.bases, self.counts = paths, bases, counts
         self.num_rows = bases[0].num_embeddings
         self.active: str | None = None
+        self._table: Adapter | None = None  # the same without its name, which compiled code would take for unchanging
         self.open_route: _TableRoute | None = None
         self.originals: list[nn.Parameter] | None = None
         self.labels: torch.Tensor | None = None
@@ -51,11 +54,13 @@ class TableSeat(Seat):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """The base's (batch, width) rows of the labels that began -> those of the tables that serve."""
         labels, self.labels = self.labels, None
+        if self._is_replica:
+            self._look_up_table()
         if self.open_route is not None:
             return self.open_route(labels, rows).to(rows.dtype)
-        if self.active is None:
+        if self._table is None or self.originals is not None:  # the rows are the base's, or merged ones
             return rows
-        table = self[self.active].weight.to(labels.device)
+        table = self._table.weight.to(labels.device)
         return nn.functional.embedding(labels.clamp(max=len(table) - 1), table).to(rows.dtype)
 
     def active_table(self) -> torch.Tensor | None:
@@ -63,7 +68,7 @@ class TableSeat(Seat):
         return None if self.active is None else self[self.active].weight
 
     def hook(self) -> None:
-        self._hooks = [base.register_forward_hook(end_lookup) for base in self.bases]
+        self._hooks = self._hooks or [base.register_forward_hook(end_lookup) for base in self.bases]
 
     def unhook(self) -> None:
         while self._hooks:
@@ -95,7 +100,11 @@ class TableSeat(Seat):
 
     def activate(self, weights: dict[str, float]) -> None:
         self.active = serving_table(self, weights)
+        self._look_up_table()
         self._recount()
+
+    def _look_up_table(self) -> None:
+        self._table = None if self.active is None else self._modules[self.active]
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         return None if self.active is None else why_not_writable(self.bases[0])
@@ -110,7 +119,8 @@ class TableSeat(Seat):
         merged = nn.Parameter(table.to(self.originals[0].dtype), requires_grad=False)
         for base in self.bases:
             base.weight, base.num_embeddings = merged, len(table)
-        self.unhook()
+        if not anything_is_compiled():  # which would not see it come back
+            self.unhook()
 
     def unfold(self) -> None:
         if self.originals is None:

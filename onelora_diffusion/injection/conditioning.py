@@ -60,6 +60,11 @@ def compute_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return (), inputs
 
 
+def name_repeated_blocks(transformer: nn.Module) -> None:
+    """What diffusers' `compile_repeated_blocks` compiles, which its other transformers name and its DiT does not."""
+    transformer._repeated_blocks = sorted({type(block).__name__ for block in transformer.transformer_blocks})
+
+
 class DiTConditioning:
     """Shared conditioning of a DiT, with the seat of its adapters' class tables.
 
@@ -76,6 +81,7 @@ class DiTConditioning:
 
     def install(self) -> "DiTConditioning":
         """Put it into the model."""
+        name_repeated_blocks(self.transformer)
         self.stock = [norm.emb for norm in self.norms]
         if equal_copies(self.stock):
             del self.stock[1:]

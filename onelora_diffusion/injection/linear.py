@@ -7,6 +7,7 @@ from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.functional import writable
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import keeping_precision, weight_at
+from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 
@@ -25,9 +26,11 @@ class LinearSeat(Seat):
         super().__init__()
         self.layer, self.path, self.reached = layer, path, reached
         self.active: dict[str, float] = {}
-        # The same by what serves, without names, so that a compiled layer is not compiled again for another name.
-        self._vector_adapters: list[tuple[Adapter, float]] = []
-        self._other_adapters: list[tuple[Adapter, float]] = []
+        # The same as compiled code looks at it, without names and numbers, which it would take for unchanging.
+        self._serves = False
+        self._alone: Adapter | None = None
+        self._weighted: list[tuple[Adapter, torch.Tensor]] = []
+        self._others: list[tuple[Adapter, float]] = []
         self.open_route: _LinearRoute | None = None
         self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._hook = None
@@ -48,13 +51,15 @@ class LinearSeat(Seat):
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
+            if self._is_replica:
+                self._list_adapters()
             out = writable(out) if self.is_in_use else out
         if self.open_route is not None:
             return self.open_route.serve(x, out, sums)
-        if not self.active:
+        if not self._serves:
             return out
         base = out
-        for adapter, weight in self._other_adapters:
+        for adapter, weight in self._others:
             adapted = adapter(x, base)  # new memory, which the vectors' terms below may reuse
             out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
         return self.vectors().serve(x, out, sums)
@@ -64,17 +69,22 @@ class LinearSeat(Seat):
 
         Without gradients it is taken once and kept until a vector or a weight changes.
         """
-        group = self._vector_adapters
-        if len(group) == 1 and group[0][1] == 1:
-            return group[0][0].vectors()
+        if self._alone is not None:
+            return self._alone.vectors()
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
-        parts = [(weight, part, part.data) for adapter, weight in group for part in adapter.parameters()]
-        state = [(weight, memory_of(part), part._version) for weight, part, _ in parts]
+            return self._summed()
+        parts = [(part, part.data) for adapter, _ in self._weighted for part in adapter.parameters()]
+        state = [(memory_of(part), part._version) for part, _ in parts]
         if self._cached_vectors is None or self._cached_vectors[0] != state:
-            summed = Vectors.weighted_sum([(adapter.vectors(), weight) for adapter, weight in group])
-            self._cached_vectors = state, parts, summed  # parts are kept, so that nothing takes their addresses
+            self._cached_vectors = (
+                state,
+                parts,
+                self._summed(),
+            )  # parts are kept, so that nothing takes their addresses
         return self._cached_vectors[-1]
+
+    def _summed(self) -> Vectors:
+        return Vectors.combined([(adapter.vectors(), weight) for adapter, weight in self._weighted])
 
     def hook(self) -> None:
         if self._hook is None:
@@ -87,7 +97,7 @@ class LinearSeat(Seat):
 
     @property
     def is_in_use(self) -> bool:
-        return bool(self.active) or self.open_route is not None
+        return self._serves or self.open_route is not None
 
     @property
     def has_new_bias(self) -> bool:
@@ -117,9 +127,17 @@ class LinearSeat(Seat):
 
     def activate(self, weights: dict[str, float]) -> None:
         self.active = {name: weight for name, weight in weights.items() if name in self._modules}
-        adapters = [(self[name], weight) for name, weight in self.active.items()]
-        self._vector_adapters = [(adapter, weight) for adapter, weight in adapters if adapter.vectors() is not None]
-        self._other_adapters = [(adapter, weight) for adapter, weight in adapters if adapter.vectors() is None]
+        self._serves = bool(self.active)
+        self._list_adapters()
+
+    def _list_adapters(self) -> None:
+        vectors, self._others = [], []
+        for name, weight in self.active.items():
+            adapter = self._modules[name]
+            (self._others if adapter.vectors() is None else vectors).append((adapter, weight))
+        is_alone = len(vectors) == 1 and vectors[0][1] == 1
+        self._alone = vectors[0][0] if is_alone else None
+        self._weighted = [] if is_alone else [(adapter, _as_tensor(weight)) for adapter, weight in vectors]
         self._cached_vectors = None
 
     @torch.no_grad()
@@ -131,7 +149,7 @@ class LinearSeat(Seat):
         weight = self.layer.weight.float()
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
-        for adapter, scale in self._other_adapters:
+        for adapter, scale in self._others:
             adapted = adapter.merged(*base)
             weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
         return self.vectors().merged(weight, bias)
@@ -163,7 +181,9 @@ class LinearSeat(Seat):
                 layer.bias.copy_(bias)
             elif bias.any():
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
-        self.unhook()
+        self._serves = False
+        if not anything_is_compiled():  # which would not see it come back
+            self.unhook()
 
     def unfold(self) -> None:
         if self.original is None:
@@ -242,6 +262,12 @@ def adapter_hook(linear: nn.Module, args: tuple, out: torch.Tensor) -> torch.Ten
     if not torch.compiler.is_compiling() and next(iter(linear._forward_hooks.values())) is not adapter_hook:
         out = out.clone()  # a hook before this one may have kept the layer's output
     return linear.onelora(args[0], out)
+
+
+def _as_tensor(weight: float) -> torch.Tensor:
+    """A tensor of its own: compiled code would take it for unchanging that two weights are one object."""
+    with torch.inference_mode(False):  # autograd may have to keep it
+        return torch.tensor(weight, dtype=torch.float32, device="cpu")
 
 
 def why_not_writable(layer: nn.Module) -> str | None:

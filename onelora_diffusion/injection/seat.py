@@ -14,6 +14,7 @@ class Seat(nn.ModuleDict):
     """
 
     has_new_bias = False
+    _is_replica = False  # torch sets it on the copy that DataParallel makes for a device, where children are others
     __setattr__ = object.__setattr__  # adapters are its only children, and may be called as its attributes are
 
     def add(self, name: str, adapter: Adapter) -> None:

@@ -14,6 +14,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
+from onelora_diffusion.injection.conditioning import name_repeated_blocks
 from onelora_diffusion.injection.merging import stock_state_dict
 from onelora_diffusion.injection.routing import GUIDANCES, Entry, route_adapters, route_beside_base
 from onelora_diffusion.pipelines.base import class_names, eval_mode, miniature_path
@@ -37,6 +38,17 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         """`DiTPipeline`'s own; None is the miniature inside the package."""
         base = miniature_path() if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         return super().from_pretrained(base, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiTPipeline):
+        adapted = super().from_pipe(pipeline)
+        name_repeated_blocks(adapted._adapted_model())
+        return adapted
+
+    def register_modules(self, **modules) -> None:
+        super().register_modules(**modules)
+        if modules.get("transformer") is not None:
+            name_repeated_blocks(self._adapted_model())
 
     @classmethod
     def load_config(cls, *args, **kwargs):

@@ -113,3 +113,20 @@ def test_a_plain_module_is_given_no_save_pretrained():
     assert not hasattr(model, "save_pretrained")
     assert torch.equal(through_pickle(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))
     unload_adapter(model)
+
+
+def test_a_replica_serves_with_the_adapters_of_its_own_device():
+    """What DataParallel does for each device, by hand, with other values in the place of another device's."""
+    base = nn.ModuleDict({"embedding_table": nn.Embedding(4, 8), "linear": nn.Linear(8, 2)})
+    model = inject_adapter(base, AdapterConfig(num_classes=2))
+    seats = [model["linear"].onelora, model["embedding_table"].onelora]
+    replicas = [seat._replicate_for_data_parallel() for seat in seats]
+    for seat, replica in zip(seats, replicas, strict=True):
+        replica._modules["default"] = randomize(copy.deepcopy(seat["default"]))
+    with torch.no_grad():
+        x, out = torch.ones(1, 8), torch.zeros(1, 2)
+        torch.testing.assert_close(replicas[0](x, out.clone())[0], 8 * replicas[0]["default"].b)
+        assert torch.equal(seats[0](x, out.clone()), out)
+        for seat in (seats[1], replicas[1]):
+            seat.begin(torch.tensor([1]))
+            assert torch.equal(seat(torch.zeros(1, 8))[0], seat["default"].weight[1])

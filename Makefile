@@ -35,7 +35,7 @@ fuzz: .venv/installed
 
 # The same tests on the oldest versions that pyproject.toml allows, in an environment of their own.
 test-floors: .venv-floors/installed
-	.venv-floors/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadfile
 
 style: .venv/installed
 	$(BIN)/ruff format .

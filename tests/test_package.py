@@ -1,5 +1,7 @@
 """What is shipped: the wheel, the public names, and the README's first snippet."""
 
+import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -9,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import onelora_diffusion
 
@@ -44,6 +48,34 @@ def test_the_sdist_builds_that_wheel(built):
     assert {"pyproject.toml", "README.md", "LICENSE", "onelora_diffusion/py.typed"} <= names
     assert "onelora_diffusion/miniature/vae/diffusion_pytorch_model.safetensors" in names
     assert not any(name.startswith(("benchmarks/", "tools/", "runs/")) for name in names)
+
+
+def packages_imported_by(nodes) -> set[str]:
+    """The top-level names that import statements among the nodes ask for."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"onelora_diffusion"}
+
+
+def test_every_package_that_is_imported_is_declared():
+    """At the top of a module, what always comes with the package; inside a function, it may be an extra's."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    always, extras = (
+        {canonicalize_name(Requirement(text).name) for text in texts}
+        for texts in (project["dependencies"], sum(project["optional-dependencies"].values(), []))
+    )
+    distributions = importlib.metadata.packages_distributions()  # of what is not installed, the name is the same
+    for path in (REPOSITORY / "onelora_diffusion").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for nodes, declared in ((tree.body, always), (ast.walk(tree), always | extras)):
+            for name in packages_imported_by(nodes):
+                owners = {canonicalize_name(owner) for owner in distributions.get(name, [name])}
+                assert owners & declared, f"{path.name} imports {name} of {', '.join(owners)}"
 
 
 def test_every_place_tells_the_same_version():

@@ -54,7 +54,7 @@ class SharedConditioning(nn.Module):
 def compute_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a DiT with shared conditioning: the timestep argument becomes c(t, y)."""
     names = ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict")
-    inputs = dict(zip(names, args, strict=False)) | kwargs
+    inputs = dict(zip(names[: len(args)], args, strict=True)) | kwargs  # torch 2.7 cannot compile strict=False
     conditioning = transformer.transformer_blocks[0].norm1.emb
     inputs["timestep"] = conditioning(inputs["timestep"], inputs["class_labels"], inputs["hidden_states"].dtype)
     return (), inputs

@@ -1,7 +1,9 @@
 import json
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from rounding import assert_rounded
 
 import benchmark
@@ -22,6 +24,12 @@ from onelora_diffusion.injection.routing import route_adapters
 
 TRAINED = 2 * (6 * 32 + 4 * 32 + 128 + 32) + 64 + 32  # out features of two blocks, and of both outputs
 LORA_A = 2 * (32 + 4 * 32 + 32 + 128) + 2 * 32  # in features of the same layers
+
+needs_verbs = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.38"),
+    reason="diffusers before 0.38 sets adapters of the classes that it lists by name alone, and has no DiT among them",
+)
+PEERS = [pytest.param(name, marks=needs_verbs) if "diffusers" in name else name for name in LOADERS]
 
 
 def settings(**changes):
@@ -55,7 +63,7 @@ def test_peft_s_mixed_batch_of_the_same_adapters_gives_the_same_output():
         assert (serving(*batch).sample[1::3] - mixed[1::3]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", PEERS)
 def test_every_peer_loads_switches_and_swaps(tmp_path, name):
     """Files hold what an adapter starts with, which leaves the base as it is; other values move it."""
     chosen = settings()
@@ -94,6 +102,7 @@ def test_bytes_of_resident_adapters():
     assert adapter_bytes(peft_model(base, 3)) == 3 * 4 * (TRAINED + LORA_A)
 
 
+@needs_verbs
 def test_tables_and_files(tmp_path):
     results = adapters(settings(output_dir=tmp_path))
     assert json.loads((tmp_path / "adapters.json").read_text())["mixed"] == json.loads(json.dumps(results["mixed"]))

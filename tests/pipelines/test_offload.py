@@ -21,6 +21,12 @@ from onelora_diffusion import (
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def cpu_as_accelerator(monkeypatch):
+    """diffusers before 0.41 asks torch which accelerator there is, whatever device it is given."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: CPU)
+
+
 def pipeline_of(model):
     from diffusers import FluxPipeline, PixArtAlphaPipeline, StableDiffusion3Pipeline
 

@@ -150,7 +150,7 @@ def test_headers_that_are_no_settings(saved, text):
     refused(saved, "")
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64, torch.uint8, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64, torch.uint8, torch.float8_e4m3fn])
 def test_other_types_of_tensors(saved, dtype):
     rewrite(saved, tensors={B: torch.zeros(32, dtype=dtype)})
     refused(saved, f"{B} is .*weights are float32, bfloat16 or float16")
@@ -172,6 +172,7 @@ def test_other_types_of_tensors(saved, dtype):
         ('"shape":[4,32]', '"shape":[4,32' + ",1" * 20 + "]"),
         ('"shape":[4,32]', '"shape":[10000000000,32]'),
         ('"dtype":"F32"', '"dtype":["F32"]'),
+        ('"dtype":"F32"', '"dtype":"C64"'),
         ('"data_offsets":[0,', '"data_offsets":[-1,'),
         ('"data_offsets":[0,', '"data_offsets":[1,'),
     ],

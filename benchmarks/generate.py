@@ -120,7 +120,10 @@ def measure(precision: str, compiled: bool, settings: GenerateSettings) -> tuple
             )
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     label = f"{precision}{', compiled' * compiled}"
-    seconds = interleave(calls, settings.rounds, warmup=1, clock=clock, label=label)
+    # The models share their blocks' code, which is compiled anew for each of them and each shape, and past the limit
+    # would run eager.
+    with torch._dynamo.config.patch(recompile_limit=8 * len(calls)):
+        seconds = interleave(calls, settings.rounds, warmup=1, clock=clock, label=label)
     rows = [
         {"precision": precision, "compiled": compiled, "model": name, "images": images, "at_once": at_once}
         | {"seconds": float(np.median(own)), "images_per_second": images / float(np.median(own))}

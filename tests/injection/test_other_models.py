@@ -136,7 +136,7 @@ def test_full_keeps_tied_weights_tied(tmp_path):
 
 
 def test_what_only_a_dit_has():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no class embedding .* its tables are model.embed_tokens"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no class .* its tables are model.embed_tokens"):
         inject_adapter(llama()[0], AdapterConfig(num_classes=3))
     with pytest.raises(ValueError, match="fuse_qkv goes with DiTTransformer2DModel, not with LlamaForCausalLM"):
         inject_adapter(llama()[0], AdapterConfig(fuse_qkv=True))

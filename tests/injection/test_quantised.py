@@ -147,6 +147,9 @@ def test_torchao_quantises_in_place_and_keeps_adapters():
     x = torch.randn(4, 32)
     with torch.no_grad():
         b = model[0].onelora["default"].b
-        adapted = nn.functional.linear(x, model[0].weight, model[0].bias) + x.sum(1, keepdim=True) * b
+        weight = model[0].weight.clone()
+        adapted = nn.functional.linear(x, weight, model[0].bias) + x.sum(1, keepdim=True) * b
         torchao_int8(model)
-        torch.testing.assert_close(model[0](x), adapted, atol=0.05, rtol=0.05)  # int8: 0.4 % of a weight
+        # Each weight is off by half a step, of 127 up to its row's largest; 1 % more for the rounding of sums.
+        off = x.abs().sum(1, keepdim=True) * weight.abs().amax(1) / 127 / 2
+        assert ((model[0](x) - adapted).abs() <= 1.01 * off).all()

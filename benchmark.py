@@ -10,6 +10,7 @@
     python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
+    python benchmark.py compression                             # along which direction a layer's input is read
 
 `benchmark.py speed --help` shows the settings of one.
 """
@@ -22,6 +23,7 @@ import tyro
 from benchmarks.adapters import AdaptersSettings, adapters
 from benchmarks.cache import CacheSettings, measure_cache
 from benchmarks.compare import CompareSettings, compare, preset_asked_for
+from benchmarks.compression import CompressionSettings, compression
 from benchmarks.families import MemorySettings, memory
 from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
@@ -37,6 +39,7 @@ SUBCOMMANDS = {
     GenerateSettings: generate,
     CacheSettings: measure_cache,
     CompareSettings: compare,
+    CompressionSettings: compression,
 }
 
 

@@ -20,6 +20,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from onelora_diffusion import disable_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
@@ -50,6 +52,7 @@ from onelora_diffusion.sampling import (
 from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
+HEADER = 18  # pixels above a grid of two sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class Settings(SamplerSettings, ComputeSettings):
     """What a text-to-image adapter draws, by its pipeline's own sampler."""
     resolution: int | None = None
     """Pixels a side of those pictures. None: as it was trained."""
+    beside_base: bool = False
+    """Put beside each row of a grid what the base alone draws from the same noise: its own classes, in their order."""
     per_class: int = 10
     """Images of each class or prompt."""
     num_images: int | None = None
@@ -96,6 +101,7 @@ def main(settings: Settings) -> None:
         names = source.names
         num_images = settings.num_images or settings.per_class * len(names)
         share = range(accelerator.process_index, num_images, accelerator.num_processes)
+        sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # files' prefix: are they the base's
         images_folder = output.with_name(f".{output.name}.part")  # every process writes its share here
         if accelerator.is_main_process:
             shutil.rmtree(images_folder, ignore_errors=True)
@@ -106,15 +112,16 @@ def main(settings: Settings) -> None:
     accelerator.print(textwrap.fill(f"{source.kind}: {listing}", width=80, max_lines=4))
     accelerator.print(in_words(settings.report(accelerator.device)))
     try:
-        with progress_bar(len(share), disable=not accelerator.is_main_process) as progress:
-            for indices, images in source.draw(share, progress):
-                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    Image.fromarray(image).save(images_folder / f"{index:06d}.png")
+        with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
+            for side, of_base in sides.items():
+                for indices, images in source.draw(share, progress, of_base):
+                    for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                        Image.fromarray(image).save(images_folder / f"{side}{index:06d}.png")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            files = [images_folder / f"{index:06d}.png" for index in range(num_images)]
+            files, *of_base = ([images_folder / f"{s}{i:06d}.png" for i in range(num_images)] for s in sides)
             if output.suffix == ".png":
-                write_grid(output, files, [printable(name, 60) for name in names])
+                write_grid(output, files, [printable(name, 60) for name in names], *of_base)
             elif output.suffix == ".npz":
                 write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
             else:
@@ -146,13 +153,16 @@ class Classified:
         settings.place(self.pipeline, device)
         settings.check(self.pipeline.transformer, self.pipeline.scheduler.config)
 
-    def draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, images (batch, 3, R, R) in uint8) of a share of the images."""
-        settings = self.settings
-        with adapters_folded_in(self.pipeline.transformer, settings):
+    def draw(self, share: range, progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
+        settings, transformer = self.settings, self.pipeline.transformer
+        num_classes = transformer.config.num_embeds_ada_norm if of_base else max(self.labels) + 1
+        if of_base:  # alone: nothing leads from it to an adapter
+            settings = replace(settings, guidance=SamplerSettings.guidance)
+        with disable_adapter(transformer) if of_base else adapters_folded_in(transformer, settings):
             yield from generate_images(
                 self.pipeline,
-                [self.labels[index % len(self.labels)] for index in share],
+                [self.labels[index % len(self.labels)] % num_classes for index in share],
                 settings.seed,
                 share,
                 settings,
@@ -197,8 +207,12 @@ class Prompted:
                 self.family.encode_prompts(self.pipeline, [prompt], length) for prompt in (*self.names, "")
             )
 
-    def draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, images (1, 3, R, R) in uint8) of a share of the images."""
+    def draw(self, share: range, progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, images (1, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
+        with disable_adapter(self.pipeline.transformer) if of_base else nullcontext():
+            yield from self._draw(share, progress)
+
+    def _draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
         for index in share:
             picture = draw_prompt(
                 self.pipeline,
@@ -236,6 +250,8 @@ def check_settings(settings: Settings) -> Path:
             raise ValueError(f"--output '{output}' is a folder, not a {output.suffix} file")
     elif output.suffix in Image.registered_extensions():
         raise ValueError(f"--output '{output}': give a .png (a grid), an .npz or a folder")
+    elif settings.beside_base and output.suffix != ".png":
+        raise ValueError(f"--output '{output}': --beside-base makes a grid, a .png")
     elif output.is_file() or output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output '{output}' exists already; give a new folder")
     return output
@@ -278,24 +294,38 @@ def plain(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def write_grid(output: Path, files: list[Path], names: list[str]) -> None:
-    """Write a row of images for each class, its name before it; image i belongs to class i mod len(names)."""
+def write_grid(output: Path, files: list[Path], names: list[str], of_base: list[Path] | None = None) -> None:
+    """Write a row of images for each class, its name before it; image i belongs to class i mod len(names).
+
+    The base's images, if there are any, stand on the left in the same order.
+    """
+    grid = grid_of(files, len(names))
+    margin = math.ceil(max(ImageDraw.Draw(grid).textlength(name) for name in names)) + 12
+    left, top = (grid.width, HEADER) if of_base else (0, 0)
+    picture = Image.new("RGB", (left + margin + grid.width, top + grid.height), "white")
+    picture.paste(grid, (left + margin, top))
+    draw = ImageDraw.Draw(picture)
+    if of_base:
+        picture.paste(grid_of(of_base, len(names)), (0, top))
+        draw.text((left / 2, top / 2), "the base", fill="black", anchor="mm")
+        right = left + margin + grid.width / 2
+        draw.text((right, top / 2), "with the adapter, from the same noise", fill="black", anchor="mm")
+    for row, name in enumerate(names):
+        draw.text((left + margin / 2, top + (row + 0.5) * grid.height / len(names)), name, fill="black", anchor="mm")
+    with written_beside(output) as part:
+        picture.save(part, format="PNG")
+
+
+def grid_of(files: list[Path], rows: int) -> Image.Image:
+    """Images in rows, small ones enlarged; image i is in row i mod `rows`."""
     images = torch.stack([torch.from_numpy(read_image(file)).permute(2, 0, 1) for file in files])
-    rows, columns, size = len(names), math.ceil(len(files) / len(names)), images.shape[-1]
+    columns, size = math.ceil(len(files) / rows), images.shape[-1]
     tiles = torch.full((rows * columns, 3, size, size), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         tiles[index % rows * columns + index // rows] = image
     enlarge = math.ceil(SMALLEST_TILE / size)
     tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    grid = Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())
-
-    margin = math.ceil(max(ImageDraw.Draw(grid).textlength(name) for name in names)) + 12
-    picture = Image.new("RGB", (margin + grid.width, grid.height), "white")
-    picture.paste(grid, (margin, 0))
-    for row, name in enumerate(names):
-        ImageDraw.Draw(picture).text((6, (row + 0.5) * grid.height / rows), name, fill="black", anchor="lm")
-    with written_beside(output) as part:
-        picture.save(part, format="PNG")
+    return Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())
 
 
 def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:

@@ -112,8 +112,7 @@ def run(job: Job, result: Path) -> dict:
         transformer.to(dtype)
     inject_adapter(transformer, AdapterConfig(**job.adapter, num_classes=num_classes, seed=job.seed))
     pipeline.to(device)
-    latent_cache = LatentCache(Path(job.latents), job.num_train_images)
-    batches = StepKeyedBatches(job.seed, 0, job.batch_size, job.num_train_images, job.flip, rows=[])
+    updates = Updates(job, transformer, scheduler, device, autocast)
     source = Source("generated", resolution_of(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
     judge = judge_of(job, features, source, device)
@@ -128,32 +127,13 @@ def run(job: Job, result: Path) -> dict:
         restore_training_tensors(checkpoint.tensors, trained, [ema], optimizer)
         step, state = checkpoint.step, checkpoint.state
 
-    def loss_of(step: int) -> Tensor:
-        """The mean loss of a global batch: the same images, noise, timesteps and drops for every method."""
-        drawn = draw_step(
-            job.seed,
-            step,
-            job.batch_size,
-            (transformer.config.in_channels, *[transformer.config.sample_size] * 2),
-            scheduler.config.num_train_timesteps,
-            job.label_drop,
-        ).rows(slice(None), device)
-        examples = [latent_cache[key] for key in batches.global_batch(step)]
-        moments, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
-        x_start = sample_moments(moments, drawn.posterior_noise)
-        class_labels = torch.where(drawn.label_drops, num_classes, labels)
-        latents = scheduler.add_noise(x_start, drawn.noise, drawn.timesteps)
-        with autocast:
-            output = transformer(latents, timestep=drawn.timesteps, class_labels=class_labels).sample
-        return training_losses(output, x_start, drawn.noise, drawn.timesteps, scheduler)["loss"].mean()
-
     state["memory_before_bytes"] = state["memory_before_bytes"] or reset_peak_memory(device)
     while state["seconds"] < job.time_budget_s:
         mark = min((state["seconds"] // job.eval_every_s + 1) * job.eval_every_s, job.time_budget_s)
         transformer.train()
         started = time.perf_counter() - state["seconds"]
         while time.perf_counter() - started < mark:
-            loss_of(step).backward()
+            updates.loss(step).backward()
             if job.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained.values(), job.max_grad_norm)
             optimizer.step()
@@ -195,10 +175,40 @@ def run(job: Job, result: Path) -> dict:
         "num_trainable_params": count_trainable(transformer),
         "memory_before_bytes": state["memory_before_bytes"],
         "peak_memory_bytes": state["peak_memory_bytes"],
-        "saved_bytes": saved_bytes(transformer, lambda: loss_of(0)),
+        "saved_bytes": saved_bytes(transformer, lambda: updates.loss(0)),
         "adapter_bytes": result.with_suffix(".safetensors").stat().st_size,
         "evaluations": state["evaluations"],
     }
+
+
+class Updates:
+    """The batches of a run, the same images, noise, timesteps and drops for every method."""
+
+    def __init__(self, job: Job, transformer, scheduler, device: torch.device, autocast=None):
+        self.job, self.transformer, self.scheduler, self.device = job, transformer, scheduler, device
+        self.autocast = autocast or nullcontext()
+        self.latents = LatentCache(Path(job.latents), job.num_train_images)
+        self.batches = StepKeyedBatches(job.seed, 0, job.batch_size, job.num_train_images, job.flip, rows=[])
+
+    def loss(self, step: int) -> Tensor:
+        """The mean loss of a global batch."""
+        job, config, device = self.job, self.transformer.config, self.device
+        drawn = draw_step(
+            job.seed,
+            step,
+            job.batch_size,
+            (config.in_channels, *[config.sample_size] * 2),
+            self.scheduler.config.num_train_timesteps,
+            job.label_drop,
+        ).rows(slice(None), device)
+        examples = [self.latents[key] for key in self.batches.global_batch(step)]
+        moments, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
+        x_start = sample_moments(moments, drawn.posterior_noise)
+        class_labels = torch.where(drawn.label_drops, len(job.id2label), labels)
+        latents = self.scheduler.add_noise(x_start, drawn.noise, drawn.timesteps)
+        with self.autocast:
+            output = self.transformer(latents, timestep=drawn.timesteps, class_labels=class_labels).sample
+        return training_losses(output, x_start, drawn.noise, drawn.timesteps, self.scheduler)["loss"].mean()
 
 
 def judge_of(job: Job, features: Features, source: Source, device: torch.device) -> Judge:

@@ -15,6 +15,8 @@ from PIL import Image
 
 import sample
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.sampling import generate_images
 
 FOODS = {0: "apple pie", 1: "pizza", 2: "sushi"}
 REPOSITORY = Path(__file__).parents[1]
@@ -56,6 +58,25 @@ def test_grid_has_a_row_for_each_class(run_folder, tmp_path):
         tile = grid[2 + 66 * row :, 2 + 66 * column :][:64, :64]
         expected = images[index].repeat(4, 0).repeat(4, 1) if index < 8 else np.full((64, 64, 3), 255)
         assert np.array_equal(tile, expected)
+
+
+def test_the_base_draws_beside_the_adapter_from_the_same_noise(run_folder, tmp_path):
+    sample.main(settings_for(run_folder, tmp_path / "both.png", per_class=2, beside_base=True, guidance="domain"))
+    sample.main(settings_for(run_folder, tmp_path / "adapter.png", per_class=2, guidance="domain"))
+    base = load_base(str(run_folder.parent / "base"))
+    settings = sample.SamplerSettings(num_inference_steps=2, guidance_scale=4.0)
+    drawn = generate_images(base, [0, 1, 2] * 2, 0, range(6), settings)
+    images = torch.cat([images for _, images in drawn]).permute(0, 2, 3, 1).numpy()
+
+    both, adapter = (np.array(Image.open(tmp_path / name)) for name in ("both.png", "adapter.png"))
+    width = 2 * 66 + 2
+    assert both.shape == (adapter.shape[0] + sample.HEADER, adapter.shape[1] + width, 3)
+    assert np.array_equal(both[sample.HEADER :, width:][:, -width:], adapter[:, -width:])
+    for index in range(6):
+        row, column = index % 3, index // 3
+        tile = both[sample.HEADER + 2 + 66 * row :, 2 + 66 * column :][:64, :64]
+        # In a batch of its own: a value next to a half may round to the other byte.
+        assert np.abs(tile.astype(int) - images[index].repeat(4, 0).repeat(4, 1)).max() <= 1
 
 
 def test_npz_is_adms_and_holds_the_folders_images(run_folder, tmp_path):
@@ -167,6 +188,7 @@ def test_classes_by_name_and_number():
         ({"adapter": Path("no-run")}, "no adapter at 'no-run': run train_dit.py first"),
         ({"base": "no-base"}, "base model 'no-base': no such folder"),
         ({"output": Path("samples.jpg")}, r"'samples.jpg': give a .png \(a grid\), an .npz or a folder"),
+        ({"beside_base": True}, "'pngs': --beside-base makes a grid, a .png"),
         ({"output": Path("onelora_diffusion")}, "'onelora_diffusion' exists already; give a new folder"),
     ],
 )

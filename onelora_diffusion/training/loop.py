@@ -33,6 +33,7 @@ from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.state import check_same_adapter
 from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
+from onelora_diffusion.training.sum_rates import SumScales
 from onelora_diffusion.training.weighting import check_weighting, loss_weights
 
 
@@ -200,6 +201,7 @@ def train(job: Job, stop: Stop) -> int:
     # From here on something is written.
     outputs = Outputs(run, accelerator, task, job.evaluation, stop)
     first, last = run.step, float("inf") if settings.max_steps is None else settings.max_steps
+    measures = settings.rates_by_sum and run.rate_factors is None  # in the first update
     progress = tqdm(total=settings.max_steps, initial=first, unit="step", disable=not accelerator.is_main_process)
     with progress:
         while not (ended := stop.agreed()) and run.step < last:
@@ -207,8 +209,11 @@ def train(job: Job, stop: Stop) -> int:
                 group["lr"] = group["peak_lr"] * scheduled(run.step, settings)
 
             drawn, step_losses = None, {}
-            # Blocks are compiled in the first update of a start, which may take minutes and has nothing to lose.
-            with stop.suspended() if settings.compile and run.step == first else nullcontext():
+            scales = SumScales(transformer, run.trained) if measures and run.step == first else None
+            # Blocks are compiled in the first update of a start, or the second where the first measures without that,
+            # which may take minutes and has nothing to lose.
+            is_compiling = settings.compile and run.step <= first + measures
+            with stop.suspended() if is_compiling else nullcontext(), scales.watching() if scales else nullcontext():
                 for micro_batch in job.rows:
                     images, conditions = next(batches)
                     images = images.to(accelerator.device, non_blocking=True)
@@ -242,6 +247,9 @@ def train(job: Job, stop: Stop) -> int:
                     for name, loss in losses.items():
                         step_losses[name] = step_losses.get(name, 0) + loss.detach().mean() / len(job.rows)
 
+            if scales:
+                run.scale_rates(scales.factors(accelerator))
+                accelerator.print(scales.in_words(run.rate_factors))
             if is_sharded:
                 average_gradients(run.trained)
             if settings.max_grad_norm is not None:

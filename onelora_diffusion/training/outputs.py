@@ -53,7 +53,7 @@ class Outputs:
 
     def write_losses(self, progress: tqdm) -> None:
         run = self.run
-        line = self.metrics.write_losses(run.losses, run.step, run.optimizer.param_groups[0]["lr"])
+        line = self.metrics.write_losses(run.losses, run.step, run.learning_rate)
         left = "" if run.clock.budget is None else f", {format_duration(run.clock.left)} of the budget left"
         progress.set_postfix_str(f"loss {line['loss']:.4f}{left}", refresh=False)
 

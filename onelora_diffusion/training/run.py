@@ -11,6 +11,7 @@ from onelora_diffusion.training.optimizers import make_optimizer, restore_runnin
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 from onelora_diffusion.training.stopping import Clock
+from onelora_diffusion.training.sum_rates import divide_groups
 
 # What `Run.state` gives beside tensors, and its kinds in JSON.
 STATE = {
@@ -32,6 +33,7 @@ class Run:
         optimizer: theirs.
         averages: their moving averages; the first one is the adapter that is saved.
         losses: those of the steps since the last line of metrics.
+        rate_factors: of the learning rates of the sums' vectors, by name; None: they are those of the settings.
         best: the line of metrics with the smallest distance, None before the first, and `best_values` the averages
             that it was measured with.
         clock: seconds used, over all resumes.
@@ -45,12 +47,24 @@ class Run:
         self.averages = [ExponentialMovingAverage(trained, decay) for decay in settings.ema_decay]
         self.losses = LossWindow()
         self.step = 0
+        self.rate_factors: dict[str, float] | None = None
         self.best: dict | None = None
         self.best_values: dict[str, Tensor] = {}
 
     @property
     def num_trainable_params(self) -> int:
         return sum(tensor.numel() for tensor in self.trained.values())
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update, for a factor of 1."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("factor", 1.0)
+
+    def scale_rates(self, factors: dict[str, float]) -> None:
+        """Multiplies the learning rates of these trained tensors from now on."""
+        self.rate_factors = factors
+        divide_groups(self.optimizer, self.trained, factors)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors by name, and all else as JSON has it; every process must call it.
@@ -67,7 +81,7 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "best": self.best,
             "settings": self.settings.as_json(),
-        }
+        } | ({} if self.rate_factors is None else {"rate_factors": self.rate_factors})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `state`.
@@ -85,6 +99,8 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
+        if self.settings.rates_by_sum and "rate_factors" in state:
+            self.scale_rates({name: float(state["rate_factors"][name]) for name in state["rate_factors"]})
         best_values = restore_training_tensors(checkpoint.tensors, self.trained, self.averages, self.optimizer)
         self.step = checkpoint.step
         self.clock.resume(state["seconds"])

@@ -72,6 +72,8 @@ class RunSettings:
     """adamw-8bit is bitsandbytes', schedule-free is Meta's schedulefree; none of them decays weights."""
     learning_rate: float = 5e-3
     """The optimiser's."""
+    rates_by_sum: bool = False
+    """Multiply each layer's learning rate of b by k^¼ / RMS(Σx), of its k inputs, measured in the first update."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine and linear fall to 0 at --max-steps."""
     warmup_steps: int = 0

@@ -1,0 +1,93 @@
+"""Learning rates by the scale of the sum: one rate for b is many, where the sums that it multiplies are of many sizes.
+
+Adam moves every number of b by about the learning rate, whatever its gradient, and so the layer's output by that times
+the sum, whose RMS over the layers of one model differs by a factor of ten and more. Here each layer's rate is divided
+by it. Nothing else changes: neither the forward pass, nor the file, nor merging.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from onelora_diffusion.adapters.vector import compress
+from onelora_diffusion.injection.linear import LinearSeat
+
+SUM = "onelora_b"
+
+
+class SumScales:
+    """The mean square of each layer's sum, over the forward passes inside `watching`.
+
+    Args:
+        trained: the trained tensors of the transformer, by name; those called `<path>.onelora_b` are of a sum.
+    """
+
+    def __init__(self, transformer: nn.Module, trained: dict[str, Tensor]):
+        names = [name for name in trained if name.endswith(f".{SUM}")]
+        self.seats: dict[str, LinearSeat] = {
+            name: transformer.get_submodule(name.removesuffix(f".{SUM}")).onelora for name in names
+        }
+        self.squares: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Compiled blocks run as they were written in here, since compiled code has no such hooks."""
+        handles = [seat.register_forward_pre_hook(self._look(name)) for name, seat in self.seats.items()]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str):
+        @torch.no_grad()
+        def hook(seat: LinearSeat, args: tuple) -> None:
+            seed = next(iter(seat.vectors().b))
+            self.squares[name].append(compress(args[0].detach(), seed).float().square().mean())
+
+        return hook
+
+    def factors(self, accelerator: Accelerator) -> dict[str, float]:
+        """k^¼ / RMS(Σx) for each layer of k inputs, the same on every process, rounded to a power of √2.
+
+        Layers of one factor share a group of the optimiser, whose update is then a few kernels. k^¼ is halfway between
+        the 1 of a plain bias and the √k that k independent inputs of unit variance sum up to.
+        """
+        names = list(self.seats)
+        if not names:
+            return {}
+        means = torch.stack([torch.stack(self.squares[name]).mean() for name in names])
+        means = accelerator.reduce(means, "mean").tolist()
+        return {
+            name: _rounded(self.seats[name].layer.in_features ** 0.25 / math.sqrt(mean)) if mean else 1.0
+            for name, mean in zip(names, means, strict=True)
+        }
+
+    @staticmethod
+    def in_words(factors: dict[str, float]) -> str:
+        if not factors:
+            return "rates by the sum: no layer has one, all learn at their plain rates"
+        low, high = min(factors.values()), max(factors.values())
+        return f"rates by the sum: {len(factors)} layers learn at {low:.3g} to {high:.3g} times the learning rate"
+
+
+def _rounded(factor: float) -> float:
+    return 2 ** (round(2 * math.log2(factor)) / 2)
+
+
+def divide_groups(optimizer: Optimizer, trained: dict[str, Tensor], factors: dict[str, float]) -> None:
+    """Splits the groups of an optimiser that has made no step, so that a tensor's rate is multiplied by its factor."""
+    factor_of = {trained[name]: factor for name, factor in factors.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        for factor in sorted({factor_of.get(parameter, 1.0) for parameter in group["params"]}):
+            parameters = [parameter for parameter in group["params"] if factor_of.get(parameter, 1.0) == factor]
+            rates = {name: group[name] * factor for name in ("lr", "peak_lr")}
+            groups.append({**group, **rates, "factor": factor, "params": parameters})
+    optimizer.param_groups[:] = groups

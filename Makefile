@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors types style
+.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -44,6 +44,19 @@ style: .venv/installed
 # The public names against a type checker (pyright's rules; this build of it brings its own Node.js).
 types: .venv/types/installed
 	.venv/types/bin/basedpyright --level error --pythonpath $(BIN)/python tests/typing
+
+# The site, in site/. Its builder announces its successor, which is no warning of ours.
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# docs/notebook.ipynb with outputs of its own code: some minutes on two cores.
+notebook: .venv/docs-installed
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebook.ipynb
+	rm -r docs/runs
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
 
 .venv/types/installed: .venv/installed
 	$(PYTHON) -m venv .venv/types

@@ -73,8 +73,8 @@ def training_losses(
         x_start: (batch, C, H, W), the clean latents.
         noise: (batch, C, H, W), the noise ε the model was shown.
         timesteps: (batch,) int64, in [0, number of training steps), the more the noisier.
-        scheduler: any diffusers scheduler, which says what the model predicts. Its betas are float32, and all that
-            `vb` takes from them is computed in float64.
+        scheduler (SchedulerMixin): any of diffusers, which says what the model predicts. Its betas are float32, and
+            all that `vb` takes from them is computed in float64.
 
     Returns:
         `loss`, `mse` and `vb`, each (batch,), in float32 also under autocast (float64 for float64 tensors).

@@ -105,7 +105,7 @@ class OneLoRALoaderMixin:
             hotswap: write the values into the present adapter `adapter_name` (None: the active one), which must be of
                 the same kind; a compiled model is not compiled again.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
-            place: which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
+            **place (Any): which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
 
         Raises:
             FileNotFoundError: no such file, folder, or repository in reach.
@@ -146,7 +146,7 @@ class OneLoRALoaderMixin:
         """The tensors of an adapter file by their keys, and on request what its header says as well.
 
         Args:
-            place: as in `load_lora_weights`.
+            **place (Any): as in `load_lora_weights`.
         """
         source, place = pretrained_model_name_or_path_or_dict, Place(**place)
         if isinstance(source, dict):
@@ -184,13 +184,16 @@ class OneLoRALoaderMixin:
         this method of the class, go into `pytorch_lora_weights.safetensors`, as diffusers writes it.
 
         Args:
-            transformer_lora_layers, unet_lora_layers: other values for the tensors of `adapter_state_dict`, such
-                as their average, or a PEFT LoRA's state dict.
-            text_encoder_lora_layers, text_encoder_2_lora_layers: written beside the latter.
-            transformer_lora_adapter_metadata, …: PEFT's settings of each, for the file's header.
+            transformer_lora_layers: other values for the tensors of `adapter_state_dict`, such as their average, or
+                a PEFT LoRA's state dict.
+            unet_lora_layers: the same, of a UNet.
+            text_encoder_lora_layers: written beside a PEFT LoRA's.
+            text_encoder_2_lora_layers: written beside a PEFT LoRA's.
+            transformer_lora_adapter_metadata: PEFT's settings, for the file's header; so for the next three.
             weight_name: another name for the file.
             adapter_name: which adapter; None: the only one that is active.
-            id2label, base, training, dtype: as in `save_adapter`; None: what the adapter was loaded with.
+            id2label: as in `save_adapter`; None: what the adapter was loaded with; so for the next two.
+            dtype: as in `save_adapter`.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
@@ -324,7 +327,8 @@ class OneLoRALoaderMixin:
         """Nothing to prepare: vectors have no rank to pad, and are swapped in place in a compiled model too.
 
         Args:
-            target_rank, check_compiled: taken for the sake of diffusers' callers.
+            target_rank: taken for the sake of diffusers' callers.
+            check_compiled: the same.
         """
 
     # -----------------------------------------------------------------------------------------------

@@ -145,12 +145,34 @@ def sample_latents(
     """
     settings.check(transformer, scheduler_config)
     if null_label is None:
-        null_label, last_label = _null_and_last_label(transformer)
+        null_label, last_label = null_and_last_label(transformer)
     else:
         last_label = null_label
     for label in class_labels.tolist():
         if not 0 <= label <= last_label and label != null_label:
             raise ValueError(f"label {label} is none of the model's {last_label} classes: give 0 to {last_label - 1}")
+    denoise = guided_denoiser(transformer, class_labels.to(transformer.device), settings, null_label)
+    # The second half of a guided batch is the one without class: the adapters leave it to the base.
+    route = route_beside_base(transformer, len(generators)) if settings.is_beside_base else nullcontext()
+    with route:
+        return denoised_latents(transformer, scheduler_config, generators, settings, denoise, on_step)
+
+
+@torch.no_grad()
+def denoised_latents(
+    transformer: nn.Module,
+    scheduler_config: Mapping,
+    generators: list[torch.Generator],
+    settings: SamplerSettings,
+    denoise: Callable[[Tensor, float], Tensor],
+    on_step: Callable[[float], object] = lambda share: None,
+) -> Tensor:
+    """From the noise of each image's generator, by a sampler's steps, to latents (batch, C, H, W) in float32.
+
+    Args:
+        settings: its sampler and steps; guidance is left to `denoise`.
+        denoise: `denoise(latents, timestep)` is what the transformer predicts, with its variance if it has one.
+    """
     channels, size = transformer.config.in_channels, transformer.config.sample_size
     settings = settings.for_scheduler(scheduler_config)
     learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * channels
@@ -162,10 +184,7 @@ def sample_latents(
 
     shape = (len(generators), channels, size, size)
     latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
-    denoise = guided_denoiser(transformer, class_labels.to(latents.device), settings, null_label)
-    # The second half of a guided batch is the one without class: the adapters leave it to the base.
-    route = route_beside_base(transformer, len(generators)) if settings.is_beside_base else nullcontext()
-    with eval_mode(transformer), route:
+    with eval_mode(transformer):
         for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
             model_output = denoise(latents, timestep.item())
             if not learned_variance:
@@ -214,7 +233,7 @@ def guided_denoiser(
     return denoise
 
 
-def _null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
+def null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
     """(the label that every class table takes for none, the last label of the table that serves)."""
     embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
     # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
@@ -226,8 +245,18 @@ def _null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Decode scaled latents (batch, C, H, W) to images (batch, 3, R, R) in uint8, rounded, not truncated."""
+    return as_uint8(decoded_latents(vae, latents))
+
+
+@torch.no_grad()
+def decoded_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Decode scaled latents (batch, C, H, W) to images (batch, 3, R, R) in float32, around -1 to 1."""
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-    images = vae.decode(latents.to(vae.dtype)).sample.float()
+    return vae.decode(latents.to(vae.dtype)).sample.float()
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Images from -1 to 1 in uint8, rounded, not truncated."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -61,18 +61,29 @@ def packages_imported_by(nodes) -> set[str]:
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"onelora_diffusion"}
 
 
+# Modules that nothing but a script of this extra imports.
+OF_EXTRA = {"serving/page.py": "serve", "serving/launching.py": "serve"}
+
+
 def test_every_package_that_is_imported_is_declared():
     """At the top of a module, what always comes with the package; inside a function, it may be an extra's."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    always, extras = (
+    extras_of = project["optional-dependencies"]
+    always, extras, *own = (
         {canonicalize_name(Requirement(text).name) for text in texts}
-        for texts in (project["dependencies"], sum(project["optional-dependencies"].values(), []))
+        for texts in (
+            project["dependencies"],
+            sum(extras_of.values(), []),
+            *(extras_of[extra] for extra in OF_EXTRA.values()),
+        )
     )
+    own_of = dict(zip(OF_EXTRA, own, strict=True))
     distributions = importlib.metadata.packages_distributions()  # of what is not installed, the name is the same
     for path in (REPOSITORY / "onelora_diffusion").rglob("*.py"):
         tree = ast.parse(path.read_text())
-        for nodes, declared in ((tree.body, always), (ast.walk(tree), always | extras)):
+        at_top = always | own_of.get(path.relative_to(REPOSITORY / "onelora_diffusion").as_posix(), set())
+        for nodes, declared in ((tree.body, at_top), (ast.walk(tree), always | extras)):
             for name in packages_imported_by(nodes):
                 owners = {canonicalize_name(owner) for owner in distributions.get(name, [name])}
                 assert owners & declared, f"{path.name} imports {name} of {', '.join(owners)}"

@@ -117,20 +117,23 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         return read_opened(file)
 
 
+def describe_adapter(path: str | os.PathLike) -> AdapterFile:
+    """What an adapter file says of itself, checked against its shapes; its values are not looked at.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`, but for its values.
+    """
+    with opened(_file_of(path)) as file:
+        return _describe_opened(file)[0]
+
+
 def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
     """The adapter in an open file, whose settings are checked against its shapes, and those against a model's.
 
     Only then are its values looked at.
     """
-    if "onelora" not in file.metadata:
-        raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
-    text = file.metadata["onelora"]
-    header = strict_json(text, file.source)
-    tensors = file.tensors()
-    try:
-        adapter = _described(header, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
+    adapter, header = _describe_opened(file)
+    text, tensors = file.metadata["onelora"], file.tensors()
     if model is not None:
         check_fits(model, adapter, file.source)
     for name, tensor in tensors.items():
@@ -145,6 +148,18 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
             LIBRARY_VERSION,
         )
     return adapter
+
+
+def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
+    """(the adapter by its header, which its shapes bear out; the header)."""
+    if "onelora" not in file.metadata:
+        raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
+    header = strict_json(file.metadata["onelora"], file.source)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors().items()}
+    try:
+        return _described(header, tensors), header
+    except ValueError as error:
+        raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
 
 
 def checksum(settings: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -1,0 +1,1 @@
+"""Many adapters of one base, each request with its own, drawn together in one batch."""

@@ -1,0 +1,86 @@
+"""The server on a port: for this machine alone unless told otherwise, with nothing fetched from elsewhere."""
+
+import os
+from dataclasses import dataclass
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from onelora_diffusion.serving.page import CSS, Page
+
+AUTH = "ONELORA_SERVE_AUTH"  # user:password
+LOCAL = ("127.0.0.1", "localhost", "::1")
+# A browser gets everything from the server itself; gradio's own page has styles and scripts in it.
+POLICY = (
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
+    b"frame-ancestors 'self'"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortSettings:
+    """Where the server is reached."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is for every machine that reaches this one."""
+    port: int = 7860
+    """0: any that is free."""
+    share: bool = False
+    """A public address through gradio's servers."""
+
+    def check(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port {self.port}: give 0 to 65535")
+        credentials()
+
+
+class OwnSourcesOnly:
+    """ASGI middleware: tells browsers to fetch nothing from other places."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message["headers"], (b"content-security-policy", POLICY)]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def credentials() -> tuple[str, str] | None:
+    """User and password from the environment, or None; ValueError if they are not both there."""
+    text = os.environ.get(AUTH)
+    if text is None:
+        return None
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise ValueError(f"{AUTH} is set, but not as user:password")
+    return user, password
+
+
+def launch(page: Page, settings: PortSettings) -> tuple[gr.Blocks, str]:
+    """Start the server in a thread: (its blocks, to close; its address).
+
+    Raises:
+        OSError: the port is taken.
+    """
+    auth = credentials()
+    blocks = page.build()
+    _, address, _ = blocks.launch(
+        server_name=settings.host,
+        server_port=settings.port or None,
+        share=settings.share,
+        auth=auth,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=["api"],
+        css=CSS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [Middleware(OwnSourcesOnly)]},
+    )
+    return blocks, blocks.share_url or address

@@ -1,0 +1,177 @@
+"""The adapters in a folder, by name: what there is, what is damaged, and nothing outside it."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onelora_diffusion.files import printable
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, describe_adapter
+
+MAX_DEPTH = 3  # folders below the library's own in which adapters are looked for
+SKIPPED = {"checkpoints"}  # of a training run; what is in there is no adapter
+RESCAN_S = 1.0  # a folder of thousands is not listed anew for every request
+
+
+FileKey = tuple[Path, tuple[int, int, int]]  # a file as it was when it was looked at
+
+
+class UnknownAdapter(ValueError):
+    """There is no adapter of this name."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterEntry:
+    """What is known of an adapter without a look at its values.
+
+    Attributes:
+        name: by which requests ask for it: its path in the folder, or that of the run's folder that holds it.
+        stamp: changes when the file does.
+        problem: why it cannot be drawn with, in one line, or None.
+        classes: names by label, of an adapter that brings its own classes; else None.
+        num_bytes: of its values in memory.
+    """
+
+    name: str
+    path: Path
+    stamp: tuple[int, int, int]
+    problem: str | None = None
+    method: str = ""
+    base: str | None = None
+    dataset: str | None = None
+    classes: dict[int, str] | None = None
+    prompt: str | None = None
+    num_params: int = 0
+    num_bytes: int = 0
+
+    @property
+    def key(self) -> FileKey:
+        return self.path, self.stamp
+
+
+@dataclass
+class AdapterLibrary:
+    """The adapters below some folders, as files: a name is looked up among those that were found, and is no path.
+
+    A new file appears, one that was changed is another adapter, and one that is damaged, or made for another base, is
+    listed with the reason.
+
+    Args:
+        folders: of two adapters of one name, that of the earlier folder is there.
+        fingerprint: of the base that they are for.
+    """
+
+    folders: Sequence[Path]
+    fingerprint: str
+    _entries: dict[str, AdapterEntry] = field(default_factory=dict)
+    _scanned_at: float = float("-inf")
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def entries(self) -> list[AdapterEntry]:
+        """All that is there now, by name; the damaged ones too."""
+        self._scan(at_most_every=RESCAN_S)
+        return sorted(self._entries.values(), key=lambda entry: entry.name)
+
+    def entry(self, name: str) -> AdapterEntry:
+        """The adapter of a name, as its file is now.
+
+        Raises:
+            UnknownAdapter: there is none.
+            ValueError: it cannot be drawn with; the reason.
+        """
+        known = self._entries.get(name)
+        if known is None or _stamp(known.path) != known.stamp:
+            self._scan(at_most_every=0 if known else RESCAN_S)
+            known = self._entries.get(name)
+        if known is None:
+            raise UnknownAdapter(f"no adapter '{printable(name, 60)}': {self._some()}")
+        if known.problem:
+            raise ValueError(f"adapter '{name}' cannot be drawn with: {known.problem}")
+        return known
+
+    def refuse(self, entry: AdapterEntry, problem: str) -> None:
+        """Lists an adapter as damaged, for a reason that showed only when its values were read."""
+        with self._lock:
+            if self._entries.get(entry.name) is entry:
+                self._entries[entry.name] = AdapterEntry(entry.name, entry.path, entry.stamp, problem)
+
+    def _some(self) -> str:
+        names = [entry.name for entry in self._entries.values() if not entry.problem]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return f"there is {', '.join(names[:5])}{more}" if names else "there is none"
+
+    def _scan(self, at_most_every: float) -> None:
+        with self._lock:
+            if time.monotonic() - self._scanned_at < at_most_every:
+                return
+            found: dict[str, AdapterEntry] = {}
+            for folder in self.folders:
+                for name, path in _files(folder.resolve()):
+                    if name not in found and (stamp := _stamp(path)) is not None:
+                        old = self._entries.get(name)
+                        is_same = old is not None and (old.path, old.stamp) == (path, stamp)
+                        found[name] = old if is_same else self._described(name, path, stamp)
+            self._entries, self._scanned_at = found, time.monotonic()
+
+    def _described(self, name: str, path: Path, stamp: tuple[int, int, int]) -> AdapterEntry:
+        try:
+            adapter = describe_adapter(path)
+            if adapter.fingerprint not in (self.fingerprint, None):
+                raise ValueError(f"was made for another base ({printable(adapter.base or 'unnamed', 60)})")
+        except (ValueError, OSError) as error:
+            return AdapterEntry(name, path, stamp, printable(without_path(path, str(error)), 300))
+        training, config = adapter.training, adapter.config
+        num_params = sum(tensor.numel() for tensor in adapter.tensors.values())
+        classes = None
+        if config.num_classes is not None:
+            classes = {label: adapter.id2label.get(label, str(label)) for label in range(config.num_classes)}
+        return AdapterEntry(
+            name,
+            path,
+            stamp,
+            method=config.method,
+            base=adapter.base and printable(adapter.base, 100),
+            dataset=_text(training.get("dataset")),
+            classes=classes,
+            prompt=_text(training.get("prompt")),
+            num_params=num_params,
+            num_bytes=4 * num_params,  # trained values are float32 in a model
+        )
+
+
+def without_path(path: Path, message: str) -> str:
+    """An error without the path, which is nobody's business but the server's."""
+    return message.removeprefix(f"{path}: ").replace(str(path), path.name)
+
+
+def _text(value) -> str | None:
+    return printable(value, 100) if isinstance(value, str) else None
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of what may be adapters in a folder. A link that leads out of it is none of its files."""
+    for parent, folders, files in os.walk(folder):
+        depth = len(Path(parent).relative_to(folder).parts)
+        folders[:] = sorted(f for f in folders if depth < MAX_DEPTH and f not in SKIPPED and not f.startswith("."))
+        for file in sorted(files):
+            path = Path(parent, file)
+            if file.endswith(".safetensors") and not file.startswith(".") and path.resolve().is_relative_to(folder):
+                is_runs = file == WEIGHTS_NAME and depth
+                name = path.parent if is_runs else path.with_suffix("")
+                yield name.relative_to(folder).as_posix(), path
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def shipped_adapters() -> Path:
+    """The folder of the adapters that ship with the package, of its miniature."""
+    return Path(__file__).parent / "adapters"

@@ -1,0 +1,59 @@
+"""A server of a small DiT and some adapters, without a port."""
+
+import contextlib
+
+import torch
+from conftest import make_dit, randomize
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, unload_adapter
+from onelora_diffusion.injection.book import fingerprint
+from onelora_diffusion.serving.batching import Batcher, BatchSettings
+from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.library import AdapterLibrary
+from onelora_diffusion.serving.residents import Residents
+
+CONFIGS = {
+    "plain": AdapterConfig(),
+    "birds": AdapterConfig(num_classes=5, bias=True),
+    "food": AdapterConfig(num_classes=3),
+    "lora": AdapterConfig(method="lora", rank=2),
+}
+CLASSES = {"birds": ("robin", "wren", "owl", "crow", "gull"), "food": ("pizza", "sushi", "soup")}
+
+
+def make_pipeline():
+    """A random `DiTPipeline` of two blocks and ten classes, for images of 16 by 16."""
+    transformer = make_dit().requires_grad_(False)
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, latent_channels=4, **blocks)
+    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
+    pipeline.vae.requires_grad_(False).eval()
+    return pipeline
+
+
+def write_adapter(transformer, path, config: AdapterConfig, seed: int, classes: tuple[str, ...] = ()) -> None:
+    inject_adapter(transformer, config)
+    randomize(transformer, 0.3, seed)
+    save_adapter(transformer, path, id2label=dict(enumerate(classes)) or None, training={"dataset": "toys"})
+    unload_adapter(transformer).requires_grad_(False)
+
+
+def write_adapters(folder, transformer, names=tuple(CONFIGS)) -> None:
+    for seed, name in enumerate(names):
+        write_adapter(transformer, folder / f"{name}.safetensors", CONFIGS[name], seed, CLASSES.get(name, ()))
+
+
+@contextlib.contextmanager
+def serving(pipeline, folder, memory_bytes: int = 10**9, drawing=None, **settings):
+    """A batcher of the adapters in a folder; closed at the end."""
+    library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
+    residents = Residents(pipeline.transformer, memory_bytes)
+    batcher = Batcher(drawing or ClassDrawing(pipeline, 50), library, residents, BatchSettings(**settings))
+    try:
+        yield batcher
+    finally:
+        batcher.close()
+        if hasattr(pipeline.transformer, "_onelora"):
+            unload_adapter(pipeline.transformer)

@@ -1,0 +1,255 @@
+"""The queue: who is drawn together, who waits, who is told to come back, and that nobody gets another's picture."""
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+from serving.servers import make_pipeline, serving, write_adapters
+
+from onelora_diffusion.serving.batching import BatchSettings, Busy
+from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.request import Request
+
+PLAIN = Request(subject=1, num_inference_steps=3, guidance_scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    write_adapters(folder, pipeline.transformer)
+    return folder
+
+
+class Held(ClassDrawing):
+    """A drawing whose steps wait until they are let go; it notes what it draws together."""
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline, 50)
+        self.go, self.drawn, self.steps = threading.Event(), [], 0
+
+    def draw(self, requests, mixtures, on_step):
+        self.drawn.append(list(requests))
+        assert self.go.wait(30)
+
+        def counted(share):
+            self.steps += 1
+            on_step(share)
+
+        return super().draw(requests, mixtures, counted)
+
+
+def wait_until(holds, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def mixed_requests(number: int) -> list[Request]:
+    """Requests of all kinds: every adapter alone and in pairs, two samplers, two numbers of steps."""
+    pairs = [(), (("plain", 0.5),), (("birds", 1.0),), (("food", 0.3), ("birds", 0.7)), (("lora", 1.0), ("food", 0.5))]
+    return [
+        Request(
+            subject=index % 3,
+            adapters=pairs[index % 5],
+            guidance="domain" if index % 4 == 3 and pairs[index % 5] else "cfg",
+            guidance_scale=1.0 + index % 3,
+            sampler=("ddim", "dpm-solver++")[index % 7 == 0],
+            num_inference_steps=3 + (index % 11 == 0),
+            seed=index // 2,
+        )
+        for index in range(number)
+    ]
+
+
+def test_many_threads_get_each_the_picture_of_its_single_run(pipeline, folder):
+    requests = mixed_requests(48)
+    with serving(pipeline, folder, max_batch=1) as batcher:
+        alone = [batcher.submit(request).picture.result() for request in requests]
+    assert len({picture.numpy().tobytes() for picture in alone}) > 40
+    # Memory for two of the four adapters, so that they come and go meanwhile.
+    found, memory = {}, 2 * 4 * 2000
+    with serving(pipeline, folder, memory, max_batch=8, max_wait_ms=5) as batcher:
+
+        def ask(index):
+            found[index] = batcher.submit(requests[index]).picture.result(60)
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        state = batcher.state()
+    for index, picture in enumerate(alone):  # rounding may reach the last grey level of an image
+        difference = (found[index].int() - picture.int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02, requests[index]
+    assert state["images"] == 48 and state["waiting"] == state["failed"] == 0
+    assert sum(int(size) * count for size, count in state["batch_sizes"].items()) == 48
+    assert max(map(int, state["batch_sizes"])) > 1
+
+
+def test_those_that_agree_are_drawn_together_in_the_order_in_which_they_came(pipeline, folder):
+    drawing = Held(pipeline)
+    with serving(pipeline, folder, drawing=drawing, max_batch=3, max_wait_ms=0) as batcher:
+        blocker = batcher.submit(PLAIN)
+        wait_until(lambda: drawing.drawn)
+        steps = [3, 4, 3, 3, 4, 3, 3]
+        requests = [
+            Request(subject=1, num_inference_steps=n, seed=i, adapters=(("plain", i / 10),) if i % 2 else ())
+            for i, n in enumerate(steps)
+        ]
+        tickets = batcher.submit_all(requests)
+        assert [ticket.place() for ticket in tickets] == [1, 2, 3, 4, 5, 6, 7]
+        assert blocker.place() == 0
+        drawing.go.set()
+        for ticket in tickets:
+            ticket.picture.result(30)
+        assert [[request.seed for request in batch] for batch in drawing.drawn[1:]] == [[0, 2, 3], [1, 4], [5, 6]]
+        assert batcher.batch_sizes == Counter({1: 1, 3: 1, 2: 2})
+
+
+def test_a_request_waits_for_company_no_longer_than_it_was_told_to(pipeline, folder):
+    with serving(pipeline, folder, max_batch=2, max_wait_ms=60_000) as batcher:
+        first = batcher.submit(PLAIN)
+        time.sleep(0.05)
+        assert first.place() == 1  # it waits, though nothing is being drawn
+        second = batcher.submit(PLAIN)  # the batch is full
+        assert first.picture.result(30).shape == second.picture.result(30).shape == (16, 16, 3)
+        assert batcher.batch_sizes == Counter({2: 1})
+    with serving(pipeline, folder, max_batch=2, max_wait_ms=1) as batcher:
+        batcher.submit(PLAIN).picture.result(30)
+        assert batcher.batch_sizes == Counter({1: 1})
+
+
+def test_a_full_queue_says_that_it_is_busy_and_takes_all_of_a_call_or_nothing(pipeline, folder):
+    drawing = Held(pipeline)
+    with serving(pipeline, folder, drawing=drawing, max_batch=1, max_wait_ms=0, max_queue=3) as batcher:
+        batcher.submit(PLAIN)
+        wait_until(lambda: drawing.drawn)
+        waiting = batcher.submit_all([PLAIN, PLAIN])
+        with pytest.raises(Busy, match="busy: 2 requests are waiting, and 3 is the most; ask again later"):
+            batcher.submit_all([PLAIN, PLAIN])
+        batcher.submit(PLAIN)
+        with pytest.raises(Busy):
+            batcher.submit(PLAIN)
+        assert batcher.state()["busy"] == 3 and batcher.state()["waiting"] == 3
+        waiting[0].cancel()
+        batcher.submit(PLAIN)  # there is a place again
+        drawing.go.set()
+
+
+def test_cancelled_requests_leave_and_a_batch_that_nobody_wants_ends_early(pipeline, folder):
+    drawing = Held(pipeline)
+    slow = Request(subject=1, num_inference_steps=50, guidance_scale=1.0)
+    with serving(pipeline, folder, drawing=drawing, max_batch=2, max_wait_ms=0) as batcher:
+        drawn = batcher.submit_all([slow, slow])
+        wait_until(lambda: drawing.drawn)
+        queued = batcher.submit(PLAIN)
+        queued.cancel()
+        with pytest.raises(CancelledError):
+            queued.picture.result()
+        for ticket in drawn:
+            ticket.cancel()
+            ticket.cancel()
+        drawing.go.set()
+        batcher.submit(PLAIN).picture.result(30)
+        assert batcher.state()["cancelled"] == 3
+        assert batcher.state()["images"] == 1
+        assert drawing.steps == 1 + 3  # one of the fifty, and those of the last picture
+
+
+def test_one_that_is_cancelled_leaves_the_others_of_its_batch_alone(pipeline, folder):
+    drawing = Held(pipeline)
+    with serving(pipeline, folder, drawing=drawing, max_batch=2) as batcher:
+        first, second = batcher.submit_all([PLAIN, Request(subject=2, num_inference_steps=3, guidance_scale=1.0)])
+        wait_until(lambda: drawing.drawn)
+        first.cancel()
+        drawing.go.set()
+        picture = second.picture.result(30)
+        assert second.progress == pytest.approx(1.0)
+    with serving(pipeline, folder) as batcher:
+        assert torch.equal(batcher.submit(second.request).picture.result(30), picture)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request(subject="owl"), "no class 'owl' among the 10 of the base"),
+        (
+            Request(subject="owl", adapters=(("nobody", 1.0),)),
+            "no adapter 'nobody': there is birds, food, lora, plain",
+        ),
+        (Request(subject="pizza", adapters=(("birds", 1.0),)), "no class 'pizza' among the 5 of adapter 'birds'"),
+        (Request(subject=5, adapters=(("birds", 1.0),)), "label 5 is none of the 5 classes"),
+        (Request(subject=1, size=32), "size is 32; this base draws 16 by 16"),
+        (Request(subject=1, num_inference_steps=51), "num_inference_steps is 51; 50 is the most here"),
+        (Request(subject=1, sampler="euler"), "sampler 'euler' does not fit this model"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_it_is_queued(pipeline, folder, request_, said):
+    with serving(pipeline, folder) as batcher:
+        with pytest.raises(ValueError) as error:
+            batcher.submit_all([PLAIN, request_])
+        assert said in str(error.value) and "\n" not in str(error.value)
+        assert batcher.state()["refused"] == 1 and batcher.state()["waiting"] == batcher.state()["images"] == 0
+
+
+def test_an_adapter_that_turns_out_damaged_fails_its_own_requests_alone(pipeline, folder, tmp_path):
+    write_adapters(tmp_path, pipeline.transformer, ["plain", "birds"])
+    content = bytearray((tmp_path / "birds.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "birds.safetensors").write_bytes(content)
+    requests = [Request(subject=1, adapters=((name, 1.0),), num_inference_steps=3) for name in ("plain", "birds")]
+    with serving(pipeline, tmp_path, max_batch=2) as batcher:
+        good, bad = batcher.submit_all(requests)
+        with pytest.raises(ValueError, match="adapter 'birds': is damaged, for it is not what was written"):
+            bad.picture.result(30)
+        assert good.picture.result(30).shape == (16, 16, 3)
+        with pytest.raises(ValueError, match="adapter 'birds' cannot be drawn with: is damaged"):
+            batcher.submit(requests[1])
+
+
+def test_a_batch_that_fails_is_drawn_one_by_one_and_the_thread_goes_on(pipeline, folder, caplog):
+    class Failing(ClassDrawing):
+        def draw(self, requests, mixtures, on_step):
+            if len(requests) > 1 or requests[0].seed == 13:
+                raise RuntimeError("out of memory\nand a long story")
+            return super().draw(requests, mixtures, on_step)
+
+    requests = [Request(subject=1, num_inference_steps=3, seed=seed) for seed in (12, 13, 14)]
+    with serving(pipeline, folder, drawing=Failing(pipeline, 50), max_batch=3) as batcher:
+        tickets = batcher.submit_all(requests)
+        assert tickets[0].picture.result(30).shape == tickets[2].picture.result(30).shape == (16, 16, 3)
+        with pytest.raises(RuntimeError, match="^not drawn: out of memory$"):
+            tickets[1].picture.result(30)
+        assert batcher.is_alive and batcher.state()["failed"] == 1
+
+
+def test_closing_tells_those_who_wait_and_those_who_come(pipeline, folder):
+    drawing = Held(pipeline)
+    with serving(pipeline, folder, drawing=drawing, max_batch=1, max_wait_ms=0) as batcher:
+        first = batcher.submit(PLAIN)
+        wait_until(lambda: drawing.drawn)
+        second = batcher.submit(PLAIN)
+        threading.Timer(0.1, drawing.go.set).start()
+        batcher.close()
+        for ticket in (first, second):
+            with pytest.raises(Busy, match="the server is being stopped"):
+                ticket.picture.result(0)
+        with pytest.raises(Busy, match="the server is being stopped"):
+            batcher.submit(PLAIN)
+        assert not batcher.is_alive
+
+
+def test_settings_that_cannot_be_are_refused():
+    for wrong in ({"max_batch": 0}, {"max_queue": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": 1e6}):
+        with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+            BatchSettings(**wrong).check()

@@ -1,0 +1,121 @@
+"""A picture is that of its own adapters, class, guidance and noise, whatever it is drawn together with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from serving.servers import make_pipeline, write_adapters
+
+from onelora_diffusion import load_adapter, set_adapters
+from onelora_diffusion.sampling import SamplerSettings, decoded_latents, image_generators, sample_latents
+from onelora_diffusion.serving.drawing import ClassDrawing, find_class
+from onelora_diffusion.serving.request import Request
+
+STEPS = 5
+REQUESTS = [
+    Request(subject=3, seed=1, guidance_scale=3.0),
+    Request(subject=4, seed=1, guidance_scale=1.0, adapters=(("plain", 1.0),)),
+    Request(subject="owl", seed=2, guidance_scale=4.0, adapters=(("birds", 0.7),)),
+    Request(subject="soup", seed=3, guidance_scale=2.0, adapters=(("plain", -0.5), ("food", 1.0)), guidance="domain"),
+    Request(subject="wren", seed=4, guidance_scale=1.5, adapters=(("food", 0.4), ("birds", 0.6))),
+    Request(subject=9, seed=5, guidance_scale=6.0, adapters=(("lora", 0.5), ("plain", 0.5))),
+    Request(subject=9, seed=5, guidance_scale=6.0, adapters=(("lora", 0.5), ("plain", 0.5)), guidance="domain"),
+    Request(subject=2, seed=2**40, guidance_scale=0.0, adapters=(("birds", 0.0),)),
+]
+LABELS = [3, 4, 2, 2, 1, 9, 9, 2]  # of their subjects, each in the class table that serves it
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """The small DiT with all its adapters in it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    pipeline = make_pipeline()
+    write_adapters(folder, pipeline.transformer)
+    for path in sorted(folder.glob("*.safetensors")):
+        load_adapter(pipeline.transformer, path, path.stem)
+    return ClassDrawing(pipeline, 50)
+
+
+def prepared(sampler: str) -> list[Request]:
+    pairs = zip(REQUESTS, LABELS, strict=True)
+    return [replace(r, subject=label, sampler=sampler, num_inference_steps=STEPS) for r, label in pairs]
+
+
+def draw(drawing, requests):
+    return drawing.draw(requests, [dict(request.adapters) for request in requests], lambda share: None)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "ddpm"])
+def test_each_picture_of_a_batch_is_that_of_its_single_run(drawing, sampler):
+    requests = prepared(sampler)
+    together = draw(drawing, requests)
+    alone = torch.cat([draw(drawing, [request]) for request in requests])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    # Company that is other in all respects changes nothing either.
+    torch.testing.assert_close(draw(drawing, requests[::-1]).flip(0), alone, rtol=0, atol=1e-5)
+    # and no two of them are alike, which would hide a mix-up
+    gaps = torch.cdist(alone.flatten(1), alone.flatten(1)) + torch.eye(len(alone))
+    assert gaps.min() > 1e-2
+
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)))
+def test_a_picture_is_that_of_the_sampler_with_its_adapters_set(drawing, number):
+    request = prepared("ddim")[number]
+    (ours,) = draw(drawing, [request])
+    transformer, config = drawing.transformer, drawing.pipeline.scheduler.config
+    names, weights = zip(*request.adapters, strict=True) if request.adapters else (["plain"], [0.0])
+    set_adapters(transformer, list(names), list(weights))
+    settings = SamplerSettings(
+        sampler="ddim",
+        num_inference_steps=STEPS,
+        guidance=request.guidance,
+        guidance_scale=request.guidance_scale,
+    )
+    labels, generators = torch.tensor([request.subject]), image_generators(request.seed, [0])
+    expected = decoded_latents(drawing.pipeline.vae, sample_latents(transformer, config, labels, generators, settings))
+    torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-5)
+
+
+def test_only_guided_samples_run_twice(drawing):
+    sizes = []
+    hook = drawing.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    draw(drawing, prepared("ddim"))
+    hook.remove()
+    assert sizes == [len(REQUESTS) + 6] * STEPS  # two of the eight are not guided
+
+
+def test_the_bare_base_is_drawn_without_an_adapter_in_the_model():
+    pipeline = make_pipeline()
+    request = Request(subject=3, sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0, seed=1)
+    (ours,) = ClassDrawing(pipeline, 50).draw([request], [{}], lambda share: None)
+    settings = SamplerSettings(sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0)
+    latents = sample_latents(
+        pipeline.transformer, pipeline.scheduler.config, torch.tensor([3]), image_generators(1, [0]), settings
+    )
+    torch.testing.assert_close(ours, decoded_latents(pipeline.vae, latents)[0], rtol=0, atol=1e-5)
+
+
+def test_a_drawing_ends_where_its_step_raises(drawing):
+    shares = []
+
+    def stop(share):
+        shares.append(share)
+        if len(shares) == 2:
+            raise KeyError("enough")
+
+    request = prepared("ddim")[2]
+    with pytest.raises(KeyError, match="enough"):
+        drawing.draw([request], [{"birds": 1.0}], stop)
+    assert shares == [1 / STEPS] * 2
+    assert draw(drawing, [request]).isfinite().all()  # the route is closed again
+
+
+def test_classes_are_found_by_name_and_number_and_the_error_says_what_there_is():
+    classes = {0: "pizza", 1: "Fried rice", 2: "7", 7: "sushi, nigiri"}
+    assert [find_class(name, classes, "it") for name in ("pizza", "fried_rice", "nigiri", "7", 7)] == [0, 1, 7, 2, 7]
+    with pytest.raises(ValueError, match="no class 'piza' among the 4 of it: there is pizza"):
+        find_class("piza", classes, "it")
+    with pytest.raises(ValueError, match="label 3 is none of the 4 classes"):
+        find_class(3, classes, "it")

@@ -1,0 +1,156 @@
+"""Adapters in a folder: found by name, never outside it, damaged ones with their reason, and in memory by need."""
+
+import os
+import time
+
+import pytest
+import torch
+from serving.servers import CLASSES, CONFIGS, make_pipeline, write_adapter, write_adapters
+
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.injection.book import adapters_of, fingerprint
+from onelora_diffusion.serving import library as library_module
+from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
+from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.storage.adapter_file import load_adapter
+
+
+@pytest.fixture
+def transformer():
+    return make_pipeline().transformer
+
+
+@pytest.fixture(autouse=True)
+def always_rescanned(monkeypatch):
+    monkeypatch.setattr(library_module, "RESCAN_S", 0.0)
+
+
+def names(library) -> list[str]:
+    return [entry.name for entry in library.entries() if not entry.problem]
+
+
+def test_adapters_are_named_by_their_files_and_runs_and_say_what_they_draw(tmp_path, transformer):
+    write_adapter(transformer, tmp_path / "deep/run", CONFIGS["food"], 0, CLASSES["food"])
+    write_adapter(transformer, tmp_path / "plain.safetensors", CONFIGS["plain"], 0)
+    write_adapter(transformer, tmp_path / "deep/run/best.safetensors", CONFIGS["plain"], 0)
+    write_adapter(transformer, tmp_path / "deep/run/checkpoints/step-1/tensors.safetensors", CONFIGS["plain"], 0)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    assert names(library) == ["deep/run", "deep/run/best", "plain"]
+    food = library.entry("deep/run")
+    assert food.classes == {0: "pizza", 1: "sushi", 2: "soup"}
+    assert (food.method, food.dataset) == ("1lora", "toys")
+    assert food.num_bytes == 4 * food.num_params
+    model = load_adapter(transformer, food.path)
+    assert food.num_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert library.entry("plain").classes is None
+
+
+def test_a_new_file_appears_a_changed_one_is_another_and_a_removed_one_is_gone(tmp_path, transformer):
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    assert names(library) == []
+    write_adapter(transformer, tmp_path / "one.safetensors", CONFIGS["plain"], 0)
+    first = library.entry("one")
+    write_adapter(transformer, tmp_path / "one.safetensors", CONFIGS["plain"], 1)
+    second = library.entry("one")
+    assert first.key != second.key
+    assert library.entry("one") is second
+    (tmp_path / "one.safetensors").unlink()
+    with pytest.raises(UnknownAdapter, match="no adapter 'one': there is none"):
+        library.entry("one")
+
+
+def test_damaged_files_are_listed_with_their_reason_and_without_their_path(tmp_path, transformer):
+    write_adapters(tmp_path, transformer, ["plain"])
+    whole = (tmp_path / "plain.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
+    (tmp_path / "text.safetensors").write_text("no weights")
+    other = make_pipeline().transformer
+    other.pos_embed.proj = torch.nn.Conv2d(4, 16, 2)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    problems = {entry.name: entry.problem for entry in library.entries()}
+    assert problems["plain"] is None
+    for name in ("cut", "text"):
+        assert "is damaged or no safetensors file" in problems[name]
+        assert str(tmp_path) not in problems[name] and "\n" not in problems[name]
+        with pytest.raises(ValueError, match=f"adapter '{name}' cannot be drawn with: is damaged"):
+            library.entry(name)
+    foreign = AdapterLibrary([tmp_path], fingerprint(other)).entries()
+    assert all("another base" in entry.problem or "damaged" in entry.problem for entry in foreign)
+
+
+def test_no_name_leads_out_of_the_folder(tmp_path, transformer):
+    write_adapter(transformer, tmp_path / "secret.safetensors", CONFIGS["plain"], 0)
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (folder / "linked").symlink_to(tmp_path)
+    library = AdapterLibrary([folder], fingerprint(transformer))
+    assert library.entries() == []
+    for name in ("../secret", str(tmp_path / "secret"), "link", "linked/secret", "..\\secret", "", ".", "\0"):
+        with pytest.raises(UnknownAdapter, match="no adapter"):
+            library.entry(name)
+
+
+def test_of_two_adapters_of_one_name_the_earlier_folders_is_there(tmp_path, transformer):
+    write_adapter(transformer, tmp_path / "a/one.safetensors", CONFIGS["plain"], 0)
+    write_adapter(transformer, tmp_path / "b/one.safetensors", CONFIGS["food"], 0)
+    library = AdapterLibrary([tmp_path / "a", tmp_path / "b"], fingerprint(transformer))
+    assert [entry.path for entry in library.entries()] == [tmp_path / "a/one.safetensors"]
+
+
+def test_a_folder_is_not_listed_for_every_request(tmp_path, transformer, monkeypatch):
+    monkeypatch.setattr(library_module, "RESCAN_S", 3600.0)
+    write_adapter(transformer, tmp_path / "one.safetensors", CONFIGS["plain"], 0)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    library.entry("one")
+    monkeypatch.setattr(library_module, "_files", lambda folder: pytest.fail("listed again"))
+    library.entry("one")
+    with pytest.raises(UnknownAdapter):
+        library.entry("two")
+
+
+def test_the_least_recently_used_leave_when_memory_is_full(tmp_path, transformer):
+    for seed in range(4):
+        write_adapter(transformer, tmp_path / f"{seed}.safetensors", CONFIGS["plain"], seed)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    zero, one, two, three = library.entries()
+    residents = Residents(transformer, 2 * zero.num_bytes)
+
+    def present():
+        return list(adapters_of(transformer).adapters)
+
+    names, problems = residents.bring([zero, one, zero])
+    assert (list(names), problems) == ([zero.key, one.key], {})
+    assert present() == list(names.values())
+    residents.bring([zero])  # now `one` is the least recently used
+    assert residents.bring([two])[0].keys() == {two.key}
+    assert len(residents) == 2 and residents.num_bytes == 2 * zero.num_bytes
+    assert residents.bring([zero])[0] == {zero.key: names[zero.key]}
+    assert residents.num_reads == 3
+    # A batch has all its adapters together, whatever the limit says.
+    together, _ = residents.bring([zero, one, two, three])
+    assert sorted(present()) == sorted(together.values())
+    assert residents.bring([three])[0].keys() == {three.key}
+    assert len(residents) == 4
+    residents.bring([])
+
+
+def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
+    write_adapter(transformer, tmp_path / "good.safetensors", CONFIGS["plain"], 0)
+    content = bytearray((tmp_path / "good.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    residents = Residents(transformer, 10**9)
+    names, problems = residents.bring(library.entries())
+    assert list(names) == [library.entry("good").key]
+    ((key, problem),) = problems.items()
+    bad = library.entry("bad")
+    assert key == bad.key and problem.startswith("is damaged, for it is not what was written")
+    library.refuse(bad, problem)
+    with pytest.raises(ValueError, match="'bad' cannot be drawn with: is damaged"):
+        library.entry("bad")
+    # A better file in its place is read.
+    write_adapter(transformer, tmp_path / "bad.safetensors", AdapterConfig(bias=True), 0)
+    os.utime(tmp_path / "bad.safetensors", ns=(time.time_ns(), time.time_ns()))
+    assert residents.bring([library.entry("bad")])[1] == {}

@@ -1,0 +1,130 @@
+"""What comes in is a request, or is refused in one line; a PNG brings it back."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from onelora_diffusion.serving.picture_file import picture_with_settings, request_of
+from onelora_diffusion.serving.request import Request
+
+GOOD = {
+    "subject": "sushi",
+    "adapters": {"food": 0.5, "birds/run": -1},
+    "guidance": "domain",
+    "guidance_scale": 3.5,
+    "sampler": "ddim",
+    "num_inference_steps": 30,
+    "seed": 2**40,
+    "size": 256,
+}
+WRONG = {  # values of a field, none of which may pass
+    "subject": [None, "", "   ", -1, 1.5, True, [], {}, ["7"], "x" * 2001, "two\nlines", "\x1b[2J", 10**7],
+    "adapters": [7, ["food"], {"food": "1"}, {"food": None}, {"food": float("nan")}, {"food": float("inf")},
+                 {"food": 11}, {"food": True}, {"": 1}, {"food": [1]}, {str(n): 1 for n in range(9)}, {1: 1.0}],
+    "guidance": ["", "CFG", 1, True, ["cfg"], {}],
+    "guidance_scale": ["4", -0.1, 101, float("nan"), float("inf"), True, [4], {}],
+    "sampler": ["", "DDIM", 3, ["ddim"], {"ddim": 1}, "euler_a"],
+    "num_inference_steps": [0, -1, 1001, 2.5, "25", True, [], float("nan")],
+    "seed": [-1, 2**63, 0.5, "0", True, [], {}],
+    "size": [0, -16, 16385, 16.0, "16", True, [16]],
+}  # fmt: skip
+
+
+def malformed(number: int) -> list:
+    """So many requests with something wrong in each: one field, several, an unknown one, or no object at all."""
+    draw = random.Random(0)
+    found = [None, 7, "draw", [], [GOOD], True, {}, {"subject": None}, GOOD | {"steps": 5}, GOOD | {"": 1}]
+    found += [GOOD | {field: value} for field, values in WRONG.items() for value in values if value is not None]
+    while len(found) < number:
+        fields = draw.sample(list(WRONG), draw.randint(2, 4))
+        found.append(GOOD | {field: draw.choice([v for v in WRONG[field] if v is not None]) for field in fields})
+    return found[:number]
+
+
+def test_a_request_is_the_same_after_json():
+    request = Request.from_json(GOOD)
+    assert request.adapters == (("food", 0.5), ("birds/run", -1))
+    assert request.as_json() == GOOD
+    assert Request.from_json(request.as_json()) == request
+    assert Request.from_json({"subject": 3, "adapters": "food"}).adapters == (("food", 1.0),)
+    assert Request.from_json({"subject": 3, "size": None, "adapters": None}) == Request(subject=3)
+
+
+def test_200_malformed_requests_are_200_refusals_of_one_line():
+    requests = malformed(200)
+    assert len(requests) == 200
+    for values in requests:
+        with pytest.raises(ValueError) as error:
+            Request.from_json(values)
+        said = str(error.value)
+        assert 10 < len(said) < 300 and said.isprintable(), said
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"subject": "7", "seed": -1}, f"seed is -1; give a whole number from 0 to {2**63 - 1}"),
+        ({"subject": "7", "steps": 1}, "unknown setting 'steps'; there is subject, adapters, guidance,"),
+        ({"subject": "7", "guidance": "x"}, "guidance is 'x'; choose cfg, domain"),
+        ({"subject": "7", "guidance": "domain"}, "leads from the base to an adapter: name one"),
+        (
+            {"subject": "7", "adapters": {"a": 1e9}},
+            "the weight of adapter 'a' is 1000000000.0; give a number from -10",
+        ),
+        ({"seed": 1}, "subject is missing"),
+        ("7", "a request is an object of settings, not '7'"),
+    ],
+)
+def test_a_refusal_names_the_field_its_value_and_what_it_may_be(values, said):
+    with pytest.raises(ValueError) as error:
+        Request.from_json(values)
+    assert said in str(error.value)
+
+
+def test_a_png_brings_its_request_back(tmp_path):
+    request = Request.from_json(GOOD)
+    picture = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+    image = picture_with_settings(picture, request, "miniature")
+    text = PngInfo()
+    for key, value in image.info.items():
+        text.add_text(key, value)
+    image.save(tmp_path / "saved.png", pnginfo=text)
+    assert request_of(tmp_path / "saved.png") == (request, "miniature")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "saved.png")), picture.numpy())
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    def png(name: str, **texts: str):
+        text = PngInfo()
+        for key, value in texts.items():
+            text.add_text(key, value)
+        Image.new("RGB", (4, 4)).save(tmp_path / name, pnginfo=text)
+
+    png("plain.png")
+    png("foreign.png", parameters="steps 20")
+    png("no-json.png", onelora="{")
+    png("no-base.png", onelora='{"request": {"subject": 1}}')
+    png("bad-seed.png", onelora='{"base": "b", "request": {"subject": 1, "seed": -5}}')
+    png("nan.png", onelora='{"base": "b", "request": {"subject": 1, "guidance_scale": NaN}}')
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.jpg")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "bad-seed.png").read_bytes()[:40])
+    said = {
+        "plain.png": "no settings of a picture",
+        "foreign.png": "no settings of a picture",
+        "no-json.png": "is damaged",
+        "no-base.png": "none of a picture's",
+        "bad-seed.png": "seed is -5",
+        "nan.png": "is damaged",
+        "picture.jpg": "no PNG that can be read",
+        "text.png": "no PNG that can be read",
+        "cut.png": "no PNG that can be read",
+    }
+    for name, words in said.items():
+        with pytest.raises(ValueError, match=words) as error:
+            request_of(tmp_path / name)
+        assert str(error.value).isprintable()

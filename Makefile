@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors types style docs notebook
+.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors test-wandb types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -28,6 +28,10 @@ test-other-kernels: .venv/installed
 test-quantised: .venv/quantised/installed
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py \
 		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does
+
+# A run followed at Weights & Biases, offline.
+test-wandb: .venv/wandb/installed
+	PYTHONPATH=.venv/wandb $(BIN)/python -m pytest tests/test_train_script.py -k wandb_goes
 
 # Files changed at random, more of them than `make test` tries, and other ones each time.
 fuzz: .venv/installed
@@ -71,6 +75,10 @@ notebook: .venv/docs-installed
 
 .venv/quantised/installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/quantised torchao optimum-quanto ninja bitsandbytes gguf
+	touch $@
+
+.venv/wandb/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --target .venv/wandb wandb
 	touch $@
 
 .venv-floors/installed: pyproject.toml constraints-floors.txt

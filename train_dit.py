@@ -96,7 +96,7 @@ class ClassTask:
         return Evaluation(self.settings, self.accelerator, self.pipeline, self.dataset)
 
     def sample_grid(self, is_stopped) -> bytes | None:
-        return sample_grid(self.pipeline, self.dataset.num_classes, self.settings, is_stopped)
+        return sample_grid(self.pipeline, self.dataset.id2label, self.settings, is_stopped)
 
     def export(self, folder: Path) -> None:
         pass

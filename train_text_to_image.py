@@ -159,7 +159,9 @@ class PromptTask:
             pictures = None if self.base_pictures is None else draw()
         finally:
             pipeline.vae.to("cpu")
-        return None if pictures is None else png_of(torch.cat([self.base_pictures, pictures]), len(rows))
+        return (
+            None if pictures is None else png_of(torch.cat([self.base_pictures, pictures]), settings.validation_prompt)
+        )
 
     def export(self, folder: Path) -> None:
         if self.settings.export_lora:

@@ -1,4 +1,6 @@
-"""Small models that several tests use."""
+"""Small models, and a stand-in for the hub, that several tests use."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +64,25 @@ def accelerator():
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's client, which keeps what it is given."""
+    calls = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            calls["repo"] = repo_id, private, exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls["files"] = {
+                str(path.relative_to(folder_path)): path.read_bytes() for path in Path(folder_path).rglob("*.*")
+            }
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return calls

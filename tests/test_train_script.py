@@ -1,5 +1,6 @@
 """train_dit.py on a tiny pipeline: what it writes, what its result depends on, how it ends and how it fails."""
 
+import io
 import json
 import os
 import signal
@@ -627,3 +628,52 @@ def test_tensorboard_gets_the_lines_of_metrics(train):
     events = EventAccumulator(str(run / "onelora-diffusion")).Reload()
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx({step: losses[0] for step, losses in losses_of(run).items()})
+
+
+def test_tensorboard_gets_pictures_and_goes_on_with_a_resumed_run(train, monkeypatch):
+    """In one folder: what was told of steps after the checkpoint is forgotten, and told again."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = dict(track="tensorboard", sample_every=2, sample_steps=1, eval_every=2, eval_images=10, eval_steps=1)
+
+    def fail():
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:  # after a line and no checkpoint of step 3
+        call_at_step(patch, 4, fail)
+        with pytest.raises(SystemExit):
+            train(**tracked)
+    run = train(**tracked)
+    events = EventAccumulator(str(run / "onelora-diffusion"), purge_orphaned_data=True).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    for name in ("samples", "distance"):
+        assert [event.step for event in events.Images(name)] == [2, 4]
+    written = Image.open(run / "distance.png").convert("RGB")
+    shown = Image.open(io.BytesIO(events.Images("distance")[-1].encoded_image_string))
+    assert np.array_equal(np.array(shown), np.array(written))
+    assert len(list((run / "onelora-diffusion").glob("*/hparams.yml"))) == 1
+
+    train(fresh=True, max_steps=2, track="tensorboard")
+    events = EventAccumulator(str(run / "onelora-diffusion"), purge_orphaned_data=True).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_wandb_goes_on_with_the_run_of_its_folder(train, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked = dict(track="wandb", sample_every=2, sample_steps=1, eval_every=2, eval_images=10, eval_steps=1)
+    run = train(max_steps=2, **tracked)
+    identity = (run / "wandb-id").read_text()
+    train(max_steps=4, **tracked)
+    assert (run / "wandb-id").read_text() == identity
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert [part.name.rsplit("-", 1)[1] for part in parts] == [identity] * 2
+    for part, step in zip(parts, (2, 4), strict=True):
+        (picture,) = part.glob("files/media/images/samples_*.png")
+        expected = Image.open(run / f"samples/step-{step:08}.png")
+        assert np.array_equal(np.array(Image.open(picture)), np.array(expected))
+        assert list(part.glob("files/media/images/distance_*.png"))
+    train(max_steps=2, fresh=True, track="wandb")
+    assert (run / "wandb-id").read_text() != identity

@@ -1,7 +1,9 @@
-"""Share an adapter: its file, a model card and a sample grid in a repository of the Hugging Face hub."""
+"""Share an adapter: its file, a model card and pictures in a repository of the Hugging Face hub."""
 
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from onelora_diffusion.injection.attaching import AdapterFile
@@ -17,17 +19,26 @@ CARD = """---
 A 1LoRA adapter (Quercia et al., "1LoRA: Summation Compression for Very Low-Rank Adaptation") of {base}:
 method `{method}`, {num_weights:,} trained weights.
 
-{sample}## Use
+{pictures}## Use
 
 ```python
-from onelora_diffusion import OneLoRADiTPipeline
-
-pipe = OneLoRADiTPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{repo_id}")
-image = pipe(class_labels=[{example!r}], guidance_scale=4.0).images[0]
+{use}
 ```
 
 {sections}"""
+
+USE_CLASSES = """from onelora_diffusion import OneLoRADiTPipeline
+
+pipe = OneLoRADiTPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{repo_id}")
+image = pipe(class_labels=[{example!r}], guidance_scale=4.0).images[0]"""
+
+USE_PROMPTS = """from diffusers import DiffusionPipeline
+from onelora_diffusion import OneLoRALoaderMixin
+
+pipe = OneLoRALoaderMixin.from_pipe(DiffusionPipeline.from_pretrained("{base}"))
+pipe.load_lora_weights("{repo_id}")
+image = pipe({example!r}).images[0]"""
 
 
 def push_to_hub(
@@ -38,6 +49,7 @@ def push_to_hub(
     dataset: str | None = None,
     metrics: dict[str, float] | None = None,
     sample_grid: str | Path | None = None,
+    gallery: Sequence[tuple[str, str | Path]] = (),
     license: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -50,8 +62,9 @@ def push_to_hub(
         repo_id: `user/name`; made if there is none.
         base: hub id of the base model; None: what the adapter's file says.
         dataset: hub id or name of what it was trained on.
-        metrics: figures for the card, by name.
+        metrics: figures that were measured, by name; with a data set, the hub shows them too.
         sample_grid: a PNG.
+        gallery: what the hub shows first: class names or prompts, and the PNG of each.
         license: of the adapter, as the hub writes it (`cc-by-nc-4.0`); that of the base binds it too.
 
     Raises:
@@ -64,8 +77,12 @@ def push_to_hub(
     file = read_adapter(path)
     path = Path(path)
     weights = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
-    if sample_grid is not None and not Path(sample_grid).is_file():
-        raise FileNotFoundError(f"no sample grid at '{sample_grid}'")
+    pictures = {f"images/{number}.png": Path(picture) for number, (_, picture) in enumerate(gallery)}
+    if sample_grid is not None:
+        pictures["sample.png"] = Path(sample_grid)
+    for name, picture in pictures.items():
+        if not picture.is_file():
+            raise FileNotFoundError(f"no {'sample grid' if name == 'sample.png' else 'picture'} at '{picture}'")
     card = model_card(
         file,
         repo_id,
@@ -73,13 +90,15 @@ def push_to_hub(
         dataset=dataset,
         metrics=metrics,
         sample="sample.png" if sample_grid else None,
+        gallery=[(text, name) for (text, _), name in zip(gallery, pictures, strict=False)],
         license=license,
     )
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(weights, Path(folder) / WEIGHTS_NAME)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        if sample_grid is not None:
-            shutil.copyfile(sample_grid, Path(folder) / "sample.png")
+        (Path(folder) / "images").mkdir()
+        for name, picture in pictures.items():
+            shutil.copyfile(picture, Path(folder) / name)
         api = HfApi(token=token)
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -97,26 +116,50 @@ def model_card(
     dataset: str | None = None,
     metrics: dict[str, float] | None = None,
     sample: str | None = None,
+    gallery: Sequence[tuple[str, str]] = (),
     license: str | None = None,
 ) -> str:
-    """The text of a model card: the hub's header, a sample grid, a snippet, metrics, classes and settings.
+    """The text of a model card: the hub's header, pictures, a snippet, metrics, classes and settings.
 
     Raises:
         ValueError: neither `base` nor the file names the base model.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     base = base or file.base
     if base is None:
         raise ValueError("the adapter's file names no base model: give its hub id as base")
+    title, family = repo_id.split("/")[-1], file.training.get("family")
+    task = "text-to-image" if family else "unconditional-image-generation"
+    prompt = file.training.get("prompt") or (gallery[0][0] if gallery else "what is to be drawn")
+    use = USE_PROMPTS if family else USE_CLASSES
+    measured_on = dataset or file.training.get("dataset")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=measured_on,
+            dataset_name=measured_on,
+            metric_type=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in (metrics or {}).items()
+        if measured_on
+    ]
+    is_on_hub = HUB_ID.fullmatch(base) is not None
     header = ModelCardData(
-        base_model=base if HUB_ID.fullmatch(base) else None,
+        base_model=base if is_on_hub else None,
+        base_model_relation="adapter" if is_on_hub else None,
         datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+        model_name=title if results else None,
+        instance_prompt=file.training.get("prompt") if family else None,
         library_name="diffusers",
         license=license,
         metrics=sorted(metrics) if metrics else None,
-        pipeline_tag="unconditional-image-generation",
-        tags=["onelora", "1lora", "dit", "class-conditional"],
+        pipeline_tag=task,
+        tags=["lora", "onelora", "1lora", family or "dit", task if family else "class-conditional"],
+        widget=[{"text": text, "output": {"url": path}} for text, path in gallery] or None,
     )
     sections = {
         "Results": _table(("metric", "value"), metrics or {}),
@@ -125,13 +168,12 @@ def model_card(
     }
     return CARD.format(
         yaml=header.to_yaml(),
-        title=repo_id.split("/")[-1],
+        title=title,
         method=file.config.method,
         base=base,
         num_weights=sum(tensor.numel() for tensor in file.tensors.values()),
-        sample=f"![samples]({sample})\n\n" if sample else "",
-        repo_id=repo_id,
-        example=file.id2label.get(0, 0),
+        pictures=("<Gallery />\n\n" if gallery else "") + (f"![samples]({sample})\n\n" if sample else ""),
+        use=use.format(base=base, repo_id=repo_id, example=prompt if family else file.id2label.get(0, 0)),
         sections="\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text) + "\n",
     )
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +25,7 @@ from onelora_diffusion.training.holding import HeldFolder
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.outputs import Outputs, diverged
+from onelora_diffusion.training.publishing import check_hub, publish
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step, micro_batches
 from onelora_diffusion.training.resuming import find_checkpoint, is_finished
 from onelora_diffusion.training.run import Run
@@ -94,12 +95,14 @@ def start(
     with ExitStack() as held:
         with one_line_errors(settings.script, same_everywhere=True):
             settings.check()
+            if settings.push_to_hub is not None:
+                check_hub(settings)
             job = prepare(settings, make_task, since, held)
-        if job is None:
-            return 0
         try:
-            with Stop(job.run.clock, job.accelerator.num_processes) as stop:
-                return train(job, stop)
+            code = 0
+            if job is not None:
+                with Stop(job.run.clock, job.accelerator.num_processes) as stop:
+                    code = train(job, stop)
         except NonFiniteError as error:
             raise SystemExit(
                 f"{settings.script}: {diverged(error, settings)}" if job.accelerator.is_main_process else 1
@@ -110,6 +113,10 @@ def start(
             raise SystemExit(f"{settings.script}: {broken}") from None
         except OSError as error:  # a full disk, for one; the last good checkpoint is still there
             raise SystemExit(f"{settings.script}: {error}") from None
+        if settings.push_to_hub is not None and code == 0 and PartialState().is_main_process:
+            with one_line_errors(settings.script):
+                print(publish(settings))
+        return code
 
 
 def prepare(

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.io import decode_png
 from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
@@ -22,6 +21,7 @@ from onelora_diffusion.training.samples import write_sample
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
+from onelora_diffusion.training.trackers import show_picture, start_trackers
 
 
 class Outputs:
@@ -41,8 +41,7 @@ class Outputs:
             cut_lines_after(self.folder / "metrics.jsonl", run.step, len(run.losses.rows))
             write_bytes(self.folder / "settings.json", json.dumps(self.settings.as_json(), indent=2).encode())
         if accelerator.log_with:
-            flat = {name: str(value) for name, value in self.settings.as_json().items()}
-            accelerator.init_trackers("onelora-diffusion", flat)
+            start_trackers(accelerator, run)
         self.metrics = MetricsFile(
             self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock
         )
@@ -69,10 +68,7 @@ class Outputs:
             png = self.task.sample_grid(is_stopped)
         if is_main and png:
             write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
-            for tracker in self.accelerator.trackers:
-                tracker.log_images(
-                    {"samples": decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8))[None]}, self.run.step
-                )
+            show_picture(self.accelerator, "samples", png, self.run.step)
 
     def write_evaluation(self) -> None:
         """A line of metrics with the distance, and the adapter if it is the best so far, unless a signal comes."""
@@ -85,7 +81,9 @@ class Outputs:
             if run.keep_if_best(line):
                 self._write_adapter(WEIGHTS_NAME, run.best_values, best=run.best)
             if self.accelerator.is_main_process:
-                self.evaluation.plot(self.metrics.path, self.folder / "distance.png")
+                plot = self.folder / "distance.png"
+                self.evaluation.plot(self.metrics.path, plot)
+                show_picture(self.accelerator, "distance", plot.read_bytes(), run.step)
 
     def write_checkpoint(self) -> None:
         """A checkpoint of this step, or a line that says why there is none.
@@ -134,6 +132,7 @@ class Outputs:
             "num_processes": self.accelerator.num_processes,
             "num_trainable_params": run.num_trainable_params,
             "num_broken_images": self.num_broken,
+            "distance_name": self.evaluation and self.evaluation.distance_name,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
         save_adapter(

@@ -1,10 +1,13 @@
 """Grids of samples with the same noise all along a run."""
 
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -12,11 +15,13 @@ from onelora_diffusion.files import write_bytes
 from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images
 from onelora_diffusion.training.settings import Settings
 
-GRID_CLASSES, GRID_ROWS = 10, 4
+GRID_CLASSES, GRID_ROWS, PADDING = 10, 4, 2
+COLUMNS = "columns"
 
 
-def sample_grid(pipeline, num_classes: int, settings: Settings, is_stopped) -> bytes | None:
+def sample_grid(pipeline, id2label: dict[int, str], settings: Settings, is_stopped) -> bytes | None:
     """The PNG of a grid with a class a column; image i has the same noise in every grid. None if stopped midway."""
+    num_classes = len(id2label)
     columns = min(GRID_CLASSES, num_classes)
     classes = [column * (num_classes - 1) // max(1, columns - 1) for column in range(columns)]
     labels, images = classes * GRID_ROWS, []
@@ -27,15 +32,29 @@ def sample_grid(pipeline, num_classes: int, settings: Settings, is_stopped) -> b
             images.append(batch.cpu())
             if is_stopped():
                 return None
-    return png_of(torch.cat(images), columns)
+    return png_of(torch.cat(images), [id2label[label] for label in classes])
 
 
-def png_of(images: Tensor, columns: int) -> bytes:
-    """Images (N, 3, R, R) in uint8 as a grid."""
-    png = io.BytesIO()
-    grid = make_grid(images, nrow=columns)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, format="PNG")
+def png_of(images: Tensor, columns: Sequence[str]) -> bytes:
+    """Images (N, 3, R, R) in uint8 as a grid, which says in its header what its columns show."""
+    png, header = io.BytesIO(), PngInfo()
+    header.add_itxt(COLUMNS, json.dumps(list(columns)))
+    grid = make_grid(images, nrow=len(columns), padding=PADDING)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, format="PNG", pnginfo=header)
     return png.getvalue()
+
+
+def last_row(path: Path) -> list[tuple[str, Image.Image]]:
+    """What each column of such a grid shows, and its last image; the whole grid where it does not say."""
+    with Image.open(path) as grid:
+        grid.load()
+        columns = json.loads(grid.info.get(COLUMNS, "[]"))
+    if not columns:
+        return [("samples", grid)]
+    size = (grid.width - PADDING) // len(columns) - PADDING
+    top = grid.height - PADDING - size
+    lefts = [PADDING + number * (size + PADDING) for number in range(len(columns))]
+    return [(name, grid.crop((left, top, left + size, top + size))) for name, left in zip(columns, lefts, strict=True)]
 
 
 def write_sample(path: Path, png: bytes) -> None:

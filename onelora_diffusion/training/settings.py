@@ -118,7 +118,9 @@ class RunSettings:
     keep_checkpoints: int = 2
     """How many of them to keep."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also send the metrics there."""
+    """Also send metrics, samples and the plot of distances there."""
+    push_to_hub: str | None = None
+    """At the end upload the adapter with a model card to this repository of the Hugging Face hub, user/name."""
     num_workers: int = 0
     """Processes that load images."""
     latent_cache: Path | None = None
@@ -216,7 +218,7 @@ FREE_SETTINGS = {
     *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
-    *("allow_changed_settings", "fresh", "validation_prompt", "export_lora"),
+    *("allow_changed_settings", "fresh", "validation_prompt", "export_lora", "push_to_hub"),
 }
 
 AT_LEAST = {
@@ -252,6 +254,8 @@ DIFFUSERS_FLAGS = {
     "validation_steps": "--sample-every",
     "report_to": "--track",
     "logging_dir": "--output-dir",
+    "hub_model_id": "--push-to-hub user/name",
+    "hub_token": "`hf auth login`, or HF_TOKEN in the environment",
 }
 
 

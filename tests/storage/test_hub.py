@@ -1,8 +1,7 @@
-from pathlib import Path
-
 import pytest
 import yaml
 from conftest import make_dit
+from huggingface_hub import ModelCard
 
 from onelora_diffusion import AdapterConfig, inject_adapter, push_to_hub, read_adapter, save_adapter
 
@@ -12,26 +11,6 @@ def adapter(tmp_path):
     model = inject_adapter(make_dit(), AdapterConfig(num_classes=2))
     names = {0: "pizza", 1: "sushi"}
     return save_adapter(model, tmp_path / "run", id2label=names, base="facebook/DiT-XL-2-256", training={"steps": 9})
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The hub's client, which keeps what it is given."""
-    calls = {}
-
-    class Hub:
-        def __init__(self, token=None):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, private, exist_ok):
-            calls["repo"] = repo_id, private, exist_ok
-            return f"https://hub/{repo_id}"
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    return calls
 
 
 def test_what_is_pushed(adapter, hub, tmp_path):
@@ -51,7 +30,8 @@ def test_what_is_pushed(adapter, hub, tmp_path):
     header, card = hub["files"]["README.md"].decode().removeprefix("---\n").split("\n---\n", 1)
     header = yaml.safe_load(header)
     assert (header["base_model"], header["license"]) == ("facebook/DiT-XL-2-256", "cc-by-nc-4.0")
-    assert header["datasets"] == ["food101"]
+    assert header["datasets"] == ["food101"] and header["base_model_relation"] == "adapter"
+    assert header["library_name"] == "diffusers" and "lora" in header["tags"]
     for text in (
         "![samples](sample.png)",
         "| FID | 12.5 |",
@@ -62,6 +42,32 @@ def test_what_is_pushed(adapter, hub, tmp_path):
         f"{sum(t.numel() for t in read_adapter(adapter).tensors.values()):,} trained weights",
     ):
         assert text in card
+
+
+def test_the_hubs_own_classes_read_the_card(adapter, hub, tmp_path):
+    """What was measured is a result of the model, what was drawn is the gallery's."""
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(bytes([number]))
+    push_to_hub(
+        adapter,
+        "someone/food",
+        dataset="ethz/food101",
+        metrics={"FID": 12.5, "FD(pixels)": 3.0},
+        gallery=[("pizza", tmp_path / "0.png"), ("sushi", tmp_path / "1.png")],
+    )
+    card = ModelCard(hub["files"]["README.md"].decode())
+    assert card.data.model_name == "food"
+    found = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert found == [("ethz/food101", "fid", 12.5), ("ethz/food101", "fd-pixels", 3.0)]
+    shown = {item["text"]: hub["files"][item["output"]["url"]] for item in card.data.widget}
+    assert shown == {"pizza": b"\0", "sushi": b"\1"} and "<Gallery />" in card.text
+
+
+def test_nothing_that_was_not_measured_is_in_the_card(adapter, hub):
+    push_to_hub(adapter, "someone/food", dataset="ethz/food101")
+    card = ModelCard(hub["files"]["README.md"].decode())
+    assert card.data.eval_results is None and card.data.metrics is None and card.data.get("widget") is None
+    assert "<Gallery />" not in card.text and "## Results" not in card.text
 
 
 def test_nothing_is_asked_of_the_hub_for_bad_input(adapter, hub, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from onelora_diffusion.data.images import ClassifiedImages
+from onelora_diffusion.files import printable
 
 
 class HubImages(Dataset):
@@ -48,7 +49,8 @@ def hub_rows(name: str, root: str | Path | None, split: str):
     try:
         return datasets.load_dataset(name, split=split, cache_dir=root and str(root))
     except Exception as error:  # the hub's client raises its own, the library's and the system's
-        raise ValueError(f"hf:{name}, split {split}, does not load: {str(error).splitlines()[0]}") from error
+        reason = printable(str(error).strip().split("\n")[0], 400) or type(error).__name__
+        raise ValueError(f"hf:{name}, split {split}, does not load: {reason}") from error
 
 
 def column_of_type(name: str, rows, kind: str) -> str:
@@ -56,5 +58,5 @@ def column_of_type(name: str, rows, kind: str) -> str:
     found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
     if len(found) != 1:
         listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
-        raise ValueError(f"hf:{name} has not one column of type {kind}: {listed}")
+        raise ValueError(f"hf:{name} has not one column of type {kind}: {printable(listed, 400)}")
     return found[0]

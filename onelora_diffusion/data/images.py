@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from onelora_diffusion.files import printable
+
 
 class BrokenImageError(ValueError):
     """An image that cannot be read; the message names it."""
@@ -82,7 +84,7 @@ class ClassifiedImages(SizedImages):
         super().__init__(name, source, broken)
         self.split = split
         self.resolution = resolution
-        self.id2label = dict(enumerate(class_names))
+        self.id2label = dict(enumerate(map(printable, class_names)))
         self.num_classes = len(class_names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -102,6 +102,11 @@ def test_a_set_of_the_hub_finds_its_columns_and_carries_its_names(hub):
     assert label == 1 and torch.equal(image, torch.ones(3, 8, 8))
 
 
+def test_names_of_classes_bring_no_commands_for_a_terminal(hub, monkeypatch):
+    monkeypatch.setattr(ClassLabel, "names", ["c\x1b[2Jat", "dog\n"])
+    assert load_dataset("hf:pets/tiny", resolution=8).id2label == {0: "c [2Jat", 1: "dog "}
+
+
 def test_what_the_hub_cannot_give_is_one_clear_line(hub, monkeypatch):
     with pytest.raises(ValueError, match="hf:pets/none, split train, does not load: Couldn't reach the hub$"):
         load_dataset("hf:pets/none", resolution=8)

@@ -48,6 +48,10 @@ class OneLoRAAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
+# One for all layers, since it keeps nothing: older releases of torch.compile make another graph for another object.
+SHARED_SUMS = OneLoRAAttnProcessor()
+
+
 def _with_adapters(linear, x, out, sums):
     return linear.onelora(x, out, sums) if hasattr(linear, "onelora") else out
 

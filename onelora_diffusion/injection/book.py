@@ -14,7 +14,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, Adapter
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.attention import OneLoRAAttnProcessor, fuse_in_place, is_fused_apart
+from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
@@ -304,7 +304,7 @@ class AdapterBook:
         for path, attn in self._attentions().items():
             if path not in self._stock_processors:
                 self._stock_processors[path] = attn.processor
-                attn.set_processor(OneLoRAAttnProcessor())
+                attn.set_processor(SHARED_SUMS)
 
     def _step_aside(self) -> None:
         """Leave the model's forward to its own operators."""

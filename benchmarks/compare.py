@@ -6,6 +6,7 @@ trained with the best of them once per seed. A run is a process of its own and l
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,30 @@ from onelora_diffusion.training.stopping import format_duration, parse_duration
 
 METHODS = ("1lora", "vera", "difffit", "lora", "bitfit", "mora1", "mora6", "dora")
 
+# What a word in --methods stands for. Tables S11 and S12 of the paper: b of 1LoRA, biases, scales and norms, which a
+# DiT has none of, so that of the twelve rows seven are left there; table S1: the sum beside a random compression.
+PARTS = ("sum", "bias", "scale")
+ABLATIONS = tuple(
+    json.dumps({"method": "1lora"} | {part: part in chosen for part in PARTS})
+    for count in range(4)
+    for chosen in itertools.combinations(PARTS, count)
+)
+# Tuners of PEFT that are about as small as 1LoRA on the miniature, by what sets their size.
+TINY = {
+    "miss": {"r": 1},
+    "fourierft": {"n_frequency": 240},
+    "waveft": {"n_frequency": 240},
+    "road": {"group_size": 32},
+    "ia3": {"feedforward_modules": []},
+    "unilora": {"theta_d_length": 8864},
+    "tinylora": {"u": 200},
+}
+GROUPS = {
+    "paper": METHODS,
+    "ablations": (*ABLATIONS, '{"method": "1lora", "compression": "random"}'),
+    "tiny": ("1lora", *(json.dumps({"method": f"peft:{name}", "peft_config": own}) for name, own in TINY.items())),
+}
+
 
 @dataclass
 class CompareSettings:
@@ -36,7 +61,8 @@ class CompareSettings:
     """digits: minutes on two cores. fashion-mnist: half an hour. food101: DiT-XL/2, 24 h a run on a GPU."""
     methods: tuple[str, ...] = METHODS
     """Names of methods, full among them, or JSON of AdapterConfig:
-    '{"method": "peft:fourierft", "peft_config": {"n_frequency": 100}}'."""
+    '{"method": "peft:fourierft", "peft_config": {"n_frequency": 100}}'; or ablations (Tables S11, S12 and S1), tiny
+    (the smallest tuners of PEFT), paper."""
     seeds: tuple[int, ...] = (0, 1)
     """Runs of each method: data order, noise and what an adapter draws."""
     max_train_time: str = "30s"
@@ -223,7 +249,7 @@ def compare(settings: CompareSettings) -> dict:
 def parse_methods(settings: CompareSettings) -> dict[str, dict]:
     """Label of a method -> its AdapterConfig settings."""
     methods = {}
-    for text in settings.methods:
+    for text in (each for word in settings.methods for each in GROUPS.get(word, (word,))):
         try:
             config = json.loads(text) if text.startswith("{") else {"method": text}
         except json.JSONDecodeError as error:

@@ -22,7 +22,29 @@ NAMES = {
     "vera": "VeRA",
     "full": "all weights",
     "1lora (sum False)": "class table alone",
+    "1lora (sum False, bias False, scale False)": "class table alone",
+    "1lora (sum False, bias True, scale False)": "β (BitFit)",
+    "1lora (sum False, bias False, scale True)": "γ",
+    "1lora (sum False, bias True, scale True)": "β, γ (DiffFit)",
+    "1lora (sum True, bias False, scale False)": "1LoRA",
+    "1lora (sum True, bias True, scale False)": "1LoRA, β",
+    "1lora (sum True, bias False, scale True)": "1LoRA, γ",
+    "1lora (sum True, bias True, scale True)": "1LoRA, β, γ",
+    "1lora (compression random)": "1LoRA, at random",
+    "peft:miss": "MiSS r=1",
+    "peft:fourierft": "FourierFT",
+    "peft:waveft": "WaveFT",
+    "peft:road": "RoAd",
+    "peft:ia3": "IA³",
+    "peft:unilora": "UniLoRA",
+    "peft:tinylora": "TinyLoRA",
 }
+
+
+def name_of(method: str) -> str:
+    """A method's label as it is printed; PEFT's tuners go without their settings, which are in the JSON."""
+    tuner = method.split(" ")[0] if method.startswith("peft:") else method
+    return NAMES.get(tuner, method)
 
 
 def write_report(results: dict, folder: Path, name: str) -> list[Path]:
@@ -82,7 +104,7 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
     head += ["steps", "kept for backward [MB]", "file [kB]", "learning rate", *(["recognition"] * recognised)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
-        name = NAMES.get(row["method"], row["method"])
+        name = name_of(row["method"])
         if row["failed"]:
             cells = [name, row["failed"], *[""] * (len(head) - 2)]
         else:
@@ -147,11 +169,11 @@ def sweep_table(results: dict) -> list[str]:
             if text and float(rate) == results["learning_rates"][method]:
                 text = f"**{text}**"
             cells.append(text)
-        lines.append(f"| {NAMES.get(method, method)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name_of(method)} | " + " | ".join(cells) + " |")
     settings, chosen = results["settings"], results["learning_rates"]
     extra = settings["sweep_extra"]
     at_the_edge = [
-        NAMES.get(method, method)
+        name_of(method)
         for method, own in results["sweep"].items()
         if chosen[method] in (min(map(float, own)), max(map(float, own)))
     ]
@@ -239,7 +261,7 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     heights = 10 ** pushed_apart(np.log10(distances), 0.062 * (top - bottom), bottom, top)
     for row, time, distance, height in zip(shown, times, distances, heights, strict=True):
         left.annotate(
-            f"{NAMES.get(row['method'], row['method'])}  ({short_count(row['num_trainable_params'])})",
+            f"{name_of(row['method'])}  ({short_count(row['num_trainable_params'])})",
             (time, distance),
             xytext=(high + 0.06 * (high - low), height),
             va="center",
@@ -253,7 +275,7 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     left.set_title(f"{results['settings']['preset']}: area of a bubble = trained parameters", fontsize=10)
     left.grid(alpha=0.25, which="both")
 
-    names = [NAMES.get(row["method"], row["method"]) for row in shown]
+    names = [name_of(row["method"]) for row in shown]
     before, peak = (
         np.array([row[key][0] / 1e6 for row in shown]) for key in ("memory_before_bytes", "peak_memory_bytes")
     )
@@ -302,7 +324,7 @@ def plot_curves(rows: list[dict], results: dict, path: Path) -> None:
         runs = [evaluations[: min(map(len, runs))] for evaluations in runs]
         times = np.mean([[each["seconds"] for each in evaluations] for evaluations in runs], axis=0) / seconds
         values = np.array([[each["distance"] for each in evaluations] for evaluations in runs])
-        name = NAMES.get(row["method"], row["method"])
+        name = name_of(row["method"])
         axes.plot(times, values.mean(0), marker="o", ms=3, color=colour[row["method"]], label=name)
         axes.fill_between(times, values.min(0), values.max(0), color=colour[row["method"]], alpha=0.15, lw=0)
     axes.set_yscale("log")
@@ -324,9 +346,7 @@ def plot_samples(rows: list[dict], results: dict, path: Path) -> None:
     for axes, row in zip(np.atleast_1d(drawn.subplots(len(shown), 1)), shown, strict=True):
         axes.imshow(Image.open(run_file(runs, row["method"], seed).with_suffix(".png")), interpolation="nearest")
         axes.set_axis_off()
-        axes.text(
-            -0.02, 0.5, NAMES.get(row["method"], row["method"]), transform=axes.transAxes, ha="right", va="center"
-        )
+        axes.text(-0.02, 0.5, name_of(row["method"]), transform=axes.transAxes, ha="right", va="center")
     drawn.savefig(path)
 
 

@@ -3,12 +3,15 @@
 1LoRA adds b (u·x) to a layer's output, where u is all ones and b is learned. Here u is other things: what the first
 gradient or the inputs themselves would choose, chance, or two and four directions with a b for each; and LoRA of
 rank 1, which learns u too. A frozen direction is scaled so that u·x has an RMS of k^¼, for k inputs, in every layer:
-what is compared is where it points. Every variant has the same batches and its own best of the same learning rates.
+what is compared is where it points. What the scaling is worth shows beside the sum as it is, and LoRA and DiffFit are
+tried with rates that are divided in the same way. Every variant has the same batches, and its own best of the same
+learning rates.
 """
 
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +35,12 @@ from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.optimizers import make_optimizer
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.stopping import format_duration
+from onelora_diffusion.training.sum_rates import divide_groups
 
 # A variant's frozen directions: the rule, and how many of its directions; LoRA has none.
 FROZEN = {
     "sum": ("sum", 1),
+    "sum-plain": ("sum, as it is", 1),
     "gradient": ("gradient", 1),
     "inputs": ("inputs", 1),
     "random": ("random", 1),
@@ -43,13 +48,24 @@ FROZEN = {
     "gradient-4": ("gradient", 4),
 }
 NAMES = {
-    "sum": "the sum (1LoRA)",
+    "sum": "the sum",
+    "sum-plain": "the sum, not scaled (1LoRA)",
     "gradient": "the first gradient's direction",
     "inputs": "the inputs' first component",
     "random": "at random",
     "gradient-2": "two of the first gradient",
     "gradient-4": "four of the first gradient",
     "lora": "LoRA r=1, learned",
+    "lora-scaled": "LoRA r=1, B's rates scaled",
+    "difffit": "no direction: DiffFit",
+    "difffit-scaled": "DiffFit, γ's rates scaled",
+    "bitfit": "no direction: BitFit",
+}
+# Of library's methods, the trained tensors whose rates are scaled as those of a frozen direction are: by what they
+# multiply, from the layer's input, its output and the adapter's other tensor. BitFit's β multiplies 1.
+SCALED = {
+    "lora-scaled": ("onelora_lora_B.weight", lambda x, out, trained: x @ trained["onelora_lora_A.weight"].T),
+    "difffit-scaled": ("onelora_gamma", lambda x, out, trained: out),
 }
 
 
@@ -165,10 +181,14 @@ def run(job: Job, settings: CompressionSettings) -> dict:
             module.directions.copy_(directions(*seen[path], rule, count, generator))
         shares = share_of_gradient({path: (seen[path][1], frozen[path].directions) for path in layers})
     else:
-        inject_adapter(transformer, AdapterConfig(variant, num_classes=num_classes, seed=job.seed))
+        method = variant.removesuffix("-scaled")
+        inject_adapter(transformer, AdapterConfig(method, num_classes=num_classes, seed=job.seed))
     trained = adapter_state_dict(transformer)
 
     optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
+    if variant in SCALED:
+        layers = target_layers(transformer, None)
+        divide_groups(optimizer, trained, rate_factors(layers, trained, updates, settings, *SCALED[variant]))
     average = ExponentialMovingAverage(trained, job.ema_decay)
     transformer.train()
     for step in tqdm(range(settings.steps), desc=f"{variant} {job.learning_rate:g} {job.seed}", leave=False):
@@ -214,9 +234,38 @@ def look_at(layers: dict[str, nn.Linear], updates: Updates, batches: int) -> dic
     return {path: (moments[path], gradients[path]) for path in layers}
 
 
+def rate_factors(
+    layers: dict[str, nn.Linear],
+    trained: dict[str, Tensor],
+    updates: Updates,
+    settings: CompressionSettings,
+    name: str,
+    multiplied: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+) -> dict[str, float]:
+    """k^¼ / RMS of what a trained tensor multiplies, by the tensor's name, over the first batches."""
+    squares: dict[str, list[float]] = {path: [] for path in layers}
+
+    def hook(path):
+        own = {key.removeprefix(f"{path}."): tensor for key, tensor in trained.items() if key.startswith(f"{path}.")}
+        return lambda seat, args: squares[path].append(float(multiplied(*args[:2], own).square().mean()))
+
+    handles = [layer.onelora.register_forward_pre_hook(hook(path)) for path, layer in layers.items()]
+    with torch.no_grad():
+        for step in range(settings.measured_batches):
+            updates.loss(step)
+    for handle in handles:
+        handle.remove()
+    return {
+        f"{path}.{name}": layer.in_features**0.25 / statistics.mean(squares[path]) ** 0.5
+        for path, layer in layers.items()
+    }
+
+
 def directions(moments: Tensor, gradient: Tensor, rule: str, count: int, generator: torch.Generator) -> Tensor:
     """(count, k) directions, each scaled so that the RMS of u·x is k^¼."""
     k = len(moments)
+    if rule == "sum, as it is":
+        return torch.ones(1, k)
     if rule == "sum":
         chosen = torch.ones(1, k)
     elif rule == "random":

@@ -1,5 +1,6 @@
 """benchmark.py compare: its data, its learning rates, one run, the report, and all of it on a micro scale."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -22,10 +23,12 @@ from benchmarks.compare import (
     preset_asked_for,
 )
 from benchmarks.compare_inputs import made_once, prepare
-from benchmarks.compare_report import pushed_apart, summarise, write_report
+from benchmarks.compare_report import name_of, pushed_apart, summarise, write_report
 from benchmarks.compare_run import Job, run_file, sweep_file
+from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.evaluation.features import load_features
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.storage.adapter_file import read_adapter
 
 
@@ -138,6 +141,24 @@ def test_methods_are_names_or_settings():
     for wrong in ("lore", '{"method": "1lora", "biass": true}', "{"):
         with pytest.raises(ValueError, match="lore|biass|JSON"):
             parse_methods(preset("digits", methods=(wrong,)))
+
+
+def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
+    ablations = parse_methods(preset("digits", methods=("ablations",)))
+    assert [name_of(method) for method in ablations] == [
+        *("class table alone", "1LoRA", "β (BitFit)", "γ", "1LoRA, β", "1LoRA, γ", "β, γ (DiffFit)", "1LoRA, β, γ"),
+        "1LoRA, at random",
+    ]
+    assert ablations["1lora (sum True, bias False, scale True)"] == dict(
+        method="1lora", rank=1, sum=True, bias=False, scale=True
+    )
+    tiny = parse_methods(preset("digits", methods=("tiny", "lora")))
+    names = ["1LoRA", "MiSS r=1", "FourierFT", "WaveFT", "RoAd", "IA³", "UniLoRA", "TinyLoRA", "LoRA"]
+    assert [name_of(method) for method in tiny] == names
+    model = load_base().transformer
+    for config in tiny.values():
+        count = count_trainable(inject_adapter(copy.deepcopy(model), AdapterConfig(**config)))
+        assert 8_800 <= count <= 15_000
 
 
 def test_the_best_rate_is_the_smallest_distance_and_a_failed_run_never_is(tmp_path):

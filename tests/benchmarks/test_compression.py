@@ -65,7 +65,7 @@ def test_frozen_directions_add_what_they_read(generator):
 
 def test_all_of_it_and_again(tmp_path, capsys):
     settings = CompressionSettings(
-        variants=("sum", "gradient-2", "lora"),
+        variants=("sum", "gradient-2", "lora-scaled", "difffit-scaled"),
         seeds=(0, 1),
         steps=2,
         rates=(1e-3,),
@@ -88,5 +88,5 @@ def test_all_of_it_and_again(tmp_path, capsys):
     with pytest.raises(ValueError, match="was made with another steps: choose another --output-dir"):
         compression(settings)
     settings.variants = ("summ",)
-    with pytest.raises(ValueError, match="--variants summ: choose of sum, gradient"):
+    with pytest.raises(ValueError, match="--variants summ: choose of sum, sum-plain, gradient"):
         compression(settings)

@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart check-gpu test fuzz test-other-kernels test-quantised test-floors test-wandb types style docs notebook
+.PHONY: quickstart serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser test-floors \
+	test-wandb types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -10,6 +11,15 @@ quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_dit.py
 	$(BIN)/python sample.py
 	$(BIN)/python eval_fid.py
+
+# A page and an API of the miniature and of what quickstart has trained.
+serve: .venv/serve/installed
+	.venv/serve/bin/python serve.py
+
+# The adapter that ships with the package, so that the page is never empty: digits 5-9 of the miniature. Once it is made anew.
+adapter: .venv/installed
+	$(BIN)/python train_dit.py --output-dir runs/digits-5-9 --fresh --max-train-time 24h
+	cp runs/digits-5-9/onelora_weights.safetensors onelora_diffusion/serving/adapters/digits-5-9.safetensors
 
 # For whoever has a GPU: about ten minutes, no download, a table. docs/performance.md says what it checks.
 check-gpu: .venv/installed
@@ -32,6 +42,15 @@ test-quantised: .venv/quantised/installed
 # A run followed at Weights & Biases, offline.
 test-wandb: .venv/wandb/installed
 	PYTHONPATH=.venv/wandb $(BIN)/python -m pytest tests/test_train_script.py -k wandb_goes
+
+# The server's calls, and its page in a real browser. gradio asks for older packages than the rest, and lies apart.
+test-serve: .venv/serve/installed
+	.venv/serve/bin/python -m pytest -rs tests/serving
+
+# Chromium, by whoever packages it for this system.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		$$([ "$$(id -u)" = 0 ] || echo sudo) sh -c "apt-get update && apt-get install --yes --no-install-recommends chromium"
 
 # Files changed at random, more of them than `make test` tries, and other ones each time.
 fuzz: .venv/installed
@@ -79,6 +98,14 @@ notebook: .venv/docs-installed
 
 .venv/wandb/installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --target .venv/wandb wandb
+	touch $@
+
+# An environment upon .venv: what is there is not installed again.
+.venv/serve/installed: .venv/installed
+	$(PYTHON) -m venv --clear --without-pip .venv/serve
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(.venv/serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/upon.pth
+	.venv/serve/bin/python -m pip install --quiet --editable ".[browser]"
 	touch $@
 
 .venv-floors/installed: pyproject.toml constraints-floors.txt

@@ -14,6 +14,7 @@ from PIL import Image
 from onelora_diffusion.files import printable
 from onelora_diffusion.injection.routing import GUIDANCES
 from onelora_diffusion.serving.batching import Batcher, Busy, Ticket
+from onelora_diffusion.serving.drawing import find_class, plain
 from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.picture_file import picture_with_settings, request_of, request_of_image
 from onelora_diffusion.serving.request import Request
@@ -24,7 +25,7 @@ MAX_STRIP = 12
 MAX_GRID = 64
 COLUMNS = ["adapter", "method", "data set", "draws", "numbers", "state"]
 CSS = """
-.small img { image-rendering: pixelated; }
+.small img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .status progress { width: 100%; }
 """
 
@@ -79,7 +80,10 @@ class Page:
                 with gr.Column(scale=3, min_width=320):
                     self._outputs()
             with gr.Accordion("Adapters", open=False):
-                table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, elem_id="adapters")
+                widths = ["18%", "8%", "10%", "26%", "10%", "28%"]
+                table = gr.Dataframe(
+                    headers=COLUMNS, column_widths=widths, interactive=False, wrap=True, elem_id="adapters"
+                )
                 refresh = gr.Button("Look for new files", size="sm")
             private = dict(show_progress="hidden", api_visibility="private")
             choices = [self.first, self.second, self.several]
@@ -113,7 +117,7 @@ class Page:
             steps = min(25, self.drawing.max_steps)
             self.steps = gr.Slider(1, self.drawing.max_steps, steps, step=1, label="Steps", elem_id="steps")
         self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
-        self.restore = gr.File(label="Settings from a saved PNG", file_types=[".png"], height=90, elem_id="restore")
+        self.restore = gr.File(label="Settings from a saved PNG", file_types=[".png"], height=140, elem_id="restore")
         self.card = gr.Markdown(elem_id="card")
         self._chosen = [self.first, self.first_weight, self.second, self.second_weight]
         self._settings = [*self._chosen, self.subject, self.guidance, self.scale, self.sampler, self.steps, self.seed]
@@ -121,7 +125,9 @@ class Page:
             [self.first.input, self.second.input], self._classes, self._chosen, [self.subject, self.card],
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        self.restore.upload(self._restored, self.restore, self._settings, api_visibility="private")
+        self.restore.upload(
+            self._restored, self.restore, self._settings, show_progress="hidden", api_visibility="private"
+        )
 
     def _outputs(self) -> None:
         small = ["small"] if self.drawing.size < 128 else []
@@ -133,7 +139,8 @@ class Page:
                 format="png", type="pil", label="Picture", height=384, elem_id="picture", elem_classes=small,
                 buttons=["download", "fullscreen"], interactive=False,
             )  # fmt: skip
-            events.append(one.click(self._one, self._settings, [picture, self.status], api_visibility="private"))
+            hidden = dict(show_progress="hidden", api_visibility="private")
+            events.append(one.click(self._one, self._settings, [picture, self.status], **hidden))
         with gr.Tab("Side by side"):
             gr.Markdown("The base, A, B and both with their weights, from the same noise.")
             compare = gr.Button("Draw side by side", variant="primary", elem_id="compare")
@@ -161,7 +168,7 @@ class Page:
             columns=columns, format="png", type="pil", label="Pictures", height="auto", object_fit="contain",
             elem_id=elem_id, elem_classes=classes, interactive=False,
         )  # fmt: skip
-        return click(draw, inputs, [gallery, self.status], api_visibility="private")
+        return click(draw, inputs, [gallery, self.status], show_progress="hidden", api_visibility="private")
 
     def _calls(self) -> None:
         """What programs call: `draw`, `adapters`, `classes`, `settings` and `health`."""
@@ -239,48 +246,69 @@ class Page:
     # What is drawn
 
     async def _one(self, *settings):
-        with one_line():
-            request = self._request(adapters_of_page(*settings[:4]), settings[4:])
-            async with aclosing(self._drawn([request])) as steps:
-                async for images, status in steps:
-                    yield (images[0] if images else gr.update()), status.as_html()
+        adapters = adapters_of_page(*settings[:4])
+        async with aclosing(self._captioned({"": adapters}, settings)) as steps:
+            async for shown, status in steps:
+                yield (shown[0][0] if isinstance(shown, list) else shown), status
 
     async def _side_by_side(self, *settings):
         first, second = settings[:2], settings[2:4]
         asked = {"base": (), "A": adapters_of_page(*first), "B": adapters_of_page(*second)}
         asked["mix"] = adapters_of_page(*first, *second)
-        async with aclosing(self._captioned(asked, settings[4:])) as steps:
+        async with aclosing(self._captioned(asked, settings)) as steps:
             async for shown in steps:
                 yield shown
 
     async def _strip(self, *settings):
         *settings, number = settings
-        with one_line():
-            pair = [settings[0], settings[2]]
-            if ALONE in pair or pair[0] == pair[1]:
-                raise ValueError("a strip leads from one adapter to another: choose two")
+        pair = [settings[0], settings[2]]
+        if ALONE in pair or pair[0] == pair[1]:
+            yield gr.update(), Status("a strip leads from one adapter to another: choose two").as_html()
+            return
         shares = [index / (int(number) - 1) for index in range(int(number))]
-        asked = {f"{share:.2f}": tuple(zip(pair, (1 - share, share), strict=True)) for share in shares}
-        async with aclosing(self._captioned(asked, settings[4:])) as steps:
+        asked = {f"B {share:.2f}": tuple(zip(pair, (1 - share, share), strict=True)) for share in shares}
+        async with aclosing(self._captioned(asked, settings)) as steps:
             async for shown in steps:
                 yield shown
 
     async def _grid(self, *settings):
         *settings, names = settings
-        with one_line():
-            if not names:
-                raise ValueError("a grid is of some adapters: choose them")
-        async with aclosing(self._captioned({name: ((name, 1.0),) for name in names}, settings[4:])) as steps:
+        if not names:
+            yield gr.update(), Status("a grid is of some adapters: choose them").as_html()
+            return
+        async with aclosing(self._captioned({name: ((name, 1.0),) for name in names}, settings)) as steps:
             async for shown in steps:
                 yield shown
 
     async def _captioned(self, asked: dict[str, Sequence], settings: Sequence):
-        """Pictures by their captions, of the same subject and noise."""
-        with one_line():
-            requests = [self._request(adapters, settings) for adapters in asked.values()]
+        """Pictures by their captions, of the same subject and noise; what is wrong stands where the status does."""
+        try:
+            captions, requests = [], []
+            for caption, adapters in asked.items():
+                subject, name = self._subject(settings[4], adapters_of_page(*settings[:4]), adapters)
+                captions.append(f"{caption}: {name}" if name else caption)
+                requests.append(self._request(adapters, [subject, *settings[5:]]))
             async with aclosing(self._drawn(requests)) as steps:
                 async for images, status in steps:
-                    yield list(zip(images, asked, strict=True)) if images else gr.update(), status.as_html()
+                    shown = list(zip(images, captions, strict=True)) if images else gr.update()
+                    yield shown, status.as_html()
+        except (ValueError, Busy, RuntimeError, OSError) as error:
+            yield gr.update(), Status(printable(str(error).split("\n")[0], 500)).as_html()
+
+    def _subject(self, subject, chosen: Sequence, adapters: Sequence) -> tuple[str | int, str | None]:
+        """(what these adapters draw for the class that is chosen of the page's own, its name if it has another).
+
+        Where they have no class of its name, theirs of the same number stands in for it.
+        """
+        if self.drawing.kind != "class":
+            return subject, None
+        classes, _ = self.drawing.classes_of(adapters, [self.library.entry(name) for name, _ in adapters])
+        named = {plain(name): label for label, name in reversed(classes.items())}
+        if plain(str(subject)) in named:
+            return named[plain(str(subject))], None
+        entries = [self.library.entry(name) for name, _ in chosen]
+        label = find_class(subject, *self.drawing.classes_of(chosen, entries)) % len(classes)
+        return label, classes[label]
 
     async def _drawn(self, requests: Sequence[Request]) -> AsyncIterator[tuple[list[Image.Image], Status]]:
         """(nothing yet, how far it is) again and again, and at the end (the images, what it took)."""

@@ -25,7 +25,7 @@ from onelora_diffusion import adapter_state_dict, disable_adapter, export_lora, 
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
-from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache
+from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import Prompts, family_named, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_text_to_image
@@ -88,19 +88,24 @@ class PromptTask:
             "is_stopped": stop.asked,
             "report": tqdm.write,
         }
-        captions = [*self.captioned.captions, *settings.validation_prompt]
         encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
         for encoder in encoders.values():
             if encoder is not None:
                 encoder.to(device)
-        folder = build_prompt_cache(
-            parent,
-            captions,
-            lambda prompts: self.family.encode_prompts(pipeline, prompts, settings.max_sequence_length),
-            encoders,
-            f"{self.family.name}, {settings.max_sequence_length or 'all'} tokens",
-            **share,
-        )
+        identity = identity_of(encoders)
+        # Other prompts to look at leave what is learned where it is.
+        all_prompts = (self.captioned.captions, list(settings.validation_prompt))
+        folders = [
+            build_prompt_cache(
+                parent,
+                prompts,
+                lambda prompts: self.family.encode_prompts(pipeline, prompts, settings.max_sequence_length),
+                identity,
+                f"{self.family.name}, {settings.max_sequence_length or 'all'} tokens",
+                **share,
+            )
+            for prompts in all_prompts
+        ]
         pipeline.register_modules(**dict.fromkeys(encoders))
         dtype = pipeline.vae.dtype
         pipeline.vae.to(device, torch.float32)  # once, and for all steps
@@ -112,11 +117,11 @@ class PromptTask:
         buckets = self.captioned.buckets
         if stop.agreed():  # the caches may be half done, and there is no step to come
             return self.captioned, False, buckets.of_image
-        self.cache = PromptCache(folder, captions)
+        self.learned, self.looked_at = map(PromptCache, folders, all_prompts)
         return LatentCache(latents, len(self.dataset), buckets), True, buckets.of_image
 
     def prompts(self, captions: Tensor, drops: Tensor) -> Prompts:
-        return self.cache.embeddings(captions, drops)
+        return self.learned.embeddings(captions, drops)
 
     def evaluation(self) -> None:
         return None
@@ -124,16 +129,16 @@ class PromptTask:
     def sample_grid(self, is_stopped) -> bytes | None:
         """The base's pictures of --validation-prompt, and the adapter's of the same noise below them."""
         settings, pipeline, device = self.settings, self.pipeline, self.accelerator.device
-        rows = range(len(self.captioned.captions), len(self.cache.row_of_caption))
+        count = len(settings.validation_prompt)
         kept, dropped = torch.tensor([False]), torch.tensor([True])
-        if not rows:
+        if not count:
             return None
 
         def draw() -> Tensor | None:
             pictures = []
-            empty = send_to_device(self.cache.embeddings(torch.tensor([0]), dropped), device)
-            for number, row in enumerate(rows):
-                prompt = send_to_device(self.cache.embeddings(torch.tensor([row]), kept), device)
+            empty = send_to_device(self.looked_at.embeddings(torch.tensor([0]), dropped), device)
+            for number in range(count):
+                prompt = send_to_device(self.looked_at.embeddings(torch.tensor([number]), kept), device)
                 (generator,) = image_generators(settings.seed, [number])
                 picture = draw_prompt(
                     pipeline,

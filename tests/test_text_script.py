@@ -293,6 +293,27 @@ def test_dropped_captions_train_the_empty_prompt(train):
     assert losses("night", 0.0) != losses("a bold Q", 0.0)
 
 
+def test_other_prompts_to_look_at_leave_the_captions_encoded(train, tmp_path):
+    def encoded():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents/prompts-*/shard-*")}
+
+    train("pixart", "one", validation_prompt=("night",))
+    before = encoded()
+    train("pixart", "two", validation_prompt=("night", "a bold Q"))
+    after = encoded()
+    assert before.items() < after.items() and len(after) == len(before) + 1
+
+
+def test_a_prompt_that_is_not_finite_is_one_line(train, bases, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(bases / "pixart")
+    with torch.no_grad():
+        pipeline.text_encoder.encoder.final_layer_norm.weight[0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(SystemExit, match="prompt_embeds of prompt 0 is not finite in torch.float32: check") as caught:
+        train("pixart", base=str(tmp_path / "damaged"))
+    assert "\n" not in caught.value.code and caught.value.code.startswith("train_text_to_image.py: ")
+
+
 def test_images_of_several_shapes_train_in_buckets(train, tmp_path):
     folder = tmp_path / "shapes"
     folder.mkdir()

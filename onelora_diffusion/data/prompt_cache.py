@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
+from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split, weights_digest
 
 SHARD_SIZE = 64  # prompts: a few megabytes each
 
@@ -41,7 +41,7 @@ def build_prompt_cache(
     parent: Path,
     captions: Sequence[str],
     encode: Callable[[list[str]], dict[str, Tensor]],
-    encoders: dict[str, nn.Module | None],
+    encoders: dict,
     kind: str,
     *,
     process_index: int = 0,
@@ -54,7 +54,7 @@ def build_prompt_cache(
 
     Args:
         encode: from prompts to tensors `(prompts, ...)` by name, of the same shapes for all.
-        encoders: the text encoders by name; None for one that the pipeline goes without.
+        encoders: the text encoders, as `identity_of` has them.
         kind: what `encode` does with them, in words, such as the family's name and its number of tokens: other words
             make another cache.
     """
@@ -63,11 +63,7 @@ def build_prompt_cache(
         "prompts": len(prompts),
         "texts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "kind": kind,
-        "encoders": {
-            name: {"weights": digest(encoder.state_dict()), "config": config_of(encoder)}
-            for name, encoder in encoders.items()
-            if encoder is not None
-        },
+        "encoders": encoders,
     }
 
     @torch.no_grad()
@@ -88,6 +84,19 @@ def build_prompt_cache(
         is_stopped=is_stopped,
         report=report,
     )
+
+
+def identity_of(encoders: dict[str, nn.Module | None]) -> dict:
+    """What tells text encoders from others, as JSON: by name their configuration and a hash of their weights.
+
+    Args:
+        encoders: None for one that the pipeline goes without.
+    """
+    return {
+        name: {"weights": weights_digest(encoder), "config": config_of(encoder)}
+        for name, encoder in encoders.items()
+        if encoder is not None
+    }
 
 
 def distinct(captions: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ rows are a function of makes another folder.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
+
+
+class NotFiniteRowError(ValueError):
+    """What was encoded has infinity or NaN in it; the message names the row."""
 
 
 class RowCache(Dataset):
@@ -72,7 +77,7 @@ def build_rows(
         encode: from batches of row numbers, one after the other, to the tensors of each, `(rows, ...)` by name.
 
     Raises:
-        ValueError: a row is not finite.
+        NotFiniteRowError: a row is not finite.
         OSError: the disk is full; it names the shard, and those before it are whole.
     """
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -110,9 +115,10 @@ def _check_finite(tensors: dict[str, Tensor], rows: np.ndarray, unit: str) -> No
     for name, tensor in tensors.items():
         wrong = ~tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else ~tensor.isfinite()
         if wrong.any():
-            raise ValueError(
-                f"{name} of {unit} {rows[int(wrong.nonzero()[0])]} is not finite in {tensor.dtype}: encode in float32"
-            )
+            is_full = tensor.dtype == torch.float32
+            remedy = "check the weights that encode it, and what it is" if is_full else "encode in float32"
+            row = rows[int(wrong.nonzero()[0])]
+            raise NotFiniteRowError(f"{name} of {unit} {row} is not finite in {tensor.dtype}: {remedy}")
 
 
 def split(rows: Sequence, size: int) -> list:
@@ -140,6 +146,13 @@ def digest(tensors: dict[str, Tensor]) -> str:
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha256.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of the digests of a model's tensors, several at a time: text encoders have gigabytes."""
+    with ThreadPoolExecutor() as threads:  # sha256 runs without Python's lock
+        parts = threads.map(lambda item: digest(dict([item])), sorted(model.state_dict().items()))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def config_of(model: nn.Module) -> dict:

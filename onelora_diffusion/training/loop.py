@@ -18,6 +18,7 @@ from tqdm import tqdm
 from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.data.row_cache import NotFiniteRowError
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families.family import Family, Prompts
 from onelora_diffusion.injection.verbs import adapter_state_dict
@@ -111,7 +112,7 @@ def start(
             # A loader's process sends its whole traceback as the message.
             broken = str(error).splitlines()[-1].split("BrokenImageError: ")[-1]
             raise SystemExit(f"{settings.script}: {broken}") from None
-        except OSError as error:  # a full disk, for one; the last good checkpoint is still there
+        except (NotFiniteRowError, OSError) as error:  # a full disk, for one; the last good checkpoint is still there
             raise SystemExit(f"{settings.script}: {error}") from None
         if settings.push_to_hub is not None and code == 0 and PartialState().is_main_process:
             with one_line_errors(settings.script):

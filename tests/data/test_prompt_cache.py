@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.data import prompt_cache
-from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache
+from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.data.row_cache import is_whole
 
 
@@ -34,7 +34,8 @@ def small_shards(monkeypatch):
 
 def build(parent, captions=CAPTIONS, encoder=None, kind="codes of 8", encode=None, **arguments):
     encoder = encoder or Encoder()
-    return build_prompt_cache(parent, captions, encode or encoder, {"text": encoder, "other": None}, kind, **arguments)
+    identity = identity_of({"text": encoder, "other": None})
+    return build_prompt_cache(parent, captions, encode or encoder, identity, kind, **arguments)
 
 
 def test_embeddings_are_those_of_each_caption_and_of_the_empty_one_where_it_is_dropped(tmp_path):

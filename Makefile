@@ -3,7 +3,7 @@ BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
 .PHONY: quickstart serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser test-floors \
-	test-wandb types style docs notebook
+	test-install test-wandb types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -38,6 +38,14 @@ test-other-kernels: .venv/installed
 test-quantised: .venv/quantised/installed
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py \
 		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does
+
+# `pip install .` into an empty environment, and the README's first snippet there, without a network.
+test-install:
+	rm -rf build .venv-install
+	$(PYTHON) -m venv .venv-install
+	.venv-install/bin/python -m pip install --quiet .
+	.venv-install/bin/python -m pip check
+	cd .venv-install && bin/python ../tools/check_install.py ../README.md
 
 # A run followed at Weights & Biases, offline.
 test-wandb: .venv/wandb/installed

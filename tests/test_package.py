@@ -11,12 +11,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import onelora_diffusion
 
 REPOSITORY = Path(__file__).parents[1]
+SHIPPED_BESIDE = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "SECURITY.md",
+    "pyproject.toml",
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,30 +34,51 @@ def built(tmp_path_factory):
     """The folder of a wheel and an sdist, built from a copy of the tree."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("package")
-    for name in ("onelora_diffusion", "benchmarks", "tools", "configs"):
+    for name in ("onelora_diffusion", "benchmarks", "tools", "tests", "configs", "docs"):
         shutil.copytree(REPOSITORY / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "train_dit.py", "benchmark.py"):
+    for name in (*SHIPPED_BESIDE, "train_dit.py", "benchmark.py"):
         shutil.copy(REPOSITORY / name, folder / "tree")
-    build = "from setuptools import build_meta as b; b.build_wheel('../dist'); b.build_sdist('../dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=folder / "tree", check=True, capture_output=True)
+    build(folder / "tree", "wheel", folder / "dist")
+    build(folder / "tree", "sdist", folder / "dist")
     return folder / "dist"
 
 
+def build(tree: Path, kind: str, output: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(output)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
 def test_the_wheel_holds_the_package_and_the_miniature_and_no_workshop(built):
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    names = names_in(next(built.glob("*.whl")))
     shipped = (path for path in (REPOSITORY / "onelora_diffusion").rglob("*") if path.is_file())
     assert names == {str(path.relative_to(REPOSITORY)) for path in shipped if path.suffix != ".pyc"}
     assert "onelora_diffusion/miniature/transformer/diffusion_pytorch_model.safetensors" in names
     assert "onelora_diffusion/py.typed" in names
 
 
-def test_the_sdist_builds_that_wheel(built):
+def test_the_sdist_builds_that_wheel(built, tmp_path):
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
-        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "onelora_diffusion/py.typed"} <= names
-    assert "onelora_diffusion/miniature/vae/diffusion_pytorch_model.safetensors" in names
-    assert not any(name.startswith(("benchmarks/", "tools/", "runs/")) for name in names)
+        names = {name.partition("/")[2] for name in sdist.getnames()} - {""}
+        sdist.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    rooms = {name.partition("/")[0] for name in names if "/" in name}
+    assert rooms == {"onelora_diffusion", "onelora_diffusion.egg-info"}
+    assert {name for name in names - rooms if "/" not in name} == {*SHIPPED_BESIDE, "PKG-INFO", "setup.cfg"}
+    build(tree, "wheel", tmp_path / "dist")
+    assert names_in(next((tmp_path / "dist").glob("*.whl"))) == names_in(next(built.glob("*.whl")))
+
+
+def test_the_forges_workflow_runs_our_checks_on_every_python_that_is_promised():
+    (job,) = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    promised = re.findall(r"Programming Language :: Python :: (3\.\d+)", project)
+    assert job["strategy"]["matrix"]["python"] == promised and f'requires-python = ">={promised[0]}"' in project
+    assert [step.get("run") for step in job["steps"]][-1] == ".ci/run"
 
 
 def packages_imported_by(nodes) -> set[str]:

@@ -7,6 +7,7 @@
     python benchmark.py scale                                   # against tokens, layers and resident adapters
     python benchmark.py adapters                                # load and switch; many adapters in one batch
     python benchmark.py generate --layers 4                     # images a second, beside the stock pipeline
+    python benchmark.py serve                                   # many clients, each with its own adapter
     python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
@@ -27,6 +28,7 @@ from benchmarks.compression import CompressionSettings, compression
 from benchmarks.families import MemorySettings, memory
 from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
+from benchmarks.serve import ServeSettings, serve
 from benchmarks.speed import SpeedSettings, speed
 from onelora_diffusion.command_line import one_line_errors, quieten
 
@@ -37,6 +39,7 @@ SUBCOMMANDS = {
     ScaleSettings: scale,
     AdaptersSettings: adapters,
     GenerateSettings: generate,
+    ServeSettings: serve,
     CacheSettings: measure_cache,
     CompareSettings: compare,
     CompressionSettings: compression,

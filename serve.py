@@ -18,10 +18,11 @@ import tyro
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
+from onelora_diffusion.families import family_named
 from onelora_diffusion.injection.book import fingerprint
-from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.pipelines.base import load_base, load_text_to_image, transformer_class
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
 from onelora_diffusion.serving.residents import Residents
 
@@ -59,14 +60,13 @@ class Settings(PortSettings, BatchSettings, ComputeSettings):
 def main(settings: Settings) -> None:
     settings.check()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    pipeline = load_base(settings.base)
-    settings.place(pipeline, device)
-    pipeline.transformer.requires_grad_(False)
+    drawing = load_drawing(settings, device)
+    transformer = drawing.transformer.requires_grad_(False)
 
     folders = [settings.adapters, *([shipped_adapters()] if settings.base is None else [])]
-    library = AdapterLibrary(folders, fingerprint(pipeline.transformer))
-    residents = Residents(pipeline.transformer, int(settings.adapter_memory * 1e6))
-    batcher = Batcher(ClassDrawing(pipeline, settings.max_steps), library, residents, settings)
+    library = AdapterLibrary(folders, fingerprint(transformer))
+    residents = Residents(transformer, int(settings.adapter_memory * 1e6))
+    batcher = Batcher(drawing, library, residents, settings)
 
     scale = defaults_of(EMBEDDED if settings.base is None else None).guidance_scale
     blocks, address = launch(Page(batcher, settings.base or "miniature", scale), settings)
@@ -84,6 +84,21 @@ def main(settings: Settings) -> None:
     finally:
         batcher.close()
         blocks.close(verbose=False)
+
+
+def load_drawing(settings: Settings, device: torch.device) -> ClassDrawing | PromptDrawing:
+    """The base on its device, and how it draws: classes, or prompts."""
+    kind = None if settings.base is None else transformer_class(settings.base)
+    if kind in (None, "DiTTransformer2DModel"):
+        pipeline = load_base(settings.base)
+        settings.place(pipeline, device)
+        return ClassDrawing(pipeline, settings.max_steps)
+    if settings.mixed_precision == "fp16":
+        raise ValueError("--mixed-precision fp16 is for classes: choose bf16 or no")
+    precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"
+    pipeline = load_text_to_image(settings.base, precision, family_named).to(device)
+    settings.place(pipeline, device)
+    return PromptDrawing(pipeline, settings.max_steps)
 
 
 if __name__ == "__main__":

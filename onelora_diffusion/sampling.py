@@ -24,7 +24,7 @@ from onelora_diffusion.diffusion import prediction_of
 from onelora_diffusion.families import Family, Prompts
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.merging import merged
-from onelora_diffusion.injection.routing import GUIDANCES, Guidance, route_adapters, route_beside_base
+from onelora_diffusion.injection.routing import GUIDANCES, Entry, Guidance, route_adapters, route_beside_base
 from onelora_diffusion.pipelines.base import eval_mode
 
 Sampler = Literal["ddim", "dpm-solver++", "ddpm", "euler", "heun"]
@@ -352,24 +352,66 @@ def draw_prompt(
     """
     if guidance == "domain" and not family.is_guided:
         raise ValueError(f"domain guidance leads from the empty prompt, from which {family.name} is not guided")
+    serving = [adapters_of(pipeline.transformer).serving] if guidance == "domain" else None
+    (picture,) = draw_prompts(
+        pipeline,
+        family,
+        prompt,
+        empty,
+        [generator],
+        size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        adapter_names=serving,
+        empty_names=serving and [None],
+    )
+    return (picture * 255).round().to(torch.uint8)
+
+
+def draw_prompts(
+    pipeline,
+    family: Family,
+    prompts: Prompts,
+    empty: Prompts,
+    generators: list[torch.Generator],
+    size: int,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    adapter_names: Sequence[Entry] | None = None,
+    empty_names: Sequence[Entry] | None = None,
+) -> Tensor:
+    """Pictures of prompts, (batch, 3, size, size) in float32 from 0 to 1, by the pipeline's own sampler, in one batch.
+
+    Args:
+        prompts, empty: of `encode_prompts`; what is drawn, a row each, and the one row that all are guided from.
+        generators: one for each picture.
+        guidance_scale: None: the pipeline's own.
+        adapter_names: as in `route_adapters`, for each picture; None: the adapters that serve.
+        empty_names: the same for the empty prompt that each is guided from; None: as `adapter_names`.
+    """
     arguments = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     if family.is_guided:
-        arguments |= {f"negative_{name}": tensor for name, tensor in empty.items()}
-    # The pipelines put the empty prompt first, then the one that the adapter draws.
-    serving = [None, adapters_of(pipeline.transformer).serving] if guidance == "domain" else None
-    with route_adapters(pipeline.transformer, serving) if serving else nullcontext(), eval_mode(pipeline.transformer):
-        (picture,) = pipeline(
-            **prompt,
+        arguments |= {
+            f"negative_{name}": tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in empty.items()
+        }
+    entries = adapter_names and list(adapter_names)
+    if entries and empty_names and family.is_guided and (guidance_scale is None or guidance_scale > 1):
+        entries = [*empty_names, *entries]  # the pipelines put the empty prompts first
+    route = route_adapters(pipeline.transformer, entries) if entries else nullcontext()
+    with route, eval_mode(pipeline.transformer):
+        pictures = pipeline(
+            **prompts,
             **arguments,
             **family.call,
             negative_prompt=None,
             height=size,
             width=size,
             num_inference_steps=num_inference_steps,
-            generator=[generator],
+            generator=list(generators),
             output_type="pt",
         ).images
-    return (picture.float() * 255).round().to(torch.uint8)
+    return pictures.float()
 
 
 def progress_bar(num_images: int, description: str = "", **options) -> tqdm:

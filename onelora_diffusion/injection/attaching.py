@@ -17,6 +17,7 @@ from onelora_diffusion.files import printable
 from onelora_diffusion.injection.attention import fused_layers
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
 from onelora_diffusion.injection.layers import (
+    base_modules,
     class_table_paths,
     full_layers,
     is_dit,
@@ -172,7 +173,7 @@ def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = F
 
 def _execution_device(model: nn.Module) -> torch.device | None:
     """Where accelerate brings each layer's weights for its forward, and the adapters stay; None if it does not."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (getattr(module, "_hf_hook", None) for _, module in base_modules(model))
     return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 

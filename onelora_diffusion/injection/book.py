@@ -171,7 +171,9 @@ class AdapterBook:
         """Nothing requires gradients any more: no tensor of the base in its place, and none of an adapter."""
         adapters = (module for adapter in self.adapters.values() for module in adapter.values())
         for module in itertools.chain([self.model], adapters):
-            for _, part in base_modules(module):
+            # Thousands of adapters may be there, most of whose modules are no more than vectors.
+            parts = (part for _, part in base_modules(module)) if module._modules else (module,)
+            for part in parts:
                 for parameter in part._parameters.values():
                     if parameter is not None and parameter.requires_grad:
                         parameter.requires_grad_(False)

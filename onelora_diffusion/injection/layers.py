@@ -48,7 +48,7 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
         ValueError: there is none, or another than the one that is meant, or it has no row for no class.
     """
     kind = type(model).__name__
-    tables = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
+    tables = {path: m for path, m in base_modules(model, remove_duplicate=False) if isinstance(m, nn.Embedding)}
     found = [path for path in tables if f".{path}".endswith(f".{name or 'embedding_table'}")]
     if not found or len(found) > 1 and not is_dit(model):
         there = f"its tables are {', '.join(tables)}" if tables else "it has no nn.Embedding"
@@ -102,12 +102,12 @@ def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
     return {path: module for path, module in layers.items() if path not in copies}
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without adapters, however many there are, and without the `to_qkv` made for them."""
     seen = set()
 
     def walk(module, path):
-        if module in seen:
+        if remove_duplicate and module in seen:
             return
         seen.add(module)
         yield path, module

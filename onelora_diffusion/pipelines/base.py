@@ -63,12 +63,7 @@ def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], 
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev", named_by)
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        transformer_class = printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
-    except Exception as error:  # no JSON, or of another kind
-        raise ValueError(f"base model '{base}' has no readable model_index.json: {_first_line(error)}") from error
-    check(transformer_class)
+    check(_transformer_class(folder, base))
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):
         settings["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": _packed(precision)})
@@ -91,6 +86,25 @@ def _packed(precision: str):
     from diffusers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def transformer_class(base: str | Path) -> str:
+    """The class of a base's transformer, by its `model_index.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    from diffusers import DiffusionPipeline
+
+    return _transformer_class(_folder_of(base, DiffusionPipeline, "facebook/DiT-XL-2-256"), base)
+
+
+def _transformer_class(folder: Path, base: str | Path) -> str:
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        return printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
+    except Exception as error:  # no JSON, or of another kind
+        raise ValueError(f"base model '{base}' has no readable model_index.json: {_first_line(error)}") from error
 
 
 def resolution_of(pipeline) -> int:

@@ -1,6 +1,7 @@
 """From requests that agree in sampler, steps and size to their pictures, in one batch of the networks."""
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_diffusion.diffusion import prediction_of
+from onelora_diffusion.families import Prompts, family_of
 from onelora_diffusion.injection.routing import Entry, route_adapters
 from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.sampling import (
@@ -18,12 +20,14 @@ from onelora_diffusion.sampling import (
     as_uint8,
     decoded_latents,
     denoised_latents,
+    draw_prompts,
     image_generators,
     null_and_last_label,
 )
 from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.request import Request
 
+KEPT_PROMPTS = 64
 OnStep = Callable[[float], object]
 
 
@@ -121,6 +125,85 @@ class ClassDrawing:
 
     def _routed(self, entries: list[Entry]):
         return route_adapters(self.transformer, entries) if hasattr(self.transformer, "_onelora") else nullcontext()
+
+
+class PromptDrawing:
+    """Pictures of prompts, by a text-to-image transformer and its pipeline's own sampler, an adapter for each sample.
+
+    Args:
+        pipeline: of one of `FAMILIES`, on its device.
+        max_steps: as in `ClassDrawing`.
+    """
+
+    kind = "prompt"
+    samplers = (None,)
+
+    def __init__(self, pipeline, max_steps: int):
+        self.pipeline, self.max_steps = pipeline, max_steps
+        self.transformer, self.family = pipeline.transformer, family_of(pipeline)
+        self.size = self.family.resolution(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        self._encoded: OrderedDict[str, Prompts] = OrderedDict()
+
+    def completed(self, request: Request, entries: Sequence[AdapterEntry]) -> Request:
+        """The request with the base's own size where it names none; ValueError for what is not drawn here."""
+        if not isinstance(request.subject, str):
+            raise ValueError(f"subject is {request.subject}; this base draws a prompt, which is a text")
+        if request.sampler is not None:
+            raise ValueError(f"sampler is {request.sampler}; pictures of prompts have their pipeline's own")
+        if request.guidance == "domain" and not self.family.is_guided:
+            raise ValueError(
+                f"guidance 'domain' leads from the empty prompt, from which {self.family.name} is not guided"
+            )
+        check_steps(request, self.max_steps)
+        size = request.size or self.size
+        self.family.check_resolution(self.pipeline, size)
+        if size > self.size:
+            raise ValueError(f"size is {size}; {self.size}, the base's own, is the most here")
+        return replace(request, size=size)
+
+    @staticmethod
+    def company(request: Request) -> tuple:
+        """What requests of one batch have in common: pipelines take one scale of guidance."""
+        return request.guidance_scale, request.num_inference_steps, request.size
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[Request], mixtures: Sequence[Mapping[str, float]], on_step: OnStep) -> Tensor:
+        """As `ClassDrawing.draw`."""
+        rows = [self._prompt(request.subject) for request in requests]
+        first, is_adapted = requests[0], hasattr(self.transformer, "_onelora")
+        base_guides = [request.guidance == "domain" for request in requests]
+        hook = self.transformer.register_forward_hook(lambda *_: on_step(1 / first.num_inference_steps))
+        try:
+            pictures = draw_prompts(
+                self.pipeline,
+                self.family,
+                {name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+                self._prompt(""),
+                [generator for request in requests for generator in image_generators(request.seed, [0])],
+                first.size,
+                num_inference_steps=first.num_inference_steps,
+                guidance_scale=first.guidance_scale,
+                adapter_names=mixtures if is_adapted else None,
+                empty_names=[{} if base else own for base, own in zip(base_guides, mixtures, strict=True)],
+            )
+        finally:
+            hook.remove()
+        return pictures * 2 - 1
+
+    def _prompt(self, text: str) -> Prompts:
+        """Encoded alone, so that no row depends on the others; the last ones are kept."""
+        if text not in self._encoded:
+            self._encoded[text] = self.family.encode_prompts(self.pipeline, [text])
+        self._encoded.move_to_end(text)
+        while len(self._encoded) > KEPT_PROMPTS:
+            self._encoded.popitem(last=False)
+        return self._encoded[text]
+
+
+def check_steps(request: Request, most: int) -> None:
+    if request.num_inference_steps > most:
+        raise ValueError(f"num_inference_steps is {request.num_inference_steps}; {most} is the most here")
 
 
 def sampler_settings(request: Request) -> SamplerSettings:

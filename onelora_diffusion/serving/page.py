@@ -112,8 +112,15 @@ class Page:
             self.guidance = gr.Radio(list(GUIDANCES), value="cfg", label="Guidance", elem_id="guidance")
             self.scale = gr.Slider(1, 15, self.guidance_scale, step=0.1, label="Its strength", elem_id="scale")
         with gr.Row():
-            samplers = list(self.drawing.samplers)
-            self.sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler", elem_id="sampler")
+            samplers = [sampler for sampler in self.drawing.samplers if sampler]
+            is_chosen = len(samplers) > 1  # pictures of prompts have their pipeline's own
+            self.sampler = gr.Dropdown(
+                samplers,
+                value=samplers[0] if samplers else None,
+                label="Sampler",
+                elem_id="sampler",
+                visible=is_chosen,
+            )
             steps = min(25, self.drawing.max_steps)
             self.steps = gr.Slider(1, self.drawing.max_steps, steps, step=1, label="Steps", elem_id="steps")
         self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")

@@ -13,7 +13,8 @@ from onelora_diffusion.training.settings import RunSettings
 def publish(settings: RunSettings) -> str:
     """Uploads the adapter in the run's folder to `push_to_hub`; returns its address.
 
-    Its card has the distance of the best evaluation, if there was one, and the newest samples, if there are any.
+    Its card has the distance of the best evaluation, if there was one, and the newest samples that were drawn up to
+    the adapter's step, if there are any.
 
     Raises:
         ValueError: the hub refuses; the run's folder is as it was.
@@ -24,7 +25,9 @@ def publish(settings: RunSettings) -> str:
     metrics = {training.get("distance_name", "distance"): best.get("distance"), "recognition": best.get("recognition")}
     with tempfile.TemporaryDirectory() as drawn:
         gallery = []
-        for grid in sorted(folder.glob("samples/step-*.png"))[-1:]:
+        grids = folder.glob("samples/step-*.png")
+        up_to = f"step-{best.get('step', training['steps']):08}"
+        for grid in sorted(path for path in grids if path.stem <= up_to)[-1:]:
             for number, (text, picture) in enumerate(last_row(grid)):
                 picture.save(Path(drawn) / f"{number}.png")
                 gallery.append((text, Path(drawn) / f"{number}.png"))

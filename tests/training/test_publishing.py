@@ -76,11 +76,13 @@ def test_prompts_are_sent_with_the_adapters_pictures(hub, tmp_path):
     assert "pipe('a sks sign')" in card.text and {"lora", "sd3"} <= set(card.data.tags)
 
 
-def test_a_refused_upload_is_one_line_and_the_same_command_tries_again(hub, monkeypatch):
+def test_a_refused_upload_is_one_line_and_the_same_command_tries_again(hub, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise OSError("no network\nat all")
 
     settings = settings_of(sample_every=0)
+    (tmp_path / "runs/digits/samples").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "runs/digits/samples/step-00000003.png")  # of a later step
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
         with pytest.raises(SystemExit) as caught:

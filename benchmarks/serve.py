@@ -8,8 +8,10 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from onelora_diffusion.serving.residents import Residents
 from onelora_diffusion.storage.adapter_file import load_adapter, save_adapter
 
 BATCHED, ALONE, SWITCHED = "1LoRA, batched across adapters", "1LoRA, one at a time", "PEFT LoRA, switched by request"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MINIATURE, BLOCK = "miniature", "one block of DiT-XL/2's width"
 
 
@@ -47,9 +50,9 @@ class ServeSettings:
     """Numbers of clients; each asks anew as soon as it has its picture."""
     bases: tuple[str, ...] = (MINIATURE, BLOCK)
     """What they are drawn by."""
-    images: tuple[int, int] = (64, 16)
+    images: tuple[int, int] = (32, 16)
     """Pictures of each run, for each base; at least one a client."""
-    steps: tuple[int, int] = (25, 4)
+    steps: tuple[int, int] = (10, 2)
     """Steps of the sampler, for each base; guided."""
     max_batch: int = 16
     """Pictures drawn together."""
@@ -67,6 +70,9 @@ class ServeSettings:
     """Height and width of its latents."""
     threads: int = 2
     """Threads of PyTorch on a CPU."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Of images a second. cpu: processor time of this process; with --threads 1 it is little moved by what else the
+    machine does. A request's own seconds are those on the wall."""
     device: str = "cpu"
     """cpu or cuda."""
     output_dir: Path = Path("runs/serve")
@@ -192,12 +198,13 @@ def measure_clients(
     """Images a second and seconds a request of each way, round by round in turns."""
     each = max(1, settings.images[number] // clients)
     runs = {name: [] for name in ways}
+    clock = CLOCKS[settings.clock]
     for round_ in tqdm(range(-1, settings.rounds), desc=f"{base}, {clients} clients", unit="round", leave=False):
         for name, way in ways.items():
             idle = reset_peak_memory(torch.device(settings.device))
             with way.started() as batcher:
                 warm = clients if round_ < 0 else 0  # the first brings the adapters into memory
-                seconds, waits = ask(batcher, names[:clients], 1 if warm else each, settings.steps[number])
+                seconds, waits = ask(batcher, names[:clients], 1 if warm else each, settings.steps[number], clock)
                 sizes = batcher.state()["batch_sizes"]
             if round_ >= 0:
                 peak = peak_memory_bytes(torch.device(settings.device)) - idle
@@ -220,7 +227,9 @@ def measure_clients(
     ]
 
 
-def ask(batcher: Batcher, names: list[str], each: int, steps: int) -> tuple[float, np.ndarray]:
+def ask(
+    batcher: Batcher, names: list[str], each: int, steps: int, clock: Callable[[], float]
+) -> tuple[float, np.ndarray]:
     """Seconds until every client has had its pictures, and those of every request."""
     waits = [[] for _ in names]
 
@@ -237,12 +246,12 @@ def ask(batcher: Batcher, names: list[str], each: int, steps: int) -> tuple[floa
             waits[index].append(time.perf_counter() - start)
 
     threads = [threading.Thread(target=client, args=(index,)) for index in range(len(names))]
-    start = time.perf_counter()
+    start = clock()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return time.perf_counter() - start, np.array(waits).ravel()
+    return clock() - start, np.array(waits).ravel()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,7 +278,7 @@ def measure_resident(pipeline, file: Path, settings: ServeSettings) -> dict:
         route_adapters(models[number], [str(index) for index in range(number)]),
     ):
         steps = {"one": lambda: models[1](**inputs), "many": lambda: models[number](**inputs)}
-        seconds = interleave(steps, settings.rounds + 2)
+        seconds = interleave(steps, settings.rounds + 2, clock=CLOCKS[settings.clock])
     return {
         "samples": number,
         "one_s": float(np.median(seconds["one"])),
@@ -284,7 +293,10 @@ def measure_resident(pipeline, file: Path, settings: ServeSettings) -> dict:
 
 def markdown(results: dict) -> str:
     settings = results["settings"]
-    lines = [f"## Serving, {settings['threads']} threads, batches of up to {settings['max_batch']}", ""]
+    lines = [
+        f"## Serving, {settings['threads']} thread(s), {settings['clock']} clock, batches of up to {settings['max_batch']}",
+        "",
+    ]
     for number, base in enumerate(settings["bases"]):
         rows = [row for row in results["clients"] if row["base"] == base]
         if not rows:

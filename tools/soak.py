@@ -1,38 +1,60 @@
-"""Kill a training run at random moments, and train one for long: both must end as if nothing had happened.
+"""Kill a training run at random moments, train one for long, serve for long: all as if nothing had happened.
 
     python tools/soak.py kills                     # 20 kills, every second inside a save
     python tools/soak.py launchers                 # SIGTERM and SIGKILL of each launcher
     python tools/soak.py steps                     # 10,000 steps of the smallest model
+    python tools/soak.py serve --minutes 60        # serve.py with its queue full, killed three times
 
 `kills` ends train_dit.py by SIGKILL after a random time, or while it writes a checkpoint, and starts it again, until
 it has been killed often enough; then it may finish. Its adapter, averages and optimiser must be those of a run that
 was left alone, bit for bit, and so must the losses; and its clock must have counted all the time that its processes
 were alive. `launchers` ends what started the processes: they must stop at one step, with a checkpoint. `steps` watches
 memory and open files all along, and resumes a copy of the run from the middle, which must end in the same adapter.
+`serve` has more clients than the queue has places, good requests, malformed ones and some that are given up, more
+adapters than memory, and SIGKILL with a new start. Every picture must be that of its single run, every malformed
+request refused, and memory must not grow.
 """
 
+import http.client
+import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import psutil
 import torch
 import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.injection.book import fingerprint
+from onelora_diffusion.injection.verbs import inject_adapter, unload_adapter
 from onelora_diffusion.launch import started
-from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.batching import Batcher, BatchSettings
+from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.library import AdapterLibrary
+from onelora_diffusion.serving.request import Request
+from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
 from onelora_diffusion.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where train_dit.py is
@@ -71,10 +93,26 @@ class Steps:
     """By how much memory may grow from there on."""
 
 
-def main(settings: Kills | Launchers | Steps) -> int:
+@dataclass
+class Serve:
+    """Serve for long with a full queue; every picture must be that of its single run."""
+
+    minutes: float = 60.0
+    """For how long."""
+    clients: int = 32
+    """Who ask at the same time; the queue has 16 places."""
+    kills: int = 3
+    """How often the server is ended by SIGKILL and started anew."""
+    growth_mb: float = 32.0
+    """By how much its memory may grow from the second quarter of its last life to the last."""
+    seed: int = 0
+    """Of the requests."""
+
+
+def main(settings: Kills | Launchers | Steps | Serve) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_smallest_base(Path(folder) / "base")
-        run = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long}[type(settings)]
+        run = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long, Serve: serve_long}[type(settings)]
         problems = run(settings, Path(folder))
     print("\n".join(problems) or "passed")
     return 1 if problems else 0
@@ -320,10 +358,231 @@ def train_long(settings: Steps, folder: Path) -> list[str]:
     return problems + differences(folder / "whole", folder / "resumed")
 
 
+# ---------------------------------------------------------------------------------------------------
+# serve
+
+ADAPTERS, QUEUE, BATCH = 12, 16, 8
+SAMPLES = 40  # of a life's memory
+MALFORMED = (None, 7, {}, {"subject": 99}, {"subject": 1, "seed": -1}, {"subject": 1, "adapters": {"../base": 1}})
+
+
+def serve_long(settings: Serve, folder: Path) -> list[str]:
+    names, num_bytes = write_served_adapters(folder)
+    requests = served_requests(names, settings.seed)
+    expected = single_runs(folder, requests)
+    server = Server(folder, num_bytes * ADAPTERS // 3)
+    clients = Clients(server, requests, expected, settings)
+    lives = settings.kills + 1
+    seconds = 60 * settings.minutes / lives  # each, from when it serves
+    memory: list[float] = []
+    try:
+        for life in range(lives):
+            server.start()
+            if not life:
+                clients.start()
+            memory = []
+            for _ in range(SAMPLES):
+                time.sleep(seconds / SAMPLES)
+                memory.append(server.memory_mb())
+            if life < lives - 1:
+                server.kill()
+        clients.stop()
+        state = call(server.address, "health", [])[0]
+    finally:
+        clients.stop()
+        server.kill()
+    first, last = (
+        sorted(part)[len(part) // 2] for part in (memory[SAMPLES // 4 : SAMPLES // 2], memory[-SAMPLES // 4 :])
+    )
+    counts, problems = clients.counts, clients.problems[:10]
+    print(", ".join(f"{counts[name]:,} {name}" for name in COUNTED) + f"; {settings.kills} kills")
+    print(f"batches by size: {state['batch_sizes']}, adapters read {state['adapter_reads']:,} times")
+    print(f"memory of the last life: {first:.1f} to {last:.1f} MB")
+    if last - first > settings.growth_mb:
+        problems.append(f"memory grew from {first:.1f} to {last:.1f} MB")
+    if not counts["pictures"] or state["waiting"] or state["resident_bytes"] > server.memory_bytes:
+        problems.append(f"the server ended in a state that cannot be: {state}")
+    return problems
+
+
+def write_served_adapters(folder: Path) -> tuple[list[str], int]:
+    """(names of random adapters, half of which bring classes; the bytes of the largest)."""
+    transformer = load_base(folder / "base").transformer
+    (folder / "adapters").mkdir()
+    names, largest = [f"adapter-{index}" for index in range(ADAPTERS)], 0
+    for index, name in enumerate(names):
+        inject_adapter(transformer, AdapterConfig(num_classes=4 if index % 2 else None))
+        torch.manual_seed(index)
+        trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.normal_(std=0.3)
+        largest = max(largest, 4 * sum(parameter.numel() for parameter in trained))
+        save_adapter(transformer, folder / "adapters" / f"{name}.safetensors")
+        unload_adapter(transformer)
+    return names, largest
+
+
+def served_requests(names: list[str], seed: int) -> list[Request]:
+    draw = random.Random(seed)
+    requests = []
+    for number in range(64):
+        chosen = draw.sample(names, draw.randint(0, 2))
+        requests.append(
+            Request(
+                subject=draw.randrange(4),
+                adapters=tuple((name, draw.choice((0.5, 1.0, -0.3))) for name in chosen),
+                guidance="domain" if chosen and number % 3 == 0 else "cfg",
+                guidance_scale=draw.choice((1.0, 2.0, 4.5)),
+                sampler=draw.choice(("ddim", "dpm-solver++")),
+                num_inference_steps=draw.choice((4, 6)),
+                seed=number,
+            )
+        )
+    return requests
+
+
+def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
+    """Their pictures, each drawn alone."""
+    pipeline = load_base(folder / "base")
+    transformer = pipeline.transformer.requires_grad_(False)
+    library = AdapterLibrary([folder / "adapters"], fingerprint(transformer))
+    residents = Residents(transformer, 10**9)
+    batcher = Batcher(ClassDrawing(pipeline, 50), library, residents, BatchSettings(max_batch=1, max_wait_ms=0))
+    pictures = [batcher.submit(request).picture.result() for request in requests]
+    batcher.close()
+    return pictures
+
+
+class Server:
+    """serve.py in a process of its own."""
+
+    def __init__(self, folder: Path, memory_bytes: int):
+        self.folder, self.memory_bytes, self.process = folder, memory_bytes, None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), "--port", str(self.port)]
+        command += ["--base", str(self.folder / "base"), "--adapters", str(self.folder / "adapters")]
+        command += ["--adapter-memory", str(self.memory_bytes / 1e6)]
+        command += ["--max-queue", str(QUEUE), "--max-batch", str(BATCH)]
+        log = self.folder / "serve.txt"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(self.folder / "gradio")}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        while "serving at" not in log.read_text():
+            if self.process.poll() is not None:
+                raise SystemExit(f"serve.py ended with {self.process.returncode}:\n{log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def memory_mb(self) -> float:
+        return psutil.Process(self.process.pid).memory_info().rss / 1e6
+
+
+COUNTED = ("pictures", "refusals", "busy", "given up", "cut off")
+
+
+class Clients:
+    """Threads that ask, and look at what they get."""
+
+    def __init__(self, server: Server, requests: list[Request], expected: list[torch.Tensor], settings: Serve):
+        self.server, self.requests, self.expected = server, requests, expected
+        self.counts, self.problems, self.ended = Counter(), [], threading.Event()
+        self.threads = [
+            threading.Thread(target=self._ask, args=(random.Random(1000 * settings.seed + number),))
+            for number in range(settings.clients)
+        ]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _ask(self, draw: random.Random) -> None:
+        while not self.ended.is_set():
+            try:
+                self._ask_once(draw)
+            except (OSError, http.client.HTTPException, EventLost):
+                self.counts["cut off"] += 1  # the server was killed meanwhile
+                time.sleep(0.2)
+
+    def _ask_once(self, draw: random.Random) -> None:
+        chance, index = draw.random(), draw.randrange(len(self.requests))
+        if chance < 0.1:
+            values = draw.choice(MALFORMED)
+            try:
+                call(self.server.address, "draw", [values])
+                self.problems.append(f"{values} was not refused")
+            except Refused:
+                self.counts["refusals"] += 1
+            return
+        if chance < 0.15:
+            post(self.server.address, "draw", [self.requests[index].as_json()])
+            self.counts["given up"] += 1
+            return
+        try:
+            picture, _ = call(self.server.address, "draw", [self.requests[index].as_json()])
+        except Refused as refused:
+            if not str(refused).startswith("busy"):
+                self.problems.append(f"request {index} was refused: {refused}")
+            self.counts["busy"] += 1
+            time.sleep(0.05)
+            return
+        with urllib.request.urlopen(picture["url"], timeout=60) as file:
+            found = np.asarray(Image.open(io.BytesIO(file.read()))).astype(int)
+        off = np.abs(found - self.expected[index].numpy())
+        if off.max() > 1 or (off > 0).mean() > 0.02:  # rounding may reach the next grey level
+            self.problems.append(f"request {index} got another picture, off by up to {off.max()}")
+        self.counts["pictures"] += 1
+
+
+class Refused(Exception):
+    """What the server says of a request that it does not draw."""
+
+
+class EventLost(Exception):
+    """A stream ended without an answer."""
+
+
+def post(address: str, name: str, data: list) -> str:
+    """Start a call by plain HTTP; the number of its event."""
+    body, header = json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/gradio_api/call/{name}", body, header)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["event_id"]
+
+
+def call(address: str, name: str, data: list) -> list:
+    """What a call answers."""
+    event = post(address, name, data)
+    with urllib.request.urlopen(f"{address}/gradio_api/call/{name}/{event}", timeout=120) as stream:
+        lines = stream.read().decode().strip().splitlines()
+    if len(lines) < 2 or "event: complete" not in lines and "event: error" not in lines:
+        raise EventLost
+    answer = json.loads(lines[-1].removeprefix("data: "))
+    if "event: error" in lines:
+        raise Refused((answer or {}).get("error") or answer)
+    return answer
+
+
 if __name__ == "__main__":
     commands = (
         Annotated[Kills, tyro.conf.subcommand("kills")]
         | Annotated[Launchers, tyro.conf.subcommand("launchers")]
         | Annotated[Steps, tyro.conf.subcommand("steps")]
+        | Annotated[Serve, tyro.conf.subcommand("serve")]
     )
     sys.exit(main(tyro.cli(commands, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))))

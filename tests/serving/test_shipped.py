@@ -1,0 +1,45 @@
+"""The adapter that ships fits the miniature, as it is now, and draws what it says."""
+
+import pytest
+import torch
+
+from onelora_diffusion.evaluation.recognition import DigitClassifier
+from onelora_diffusion.injection.book import fingerprint
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.batching import Batcher, BatchSettings
+from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
+from onelora_diffusion.serving.request import Request
+from onelora_diffusion.serving.residents import Residents
+
+REMEDY = "the miniature was made anew: run `make adapter`"
+
+
+@pytest.fixture(scope="module")
+def batcher():
+    pipeline = load_base()
+    transformer = pipeline.transformer.requires_grad_(False)
+    library = AdapterLibrary([shipped_adapters()], fingerprint(transformer))
+    batcher = Batcher(ClassDrawing(pipeline, 50), library, Residents(transformer, 10**9), BatchSettings(max_batch=40))
+    yield batcher
+    batcher.close()
+
+
+def test_it_fits_the_miniature(batcher):
+    (entry,) = batcher.library.entries()
+    assert entry.problem is None, REMEDY
+    assert entry.name == "digits-5-9" and entry.path.stat().st_size < 100_000
+    assert entry.classes == {label: str(5 + label) for label in range(5)}
+
+
+def test_it_draws_its_digits_and_the_base_its_own(batcher):
+    digits = [str(5 + index % 5) for index in range(40)]
+    settings = dict(num_inference_steps=15, guidance_scale=2.0)
+    adapted = [Request(subject=d, adapters=(("digits-5-9", 1.0),), seed=s, **settings) for s, d in enumerate(digits)]
+    base = [Request(subject=index % 5, seed=index, **settings) for index in range(40)]
+    tickets = batcher.submit_all([*adapted, *base])
+    images = torch.stack([ticket.picture.result(120) for ticket in tickets]).permute(0, 3, 1, 2)
+    read = DigitClassifier(16).predict(images)
+    right = (read[:40] == torch.tensor([int(digit) for digit in digits])).float().mean()
+    assert right >= 0.6, REMEDY  # far below what it was trained to, and far above chance
+    assert (read[40:] == torch.arange(40) % 5).float().mean() >= 0.6

@@ -1,0 +1,13 @@
+"""More clients than the queue has places, a kill and a new start; `tools/soak.py serve` does it for longer."""
+
+import pytest
+
+pytest.importorskip("gradio", reason="make test-serve installs it")
+
+from tools.soak import Serve, serve_long, write_smallest_base
+
+
+def test_a_full_queue_loses_and_mixes_up_nothing_and_survives_a_kill(tmp_path, capsys):
+    write_smallest_base(tmp_path / "base")
+    assert serve_long(Serve(minutes=0.2, clients=24, kills=1, growth_mb=100.0), tmp_path) == []
+    assert "1 kills" in capsys.readouterr().out

@@ -293,10 +293,8 @@ def measure_resident(pipeline, file: Path, settings: ServeSettings) -> dict:
 
 def markdown(results: dict) -> str:
     settings = results["settings"]
-    lines = [
-        f"## Serving, {settings['threads']} thread(s), {settings['clock']} clock, batches of up to {settings['max_batch']}",
-        "",
-    ]
+    how = f"{settings['threads']} thread(s), {settings['clock']} clock"
+    lines = [f"## Serving, {how}, batches of up to {settings['max_batch']}", ""]
     for number, base in enumerate(settings["bases"]):
         rows = [row for row in results["clients"] if row["base"] == base]
         if not rows:

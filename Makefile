@@ -82,7 +82,8 @@ docs: .venv/docs-installed
 
 # docs/notebook.ipynb with outputs of its own code: some minutes on two cores.
 notebook: .venv/docs-installed
-	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebook.ipynb
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False docs/notebook.ipynb
 	rm -r docs/runs
 
 .venv/docs-installed: .venv/installed

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache
+from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.training.randomness import StepKeyedBatches
 
@@ -45,7 +45,8 @@ def test_what_is_cached_predicts_what_its_pictures_and_captions_do(tmp_path, pic
     encoders = {key: part for key, part in pipeline.components.items() if key.startswith("text_encoder")}
     assert encoders and all(isinstance(encoder, nn.Module) for encoder in encoders.values())
     prompts = PromptCache(
-        build_prompt_cache(tmp_path, images.captions, encode, encoders, f"{name}, {LENGTH}"), images.captions
+        build_prompt_cache(tmp_path, images.captions, encode, identity_of(encoders), f"{name}, {LENGTH}"),
+        images.captions,
     )
     latents = LatentCache(build_cache(tmp_path, images.dataset, vae, flip=True), len(images), images.buckets)
 

@@ -23,15 +23,9 @@ from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.pipelines.base import load_base, load_text_to_image, transformer_class
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
+from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
 from onelora_diffusion.serving.residents import Residents
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothing is sent anywhere
-try:
-    from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
-    from onelora_diffusion.serving.page import Page
-except ModuleNotFoundError as error:
-    raise SystemExit(f"serve.py: {error}: pip install 'onelora-diffusion[serve]'") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +53,11 @@ class Settings(PortSettings, BatchSettings, ComputeSettings):
 @one_line_errors("serve.py")
 def main(settings: Settings) -> None:
     settings.check()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothing is sent anywhere
+    try:
+        from onelora_diffusion.serving.page import Page
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: pip install 'onelora-diffusion[serve]', or make serve") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     drawing = load_drawing(settings, device)
     transformer = drawing.transformer.requires_grad_(False)

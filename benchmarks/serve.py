@@ -66,7 +66,7 @@ class ServeSettings:
     """Features of a token of the block."""
     heads: int = 16
     """Its attention heads."""
-    sample_size: int = 16
+    sample_size: int = 8
     """Height and width of its latents."""
     threads: int = 2
     """Threads of PyTorch on a CPU."""
@@ -278,7 +278,7 @@ def measure_resident(pipeline, file: Path, settings: ServeSettings) -> dict:
         route_adapters(models[number], [str(index) for index in range(number)]),
     ):
         steps = {"one": lambda: models[1](**inputs), "many": lambda: models[number](**inputs)}
-        seconds = interleave(steps, settings.rounds + 2, clock=CLOCKS[settings.clock])
+        seconds = interleave(steps, settings.rounds, clock=CLOCKS[settings.clock])
     return {
         "samples": number,
         "one_s": float(np.median(seconds["one"])),

@@ -3,11 +3,6 @@
 import os
 from dataclasses import dataclass
 
-import gradio as gr
-from starlette.middleware import Middleware
-
-from onelora_diffusion.serving.page import CSS, Page
-
 AUTH = "ONELORA_SERVE_AUTH"  # user:password
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # A browser gets everything from the server itself; gradio's own page has styles and scripts in it.
@@ -60,12 +55,15 @@ def credentials() -> tuple[str, str] | None:
     return user, password
 
 
-def launch(page: Page, settings: PortSettings) -> tuple[gr.Blocks, str]:
-    """Start the server in a thread: (its blocks, to close; its address).
+def launch(page, settings: PortSettings):
+    """Start the server of a `Page` in a thread: (its `gradio.Blocks`, to close; its address).
 
     Raises:
         OSError: the port is taken.
     """
+    import gradio as gr
+    from starlette.middleware import Middleware
+
     auth = credentials()
     blocks = page.build()
     _, address, _ = blocks.launch(
@@ -79,7 +77,7 @@ def launch(page: Page, settings: PortSettings) -> tuple[gr.Blocks, str]:
         ssr_mode=False,
         pwa=False,
         footer_links=["api"],
-        css=CSS,
+        css=page.css,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         app_kwargs={"middleware": [Middleware(OwnSourcesOnly)]},
     )

@@ -120,6 +120,8 @@ class AdapterLibrary:
             adapter = describe_adapter(path)
             if adapter.fingerprint not in (self.fingerprint, None):
                 raise ValueError(f"was made for another base ({printable(adapter.base or 'unnamed', 60)})")
+            if adapter.config.norms or adapter.config.recipe.is_whole:
+                raise ValueError("trains norms or the whole base, which the samples of a batch share: merge it")
         except (ValueError, OSError) as error:
             return AdapterEntry(name, path, stamp, printable(without_path(path, str(error)), 300))
         training, config = adapter.training, adapter.config

@@ -66,6 +66,8 @@ class Page:
         guidance_scale: that which the page begins with.
     """
 
+    css = CSS
+
     def __init__(self, batcher: Batcher, base: str, guidance_scale: float):
         self.batcher, self.library, self.drawing = batcher, batcher.library, batcher.drawing
         self.base, self.guidance_scale, self.started = base, guidance_scale, time.monotonic()

@@ -78,6 +78,13 @@ def test_damaged_files_are_listed_with_their_reason_and_without_their_path(tmp_p
     assert all("another base" in entry.problem or "damaged" in entry.problem for entry in foreign)
 
 
+def test_what_a_batch_would_share_is_not_served(tmp_path, transformer):
+    write_adapter(transformer, tmp_path / "whole.safetensors", AdapterConfig(method="full"), 0)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    with pytest.raises(ValueError, match="'whole' cannot be drawn with: trains norms or the whole base"):
+        library.entry("whole")
+
+
 def test_no_name_leads_out_of_the_folder(tmp_path, transformer):
     write_adapter(transformer, tmp_path / "secret.safetensors", CONFIGS["plain"], 0)
     folder = tmp_path / "adapters"

@@ -1,8 +1,10 @@
 """The server on a port: calls by gradio_client and by plain HTTP, refusals of one line, a password."""
 
 import json
+import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,10 @@ from PIL import Image
 from serving.servers import make_pipeline, serving, write_adapters
 from serving.test_request import malformed
 
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.drawing import ClassDrawing
 from onelora_diffusion.serving.launching import AUTH, PortSettings, launch
+from onelora_diffusion.serving.library import shipped_adapters
 from onelora_diffusion.serving.page import Page
 from onelora_diffusion.serving.picture_file import request_of
 
@@ -115,6 +120,27 @@ def test_200_malformed_calls_are_200_refusals_and_the_next_is_drawn(server):
         assert "\n" not in json.dumps(answer)
     assert batcher.state()["images"] == before["images"]
     assert post(address, "draw", [DRAW])[0] == "complete"
+
+
+def test_the_guides_examples_run():
+    """docs/serving.md, on the miniature and the adapter that ships, as `serve.py` without flags has them."""
+    pipeline, folder = load_base(), shipped_adapters()
+    pipeline.transformer.requires_grad_(False)
+    guide = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    by_client, by_http = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    with serving(pipeline, folder, drawing=ClassDrawing(pipeline, 250)) as batcher:
+        blocks, address = launch(Page(batcher, "miniature", 2.0), PortSettings(port=0))
+        try:
+            client, http = {}, {}
+            exec(by_client.replace("http://127.0.0.1:7860", address.rstrip("/")), client)
+            exec(by_http.replace("http://127.0.0.1:7860", address.rstrip("/")), http)
+            health = client["client"].predict(api_name="/health")
+        finally:
+            blocks.close(verbose=False)
+    assert http["png"] == Path(client["png"]).read_bytes()
+    assert http["answer"] == client["answer"]
+    assert client["answer"]["request"]["subject"] == 2  # 7, the third of its classes
+    assert health["images"] >= 2 and health["resident_adapters"] == 1
 
 
 def test_the_page_and_its_policy_keep_a_browser_with_this_server(server):

@@ -20,7 +20,13 @@ from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_named
 from onelora_diffusion.injection.book import fingerprint
-from onelora_diffusion.pipelines.base import load_base, load_text_to_image, transformer_class
+from onelora_diffusion.pipelines.base import (
+    class_names,
+    load_base,
+    load_text_to_image,
+    model_index,
+    transformer_class,
+)
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
 from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
@@ -87,11 +93,11 @@ def main(settings: Settings) -> None:
 
 def load_drawing(settings: Settings, device: torch.device) -> ClassDrawing | PromptDrawing:
     """The base on its device, and how it draws: classes, or prompts."""
-    kind = None if settings.base is None else transformer_class(settings.base)
-    if kind in (None, "DiTTransformer2DModel"):
+    index = model_index(settings.base)
+    if transformer_class(index) == "DiTTransformer2DModel":
         pipeline = load_base(settings.base)
         settings.place(pipeline, device)
-        return ClassDrawing(pipeline, settings.max_steps)
+        return ClassDrawing(pipeline, settings.max_steps, class_names(index))
     if settings.mixed_precision == "fp16":
         raise ValueError("--mixed-precision fp16 is for classes: choose bf16 or no")
     precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"

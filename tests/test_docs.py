@@ -99,11 +99,17 @@ def test_snippets_run(page, folder, monkeypatch, tmp_path):
 
 
 def check_names(code: str) -> None:
-    """An error for a name that is not to be imported, or an argument that its function does not take."""
+    """An error for a name that is not to be imported, or an argument that its function does not take.
+
+    Packages that are not installed, as those of extras, are left out.
+    """
     tree, names = ast.parse(code), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            exec(ast.unparse(node), names)
+            try:
+                exec(ast.unparse(node), names)
+            except ModuleNotFoundError as error:
+                assert error.name.partition(".")[0] != "onelora_diffusion", error
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
             arguments = {keyword.arg: None for keyword in node.keywords}

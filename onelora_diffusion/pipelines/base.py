@@ -63,7 +63,7 @@ def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], 
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev", named_by)
-    check(_transformer_class(folder, base))
+    check(transformer_class(_index(folder, base)))
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):
         settings["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": _packed(precision)})
@@ -88,21 +88,28 @@ def _packed(precision: str):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def transformer_class(base: str | Path) -> str:
-    """The class of a base's transformer, by its `model_index.json`.
+def model_index(base: str | Path | None) -> dict:
+    """What a pipeline's `model_index.json` says; None is the miniature.
 
     Raises:
         FileNotFoundError, ValueError: as `load_base`.
     """
     from diffusers import DiffusionPipeline
 
-    return _transformer_class(_folder_of(base, DiffusionPipeline, "facebook/DiT-XL-2-256"), base)
+    folder = miniature_path() if base is None else _folder_of(base, DiffusionPipeline, "facebook/DiT-XL-2-256")
+    return _index(folder, base)
 
 
-def _transformer_class(folder: Path, base: str | Path) -> str:
+def transformer_class(index: dict) -> str:
+    """The class of the transformer that a `model_index.json` names."""
+    return printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
+
+
+def _index(folder: Path, base: str | Path | None) -> dict:
     try:
         index = json.loads((folder / "model_index.json").read_text())
-        return printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
+        transformer_class(index), class_names(index)
+        return index
     except Exception as error:  # no JSON, or of another kind
         raise ValueError(f"base model '{base}' has no readable model_index.json: {_first_line(error)}") from error
 

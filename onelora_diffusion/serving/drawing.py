@@ -37,15 +37,17 @@ class ClassDrawing:
     Args:
         pipeline: a `DiTPipeline`, on its device.
         max_steps: of a sampler, that a request may ask for.
+        class_names: of the base by label, as its `model_index.json` has them; those that are missing are numbers.
     """
 
     kind = "class"
 
-    def __init__(self, pipeline, max_steps: int):
+    def __init__(self, pipeline, max_steps: int, class_names: Mapping[int, str] | None = None):
         self.pipeline, self.max_steps = pipeline, max_steps
         self.transformer = pipeline.transformer
         self.size = resolution_of(pipeline)
-        self.base_classes = names_of_base(pipeline)
+        labels, names = range(pipeline.transformer.config.num_embeds_ada_norm), class_names or {}
+        self.base_classes = {label: names.get(label, str(label)) for label in labels}
         is_flow = prediction_of(pipeline.scheduler.config) == "flow"
         self.samplers = FLOW_SAMPLERS if is_flow else NOISE_SAMPLERS
 
@@ -243,15 +245,6 @@ def denoiser_of_each(
         return conditional
 
     return denoise
-
-
-def names_of_base(pipeline) -> dict[int, str]:
-    """Names by label of a `DiTPipeline`'s own classes."""
-    names: dict[int, list[str]] = {}
-    for name, label in (pipeline.labels or {}).items():
-        names.setdefault(label, []).append(name)
-    num_classes = pipeline.transformer.config.num_embeds_ada_norm
-    return {label: ", ".join(names.get(label, [str(label)])) for label in range(num_classes)}
 
 
 def find_class(wanted: str | int, classes: Mapping[int, str], owner: str) -> int:

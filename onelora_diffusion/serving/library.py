@@ -11,7 +11,7 @@ from onelora_diffusion.files import printable
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, describe_adapter
 
 MAX_DEPTH = 3  # folders below the library's own in which adapters are looked for
-SKIPPED = {"checkpoints"}  # of a training run; what is in there is no adapter
+SKIPPED = {"checkpoints", "latents"}  # of training runs; what is in there is no adapter
 RESCAN_S = 1.0  # a folder of thousands is not listed anew for every request
 
 

@@ -90,7 +90,7 @@ class Page:
             private = dict(show_progress="hidden", api_visibility="private")
             choices = [self.first, self.second, self.several]
             gr.on([blocks.load, refresh.click], self._listing, choices, [table, *choices], **private).then(
-                self._classes, self._chosen, [self.subject, self.card], **private
+                self._classes, [self.subject, *self._chosen], [self.subject, self.card], **private
             )
             self._calls()
         return blocks.queue(default_concurrency_limit=None)
@@ -131,8 +131,8 @@ class Page:
         self._chosen = [self.first, self.first_weight, self.second, self.second_weight]
         self._settings = [*self._chosen, self.subject, self.guidance, self.scale, self.sampler, self.steps, self.seed]
         gr.on(
-            [self.first.input, self.second.input], self._classes, self._chosen, [self.subject, self.card],
-            show_progress="hidden", api_visibility="private",
+            [self.first.input, self.second.input], self._classes, [self.subject, *self._chosen],
+            [self.subject, self.card], show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         self.restore.upload(
             self._restored, self.restore, self._settings, show_progress="hidden", api_visibility="private"
@@ -210,8 +210,8 @@ class Page:
             gr.update(choices=names, value=several),
         )
 
-    def _classes(self, *chosen):
-        """The classes that the chosen adapters draw, and what is known of those."""
+    def _classes(self, subject, *chosen):
+        """The classes that the chosen adapters draw, the same one chosen if it is there; what is known of both."""
         with one_line():
             entries = [self.library.entry(name) for name, _ in adapters_of_page(*chosen)]
         card = "\n\n".join(card_of(entry) for entry in entries)
@@ -219,7 +219,7 @@ class Page:
             return gr.update(), card
         classes, _ = self.drawing.classes_of(adapters_of_page(*chosen), entries)
         names = list(classes.values())
-        return gr.update(choices=names, value=names[0]), card
+        return gr.update(choices=names, value=subject if subject in names else names[0]), card
 
     def _restored(self, path: str | None):
         """The settings in a saved PNG, for the page's controls."""

@@ -7,6 +7,7 @@ import torch
 from serving.servers import make_pipeline, write_adapters
 
 from onelora_diffusion import load_adapter, set_adapters
+from onelora_diffusion.pipelines.base import class_names, model_index, transformer_class
 from onelora_diffusion.sampling import SamplerSettings, decoded_latents, image_generators, sample_latents
 from onelora_diffusion.serving.drawing import ClassDrawing, find_class
 from onelora_diffusion.serving.request import Request
@@ -110,6 +111,15 @@ def test_a_drawing_ends_where_its_step_raises(drawing):
         drawing.draw([request], [{"birds": 1.0}], stop)
     assert shares == [1 / STEPS] * 2
     assert draw(drawing, [request]).isfinite().all()  # the route is closed again
+
+
+def test_the_bases_classes_have_the_names_of_its_index():
+    names = class_names(model_index(None))
+    assert transformer_class(model_index(None)) == "DiTTransformer2DModel"
+    pipeline = make_pipeline()
+    drawing = ClassDrawing(pipeline, 50, names)
+    assert drawing.base_classes == {label: names[label] for label in range(10)}
+    assert ClassDrawing(pipeline, 50, {3: "three"}).base_classes[4] == "4"
 
 
 def test_classes_are_found_by_name_and_number_and_the_error_says_what_there_is():

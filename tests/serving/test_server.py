@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="pip install 'onelora-diffusion[serve]', or make test-serve")
 
+import text_pipelines
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -17,7 +18,7 @@ from serving.servers import make_pipeline, serving, write_adapters
 from serving.test_request import malformed
 
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
 from onelora_diffusion.serving.launching import AUTH, PortSettings, launch
 from onelora_diffusion.serving.library import shipped_adapters
 from onelora_diffusion.serving.page import Page
@@ -141,6 +142,20 @@ def test_the_guides_examples_run():
     assert http["answer"] == client["answer"]
     assert client["answer"]["request"]["subject"] == 2  # 7, the third of its classes
     assert health["images"] >= 2 and health["resident_adapters"] == 1
+
+
+def test_prompts_are_drawn_as_classes_are(tmp_path):
+    pipeline = text_pipelines.make_pipeline("pixart")
+    with serving(pipeline, tmp_path, drawing=PromptDrawing(pipeline, 50)) as batcher:
+        blocks, address = launch(Page(batcher, "toy", 4.0), PortSettings(port=0))
+        try:
+            values = {"subject": "a red cube", "num_inference_steps": 2, "size": 16}
+            kind, (_, answer) = post(address.rstrip("/"), "draw", [values])
+            refused, _ = post(address.rstrip("/"), "draw", [values | {"subject": 3}])
+        finally:
+            blocks.close(verbose=False)
+    assert (kind, refused) == ("complete", "error")
+    assert answer["request"]["subject"] == "a red cube" and answer["request"]["sampler"] is None
 
 
 def test_the_page_and_its_policy_keep_a_browser_with_this_server(server):

@@ -156,7 +156,7 @@ class Way:
 
 
 class SwitchedWay(Way):
-    """PEFT's LoRA of rank 1 on the same layers, all in memory; the one that a request names is made the active one."""
+    """PEFT's LoRA of rank 1 on the same layers, in memory; the one that a request names is made the active one."""
 
     def __init__(self, pipeline, folder: Path, settings: ServeSettings, names: list[str]):
         import peft
@@ -166,19 +166,20 @@ class SwitchedWay(Way):
         DiTConditioning(model).install()  # ours computes it once; so does this
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=list(target_layers(model, None)))
         lora = peft.get_peft_model(model, config, adapter_name=names[0])
-        for name in names[1:]:
-            lora.add_adapter(name, config)
-        self.drawing = SwitchedDrawing(self.pipeline, max(settings.steps), lora)
+        self.drawing = SwitchedDrawing(self.pipeline, max(settings.steps), lora, config)
         self.residents = InMemory(self.pipeline.transformer, 10**12)
 
 
 class SwitchedDrawing(ClassDrawing):
-    def __init__(self, pipeline, max_steps: int, lora):
+    def __init__(self, pipeline, max_steps: int, lora, config):
         super().__init__(pipeline, max_steps)
-        self.lora = lora
+        self.lora, self.config = lora, config
 
     def draw(self, requests, mixtures, on_step):
         ((name, _),) = mixtures[0].items()
+        if name not in self.lora.peft_config:
+            self.lora.add_adapter(name, self.config)
+            self.transformer.eval()
         self.lora.set_adapter(name)
         return super().draw(requests, mixtures, on_step)
 

@@ -154,8 +154,10 @@ def sample_latents(
     denoise = guided_denoiser(transformer, class_labels.to(transformer.device), settings, null_label)
     # The second half of a guided batch is the one without class: the adapters leave it to the base.
     route = route_beside_base(transformer, len(generators)) if settings.is_beside_base else nullcontext()
-    with route:
-        return denoised_latents(transformer, scheduler_config, generators, settings, denoise, on_step)
+    with route, eval_mode(transformer):
+        return denoised_latents(
+            transformer, scheduler_config, generators, settings, denoise, transformer.device, on_step
+        )
 
 
 @torch.no_grad()
@@ -165,13 +167,15 @@ def denoised_latents(
     generators: list[torch.Generator],
     settings: SamplerSettings,
     denoise: Callable[[Tensor, float], Tensor],
+    device: torch.device,
     on_step: Callable[[float], object] = lambda share: None,
 ) -> Tensor:
     """From the noise of each image's generator, by a sampler's steps, to latents (batch, C, H, W) in float32.
 
     Args:
         settings: its sampler and steps; guidance is left to `denoise`.
-        denoise: `denoise(latents, timestep)` is what the transformer predicts, with its variance if it has one.
+        denoise: `denoise(latents, timestep)` is what the transformer predicts, in eval mode, with its variance if it
+            has one.
     """
     channels, size = transformer.config.in_channels, transformer.config.sample_size
     settings = settings.for_scheduler(scheduler_config)
@@ -183,14 +187,13 @@ def denoised_latents(
         scheduler = _scheduler(settings.sampler, scheduler_config, settings.num_inference_steps, learned_variance)
 
     shape = (len(generators), channels, size, size)
-    latents = randn_tensor(shape, generators, device=transformer.device, dtype=torch.float32)
-    with eval_mode(transformer):
-        for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
-            model_output = denoise(latents, timestep.item())
-            if not learned_variance:
-                model_output = model_output[:, :channels]
-            latents = scheduler.step(model_output, timestep, latents, generator=generators).prev_sample
-            on_step(1 / len(scheduler.timesteps))
+    latents = randn_tensor(shape, generators, device=device, dtype=torch.float32)
+    for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
+        model_output = denoise(latents, timestep.item())
+        if not learned_variance:
+            model_output = model_output[:, :channels]
+        latents = scheduler.step(model_output, timestep, latents, generator=generators).prev_sample
+        on_step(1 / len(scheduler.timesteps))
     return latents
 
 

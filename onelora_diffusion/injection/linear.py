@@ -107,7 +107,7 @@ class LinearSeat(Seat):
     def taken_by(self) -> str | None:
         """The offloading that took the adapters along, to where they are not found when they serve; or None."""
         on_disk = getattr(_offload_group(self.layer), "tensor_to_key", ())
-        if any(parameter in on_disk for parameter in self.parameters()):
+        if on_disk and any(parameter in on_disk for parameter in self.parameters()):
             return "enable_group_offload"
         # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
         vectors = (adapter for adapter in self.values() if adapter.vectors() is not None)

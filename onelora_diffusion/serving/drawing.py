@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onelora_diffusion.diffusion import prediction_of
 from onelora_diffusion.families import Prompts, family_of
@@ -44,7 +44,9 @@ class ClassDrawing:
 
     def __init__(self, pipeline, max_steps: int, class_names: Mapping[int, str] | None = None):
         self.pipeline, self.max_steps = pipeline, max_steps
-        self.transformer = pipeline.transformer
+        self.transformer = pipeline.transformer.eval()
+        # diffusers looks for them in every module, and thousands of adapters have more of those than the base.
+        self.device, self.dtype = self.transformer.device, self.transformer.dtype
         self.size = resolution_of(pipeline)
         labels, names = range(pipeline.transformer.config.num_embeds_ada_norm), class_names or {}
         self.base_classes = {label: names.get(label, str(label)) for label in labels}
@@ -114,16 +116,50 @@ class ClassDrawing:
         scales = [requests[sample].guidance_scale for sample in guided]
         with self._routed([*mixtures, *unconditional]):
             null_label, _ = null_and_last_label(self.transformer)
-            denoise = denoiser_of_each(self.transformer, labels, guided, scales, null_label)
+            denoise = self._denoiser(labels, guided, scales, null_label)
             latents = denoised_latents(
                 self.transformer,
                 self.pipeline.scheduler.config,
                 generators,
                 sampler_settings(requests[0]),
                 denoise,
+                self.device,
                 on_step,
             )
         return decoded_latents(self.pipeline.vae, latents)
+
+    def _denoiser(
+        self, class_labels: Tensor, guided: list[int], guidance_scales: list[float], null_label: int
+    ) -> Callable[[Tensor, float], Tensor]:
+        """`guided_denoiser` with a scale for each sample; those without guidance run once, and the others twice.
+
+            ε_i(x, t) = ε_i(x, t, ∅) + w_i · (ε_i(x, t, y_i) - ε_i(x, t, ∅))
+
+        Args:
+            class_labels: (batch,), y.
+            guided: the samples that are guided.
+            guidance_scales: w of each of those.
+            null_label: ∅, the label of no class.
+
+        Returns:
+            `denoise(latents, timestep) -> model_output`; the transformer is called with all samples and their
+            classes, then with the guided ones without.
+        """
+        transformer, device, channels = self.transformer, self.device, self.transformer.config.in_channels
+        index = torch.tensor(guided, dtype=torch.long, device=device)
+        scales = torch.tensor(guidance_scales, device=device).view(-1, 1, 1, 1)
+        labels = torch.cat([class_labels, torch.full((len(guided),), null_label)]).to(device)
+
+        def denoise(latents: Tensor, timestep: float) -> Tensor:
+            inputs = torch.cat([latents, latents[index]]).to(self.dtype)
+            timesteps = torch.full((len(inputs),), timestep, device=device)
+            output = transformer(inputs, timestep=timesteps, class_labels=labels).sample.float()
+            conditional, unconditional = output[: len(latents)], output[len(latents) :, :channels]
+            towards = conditional[index, :channels] - unconditional
+            conditional[index, :channels] = unconditional + scales * towards
+            return conditional
+
+        return denoise
 
     def _routed(self, entries: list[Entry]):
         return route_adapters(self.transformer, entries) if hasattr(self.transformer, "_onelora") else nullcontext()
@@ -211,40 +247,6 @@ def check_steps(request: Request, most: int) -> None:
 def sampler_settings(request: Request) -> SamplerSettings:
     """How a request's noise is sampled; its guidance is its own affair."""
     return SamplerSettings(sampler=request.sampler, num_inference_steps=request.num_inference_steps)
-
-
-def denoiser_of_each(
-    transformer: nn.Module, class_labels: Tensor, guided: list[int], guidance_scales: list[float], null_label: int
-) -> Callable[[Tensor, float], Tensor]:
-    """`guided_denoiser` with a scale for each sample; those without guidance run once, and the others twice.
-
-        ε_i(x, t) = ε_i(x, t, ∅) + w_i · (ε_i(x, t, y_i) - ε_i(x, t, ∅))
-
-    Args:
-        class_labels: (batch,), y.
-        guided: the samples that are guided.
-        guidance_scales: w of each of those.
-        null_label: ∅, the label of no class.
-
-    Returns:
-        `denoise(latents, timestep) -> model_output`; the transformer is called with all samples and their classes,
-        then with the guided ones without.
-    """
-    device, channels = transformer.device, transformer.config.in_channels
-    index = torch.tensor(guided, dtype=torch.long, device=device)
-    scales = torch.tensor(guidance_scales, device=device).view(-1, 1, 1, 1)
-    labels = torch.cat([class_labels, torch.full((len(guided),), null_label)]).to(device)
-
-    def denoise(latents: Tensor, timestep: float) -> Tensor:
-        inputs = torch.cat([latents, latents[index]]).to(transformer.dtype)
-        timesteps = torch.full((len(inputs),), timestep, device=device)
-        output = transformer(inputs, timestep=timesteps, class_labels=labels).sample.float()
-        conditional, unconditional = output[: len(latents)], output[len(latents) :, :channels]
-        towards = conditional[index, :channels] - unconditional
-        conditional[index, :channels] = unconditional + scales * towards
-        return conditional
-
-    return denoise
 
 
 def find_class(wanted: str | int, classes: Mapping[int, str], owner: str) -> int:

@@ -213,7 +213,31 @@ def family_speed(settings) -> dict:
     print(report)
     (settings.output_dir / f"{settings.family}.md").write_text(report)
     (settings.output_dir / f"{settings.family}.json").write_text(json.dumps(results, indent=1))
+    plot_families(settings.output_dir)
     return results
+
+
+def plot_families(folder: Path) -> None:
+    """families.png: of each family that was measured into the folder, a step and what it keeps, by LoRA r=16's."""
+    from matplotlib.figure import Figure
+
+    groups = {}
+    for name in BASES:
+        if (folder / f"{name}.json").is_file():
+            for row in json.loads((folder / f"{name}.json").read_text())["train"]:
+                groups.setdefault(f"{BASES[name].title}\n{row['precision']}", {})[row["peer"]] = row
+    figure = Figure(figsize=(1.5 + 1.6 * len(groups), 5), layout="constrained")
+    panels = zip(figure.subplots(2, 1, sharex=True), ("seconds", "saved_bytes"), ("a step", "kept"), strict=True)
+    for axes, key, label in panels:
+        for number, peer in enumerate(PEERS):
+            shares = [rows[peer][key] / rows[REFERENCE][key] for rows in groups.values()]
+            places = np.arange(len(groups)) + 0.16 * (number - (len(PEERS) - 1) / 2)
+            bars = axes.bar(places, shares, 0.15, label=peer)
+            axes.bar_label(bars, [f"{share:.2f}" for share in shares], fontsize=7)
+        axes.set(ylabel=f"{label} / {REFERENCE}'s", ylim=(0, 1.2), xticks=range(len(groups)))
+        axes.set_xticklabels(groups)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(PEERS))
+    figure.savefig(folder / "families.png", dpi=120)
 
 
 def family_markdown(results: dict) -> str:

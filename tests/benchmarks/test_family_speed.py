@@ -39,6 +39,7 @@ def test_a_familys_step_is_measured_beside_its_peers(name, tmp_path, capsys):
     )
     assert json.loads((tmp_path / f"{name}.json").read_text())["train"][0]["peer"] == "1LoRA"
     assert BASES[name].title in capsys.readouterr().out
+    assert (tmp_path / "families.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_memory_on_paper_is_what_the_tensors_hold(tmp_path, capsys):

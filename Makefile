@@ -2,8 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser test-floors \
-	test-install test-wandb types style docs notebook
+.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser \
+	test-floors test-install test-wandb types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -11,6 +11,12 @@ quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_dit.py
 	$(BIN)/python sample.py
 	$(BIN)/python eval_fid.py
+
+# Teach the text-to-image miniature words for handwritten digits, draw them, and read them.
+quickstart-text: .venv/installed
+	$(BIN)/python train_text_to_image.py
+	$(BIN)/python sample.py --adapter runs/digit-words --beside-base --per-class 8 --num-inference-steps 20
+	$(BIN)/python -m tools.read_digits
 
 # A page and an API of the miniature and of what quickstart has trained.
 serve: .venv/serve/installed

@@ -34,7 +34,9 @@ from torchvision.utils import make_grid
 
 from onelora_diffusion import disable_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_named, family_of
 from onelora_diffusion.files import printable, written_beside
@@ -69,7 +71,8 @@ class Settings(SamplerSettings, ComputeSettings):
     classes: tuple[str, ...] = ()
     """Names of classes, or their numbers. None given: all."""
     prompts: tuple[str, ...] = ()
-    """What a text-to-image adapter draws, by its pipeline's own sampler."""
+    """What a text-to-image adapter draws, by its pipeline's own sampler. None given: the captions of the embedded
+    job, for its adapter."""
     resolution: int | None = None
     """Pixels a side of those pictures. None: as it was trained."""
     beside_base: bool = False
@@ -79,8 +82,8 @@ class Settings(SamplerSettings, ComputeSettings):
     num_images: int | None = None
     """Images in total, classes taking turns; replaces --per-class."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, the pipeline's own for prompts, or
-    4."""
+    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, the pipeline's own for other prompts,
+    or 4."""
     seed: int = 0
     """Of all noise."""
     batch_size: int = 32
@@ -178,12 +181,16 @@ class Prompted:
     kind = "prompts"
 
     def __init__(self, settings: Settings, adapter: AdapterFile, device: torch.device):
-        if not settings.prompts or settings.classes:
+        is_embedded = adapter.training.get("dataset") == DIGITS
+        prompts = settings.prompts or (CAPTIONS if is_embedded else ())
+        if not prompts or settings.classes:
             raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
         for name in ("sampler", "guidance_channels", "guidance_interval"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for classes: pictures have their pipeline's sampler")
-        self.settings, self.names = settings, list(settings.prompts)
+        if is_embedded and settings.guidance_scale is None:
+            settings = replace(settings, guidance_scale=defaults_of(DIGITS).guidance_scale)
+        self.settings, self.names = settings, list(prompts)
         self.labels = list(range(len(self.names)))
         precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
         if precision is None:

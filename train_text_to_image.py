@@ -1,5 +1,6 @@
 """Train an adapter on a frozen text-to-image transformer: PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA.
 
+    python train_text_to_image.py                          # the embedded job: minutes on two cores, no network
     python train_text_to_image.py --base stabilityai/stable-diffusion-3.5-medium --images dog --prompt "a sks dog"
     python train_text_to_image.py --base black-forest-labs/FLUX.1-dev --base-precision nf4 --gradient-checkpointing \\
         --images signs --resolution 512 --validation-prompt "a bold Q" "a violet triangle"
@@ -35,6 +36,8 @@ from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
 from onelora_diffusion.training.samples import png_of
 from onelora_diffusion.training.stopping import Stop
+
+EMBEDDED = Path(__file__).parent / "configs" / "digit_words.yaml"
 
 
 class PromptTask:
@@ -89,10 +92,10 @@ class PromptTask:
             "report": tqdm.write,
         }
         encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+        identity = identity_of(encoders)
         for encoder in encoders.values():
             if encoder is not None:
                 encoder.to(device)
-        identity = identity_of(encoders)
         # Other prompts to look at leave what is learned where it is.
         all_prompts = (self.captioned.captions, list(settings.validation_prompt))
         folders = [
@@ -182,5 +185,5 @@ if __name__ == "__main__":
     start_all_processes()
     quieten()
     with one_line_errors("train_text_to_image.py", same_everywhere=True):
-        chosen = parse_command_line(sys.argv[1:])
+        chosen = parse_command_line(sys.argv[1:], EMBEDDED)
     sys.exit(main(chosen, started()))

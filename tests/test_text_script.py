@@ -1,6 +1,8 @@
 """train_text_to_image.py on a tiny pipeline of each family: what it learns, writes, and does not depend on."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from onelora_diffusion.families.flux import unpack
 from onelora_diffusion.sampling import decode_latents, draw_prompt, image_generators
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
-from train_text_to_image import PromptTask, main
+from train_text_to_image import EMBEDDED, PromptTask, main
 
 COLOURS = {
     "a red sign": (230, 20, 20),
@@ -360,6 +362,21 @@ def test_an_int8_base_trains_what_the_full_one_does(train, bases):
     pipeline.load_lora_weights(packed)  # the same adapter fits the full base
 
 
+def test_without_flags_words_for_digits_are_learned_and_drawn(tmp_path):
+    settings = parse_command_line([], EMBEDDED)
+    assert (settings.base, settings.images, settings.output_dir) == (None, None, Path("runs/digit-words"))
+    run = tmp_path / "run"
+    short = dict(output_dir=run, max_steps=4, sample_every=4, sample_steps=2, log_every=1)
+    assert main(replace(settings, **short)) == 0
+    adapter = read_adapter(run)
+    assert (adapter.base, adapter.training["dataset"]) == (None, "handwritten digits")
+    assert Image.open(run / "samples/step-00000004.png").size == (2 + 3 * 18, 2 + 2 * 18)
+    sample.main(sample.Settings(adapter=run, per_class=1, num_inference_steps=2, output=tmp_path / "pngs"))
+    assert len(list((tmp_path / "pngs").iterdir())) == 10
+    # One of the two alone is not the embedded job.
+    assert parse_command_line(["--images", "signs"], EMBEDDED).max_steps == PromptSettings().max_steps
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -398,9 +415,10 @@ def test_a_base_of_no_known_family_is_refused_before_it_is_loaded(signs, tmp_pat
 
 def test_flags_are_read_over_a_recipe_and_diffusers_names_are_told_ours(tmp_path):
     (tmp_path / "signs.yaml").write_text("base: some/base\nimages: signs\nvalidation_prompt: [a, b]\n")
-    settings = parse_command_line(["--config", str(tmp_path / "signs.yaml"), "--images", "others", "--bias"])
+    flags = ["--config", str(tmp_path / "signs.yaml"), "--images", "others", "--bias"]
+    settings = parse_command_line(flags, EMBEDDED)
     assert (settings.base, settings.images, settings.validation_prompt) == ("some/base", "others", ("a", "b"))
     assert settings.bias is True and settings.base_precision == "bf16"
     with pytest.raises(ValueError, match="--instance_prompt is a name of diffusers' scripts; here there is --prompt"):
-        parse_command_line(["--instance_prompt", "x"])
+        parse_command_line(["--instance_prompt", "x"], EMBEDDED)
     assert not set(HINTS) & {field for field in vars(settings)}

@@ -1,4 +1,7 @@
-"""Images with captions: a folder and what describes it, one prompt for all of a folder, or the Hugging Face hub."""
+"""Images with captions: a folder and what describes it, one prompt for all of a folder, or the Hugging Face hub.
+
+Without any of them there are scikit-learn's handwritten digits, "a handwritten seven", which need no file.
+"""
 
 import csv
 import json
@@ -9,10 +12,12 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from onelora_diffusion.data import digits
 from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
 from onelora_diffusion.data.images import UNREADABLE, BrokenImageError, SizedImages
@@ -21,6 +26,7 @@ from onelora_diffusion.files import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
+DIGITS = "handwritten digits"
 DAMAGED_EXIF = (TypeError, struct.error)  # what PIL raises for it, beside what it does for damaged images
 MOST_CHARACTERS = 10_000  # of a caption: twenty times what the longest text encoder reads
 
@@ -71,7 +77,7 @@ class BucketedImages(SizedImages):
 
 
 def load_captioned(
-    source: str | Path,
+    source: str | Path | None,
     prompt: str | None = None,
     image_column: str | None = None,
     caption_column: str = "text",
@@ -86,7 +92,8 @@ def load_captioned(
     """Images and their captions, of a folder or of the hub.
 
     Args:
-        source: a folder of images, which may lie in folders inside; or `hf:NAME`, see `data.from_hub`.
+        source: a folder of images, which may lie in folders inside; or `hf:NAME`, see `data.from_hub`. None: the
+            handwritten digits, in words.
         prompt: the caption of all images; then no other is looked for. None: the folder has `metadata.jsonl` or
             `metadata.csv` as Hugging Face's image folders do, or a text file of the same name beside each image.
         image_column: of the metadata, where the path of an image is, None: file_name; of the hub, where the image is,
@@ -108,7 +115,10 @@ def load_captioned(
     if prompt is not None:
         prompt = checked(prompt, "the prompt")
     kind, _, name = str(source).partition(":")
-    if kind == "hf" and name:
+    if source is None:
+        named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution, tuple(range(10))))
+        captions = [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits]
+    elif kind == "hf" and name:
         named = str(source)
         pictures, captions = _of_hub(name, root, split, prompt, image_column, caption_column)
     else:
@@ -195,6 +205,21 @@ class Files(Pictures):
 
     def opened(self, index: int):
         return readable(self.paths[index], printable(str(self.paths[index])))
+
+
+class WrittenDigits(Pictures):
+    """Those of `data.digits`, each with the digit that it shows."""
+
+    def __init__(self, dataset: digits.Digits):
+        self.images = ((dataset.images + 1) * 127.5).round().to(torch.uint8)
+        self.digits = dataset.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        yield Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
 
 class HubPictures(Pictures):

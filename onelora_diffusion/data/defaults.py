@@ -27,6 +27,7 @@ EMBEDDED = "digits"  # the data set that needs no files, and the one of every sc
 
 _OF = {
     "digits": Defaults("digits.yaml", 16, "pixels", 2.0, 2.0, 500, 25, compares_base=True),
+    "handwritten digits": Defaults(resolution=16, guidance_scale=2.0),
     "fashion-mnist": Defaults("fashion_mnist.yaml"),
 }
 

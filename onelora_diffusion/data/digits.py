@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import interpolate
 
 SPLITS = ("train", "test", "all")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
 
 
 class Digits(torch.utils.data.Dataset):

@@ -19,6 +19,11 @@ def miniature_path() -> Path:
     return Path(__file__).parents[1] / "miniature"
 
 
+def miniature_text_path() -> Path:
+    """The text-to-image pipeline folder that ships with the package: a small PixArt of printed letters and signs."""
+    return Path(__file__).parents[1] / "miniature_text"
+
+
 def load_base(base: str | Path | None = None, named_by: Path | None = None):
     """Load a base model as diffusers' `DiTPipeline`, in float32.
 
@@ -47,11 +52,13 @@ def class_names(index: dict) -> dict[int, str] | None:
     return names and {int(label): printable(name) for label, name in names.items()}
 
 
-def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], object], named_by: Path | None = None):
+def load_text_to_image(
+    base: str | Path | None, precision: str, check: Callable[[str], object], named_by: Path | None = None
+):
     """Load a pipeline of diffusers for text-to-image.
 
     Args:
-        base: a pipeline folder or a hub id.
+        base: a pipeline folder, a hub id, or None for the miniature inside the package.
         precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
             as it is read, and bf16 of all else.
         check: called with the class name of the transformer before anything is loaded.
@@ -62,7 +69,9 @@ def load_text_to_image(base: str | Path, precision: str, check: Callable[[str], 
     """
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
-    folder = _folder_of(base, DiffusionPipeline, "black-forest-labs/FLUX.1-dev", named_by)
+    example = "black-forest-labs/FLUX.1-dev"
+    folder = miniature_text_path() if base is None else _folder_of(base, DiffusionPipeline, example, named_by)
+    base = base or folder
     check(transformer_class(_index(folder, base)))
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):

@@ -29,7 +29,8 @@ class PromptSettings(RunSettings):
     mixed_precision: ClassVar[str] = "no"
 
     base: str | None = None
-    """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA."""
+    """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA. Neither this nor
+    --images: the embedded job, handwritten digits in words on the miniature inside the package."""
     base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     """What the frozen transformer is kept in; int8 and nf4 compute in bf16. Trained values stay float32."""
     output_dir: Path = Path("runs/text-to-image")
@@ -72,9 +73,10 @@ class PromptSettings(RunSettings):
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""
         check_settings(self)
-        if self.base is None:
+        is_embedded = self.base is None and self.images is None
+        if self.base is None and not is_embedded:
             raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
-        if self.images is None:
+        if self.images is None and not is_embedded:
             raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
@@ -92,6 +94,8 @@ class PromptSettings(RunSettings):
 
     def next_steps(self) -> str:
         """What can be done with the adapter of a run that has ended."""
+        if self.images is None:
+            return f"python sample.py --adapter {self.output_dir}"
         return f'python sample.py --adapter {self.output_dir} --prompts "{self.prompt or "what is to be drawn"}"'
 
 
@@ -109,13 +113,14 @@ HINTS = {
 }
 
 
-def parse_command_line(arguments: list[str]) -> PromptSettings:
-    """Flags over a recipe, if --config names one.
+def parse_command_line(arguments: list[str], embedded: Path) -> PromptSettings:
+    """Flags over a recipe: that of --config, or that of the embedded job, `embedded`, where nothing else is asked for.
 
     Raises:
         FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, HINTS)
-    config = first_flags(arguments, "config")["config"]
-    default = read_recipe(Path(config), PromptSettings) if config else PromptSettings()
+    chosen = first_flags(arguments, "config", "base", "images")
+    recipe = chosen["config"] or (None if chosen["base"] or chosen["images"] else embedded)
+    default = read_recipe(Path(recipe), PromptSettings) if recipe else PromptSettings()
     return tyro.cli(PromptSettings, args=with_switches(arguments, PromptSettings), default=default)

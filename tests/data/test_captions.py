@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from onelora_diffusion.data.captions import MOST_CHARACTERS, load_captioned
+from onelora_diffusion.data.digits import Digits
 from onelora_diffusion.data.images import BrokenImageError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -347,3 +348,15 @@ def test_images_and_captions_of_the_hub(hub):
 def test_what_the_hub_cannot_give_is_one_clear_line(hub, arguments, message):
     with pytest.raises(ValueError, match=message):
         load("hf:signs/few", **arguments)
+
+
+def test_without_a_source_there_are_handwritten_digits_in_words():
+    captioned = load_captioned(None, resolution=16, multiple=4)
+    digits = Digits("train", 16, tuple(range(10)))
+    assert captioned.name == "handwritten digits" and len(captioned) == len(digits)
+    for index in (0, 1, 2, 5):
+        pixels, number = captioned[index, False]
+        pixels_of_digit, digit = digits[index]
+        assert torch.equal(pixels, ((pixels_of_digit + 1) * 127.5).round().to(torch.uint8)) and number == index
+        assert captioned.captions[index] == f"a handwritten {('zero', 'one', 'two', 'three', 'four', 'five')[digit]}"
+    assert set(load_captioned(None, "a digit", resolution=16, multiple=4).captions) == {"a digit"}

@@ -1,0 +1,77 @@
+"""The text-to-image miniature inside the package: a real PixArt-Σ pipeline, small, of letters and no digits."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from onelora_diffusion.data.digits import CAPTIONS, WORDS, Digits
+from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.families import family_named, family_of
+from onelora_diffusion.pipelines.base import load_text_to_image, miniature_text_path
+from tools.make_text_miniature import RESOLUTION, caption, captioned_signs, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = load_text_to_image(None, "fp32", family_named)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_folder_loads_with_stock_classes_in_float32():
+    pipeline = PixArtSigmaPipeline.from_pretrained(miniature_text_path())
+    assert type(pipeline.transformer) is PixArtTransformer2DModel
+    assert type(pipeline.text_encoder) is T5EncoderModel
+    assert type(pipeline.tokenizer) is PreTrainedTokenizerFast
+    assert type(pipeline.vae) is AutoencoderKL
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
+    for model in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a bold Q", use_resolution_binning=False, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (1, 3, RESOLUTION, RESOLUTION)
+    assert family_of(pipeline).name == "pixart"
+
+
+def test_it_is_small():
+    files = [file for file in miniature_text_path().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 6_000_000
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+
+
+def test_any_word_has_tokens_and_those_for_digits_one_each(pipeline):
+    tokenizer = pipeline.tokenizer
+    assert [len(tokenizer.tokenize(word)) for word in WORDS] == [1] * 10
+    assert tokenizer.tokenize("a bold Q, SKS") == ["a", "bold", "q", ",", "s", "##k", "##s"]
+    captions = captioned_signs(2000, seed=1)[1]
+    numbers = tokenizer([*captions, *CAPTIONS])["input_ids"]
+    assert max(map(len, numbers)) <= tokenizer.model_max_length
+    assert not any(tokenizer.unk_token_id in each for each in numbers)
+
+
+def test_no_caption_has_a_word_for_a_digit():
+    said = {word for text in captioned_signs(5000, seed=2)[1] for word in text.replace(",", "").split()}
+    assert not said & {*WORDS, "handwritten"}
+    assert caption("Q", "plain", 0, False, weight=1, leans=False, mirrored=False, turn=1) == "a bold Q, turned left"
+    all_words = "a large soft italic serif small a, mirrored, upside down"
+    assert caption("a", "serif", 1, True, 0, True, True, 3) == all_words
+
+
+def test_its_tokenizer_is_that_of_its_captions(pipeline):
+    assert make_tokenizer(captioned_signs(5000, seed=0)[1]).get_vocab() == pipeline.tokenizer.get_vocab()
+
+
+@torch.no_grad()
+def test_the_autoencoder_reconstructs_digits_it_has_never_seen(pipeline):
+    images = Digits("all", RESOLUTION, tuple(range(10))).images
+    moments = encode_moments(pipeline.vae, images)
+    reconstructed = pipeline.vae.decode(moments[:, 0] / pipeline.vae.config.scaling_factor).sample
+    assert (reconstructed - images).square().mean().sqrt() < 0.1  # of a range of 2
+
+
+@torch.no_grad()
+def test_scaled_latents_have_unit_variance(pipeline):
+    moments = encode_moments(pipeline.vae, captioned_signs(1000, seed=3)[0])
+    noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    assert sample_moments(moments, noise).std() == pytest.approx(1, abs=0.05)

@@ -75,6 +75,9 @@ def launch(page, settings: PortSettings):
         quiet=True,
         show_error=True,
         ssr_mode=False,
+        run_history=False,
+        # Every call by HTTP is a session of its own, of which gradio would keep ten thousand: a gigabyte.
+        state_session_capacity=256,
         pwa=False,
         footer_links=["api"],
         css=page.css,

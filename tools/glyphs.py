@@ -138,17 +138,26 @@ def glyph_list() -> list[Glyph]:
 @lru_cache(maxsize=1)
 def glyph_fields() -> Tensor:
     """(glyphs, 1, FIELD, FIELD) distances from the outline, negative in ink, in halves of the picture."""
-    return torch.stack([_field(glyph) for glyph in glyph_list()])[:, None]
+    return torch.stack([glyph_field(glyph) for glyph in glyph_list()])[:, None]
 
 
-def _field(glyph: Glyph) -> Tensor:
+def glyph_field(glyph: Glyph, fitted: float | None = None) -> Tensor:
+    """(FIELD, FIELD) distances from the outline, negative in ink, in halves of the picture.
+
+    The character is as large as its font has it, or its ink fills the picture but for a share `fitted` on all sides.
+    """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
     from scipy.ndimage import distance_transform_edt
 
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{glyph.font}.ttf", size=round(0.9 * DRAWN))
-    picture = Image.new("L", (DRAWN, DRAWN))
+    path = f"{get_data_path()}/fonts/ttf/{glyph.font}.ttf"
+    font = ImageFont.truetype(path, size=round(0.9 * DRAWN))
     left, top, right, bottom = font.getbbox(glyph.character)
+    if fitted is not None:
+        fill = (1 - fitted) * DRAWN / max(right - left, bottom - top)
+        font = ImageFont.truetype(path, size=round(0.9 * DRAWN * fill))
+        left, top, right, bottom = font.getbbox(glyph.character)
+    picture = Image.new("L", (DRAWN, DRAWN))
     middle = (DRAWN - left - right) / 2, (DRAWN - top - bottom) / 2
     ImageDraw.Draw(picture).text(middle, glyph.character, fill=255, font=font)
     ink = np.asarray(picture) >= 128

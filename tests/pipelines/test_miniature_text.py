@@ -75,3 +75,29 @@ def test_scaled_latents_have_unit_variance(pipeline):
     moments = encode_moments(pipeline.vae, captioned_signs(1000, seed=3)[0])
     noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(0))
     assert sample_moments(moments, noise).std() == pytest.approx(1, abs=0.05)
+
+
+def test_it_draws_as_large_heavy_and_soft_as_the_words_say(pipeline):
+    """Of letters that it may well confuse: docs/text_to_image.md says how often."""
+
+    def drawn(word):
+        return pipeline(
+            [f"a {word} {letter}" for letter in "BDGKPTUZ"],
+            guidance_scale=2.0,
+            num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            max_sequence_length=16,
+            clean_caption=False,
+            use_resolution_binning=False,
+        ).images.mean(1)
+
+    def ink(images):
+        return images.mean().item()
+
+    def sharpness(images):
+        return (images.diff(dim=-1).abs().amax((1, 2)) / images.amax((1, 2))).mean().item()
+
+    assert ink(drawn("large")) > 1.5 * ink(drawn("tiny"))
+    assert ink(drawn("bold")) > 1.5 * ink(drawn("thin"))
+    assert sharpness(drawn("soft")) < 0.75 * sharpness(drawn("typewriter"))

@@ -38,6 +38,7 @@ def test_it_is_small():
     files = [file for file in miniature_text_path().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 6_000_000
     assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")
 
 
 def test_any_word_has_tokens_and_those_for_digits_one_each(pipeline):

@@ -9,7 +9,7 @@ NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines s
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
 quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_dit.py
-	$(BIN)/python sample.py
+	$(BIN)/python sample.py --beside-base
 	$(BIN)/python eval_fid.py
 
 # Teach the text-to-image miniature words for handwritten digits, draw them, and read them.

@@ -6,7 +6,7 @@ from torch import Tensor
 from onelora_diffusion.files import printable
 from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.metrics import LossWindow
+from onelora_diffusion.training.metrics import LossWindow, check_finite
 from onelora_diffusion.training.optimizers import make_optimizer, restore_running, running_values
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
@@ -103,8 +103,9 @@ class Run:
             self.scale_rates({name: float(state["rate_factors"][name]) for name in state["rate_factors"]})
         best_values = restore_training_tensors(checkpoint.tensors, self.trained, self.averages, self.optimizer)
         self.step = checkpoint.step
-        self.clock.resume(state["seconds"])
+        self.clock.resume(float(state["seconds"]))
         self.losses = LossWindow(state["window"])
+        check_finite({f"loss {number} of its window": row for number, row in enumerate(self.losses.rows)}, self.step)
         restore_running(self.optimizer, state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])

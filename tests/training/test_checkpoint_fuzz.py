@@ -1,6 +1,7 @@
 """Checkpoints changed at random, their checksum made to fit: they are restored, or a ValueError names them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_a_state_that_changed(original, accelerator, data):
         state = put(state, place, data.draw(VALUES))
     write(path, sealed(content[TENSORS], state))
     try_to_resume(accelerator, path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (("window", 1, "loss"), 1e308, "loss 1 of its window is not finite"),  # in float32
+        (("seconds",), 10**400, "int too large to convert to float"),
+    ],
+)
+def test_numbers_too_large_to_go_on_with(original, accelerator, place, value, reason):
+    path, content = original
+    write(path, sealed(content[TENSORS], put(json.loads(content[STATE_FILE]), place, value)))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no record of a run .*{reason}"):
+        run_of(accelerator, SETTINGS, SHAPES).restore(read_checkpoint(path, STATE))
 
 
 @fuzz

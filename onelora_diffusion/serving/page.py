@@ -142,13 +142,13 @@ class Page:
         small = ["small"] if self.drawing.size < 128 else []
         self.status = gr.HTML("", elem_id="status", elem_classes=["status"])
         events = []
+        hidden = dict(show_progress="hidden", api_visibility="private")  # the status has it
         with gr.Tab("One"):
             one = gr.Button("Draw", variant="primary", elem_id="draw")
             picture = gr.Image(
                 format="png", type="pil", label="Picture", height=384, elem_id="picture", elem_classes=small,
                 buttons=["download", "fullscreen"], interactive=False,
             )  # fmt: skip
-            hidden = dict(show_progress="hidden", api_visibility="private")
             events.append(one.click(self._one, self._settings, [picture, self.status], **hidden))
         with gr.Tab("Side by side"):
             gr.Markdown("The base, A, B and both with their weights, from the same noise.")
@@ -168,9 +168,7 @@ class Page:
             inputs = [*self._settings, self.several]
             events.append(self._gallery(grid.click, self._grid, inputs, 4, small, "grid-of"))
         cancel = gr.Button("Cancel", elem_id="cancel")
-        cancel.click(
-            lambda: Status("cancelled").as_html(), None, self.status, cancels=events, api_visibility="private"
-        )
+        cancel.click(lambda: Status("cancelled").as_html(), None, self.status, cancels=events, **hidden)
 
     def _gallery(self, click, draw, inputs, columns: int, classes: list[str], elem_id: str):
         gallery = gr.Gallery(

@@ -43,7 +43,8 @@ test-other-kernels: .venv/installed
 # import whatever is installed, and warn about some of it.
 test-quantised: .venv/quantised/installed
 	PYTHONPATH=.venv/quantised $(BIN)/python -m pytest tests/injection/test_quantised.py \
-		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does
+		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does \
+		tests/benchmarks/test_family_speed.py::test_a_packed_base_is_smaller_and_has_the_peers_that_it_can_have
 
 # `pip install .` into an empty environment, and the README's first snippet there, without a network.
 test-install:

@@ -232,9 +232,11 @@ def plot_families(folder: Path) -> None:
     panels = zip(figure.subplots(2, 1, sharex=True), ("seconds", "saved_bytes"), ("a step", "kept"), strict=True)
     for axes, key, label in panels:
         for number, peer in enumerate(PEERS):
-            shares = [rows[peer][key] / rows[REFERENCE][key] for rows in groups.values()]
-            places = np.arange(len(groups)) + 0.16 * (number - (len(PEERS) - 1) / 2)
-            bars = axes.bar(places, shares, 0.15, label=peer)
+            measured = {place: rows for place, rows in enumerate(groups.values()) if peer in rows}
+            shares = [rows[peer][key] / rows[REFERENCE][key] for rows in measured.values()]
+            bars = axes.bar(
+                np.array(list(measured)) + 0.16 * (number - (len(PEERS) - 1) / 2), shares, 0.15, label=peer
+            )
             axes.bar_label(bars, [f"{share:.2f}" for share in shares], fontsize=7)
         axes.set(ylabel=f"{label} / {REFERENCE}'s", ylim=(0, 1.2), xticks=range(len(groups)))
         axes.set_xticklabels(groups)

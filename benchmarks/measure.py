@@ -4,13 +4,13 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from tqdm import tqdm
 
@@ -73,7 +73,16 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers."""
-    return storage_bytes([*model.parameters(), *model.buffers()])
+    return storage_bytes(memory_of([*model.parameters(), *model.buffers()]))
+
+
+def memory_of(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors that hold memory: those inside a packed one, which tells the size of what it stands for."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            yield from memory_of(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
@@ -86,8 +95,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()  # noqa: F841  keeps the graph, and by it the memory, alive while it is counted
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    return storage_bytes(tensor for tensor in saved if tensor.untyped_storage()._cdata not in own)
+    own = {t.untyped_storage()._cdata for t in memory_of([*model.parameters(), *model.buffers()])}
+    return storage_bytes(tensor for tensor in memory_of(saved) if tensor.untyped_storage()._cdata not in own)
 
 
 # ---------------------------------------------------------------------------------------------------

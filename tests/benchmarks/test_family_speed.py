@@ -44,12 +44,12 @@ def test_a_familys_step_is_measured_beside_its_peers(name, tmp_path, capsys):
 
 def test_a_packed_base_is_smaller_and_has_the_peers_that_it_can_have(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed: make test-quantised")
-    settings = SpeedSettings(family="pixart", precisions=("fp32", "int8"), sample_size=8, batch=1, rounds=1)
+    settings = SpeedSettings(family="pixart", precisions=("bf16-base", "int8"), sample_size=8, batch=1, rounds=1)
     settings.output_dir, settings.threads = tmp_path, torch.get_num_threads()
     rows = speed(settings)["train"]
-    full, packed = ([row for row in rows if row["precision"] == precision] for precision in settings.precisions)
+    half, packed = ([row for row in rows if row["precision"] == precision] for precision in settings.precisions)
     assert [row["peer"] for row in packed] == [peer for peer in PEERS if "MiSS" not in peer]
-    assert packed[0]["base_bytes"] < 0.7 * full[0]["base_bytes"]  # at this width much is biases and scales
+    assert packed[0]["base_bytes"] < 0.8 * half[0]["base_bytes"]  # at this width much is biases and scales
     assert (tmp_path / "families.png").is_file()
 
 

@@ -298,7 +298,8 @@ def memory(settings: MemorySettings) -> dict:
 
     Kept for backward is counted in a forward pass of the whole depth in bf16, on tensors that are shapes, where
     attention keeps no matrix of tokens by tokens, as on a GPU; with checkpointing it is the input of each block and
-    what the largest one keeps. Weights of linear layers count as packed, all else as bf16.
+    what the largest one keeps. Weights of linear layers count as packed, all else as bf16. The product of torchao's
+    int8 layers keeps a bf16 copy of their weight for backward; that of bitsandbytes' keeps none.
     """
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     rows, cells = [], []
@@ -309,9 +310,10 @@ def memory(settings: MemorySettings) -> dict:
                 rows.append(row | counted(name, resolution, peer))
     for row in rows:
         whole = [
-            f"{(row['weights'][precision] + row[kept] + row['optimizer']) / 1e9:.1f}"
-            for kept in ("saved", "saved_checkpointed")
+            f"{(row['weights'][precision] + row['saved' + way] + copies + row['optimizer']) / 1e9:.1f}"
+            for way in ("", "_checkpointed")
             for precision in BYTES_OF_WEIGHT
+            for copies in (row["copies" + way] if precision == "int8" else 0,)
         ]
         cells.append(
             [f"{row['base']}, {row['resolution']}, {row['peer']}", f"{row['weights']['bf16'] / 1e9:.1f}"]
@@ -328,25 +330,33 @@ def memory(settings: MemorySettings) -> dict:
 
 
 def counted(name: str, resolution: int, peer: str) -> dict:
-    """Bytes of a whole transformer in training: `weights` by precision, `saved`, `saved_checkpointed`, `optimizer`."""
+    """Bytes of a whole transformer in training: `weights` by precision, `saved`, `optimizer`, bf16 `copies`."""
     depths = {key: BASES[name].config[key] for key in BASES[name].depths}
-    with torch.device("meta"):
-        model, _ = family_base(name)
-        linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-        others = sum(parameter.numel() for parameter in model.parameters()) - linear
+    linear, others = numbers_of(name)
     step = shapes_of_step(name, resolution, peer, depths)
     one = dict.fromkeys(depths, 1)
     of_one = kept(shapes_of_step(name, resolution, peer, one))
     block = max(kept(shapes_of_step(name, resolution, peer, one | {key: 2})) for key in depths) - of_one
+    block_linear = max(numbers_of(name, **(one | {key: 2}))[0] for key in depths) - numbers_of(name, **one)[0]
     saved = kept(step)
     step.model.enable_gradient_checkpointing()
     return {
         "weights": {precision: linear * size + others * 2 for precision, size in BYTES_OF_WEIGHT.items()},
         "saved": saved,
         "saved_checkpointed": kept(step) + block,
+        "copies": 2 * linear,
+        "copies_checkpointed": 2 * block_linear,
         # values, gradients and two moments, all float32
         "optimizer": 4 * 4 * sum(parameter.numel() for parameter in step.trained),
     }
+
+
+def numbers_of(name: str, **depths: int) -> tuple[int, int]:
+    """(weights of linear layers, all other numbers) of a transformer."""
+    with torch.device("meta"):
+        model, _ = family_base(name, **depths)
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return linear, sum(parameter.numel() for parameter in model.parameters()) - linear
 
 
 def shapes_of_step(name: str, resolution: int, peer: str, depths: dict[str, int]) -> FamilyStep:

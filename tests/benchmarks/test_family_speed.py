@@ -65,6 +65,7 @@ def test_memory_on_paper_is_what_the_tensors_hold(tmp_path, capsys):
         "nf4": 0.5625 * linear + 2 * (whole - linear),
     }
     assert found["optimizer"] == 16 * trained
+    assert found["copies"] == 2 * linear and 0 < found["copies_checkpointed"] < found["copies"]
     assert 0 < found["saved_checkpointed"] < found["saved"] < counted("flux", 64, "PEFT LoRA r=16")["saved"]
     memory(MemorySettings(bases=("sana",), resolutions=(64,), output_dir=tmp_path))
     assert "SANA 1.6B, 64, 1LoRA" in capsys.readouterr().out

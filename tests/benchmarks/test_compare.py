@@ -6,6 +6,7 @@ import gzip
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -157,6 +158,9 @@ def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
     assert [name_of(method) for method in tiny] == names
     model = load_base().transformer
     for config in tiny.values():
+        kind = config["method"].removeprefix("peft:")
+        if kind != config["method"] and kind.upper() not in peft.PeftType.__members__:
+            continue  # of a newer PEFT
         count = count_trainable(inject_adapter(copy.deepcopy(model), AdapterConfig(**config)))
         assert 8_800 <= count <= 15_000
 

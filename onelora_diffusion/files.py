@@ -94,6 +94,11 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def first_line(error: Exception, limit: int = 400) -> str:
+    """What an error says in its first line, cleared as by `printable`; or its type, if it says nothing."""
+    return printable(str(error).strip().split("\n")[0], limit) or type(error).__name__
+
+
 def printable(value, limit: int | None = None):
     """Text of a file, or all texts in a value of JSON, without control characters, cut where it is too long to show.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from onelora_diffusion.data.images import ClassifiedImages
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import first_line, printable
 
 
 class HubImages(Dataset):
@@ -49,8 +49,7 @@ def hub_rows(name: str, root: str | Path | None, split: str):
     try:
         return datasets.load_dataset(name, split=split, cache_dir=root and str(root))
     except Exception as error:  # the hub's client raises its own, the library's and the system's
-        reason = printable(str(error).strip().split("\n")[0], 400) or type(error).__name__
-        raise ValueError(f"hf:{name}, split {split}, does not load: {reason}") from error
+        raise ValueError(f"hf:{name}, split {split}, does not load: {first_line(error)}") from error
 
 
 def column_of_type(name: str, rows, kind: str) -> str:

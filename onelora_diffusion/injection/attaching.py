@@ -13,7 +13,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.swap import build_copies
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.attention import fused_layers
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
 from onelora_diffusion.injection.layers import (
@@ -162,12 +162,12 @@ def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = F
         sizes = [value for value in (file.config.peft_config or {}).values() if isinstance(value, int)]
         if as_shapes and max([file.config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
             return None
-        raise ValueError(f"{source}: its settings build no adapter ({_first_line(error)})") from error
+        raise ValueError(f"{source}: its settings build no adapter ({first_line(error)})") from error
     except ValueError as error:
-        raise ValueError(f"{source}: {_first_line(error)}") from error
+        raise ValueError(f"{source}: {first_line(error)}") from error
     except Exception as error:  # PEFT's tuners raise whatever they come upon
         raise ValueError(
-            f"{source}: its settings build no adapter ({type(error).__name__}: {_first_line(error)})"
+            f"{source}: its settings build no adapter ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -175,10 +175,6 @@ def _execution_device(model: nn.Module) -> torch.device | None:
     """Where accelerate brings each layer's weights for its forward, and the adapters stay; None if it does not."""
     hooks = (getattr(module, "_hf_hook", None) for _, module in base_modules(model))
     return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
-
-
-def _first_line(error: Exception) -> str:
-    return printable(str(error).strip().split("\n")[0], 400)
 
 
 def _check_shapes(own: dict[str, torch.Tensor], file: AdapterFile, source: str) -> None:

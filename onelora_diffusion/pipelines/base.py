@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
 
 
@@ -43,7 +43,7 @@ def load_base(base: str | Path | None = None, named_by: Path | None = None):
         index = json.loads((folder / "model_index.json").read_text())
         return DiTPipeline.from_pretrained(folder, id2label=class_names(index))
     except Exception as error:  # whatever the JSON reader, the safetensors reader or a wrong class raises
-        raise ValueError(f"base model '{base or folder}' does not load: {_first_line(error)}") from error
+        raise ValueError(f"base model '{base or folder}' does not load: {first_line(error)}") from error
 
 
 def class_names(index: dict) -> dict[int, str] | None:
@@ -82,7 +82,7 @@ def load_text_to_image(
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             return DiffusionPipeline.from_pretrained(folder, **settings)
     except Exception as error:
-        raise ValueError(f"base model '{base}' does not load: {_first_line(error)}") from error
+        raise ValueError(f"base model '{base}' does not load: {first_line(error)}") from error
 
 
 def _packed(precision: str):
@@ -120,7 +120,7 @@ def _index(folder: Path, base: str | Path | None) -> dict:
         transformer_class(index), class_names(index)
         return index
     except Exception as error:  # no JSON, or of another kind
-        raise ValueError(f"base model '{base}' has no readable model_index.json: {_first_line(error)}") from error
+        raise ValueError(f"base model '{base}' has no readable model_index.json: {first_line(error)}") from error
 
 
 def resolution_of(pipeline) -> int:
@@ -167,9 +167,5 @@ def _fetch(hub_id: str, pipeline_class: type, named_by: Path | None) -> Path:
     try:
         return Path(pipeline_class.download(hub_id, local_files_only=not is_online))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's
-        reason = _first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
+        reason = first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return printable(str(error).strip().split("\n")[0], 400) or type(error).__name__

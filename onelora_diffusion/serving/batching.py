@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import first_line
 from onelora_diffusion.serving.drawing import picture_of
 from onelora_diffusion.serving.library import AdapterEntry, AdapterLibrary
 from onelora_diffusion.serving.request import Request
@@ -265,8 +265,7 @@ class Batcher:
             elif isinstance(error, ValueError):
                 ticket.picture.set_exception(error)
             else:
-                reason = printable(str(error).strip().split("\n")[0], 200)
-                ticket.picture.set_exception(RuntimeError(f"not drawn: {reason or type(error).__name__}"))
+                ticket.picture.set_exception(RuntimeError(f"not drawn: {first_line(error, 200)}"))
 
 
 def _started(future: Future) -> Future:

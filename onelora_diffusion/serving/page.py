@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.injection.routing import GUIDANCES
 from onelora_diffusion.serving.batching import Batcher, Busy, Ticket
 from onelora_diffusion.serving.drawing import find_class, plain
@@ -300,7 +300,7 @@ class Page:
                     shown = list(zip(images, captions, strict=True)) if images else gr.update()
                     yield shown, status.as_html()
         except (ValueError, Busy, RuntimeError, OSError) as error:
-            yield gr.update(), Status(printable(str(error).split("\n")[0], 500)).as_html()
+            yield gr.update(), Status(first_line(error, 500)).as_html()
 
     def _subject(self, subject, chosen: Sequence, adapters: Sequence) -> tuple[str | int, str | None]:
         """(what these adapters draw for the class that is chosen of the page's own, its name if it has another).
@@ -376,7 +376,7 @@ def one_line():
     try:
         yield
     except (ValueError, Busy, RuntimeError, OSError) as error:
-        raise gr.Error(printable(str(error).split("\n")[0], 500), print_exception=False) from error
+        raise gr.Error(first_line(error, 500), print_exception=False) from error
 
 
 def adapters_of_page(*chosen) -> list[tuple[str, float]]:

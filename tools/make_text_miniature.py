@@ -22,17 +22,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import avg_pool2d, interpolate
 from torchvision.utils import save_image
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.diffusion import add_noise, training_losses
 from onelora_diffusion.families import family_of
-from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import miniature_text_path
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.from_scratch import LATENT_SHAPE, BaseRecipe, set_lr, train_vae
+from onelora_diffusion.training.from_scratch import LATENT_SHAPE, BaseRecipe, saved_in_half, train_denoiser, train_vae
 from tools.glyphs import NAMES, SAID_WITH_AN, Glyphs, draw, glyph_list
 
 RESOLUTION = 16
@@ -234,32 +231,18 @@ def train(pipeline: PixArtSigmaPipeline, moments: Tensor, captions: list[str], s
     trained = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.named_parameters()}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = ExponentialMovingAverage(trained, settings.ema_decay)
-    progress = tqdm(range(steps), desc="transformer", unit="step")
-    for step in progress:
-        set_lr(optimizer, settings.lr, step, steps, warmup_steps=200)
-        chosen = torch.randint(len(captions), (settings.batch_size,))
-        latents = sample_moments(moments[chosen], torch.randn(settings.batch_size, *LATENT_SHAPE))
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (settings.batch_size,))
-        dropped = torch.rand(settings.batch_size) < settings.label_drop
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def predict(noisy: Tensor, timesteps: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
         rows = torch.where(dropped, len(captions), chosen)
         mask = tokens.attention_mask[rows]
+        states = text_encoder(input_ids=tokens.input_ids[rows], attention_mask=mask).last_hidden_state
+        prompts = {"prompt_embeds": states.float(), "prompt_attention_mask": mask}
+        return family.predict(transformer, noisy, timesteps, prompts)
 
-        # Attention over so few tokens is faster by its definition than by the fused kernel, in bf16 by far.
-        with sdpa_kernel(SDPBackend.MATH):
-            with torch.autocast("cpu", torch.bfloat16):
-                states = text_encoder(input_ids=tokens.input_ids[rows], attention_mask=mask).last_hidden_state
-                prompts = {"prompt_embeds": states.float(), "prompt_attention_mask": mask}
-                noisy = add_noise(latents, noise, timesteps, scheduler)
-                output = family.predict(transformer, noisy, timesteps, prompts)
-            losses = training_losses(output, latents, noise, timesteps, scheduler)
-            optimizer.zero_grad()
-            losses["loss"].mean().backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-        ema.update(step + 1)
-        if step % 50 == 0:
-            progress.set_postfix({name: f"{loss.mean().item():.4f}" for name, loss in losses.items()})
+    # Attention over so few tokens is faster by its definition than by the fused kernel, in bf16 by far.
+    with sdpa_kernel(SDPBackend.MATH):
+        train_denoiser(predict, optimizer, ema, moments, scheduler, settings, steps, warmup_steps=200)
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(ema.values[name])
@@ -270,13 +253,8 @@ def train(pipeline: PixArtSigmaPipeline, moments: Tensor, captions: list[str], s
 
 
 def write(pipeline: PixArtSigmaPipeline, output: Path) -> None:
-    """Save in half precision, but for the text encoder, which is loaded as it is stored; replaces the folder."""
-    pipeline.vae.half()
-    pipeline.transformer.half()
-    with folder_written_beside(output) as beside:
-        pipeline.save_pretrained(beside)
-        for weights in beside.rglob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors writes them for the owner alone
+    """Save as `saved_in_half`; the text encoder stays whole, since it is loaded as it is stored."""
+    with saved_in_half(pipeline, output) as beside:
         # The name that older versions of transformers know the class by, too.
         for path in (beside / "model_index.json", beside / "tokenizer" / "tokenizer_config.json"):
             path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

@@ -1,7 +1,9 @@
 """A small base model from nothing: a KL autoencoder, then a latent DiT with learned variance, in stock classes."""
 
+import contextlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.diffusion import add_noise, training_losses
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -110,26 +112,12 @@ def train_transformer(moments: Tensor, labels: Tensor, scheduler, recipe: BaseRe
 
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=recipe.lr, weight_decay=0.0)
     ema = ExponentialMovingAverage(dict(transformer.named_parameters()), recipe.ema_decay)
-    progress = tqdm(range(recipe.steps), desc="transformer", unit="step")
-    for step in progress:
-        set_lr(optimizer, recipe.lr, step, recipe.steps)
-        chosen = torch.randint(len(labels), (recipe.batch_size,))
-        latents = sample_moments(moments[chosen], torch.randn(recipe.batch_size, *LATENT_SHAPE))
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (recipe.batch_size,))
-        dropped = torch.rand(recipe.batch_size) < recipe.label_drop
-        class_labels = torch.where(dropped, num_classes, labels[chosen])
 
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        model_output = transformer(noisy, timestep=timesteps, class_labels=class_labels).sample
-        losses = training_losses(model_output, latents, noise, timesteps, scheduler)
-        optimizer.zero_grad()
-        losses["loss"].mean().backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        ema.update(step + 1)
-        if step % 50 == 0:
-            progress.set_postfix({name: f"{loss.mean().item():.4f}" for name, loss in losses.items()})
+    def predict(noisy: Tensor, timesteps: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+        class_labels = torch.where(dropped, num_classes, labels[chosen])
+        return transformer(noisy, timestep=timesteps, class_labels=class_labels).sample
+
+    train_denoiser(predict, optimizer, ema, moments, scheduler, recipe, recipe.steps)
 
     # A stock model in the stock layout: every block owns a copy of the embedder, and its own label dropout.
     averaged = {name: ema.values.get(name, tensor) for name, tensor in transformer.state_dict().items()}
@@ -140,6 +128,43 @@ def train_transformer(moments: Tensor, labels: Tensor, scheduler, recipe: BaseRe
     stock = DiTTransformer2DModel.from_config(transformer.config)
     stock.load_state_dict(averaged)
     return stock.eval().requires_grad_(False)
+
+
+def train_denoiser(
+    predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage,
+    moments: Tensor,
+    scheduler,
+    recipe: BaseRecipe,
+    steps: int,
+    warmup_steps: int = 100,
+) -> None:
+    """Trains on scaled latent moments (N, 2, 4, 8, 8), at the rates, batch size and label drop of the recipe.
+
+    Args:
+        predict: (noisy latents, timesteps, the rows of `moments` that they come from, which of them lose their label)
+            -> the model's output.
+        optimizer: of one group.
+    """
+    progress = tqdm(range(steps), desc="transformer", unit="step")
+    for step in progress:
+        set_lr(optimizer, recipe.lr, step, steps, warmup_steps)
+        chosen = torch.randint(len(moments), (recipe.batch_size,))
+        latents = sample_moments(moments[chosen], torch.randn(recipe.batch_size, *LATENT_SHAPE))
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (recipe.batch_size,))
+        dropped = torch.rand(recipe.batch_size) < recipe.label_drop
+
+        model_output = predict(add_noise(latents, noise, timesteps, scheduler), timesteps, chosen, dropped)
+        losses = training_losses(model_output, latents, noise, timesteps, scheduler)
+        optimizer.zero_grad()
+        losses["loss"].mean().backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        ema.update(step + 1)
+        if step % 50 == 0:
+            progress.set_postfix({name: f"{loss.mean().item():.4f}" for name, loss in losses.items()})
 
 
 def set_lr(optimizer, peak: float, step: int, steps: int, warmup_steps: int = 100) -> None:
@@ -170,14 +195,24 @@ def initialize_weights(transformer: DiTTransformer2DModel) -> None:
         nn.init.zeros_(linear.weight)
 
 
-def write_base(pipeline: DiTPipeline, id2label: dict[int, str], output: Path) -> None:
-    """Save in half precision, with the class names that `save_pretrained` would leave out; replaces the folder."""
+@contextlib.contextmanager
+def saved_in_half(pipeline, output: Path) -> Iterator[Path]:
+    """Context manager: the saved pipeline, in a folder that takes the place of `output` at the end.
+
+    Transformer and VAE are stored, and left, in half precision.
+    """
     pipeline.transformer.half()
     pipeline.vae.half()
     with folder_written_beside(output) as beside:
         pipeline.save_pretrained(beside)
         for weights in beside.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes them for the owner alone
+        yield beside
+
+
+def write_base(pipeline: DiTPipeline, id2label: dict[int, str], output: Path) -> None:
+    """Save as `saved_in_half`, with the class names that `save_pretrained` would leave out."""
+    with saved_in_half(pipeline, output) as beside:
         index = json.loads((beside / "model_index.json").read_text())
         index["id2label"] = {str(label): name for label, name in id2label.items()}
         (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

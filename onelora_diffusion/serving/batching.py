@@ -241,7 +241,10 @@ class Batcher:
             if all(ticket.picture.done() for ticket in ready):
                 raise _Abandoned
 
-        images = self.drawing.draw([ticket.request for ticket in ready], mixtures, on_step)
+        try:
+            images = self.drawing.draw([ticket.request for ticket in ready], mixtures, on_step)
+        finally:
+            self.residents.shrink()
         self.batch_sizes[len(ready)] += 1
         for ticket, image in zip(ready, images, strict=True):
             self._settle(ticket, picture=picture_of(image))

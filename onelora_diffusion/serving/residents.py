@@ -56,6 +56,10 @@ class Residents:
             self.num_reads += 1
         return {key: self._by_file[key][0] for key in needed if key in self._by_file}, problems
 
+    def shrink(self) -> None:
+        """Back to the memory that adapters may take, which those of one batch may have gone beyond."""
+        self._make_room(0, ())
+
     def _make_room(self, num_bytes: int, needed) -> None:
         for key in [key for key in self._by_file if key not in needed]:
             if self.num_bytes + num_bytes <= self.memory_bytes:

@@ -139,7 +139,8 @@ def test_the_least_recently_used_leave_when_memory_is_full(tmp_path, transformer
     assert sorted(present()) == sorted(together.values())
     assert residents.bring([three])[0].keys() == {three.key}
     assert len(residents) == 4
-    residents.bring([])
+    residents.shrink()  # when it is drawn: those leave that were there before it
+    assert present() == [together[one.key], together[three.key]] and residents.num_bytes == 2 * zero.num_bytes
 
 
 def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onelora_diffusion.files import first_line
 from onelora_diffusion.remote import HUB_ID, is_in_reach
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, PEFT_CONFIG, PEFT_LORA
@@ -123,7 +124,7 @@ def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
         except EntryNotFoundError as error:
             failure = f"'{repo_id}' has no {' or '.join(names)}; give the weight_name", error
         except (HfHubHTTPError, OSError, ValueError) as error:
-            failure = f"'{repo_id}' cannot be had from the hub: {str(error).strip().splitlines()[0]}", error
+            failure = f"'{repo_id}' cannot be had from the hub: {first_line(error)}", error
             break
         else:
             if name == PEFT_LORA:  # its settings lie beside it

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.remote import HUB_ID
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
@@ -104,7 +105,7 @@ def push_to_hub(
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ValueError(f"'{repo_id}' cannot be pushed to: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(f"'{repo_id}' cannot be pushed to: {first_line(error)}") from error
     return str(url)
 
 

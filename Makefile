@@ -22,10 +22,10 @@ quickstart-text: .venv/installed
 serve: .venv/serve/installed
 	.venv/serve/bin/python serve.py
 
-# The adapter that ships with the package, so that the page is never empty: digits 5-9 of the miniature. Once it is made anew.
+# The adapter that ships with the package, so that the page is never empty: the ten digits. Once the miniature is made anew.
 adapter: .venv/installed
-	$(BIN)/python train_dit.py --output-dir runs/digits-5-9 --fresh --max-train-time 24h
-	cp runs/digits-5-9/onelora_weights.safetensors onelora_diffusion/serving/adapters/digits-5-9.safetensors
+	$(BIN)/python train_dit.py --output-dir runs/handwritten-digits --fresh --max-train-time 24h
+	cp runs/handwritten-digits/onelora_weights.safetensors onelora_diffusion/serving/adapters/handwritten-digits.safetensors
 
 # For whoever has a GPU: about ten minutes, no download, a table. docs/performance.md says what it checks.
 check-gpu: .venv/installed

@@ -200,13 +200,18 @@ def family_speed(settings) -> dict:
         names = [name for name in PEERS if precision != "int8" or "MiSS" not in name]
         peers = {name: family_peer(name, held, family) for name in names}
         steps = {name: FamilyStep(model, family, batch, precision) for name, model in peers.items()}
-        seconds = interleave(
-            {name: step.train for name, step in steps.items()}, settings.rounds, clock=clock, label=precision
-        )
+        times = dict.fromkeys(steps, {"seconds": None, "ours_over_it": None})
+        if precision not in settings.untimed:
+            seconds = interleave(
+                {name: step.train for name, step in steps.items()}, settings.rounds, clock=clock, label=precision
+            )
+            times = {
+                name: {"seconds": float(np.median(of_it)), "ours_over_it": ratio(seconds["1LoRA"], of_it)}
+                for name, of_it in seconds.items()
+            }
         for name, step in steps.items():
             rows.append(
-                {"precision": precision, "peer": name, "seconds": float(np.median(seconds[name]))}
-                | {"ours_over_it": ratio(seconds["1LoRA"], seconds[name])}
+                {"precision": precision, "peer": name, **times[name]}
                 | {"num_trainable_params": sum(parameter.numel() for parameter in step.trained)}
                 | {"saved_bytes": saved_bytes(step.model, step.loss), "base_bytes": resident_bytes(held)}
             )
@@ -232,7 +237,11 @@ def plot_families(folder: Path) -> None:
     panels = zip(figure.subplots(2, 1, sharex=True), ("seconds", "saved_bytes"), ("a step", "kept"), strict=True)
     for axes, key, label in panels:
         for number, peer in enumerate(PEERS):
-            measured = {place: rows for place, rows in enumerate(groups.values()) if peer in rows}
+            measured = {
+                place: rows
+                for place, rows in enumerate(groups.values())
+                if peer in rows and rows[peer][key] is not None
+            }
             shares = [rows[peer][key] / rows[REFERENCE][key] for rows in measured.values()]
             bars = axes.bar(
                 np.array(list(measured)) + 0.16 * (number - (len(PEERS) - 1) / 2), shares, 0.15, label=peer
@@ -260,8 +269,7 @@ def family_markdown(results: dict) -> str:
         cells = [
             [
                 row["peer"],
-                f"{1e3 * row['seconds']:.0f}",
-                "{:.3f} ±{:.2f}".format(row["ours_over_it"][0], (row["ours_over_it"][2] - row["ours_over_it"][1]) / 2),
+                *timed_cells(row),
                 f"{row['saved_bytes'] / 1e6:.1f}",
                 f"{kept['1LoRA'] / row['saved_bytes']:.2f}",
                 f"{row['num_trainable_params']:,}",
@@ -272,6 +280,13 @@ def family_markdown(results: dict) -> str:
         header = ["method", "ms", "1LoRA/it", "saved MB", "1LoRA/it", "trained", "base MB"]
         lines += ["", f"### Training step, {precision} base", "", *table(header, cells)]
     return "\n".join(lines) + "\n"
+
+
+def timed_cells(row: dict) -> list[str]:
+    if row["seconds"] is None:
+        return ["-", "-"]
+    middle, lower, upper = row["ours_over_it"]
+    return [f"{1e3 * row['seconds']:.0f}", f"{middle:.3f} ±{(upper - lower) / 2:.2f}"]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class ServeSettings:
     """Time a server's queue under many clients, each with its own adapter; and many resident adapters in one step."""
 
     clients: tuple[int, ...] = (1, 4, 16, 64)
-    """Numbers of clients; each asks anew as soon as it has its picture."""
+    """Numbers of clients; each asks anew as soon as it has its picture. None: the last two tables alone."""
     bases: tuple[str, ...] = (MINIATURE, BLOCK)
     """What they are drawn by."""
     images: tuple[int, int] = (32, 16)
@@ -87,12 +87,13 @@ def serve(settings: ServeSettings) -> dict:
         "settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)},
         "machine": {"torch": torch.__version__, "processor": platform.processor() or platform.machine()},
         "clients": [],
+        "limit": [],
         "resident": [],
     }
     for number, base in enumerate(settings.bases):
         pipeline = make_pipeline(base, settings)
         with tempfile.TemporaryDirectory() as folder:
-            names = write_adapters(Path(folder), pipeline.transformer, max(settings.clients))
+            names = write_adapters(Path(folder), pipeline.transformer, max(settings.clients, default=1))
             ways = {
                 BATCHED: Way(pipeline, Path(folder), settings, settings.max_batch),
                 ALONE: Way(pipeline, Path(folder), settings, 1),
@@ -100,6 +101,7 @@ def serve(settings: ServeSettings) -> dict:
             }
             for clients in settings.clients:
                 results["clients"] += measure_clients(base, number, ways, clients, names, settings)
+            results["limit"].append({"base": base} | measure_limit(pipeline, settings.steps[number], settings))
             results["resident"].append({"base": base} | measure_resident(pipeline, Path(folder, names[0]), settings))
         (settings.output_dir / "serve.json").write_text(json.dumps(results, indent=1))
         (settings.output_dir / "serve.md").write_text(markdown(results))
@@ -256,6 +258,41 @@ def ask(
 
 
 # ---------------------------------------------------------------------------------------------------
+# What the machine has to give
+
+
+def measure_limit(pipeline, steps: int, settings: ServeSettings) -> dict:
+    """The base alone, without adapters, queue or sampler: one guided picture, and as many as are drawn together."""
+    transformer, vae, side = pipeline.transformer, pipeline.vae, pipeline.transformer.config.sample_size
+
+    def network(pictures: int) -> Callable[[], object]:
+        rows = 2 * pictures  # guided
+        inputs = {
+            "hidden_states": torch.randn(rows, transformer.config.in_channels, side, side, device=settings.device),
+            "timestep": torch.full((rows,), 500, device=settings.device),
+            "class_labels": torch.zeros(rows, dtype=torch.long, device=settings.device),
+        }
+        return lambda: transformer(**inputs)
+
+    def autoencoder(pictures: int) -> Callable[[], object]:
+        latents = torch.randn(pictures, vae.config.latent_channels, side, side, device=settings.device)
+        return lambda: vae.decode(latents)
+
+    sizes = (1, settings.max_batch)
+    parts = {(part, size): part(size) for part in (network, autoencoder) for size in sizes}
+    with torch.no_grad():
+        seconds = interleave(parts, settings.rounds, clock=CLOCKS[settings.clock])
+    a_picture = {key: float(np.median(of_it)) / key[1] for key, of_it in seconds.items()}
+    alone, together = (steps * a_picture[network, size] + a_picture[autoencoder, size] for size in sizes)
+    return {
+        "together": settings.max_batch,
+        "network_s": [a_picture[network, size] for size in sizes],
+        "autoencoder_s": [a_picture[autoencoder, size] for size in sizes],
+        "alone_over_together": alone / together,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
 # Resident adapters
 
 
@@ -315,6 +352,18 @@ def markdown(results: dict) -> str:
         ]
         header = ["", "clients", "images/s", "× switched", "p50 s", "p95 s", "+MB"]
         lines += [*table(header, cells), ""]
+    lines += ["### What batching can give at most: the base alone, by picture", ""]
+    cells = [
+        [
+            row["base"],
+            *(f"{1e3 * seconds:.2f}" for part in ("network_s", "autoencoder_s") for seconds in row[part]),
+            f"{row['alone_over_together']:.2f}",
+        ]
+        for row in results["limit"]
+    ]
+    of = f"of {settings['max_batch']}"
+    header = ["", "network, ms a step", of, "autoencoder, ms", of, "x"]
+    lines += [*table(header, cells), ""]
     lines += ["### A step, by resident adapters", ""]
     cells = [
         [

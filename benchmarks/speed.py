@@ -37,6 +37,9 @@ class SpeedSettings:
     precisions: tuple[Literal["fp32", "bf16", "bf16-base", "int8"], ...] = PRECISIONS
     """fp32; bf16: autocast over an fp32 base; bf16-base: autocast over a base held in bf16; int8: the same over one
     whose weights torchao has packed, of text-to-image alone."""
+    untimed: tuple[Literal["bf16-base", "int8"], ...] = ()
+    """Of a text-to-image transformer, precisions whose bytes alone are counted: steps in bf16 say nothing on a
+    processor that has no instructions for it."""
     conditioning: tuple[Literal["shared", "stock"], ...] = ("shared", "stock")
     """The rivals' model: stock computes the conditioning in each block; shared once, as ours always does."""
     width: int = 1152

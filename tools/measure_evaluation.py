@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
 
 def write_digits(path: Path, count: int, seed: int = 0) -> None:
     """Real digits 0-9, 16 by 16, each moved by up to two pixels and of another brightness: `count` of them."""
-    dataset = load_dataset("digits", split="all", resolution=16, classes=tuple(range(10)))
+    dataset = load_dataset("digits", split="all", resolution=16)
     generator = torch.Generator().manual_seed(seed)
     images = np.empty((count, 16, 16, 3), dtype=np.uint8)
     for index in range(count):

@@ -22,7 +22,7 @@ from onelora_diffusion.injection.merging import merge_adapter
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 
-DIGITS = ["5", "6", "7", "8", "9"]
+DIGITS = [str(digit) for digit in range(10)]
 WAYS = {  # name -> precision of the transformer and of the VAE, merged
     "float32": ("no", "no", False),
     "merged": ("no", "no", True),

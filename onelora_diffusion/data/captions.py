@@ -116,7 +116,7 @@ def load_captioned(
         prompt = checked(prompt, "the prompt")
     kind, _, name = str(source).partition(":")
     if source is None:
-        named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution, tuple(range(10))))
+        named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution))
         captions = [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits]
     elif kind == "hf" and name:
         named = str(source)

@@ -21,7 +21,7 @@ class Digits(torch.utils.data.Dataset):
     name = "digits"
     crop = "none"
 
-    def __init__(self, split: str = "train", resolution: int = 16, classes: tuple[int, ...] = (5, 6, 7, 8, 9)):
+    def __init__(self, split: str = "train", resolution: int = 16, classes: tuple[int, ...] = tuple(range(10))):
         from sklearn.datasets import load_digits
 
         if split not in SPLITS:

@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from onelora_diffusion.data.images import ClassifiedImages, read_image
+from onelora_diffusion.files import first_line
 
 
 def torchvision_images(
@@ -44,7 +45,7 @@ def torchvision_images(
         _, label = source[0]
     except (RuntimeError, FileNotFoundError) as error:  # torchvision's words for files that are missing
         hint = "--download fetches them, or give another --data-root" if "download" in parameters else "--data-root"
-        reason = str(error).split("\n")[0].split(" You can use")[0]
+        reason = first_line(error).split(" You can use")[0]
         raise FileNotFoundError(f"torchvision:{name} in {root}: {reason} ({hint})") from None
     except (TypeError, ImportError) as error:
         raise ValueError(f"torchvision:{name} cannot be read by its name alone: {error}") from None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from onelora_diffusion.evaluation.npz import read_header, read_headers
+from onelora_diffusion.files import first_line
 
 LARGEST = 4096  # pixels a side: no model here draws larger images, and a damaged file may say anything
 PIXELS_AT_ONCE = LARGEST**2  # of a batch, 50 MB in bytes
@@ -187,4 +188,4 @@ def _png_size(file: Path) -> int:
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    return f"'{file}' is not a readable image ({str(error).splitlines()[0]}): write it again, or take it out"
+    return f"'{file}' is not a readable image ({first_line(error)}): write it again, or take it out"

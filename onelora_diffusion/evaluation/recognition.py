@@ -75,7 +75,7 @@ def recognition_of(dataset: str, names: Sequence[str], features, resolution: int
 
 
 def _digits(split: str, resolution: int) -> tuple[Tensor, list[int]]:
-    dataset = load_dataset("digits", split=split, resolution=resolution, classes=tuple(range(10)))
+    dataset = load_dataset("digits", split=split, resolution=resolution)
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     return to_uint8(torch.stack(images)), list(labels)
 

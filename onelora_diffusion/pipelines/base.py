@@ -15,7 +15,7 @@ from onelora_diffusion.remote import HUB_ID, is_in_reach
 
 
 def miniature_path() -> Path:
-    """The pipeline folder that ships with the package: a small DiT of handwritten digits 0-4."""
+    """The pipeline folder that ships with the package: a small DiT of letters and signs."""
     return Path(__file__).parents[1] / "miniature"
 
 

@@ -42,6 +42,18 @@ def test_a_familys_step_is_measured_beside_its_peers(name, tmp_path, capsys):
     assert (tmp_path / "families.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bytes_alone_where_steps_would_say_nothing(tmp_path):
+    settings = SpeedSettings(family="sana", precisions=("fp32", "bf16-base"), untimed=("bf16-base",), rounds=1)
+    settings.sample_size, settings.batch, settings.output_dir = 8, 1, tmp_path
+    settings.threads = torch.get_num_threads()
+    whole, half = (
+        [row for row in speed(settings)["train"] if row["precision"] == kind] for kind in settings.precisions
+    )
+    assert all(row["seconds"] > 0 for row in whole) and all(row["seconds"] is None for row in half)
+    assert all(row["saved_bytes"] > 0 for row in half) and half[0]["base_bytes"] * 2 == whole[0]["base_bytes"]
+    assert "| 1LoRA          |" in (tmp_path / "sana.md").read_text() and (tmp_path / "families.png").is_file()
+
+
 def test_a_packed_base_is_smaller_and_has_the_peers_that_it_can_have(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed: make test-quantised")
     settings = SpeedSettings(family="pixart", precisions=("bf16-base", "int8"), sample_size=8, batch=1, rounds=1)

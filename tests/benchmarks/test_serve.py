@@ -34,5 +34,8 @@ def test_every_way_serves_every_client_and_is_told(tmp_path):
         if row["way"] != BATCHED:
             assert row["batch_sizes"] == {"1": 3}
     assert [row["samples"] for row in results["resident"]] == [3, 3]
+    for row in results["limit"]:
+        (alone, together), (decoded, decoded_together) = row["network_s"], row["autoencoder_s"]
+        assert row["alone_over_together"] == pytest.approx((alone + decoded) / (together + decoded_together))
     assert json.loads((tmp_path / "serve.json").read_text())["resident"] == json.loads(json.dumps(results["resident"]))
     assert max(map(len, (tmp_path / "serve.md").read_text().splitlines())) <= 100

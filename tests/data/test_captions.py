@@ -352,7 +352,7 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub, arguments, message):
 
 def test_without_a_source_there_are_handwritten_digits_in_words():
     captioned = load_captioned(None, resolution=16, multiple=4)
-    digits = Digits("train", 16, tuple(range(10)))
+    digits = Digits("train", 16)
     assert captioned.name == "handwritten digits" and len(captioned) == len(digits)
     for index in (0, 1, 2, 5):
         pixels, number = captioned[index, False]

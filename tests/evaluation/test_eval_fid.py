@@ -26,7 +26,7 @@ SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale",
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A base of five classes at 16 by 16 pixels and an adapter of the digits 5-9, both random."""
+    """A base of five classes at 16 by 16 pixels and an adapter of the ten digits, both random."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
     folder = tmp_path_factory.mktemp("run")
@@ -39,8 +39,8 @@ def run_folder(tmp_path_factory):
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
     DiTPipeline(make_dit(num_classes=5), vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
-    model = randomize(inject_adapter(load_base(folder / "base").transformer, AdapterConfig(num_classes=5)))
-    names = {label: str(label + 5) for label in range(5)}
+    model = randomize(inject_adapter(load_base(folder / "base").transformer, AdapterConfig(num_classes=10)))
+    names = {label: str(label) for label in range(10)}
     save_adapter(model, folder, id2label=names, base=str(folder / "base"), training={"dataset": "digits"})
     return folder
 
@@ -59,7 +59,7 @@ def test_gen_reports_base_and_adapted(run_folder, capsys):
     assert report["distance_name"] == "FD(pixels)" and list(report["results"]) == ["base", "adapted"]
     base, adapted = report["results"]["base"], report["results"]["adapted"]
     assert base["distance"] != adapted["distance"] and 0 <= adapted["recognition"] <= 1
-    assert report["reference"]["dataset"] == "digits" and report["reference"]["count"] == 719
+    assert report["reference"]["dataset"] == "digits" and report["reference"]["count"] == 1442
     assert report["features"]["resize"] == "none, 16x16 pixels" and report["features"]["num_features"] == 768
     assert report["seed"] == 0 and report["sampler"] == "ddim" and report["num_inference_steps"] == 2
     assert report["mixed_precision"] == "no" and not report["tf32"] and report["images_at_once"] == 16
@@ -80,7 +80,7 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
 
     pipeline = load_base(run_folder / "base")
     load_adapter(pipeline.transformer, run_folder)
-    labels = [index % 5 for index in range(23)]
+    labels = [index % 10 for index in range(23)]
     settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.5)
     batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
     images = torch.cat([images for _, images in batches])

@@ -140,7 +140,7 @@ def test_the_guides_examples_run():
             blocks.close(verbose=False)
     assert http["png"] == Path(client["png"]).read_bytes()
     assert http["answer"] == client["answer"]
-    assert client["answer"]["request"]["subject"] == 2  # 7, the third of its classes
+    assert client["answer"]["request"]["subject"] == 7
     assert health["images"] >= 2 and health["resident_adapters"] == 1
 
 

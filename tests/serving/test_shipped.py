@@ -28,18 +28,19 @@ def batcher():
 def test_it_fits_the_miniature(batcher):
     (entry,) = batcher.library.entries()
     assert entry.problem is None, REMEDY
-    assert entry.name == "digits-5-9" and entry.path.stat().st_size < 100_000
-    assert entry.classes == {label: str(5 + label) for label in range(5)}
+    assert entry.name == "handwritten-digits" and entry.path.stat().st_size < 100_000
+    assert entry.classes == {digit: str(digit) for digit in range(10)}
 
 
-def test_it_draws_its_digits_and_the_base_its_own(batcher):
-    digits = [str(5 + index % 5) for index in range(40)]
+def test_it_draws_its_digits_and_the_base_none(batcher):
+    digits = [str(index % 10) for index in range(40)]
     settings = dict(num_inference_steps=15, guidance_scale=2.0)
-    adapted = [Request(subject=d, adapters=(("digits-5-9", 1.0),), seed=s, **settings) for s, d in enumerate(digits)]
-    base = [Request(subject=index % 5, seed=index, **settings) for index in range(40)]
+    shipped = (("handwritten-digits", 1.0),)
+    adapted = [Request(subject=digit, adapters=shipped, seed=seed, **settings) for seed, digit in enumerate(digits)]
+    base = [Request(subject=index % 10, seed=index, **settings) for index in range(40)]
     tickets = batcher.submit_all([*adapted, *base])
     images = torch.stack([ticket.picture.result(120) for ticket in tickets]).permute(0, 3, 1, 2)
     read = DigitClassifier(16).predict(images)
-    right = (read[:40] == torch.tensor([int(digit) for digit in digits])).float().mean()
-    assert right >= 0.6, REMEDY  # far below what it was trained to, and far above chance
-    assert (read[40:] == torch.arange(40) % 5).float().mean() >= 0.6
+    right = (read == torch.arange(80) % 10).float()
+    assert right[:40].mean() >= 0.7, REMEDY  # far below what it was trained to, and far above chance
+    assert right[40:].mean() < 0.4  # A to K, which are letters

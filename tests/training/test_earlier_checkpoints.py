@@ -1,7 +1,7 @@
 """A checkpoint of version 0.1 goes on as it would have there.
 
-`tests/fixtures/checkpoint-0.1` was written by version 0.1 with `RUN`'s settings; `six-steps.safetensors` is what the
-checkpoint of step 6 held, and metrics.jsonl its lines.
+`tests/fixtures/checkpoint-0.1` was written by version 0.1 with `RUN`'s settings, on the base and the images beside it;
+`six-steps.safetensors` is what the checkpoint of step 6 held, and metrics.jsonl its lines.
 """
 
 import json
@@ -17,6 +17,10 @@ from train_dit import main
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-0.1"
 RUN = dict(
+    base="base",
+    dataset="imagefolder",
+    data_root="images",
+    eval_features="pixels",
     targets=("ff.net.2", "proj_out_1"),
     max_steps=6,
     batch_size=4,
@@ -35,7 +39,8 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path):
+def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(FIXTURE)  # the base and the images are named as they were there
     run = tmp_path / "run"
     shutil.copytree(FIXTURE / "step-00000003", run / "checkpoints/step-00000003")
     shutil.copy(FIXTURE / "metrics.jsonl", run)
@@ -54,4 +59,5 @@ def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path):
     for our, their in zip(ours, theirs, strict=True):
         for name in {"loss", "mse", "vb", "distance"} & their.keys():
             assert our[name] == pytest.approx(their[name], rel=1e-3)
-    assert 8 < ours[-1]["seconds"] < 600  # the eight seconds of before are counted
+    seconds_before = json.loads((FIXTURE / "step-00000003/state.json").read_text())["seconds"]
+    assert seconds_before < ours[-1]["seconds"] < seconds_before + 600

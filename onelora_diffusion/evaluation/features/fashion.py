@@ -14,7 +14,7 @@ from tqdm import tqdm
 from onelora_diffusion.data.fashion import FashionMNIST
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import to_uint8
-from onelora_diffusion.files import write_bytes
+from onelora_diffusion.files import first_line, write_bytes
 
 SIDE = 32
 
@@ -62,7 +62,7 @@ class FashionFeatures(Features):
             with safe_open(weights, framework="pt") as file:
                 self.accuracy = json.loads(file.metadata()["classifier"])["accuracy"]
         except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"'{weights}' is no Fashion-MNIST classifier: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"'{weights}' is no Fashion-MNIST classifier: {first_line(error)}") from error
         self.network.requires_grad_(False).eval()
         self.extractor = hashlib.sha256(content).hexdigest()
 

@@ -1,0 +1,96 @@
+"""How many of the letters that the text-to-image miniature draws are those asked for: "a large Q" and the other 25.
+
+    python -m tools.read_letters           # 4 pictures of each
+    python -m tools.read_letters 10 FOLDER # more, of a miniature somewhere else
+
+A classifier of printed letters, in as many sizes, weights and places as the miniature has seen, reads them.
+"""
+
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelora_diffusion.families import family_named
+from onelora_diffusion.pipelines.base import load_text_to_image
+from onelora_diffusion.sampling import image_generators
+from tools.glyphs import Glyphs, draw, glyph_list
+
+PICTURES = 150  # of each letter, to learn from; and a fifth of it to try the classifier on
+
+
+def main(num_each: int, folder: Path | None) -> None:
+    pipeline = load_text_to_image(folder, "fp32", family_named)
+    pipeline.set_progress_bar_config(disable=True)
+    classifier = LetterClassifier()
+    letters = string.ascii_uppercase * num_each
+    right = classifier.read(drawn(pipeline, letters)) == np.array([*letters])
+    print(f"{right.mean():.1%} of {len(letters)} pictures are read as the letter asked for")
+    print(f"{classifier.accuracy:.1%} of printed ones are, which the classifier has not seen")
+
+
+class LetterClassifier:
+    """Reads large capitals, upright, of any font."""
+
+    def __init__(self):
+        from sklearn.svm import SVC
+
+        images, labels = printed(PICTURES, seed=0)
+        self.classifier = SVC(C=10).fit(images.flatten(1).numpy(), labels)
+        images, labels = printed(PICTURES // 5, seed=1)
+        self.accuracy = float((self.read(images[:, None]) == labels).mean())
+
+    def read(self, images: Tensor) -> np.ndarray:
+        """Pictures (N, C, 16, 16) in [0, 1] -> letters (N,)."""
+        return self.classifier.predict(images.mean(1).flatten(1).numpy())
+
+
+def printed(num_each: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    """Pictures (26 · num_each, 16, 16) in [0, 1] and their letters."""
+    generator = np.random.default_rng(seed)
+    of_letter = {
+        letter: [index for index, glyph in enumerate(glyph_list()) if glyph.character == letter]
+        for letter in string.ascii_uppercase
+    }
+    letters = np.repeat([*of_letter], num_each)
+    count = len(letters)
+
+    def normal(scale: float, *shape: int) -> Tensor:
+        return torch.from_numpy(scale * generator.standard_normal((count, *shape))).float()
+
+    glyphs = torch.tensor([generator.choice(of_letter[letter]) for letter in letters])
+    weight = torch.from_numpy(generator.choice([0.025, 0.1, -0.005], count)).float()
+    spread = Glyphs(
+        glyphs, weight + normal(0.006), normal(0.08), normal(0.1), normal(0.05, 2), 1.3 + normal(0.05), normal(0.05, 2)
+    )
+    return draw(spread, 16)[:, 0].float() / 255, letters
+
+
+@torch.no_grad()
+def drawn(pipeline, letters: str) -> Tensor:
+    """A picture of each letter, (N, 3, 16, 16) in [0, 1], of its own noise."""
+    captions = [f"a large {letter}" for letter in letters]
+    parts = []
+    for first in range(0, len(captions), 26):
+        batch = captions[first : first + 26]
+        parts.append(
+            pipeline(
+                batch,
+                guidance_scale=2.0,
+                num_inference_steps=20,
+                generator=image_generators(0, range(first, first + len(batch))),
+                max_sequence_length=pipeline.tokenizer.model_max_length,
+                clean_caption=False,
+                use_resolution_binning=False,
+                output_type="pt",
+            ).images
+        )
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(int(arguments[0]) if arguments else 4, Path(arguments[1]) if arguments[1:] else None)

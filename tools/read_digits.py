@@ -8,6 +8,7 @@ classifier of real handwritten digits reads them.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,10 +32,10 @@ def main(adapter: Path, num_each: int) -> None:
     pipeline.set_progress_bar_config(disable=True)
     load_adapter(pipeline.transformer, adapter)
     with disable_adapter(pipeline.transformer):
-        by_base = draw(pipeline, num_each)
+        by_base = draw(pipeline, CAPTIONS, num_each)
     classifier = DigitClassifier(by_base.shape[-1])
     digits = torch.arange(len(CAPTIONS)).repeat(num_each)
-    found = [classifier.predict(images) == digits for images in (by_base, draw(pipeline, num_each))]
+    found = [classifier.predict(images) == digits for images in (by_base, draw(pipeline, CAPTIONS, num_each))]
 
     def share(right: Tensor) -> str:
         return f"{right.float().mean():.1%}"
@@ -52,17 +53,17 @@ def main(adapter: Path, num_each: int) -> None:
 
 
 @torch.no_grad()
-def draw(pipeline, num_each: int) -> Tensor:
+def draw(pipeline, captions: Sequence[str], num_each: int) -> Tensor:
     """Pictures of the captions in turns, (captions · num_each, 3, R, R) in uint8."""
     family = family_of(pipeline)
     parts = []
     with eval_mode(pipeline.transformer):
-        for first in range(0, len(CAPTIONS) * num_each, len(CAPTIONS)):
+        for first in range(0, len(captions) * num_each, len(captions)):
             images = pipeline(
-                list(CAPTIONS),
+                list(captions),
                 guidance_scale=defaults_of(DIGITS).guidance_scale,
                 num_inference_steps=STEPS,
-                generator=image_generators(0, range(first, first + len(CAPTIONS))),
+                generator=image_generators(0, range(first, first + len(captions))),
                 max_sequence_length=pipeline.tokenizer.model_max_length,
                 clean_caption=False,
                 output_type="pt",

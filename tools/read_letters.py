@@ -16,8 +16,8 @@ from torch import Tensor
 
 from onelora_diffusion.families import family_named
 from onelora_diffusion.pipelines.base import load_text_to_image
-from onelora_diffusion.sampling import image_generators
 from tools.glyphs import Glyphs, draw, glyph_list
+from tools.read_digits import draw as draw_captions
 
 PICTURES = 150  # of each letter, to learn from; and a fifth of it to try the classifier on
 
@@ -26,10 +26,15 @@ def main(num_each: int, folder: Path | None) -> None:
     pipeline = load_text_to_image(folder, "fp32", family_named)
     pipeline.set_progress_bar_config(disable=True)
     classifier = LetterClassifier()
-    letters = string.ascii_uppercase * num_each
-    right = classifier.read(drawn(pipeline, letters)) == np.array([*letters])
-    print(f"{right.mean():.1%} of {len(letters)} pictures are read as the letter asked for")
+    right = letters_right(pipeline, classifier, num_each)
+    print(f"{right.mean():.1%} of {len(right)} pictures are read as the letter asked for")
     print(f"{classifier.accuracy:.1%} of printed ones are, which the classifier has not seen")
+
+
+def letters_right(pipeline, classifier: "LetterClassifier", num_each: int) -> np.ndarray:
+    """Which pictures are read as the letter asked for, (26 · num_each,)."""
+    images = draw_captions(pipeline, [f"a large {letter}" for letter in string.ascii_uppercase], num_each)
+    return classifier.read(images / 255) == np.array([*string.ascii_uppercase * num_each])
 
 
 class LetterClassifier:
@@ -67,28 +72,6 @@ def printed(num_each: int, seed: int) -> tuple[Tensor, np.ndarray]:
         glyphs, weight + normal(0.006), normal(0.08), normal(0.1), normal(0.05, 2), 1.3 + normal(0.05), normal(0.05, 2)
     )
     return draw(spread, 16)[:, 0].float() / 255, letters
-
-
-@torch.no_grad()
-def drawn(pipeline, letters: str) -> Tensor:
-    """A picture of each letter, (N, 3, 16, 16) in [0, 1], of its own noise."""
-    captions = [f"a large {letter}" for letter in letters]
-    parts = []
-    for first in range(0, len(captions), 26):
-        batch = captions[first : first + 26]
-        parts.append(
-            pipeline(
-                batch,
-                guidance_scale=2.0,
-                num_inference_steps=20,
-                generator=image_generators(0, range(first, first + len(batch))),
-                max_sequence_length=pipeline.tokenizer.model_max_length,
-                clean_caption=False,
-                use_resolution_binning=False,
-                output_type="pt",
-            ).images
-        )
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """The text-to-image miniature inside the package: a real PixArt-Σ pipeline, small, of letters and no digits."""
 
-import string
-
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
@@ -13,8 +10,7 @@ from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.families import family_named, family_of
 from onelora_diffusion.pipelines.base import load_text_to_image, miniature_text_path
 from tools.make_text_miniature import RESOLUTION, caption, captioned_signs, make_tokenizer
-from tools.read_letters import LetterClassifier
-from tools.read_letters import drawn as drawn_letters
+from tools.read_letters import LetterClassifier, letters_right
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +82,7 @@ def test_scaled_latents_have_unit_variance(pipeline):
 def test_it_draws_the_letters_that_are_asked_for(pipeline):
     """Not all of them: docs/text_to_image.md says how many."""
     classifier = LetterClassifier()
-    right = classifier.read(drawn_letters(pipeline, string.ascii_uppercase)) == np.array([*string.ascii_uppercase])
+    right = letters_right(pipeline, classifier, 1)
     assert right.mean() > 0.6 and classifier.accuracy > 0.95, (right.mean(), classifier.accuracy)
 
 

@@ -257,6 +257,15 @@ def ask(
     return clock() - start, np.array(waits).ravel()
 
 
+def network_inputs(transformer: nn.Module, rows: int, settings: ServeSettings) -> dict[str, torch.Tensor]:
+    config = transformer.config
+    return {
+        "hidden_states": torch.randn(rows, config.in_channels, *[config.sample_size] * 2, device=settings.device),
+        "timestep": torch.full((rows,), 500, device=settings.device),
+        "class_labels": torch.zeros(rows, dtype=torch.long, device=settings.device),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------
 # What the machine has to give
 
@@ -266,12 +275,7 @@ def measure_limit(pipeline, steps: int, settings: ServeSettings) -> dict:
     transformer, vae, side = pipeline.transformer, pipeline.vae, pipeline.transformer.config.sample_size
 
     def network(pictures: int) -> Callable[[], object]:
-        rows = 2 * pictures  # guided
-        inputs = {
-            "hidden_states": torch.randn(rows, transformer.config.in_channels, side, side, device=settings.device),
-            "timestep": torch.full((rows,), 500, device=settings.device),
-            "class_labels": torch.zeros(rows, dtype=torch.long, device=settings.device),
-        }
+        inputs = network_inputs(transformer, 2 * pictures, settings)  # guided
         return lambda: transformer(**inputs)
 
     def autoencoder(pictures: int) -> Callable[[], object]:
@@ -303,13 +307,7 @@ def measure_resident(pipeline, file: Path, settings: ServeSettings) -> dict:
     for count, model in models.items():
         for index in range(count):
             load_adapter(model, file.with_suffix(".safetensors"), str(index))
-    config = pipeline.transformer.config
-    inputs = {
-        "hidden_states": torch.randn(number, config.in_channels, *[config.sample_size] * 2, device=settings.device),
-        "timestep": torch.full((number,), 500, device=settings.device),
-        "class_labels": torch.zeros(number, dtype=torch.long, device=settings.device),
-    }
-
+    inputs = network_inputs(pipeline.transformer, number, settings)
     with (
         torch.no_grad(),
         route_adapters(models[1], ["0"] * number),

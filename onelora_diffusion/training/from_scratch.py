@@ -19,7 +19,7 @@ from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.weighting import loss_weights
+from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 LATENT_SHAPE = (4, 8, 8)
 
@@ -164,9 +164,8 @@ def train_denoiser(
         model_output = predict(add_noise(latents, noise, timesteps, scheduler), timesteps, chosen, dropped)
         losses = training_losses(model_output, latents, noise, timesteps, scheduler)
         weights = loss_weights(timesteps, scheduler, recipe.snr_gamma, "none")
-        loss = losses["loss"] if weights is None else losses["loss"] + (weights - 1) * losses["mse"]
         optimizer.zero_grad()
-        loss.mean().backward()
+        weighted_loss(losses, weights).mean().backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         ema.update(step + 1)

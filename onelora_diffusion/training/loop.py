@@ -36,7 +36,7 @@ from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.state import check_same_adapter
 from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
 from onelora_diffusion.training.sum_rates import SumScales
-from onelora_diffusion.training.weighting import check_weighting, loss_weights
+from onelora_diffusion.training.weighting import check_weighting, loss_weights, weighted_loss
 
 
 class Task(Protocol):
@@ -249,8 +249,7 @@ def train(job: Job, stop: Stop) -> int:
                             output = task.family.predict(model, latents, times, prompts)
                         losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
                         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
-                        if weights is not None:
-                            losses["loss"] = losses["loss"] + (weights - 1) * losses["mse"]
+                        losses["loss"] = weighted_loss(losses, weights)
                         accelerator.backward(losses["loss"].mean() / len(job.rows))
                     for name, loss in losses.items():
                         step_losses[name] = step_losses.get(name, 0) + loss.detach().mean() / len(job.rows)

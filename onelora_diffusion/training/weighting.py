@@ -26,6 +26,11 @@ def loss_weights(timesteps: Tensor, scheduler, snr_gamma: float | None, weightin
     return None if weighting == "none" else flow_weights(timesteps, scheduler, weighting)
 
 
+def weighted_loss(losses: dict[str, Tensor], weights: Tensor | None) -> Tensor:
+    """`losses` of `training_losses`, each (batch,) -> their loss with the squared error multiplied: (batch,)."""
+    return losses["loss"] if weights is None else losses["loss"] + (weights - 1) * losses["mse"]
+
+
 def min_snr_weights(timesteps: Tensor, scheduler, gamma: float) -> Tensor:
     """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ) for a model that predicts noise, / (SNR + 1) for velocity: (batch,).
 

@@ -29,12 +29,13 @@ from onelora_diffusion.training.stopping import format_duration, parse_duration
 METHODS = ("1lora", "vera", "difffit", "lora", "bitfit", "mora1", "mora6", "dora")
 
 # What a word in --methods stands for. Tables S11 and S12 of the paper: b of 1LoRA, biases, scales and norms, which a
-# DiT has none of, so that of the twelve rows seven are left there; table S1: the sum beside a random compression.
-PARTS = ("sum", "bias", "scale")
+# DiT has none of, so that of the twelve rows seven are left there, and the class table alone; table S1: the sum beside
+# a random compression. Only parts that 1LoRA itself does not have so are named, and 1LoRA is run once for all words.
+PLAIN = {"sum": True, "bias": False, "scale": False}
 ABLATIONS = tuple(
-    json.dumps({"method": "1lora"} | {part: part in chosen for part in PARTS})
-    for count in range(4)
-    for chosen in itertools.combinations(PARTS, count)
+    json.dumps({"method": "1lora"} | {part: value for part, value in chosen.items() if value != PLAIN[part]})
+    for values in itertools.product((True, False), repeat=3)
+    for chosen in [dict(zip(PLAIN, values, strict=True))]
 )
 # Tuners of PEFT that are about as small as 1LoRA on the miniature, by what sets their size.
 TINY = {
@@ -49,7 +50,11 @@ TINY = {
 GROUPS = {
     "paper": METHODS,
     "ablations": (*ABLATIONS, '{"method": "1lora", "compression": "random"}'),
-    "tiny": ("1lora", *(json.dumps({"method": f"peft:{name}", "peft_config": own}) for name, own in TINY.items())),
+    "tiny": (
+        "1lora",
+        "lora",
+        *(json.dumps({"method": f"peft:{name}", "peft_config": own}) for name, own in TINY.items()),
+    ),
 }
 
 
@@ -62,14 +67,14 @@ class CompareSettings:
     methods: tuple[str, ...] = METHODS
     """Names of methods, full among them, or JSON of AdapterConfig:
     '{"method": "peft:fourierft", "peft_config": {"n_frequency": 100}}'; or ablations (Tables S11, S12 and S1), tiny
-    (the smallest tuners of PEFT), paper."""
-    seeds: tuple[int, ...] = (0, 1)
+    (1LoRA, LoRA and the smallest tuners of PEFT), paper. "rates_by_sum": true is that flag of train_dit.py."""
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Runs of each method: data order, noise and what an adapter draws."""
-    max_train_time: str = "30s"
+    max_train_time: str = "60s"
     """Training time of a run, evaluations not counted."""
-    eval_every: str = "6s"
+    eval_every: str = "15s"
     """Training time between two evaluations."""
-    sweep_time: str = "8s"
+    sweep_time: str = "12s"
     """Training time of a run of the learning-rate sweep."""
     sweep_rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     """Learning rates that every method tries, rising by one factor. One rate: no sweep."""
@@ -106,9 +111,9 @@ class CompareSettings:
     """Training epochs of that classifier."""
     reference_split: str = "train"
     """Which real images the samples are compared with."""
-    num_images: int = 500
+    num_images: int = 400
     """Samples of the averaged adapter at an evaluation."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 12
     """DDIM steps."""
     guidance_scale: float = 1.5
     """Classifier-free guidance."""
@@ -117,7 +122,7 @@ class CompareSettings:
 
     rank: int = 1
     """Of LoRA, DoRA and VeRA."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images an update."""
     label_drop: float = 0.1
     """Share of samples that train the null label."""
@@ -137,15 +142,12 @@ class CompareSettings:
 PRESETS = {
     "digits": dict(),
     "fashion-mnist": dict(
-        max_train_time="72s",
-        eval_every="12s",
-        sweep_time="20s",
+        sweep_time="15s",
         output_dir=Path("runs/compare/fashion-mnist"),
         dataset="fashion-mnist",
         features="fashion-mnist",
         reference_split="test",
-        num_images=1000,
-        num_inference_steps=15,
+        num_images=600,
     ),
     "food101": dict(
         max_train_time="24h",
@@ -165,7 +167,6 @@ PRESETS = {
         num_images=10_000,
         num_inference_steps=50,
         eval_batch_size=64,
-        batch_size=32,
         ema_decay=0.9999,
         flip=True,
         mixed_precision="bf16",
@@ -256,7 +257,10 @@ def parse_methods(settings: CompareSettings) -> dict[str, dict]:
             raise ValueError(f"--methods {text}: neither a method nor JSON ({error})") from None
         further = ", ".join(f"{key} {value}" for key, value in config.items() if key != "method")
         config = {"rank": settings.rank, **config}
-        AdapterConfig.from_json(json.dumps(config | {"num_classes": 1}))  # a wrong one fails now
+        adapter = {key: value for key, value in config.items() if key != "rates_by_sum"}
+        checked = AdapterConfig.from_json(json.dumps(adapter | {"num_classes": 1}))  # a wrong one fails now
+        if config.get("rates_by_sum") and not (checked.method == "1lora" and checked.sum):
+            raise ValueError(f"--methods {text}: rates_by_sum is of 1LoRA's sum")
         methods[config["method"] + (f" ({further})" if further else "")] = config
     return methods
 

@@ -22,14 +22,13 @@ NAMES = {
     "vera": "VeRA",
     "full": "all weights",
     "1lora (sum False)": "class table alone",
-    "1lora (sum False, bias False, scale False)": "class table alone",
-    "1lora (sum False, bias True, scale False)": "β (BitFit)",
-    "1lora (sum False, bias False, scale True)": "γ",
+    "1lora (sum False, bias True)": "β (BitFit)",
+    "1lora (sum False, scale True)": "γ",
     "1lora (sum False, bias True, scale True)": "β, γ (DiffFit)",
-    "1lora (sum True, bias False, scale False)": "1LoRA",
-    "1lora (sum True, bias True, scale False)": "1LoRA, β",
-    "1lora (sum True, bias False, scale True)": "1LoRA, γ",
-    "1lora (sum True, bias True, scale True)": "1LoRA, β, γ",
+    "1lora (bias True)": "1LoRA, β",
+    "1lora (scale True)": "1LoRA, γ",
+    "1lora (bias True, scale True)": "1LoRA, β, γ",
+    "1lora (rates_by_sum True)": "1LoRA, rates by the sum",
     "1lora (compression random)": "1LoRA, at random",
     "peft:miss": "MiSS r=1",
     "peft:fourierft": "FourierFT",
@@ -231,8 +230,8 @@ def colours(rows: list[dict]) -> dict[str, tuple]:
     """A colour a method, in the order of the settings, so that it stays the same from plot to plot."""
     import matplotlib
 
-    palette = matplotlib.colormaps["tab10"]
-    return {method: palette(index % 10) for index, method in enumerate(sorted(row["method"] for row in rows))}
+    palette = matplotlib.colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    return {method: palette(index % palette.N) for index, method in enumerate(sorted(row["method"] for row in rows))}
 
 
 def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:

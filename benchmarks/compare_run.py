@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -47,13 +48,14 @@ from onelora_diffusion.training.metrics import NonFiniteError, check_finite
 from onelora_diffusion.training.optimizers import make_optimizer
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
+from onelora_diffusion.training.sum_rates import SumScales, divide_groups
 
 NUM_SHOWN = 12  # samples of the best evaluation that are kept as a picture
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run depends on. `adapter` holds AdapterConfig's settings but num_classes and seed."""
+    """All that a run depends on. `adapter` holds AdapterConfig's settings but num_classes and seed; rates_by_sum."""
 
     adapter: dict
     learning_rate: float
@@ -110,7 +112,9 @@ def run(job: Job, result: Path) -> dict:
     num_classes = len(job.id2label)
     if job.adapter["method"] != "full":
         transformer.to(dtype)
-    inject_adapter(transformer, AdapterConfig(**job.adapter, num_classes=num_classes, seed=job.seed))
+    adapter = dict(job.adapter)
+    rates_by_sum = adapter.pop("rates_by_sum", False)
+    inject_adapter(transformer, AdapterConfig(**adapter, num_classes=num_classes, seed=job.seed))
     pipeline.to(device)
     updates = Updates(job, transformer, scheduler, device, autocast)
     source = Source("generated", resolution_of(pipeline))
@@ -119,6 +123,11 @@ def run(job: Job, result: Path) -> dict:
 
     trained = adapter_state_dict(transformer)
     optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
+    if rates_by_sum:
+        scales = SumScales(transformer, trained)
+        with scales.watching(), torch.no_grad():
+            updates.loss(0)
+        divide_groups(optimizer, trained, scales.factors(Accelerator()))
     ema = ExponentialMovingAverage(trained, job.ema_decay)
     state = {"seconds": 0.0, "evaluations": [], "memory_before_bytes": None, "peak_memory_bytes": None}
     step = 0

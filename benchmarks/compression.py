@@ -85,7 +85,7 @@ class CompressionSettings:
     """Of the class table, which every variant trains."""
     measured_batches: int = 8
     """Batches that directions and scales are taken from."""
-    num_images: int = 500
+    num_images: int = 400
     """Samples that a run is measured by."""
     threads: int = 1
     """Of the processor."""
@@ -123,8 +123,6 @@ def compression(settings: CompressionSettings) -> dict:
         cache_dir=settings.cache_dir,
         num_images=settings.num_images,
         class_learning_rate=settings.class_learning_rate,
-        guidance_scale=2.0,
-        num_inference_steps=25,
         ema_decay=0.99,
         max_grad_norm=1.0,
     )
@@ -319,11 +317,13 @@ def markdown(results: dict) -> str:
         for kind in next(iter(frozen.values())):
             lines.append(f"| {kind} | " + " | ".join(f"{shares[kind]:.0%}" for shares in frozen.values()) + " |")
     seeds = ", ".join(map(str, settings["seeds"]))
+    sampled = next(iter(variants.values()))["runs"][0]["made_with"]["job"]
     lines += [
         "",
-        f"{settings['steps']} updates of 64 digits, cosine schedule, seeds {seeds}, mean ± standard deviation; each "
-        f"at the best of its learning rates on the first seed. {settings['num_images']} samples (DDIM, 25 steps, "
-        "guidance 2) against the training images. `python benchmark.py compression`",
+        f"{settings['steps']} updates of {sampled['batch_size']} digits, cosine schedule, seeds {seeds}, mean ± "
+        f"standard deviation; each at the best of its learning rates on the first seed. {sampled['num_images']} "
+        f"samples (DDIM, {sampled['num_inference_steps']} steps, guidance {sampled['guidance_scale']:g}) against the "
+        "training images. `python benchmark.py compression`",
         "",
     ]
     return "\n".join(lines)

@@ -139,22 +139,21 @@ def test_methods_are_names_or_settings():
     assert methods["lora"] == {"method": "lora", "rank": 2}
     assert methods["1lora (bias True)"]["bias"] is True
     assert len(methods) == 3
-    for wrong in ("lore", '{"method": "1lora", "biass": true}', "{"):
-        with pytest.raises(ValueError, match="lore|biass|JSON"):
+    by_sum = '{"method": "lora", "rates_by_sum": true}'
+    for wrong in ("lore", '{"method": "1lora", "biass": true}', "{", by_sum):
+        with pytest.raises(ValueError, match="lore|biass|JSON|rates_by_sum is of 1LoRA's sum"):
             parse_methods(preset("digits", methods=(wrong,)))
 
 
 def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
     ablations = parse_methods(preset("digits", methods=("ablations",)))
     assert [name_of(method) for method in ablations] == [
-        *("class table alone", "1LoRA", "β (BitFit)", "γ", "1LoRA, β", "1LoRA, γ", "β, γ (DiffFit)", "1LoRA, β, γ"),
+        *("1LoRA, β, γ", "1LoRA, β", "1LoRA, γ", "1LoRA", "β, γ (DiffFit)", "β (BitFit)", "γ", "class table alone"),
         "1LoRA, at random",
     ]
-    assert ablations["1lora (sum True, bias False, scale True)"] == dict(
-        method="1lora", rank=1, sum=True, bias=False, scale=True
-    )
-    tiny = parse_methods(preset("digits", methods=("tiny", "lora")))
-    names = ["1LoRA", "MiSS r=1", "FourierFT", "WaveFT", "RoAd", "IA³", "UniLoRA", "TinyLoRA", "LoRA"]
+    assert ablations["1lora (sum False, scale True)"] == dict(method="1lora", rank=1, sum=False, scale=True)
+    tiny = parse_methods(preset("digits", methods=("tiny",)))
+    names = ["1LoRA", "LoRA", "MiSS r=1", "FourierFT", "WaveFT", "RoAd", "IA³", "UniLoRA", "TinyLoRA"]
     assert [name_of(method) for method in tiny] == names
     model = load_base().transformer
     for config in tiny.values():
@@ -232,6 +231,20 @@ def test_every_method_sees_the_same_batches(job, tmp_path, monkeypatch):
         compare_run.run(other, tmp_path / f"{method}.json")
     steps = list(zip(seen["1lora"], seen["lora"], strict=False))[:-1]  # the last looks at step 0 once more
     assert steps and all(torch.equal(ours, theirs) for ours, theirs in steps)
+
+
+def test_rates_by_the_sum_are_those_of_training(job, tmp_path, monkeypatch):
+    taken, divide = [], compare_run.divide_groups
+    monkeypatch.setattr(
+        compare_run, "divide_groups", lambda optimizer, *rest: divide(optimizer, *rest) or taken.append(optimizer)
+    )
+    job = dataclasses.replace(job, adapter={"method": "1lora", "rates_by_sum": True}, time_budget_s=0.1)
+    compare_run.run(job, tmp_path / "run.json")
+    (optimizer,) = taken
+    factors = {group["factor"] for group in optimizer.param_groups if group["lr"] != 2e-2}  # of the sums
+    assert all(group["lr"] in (2e-2, 5e-3 * group["factor"]) for group in optimizer.param_groups)
+    assert len(factors) > 3 and max(factors) > 2 * min(factors)
+    assert read_adapter(tmp_path / "run.safetensors").config == AdapterConfig(num_classes=len(job.id2label))
 
 
 def test_a_killed_run_goes_on_from_its_last_evaluation(job, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ class CompareSettings:
     """Training time of a run of the learning-rate sweep."""
     sweep_rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
     """Learning rates that every method tries, rising by one factor. One rate: no sweep."""
-    sweep_extra: int = 1
+    sweep_extra: int = 2
     """How many rates further outward a method tries while the best so far is at the edge."""
     class_learning_rate: float | None = 1.6e-2
     """Learning rate of the class table, which all methods train. None: that of the method."""

@@ -61,7 +61,7 @@ def measure_cache(settings: CacheSettings) -> dict:
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     vae = make_vae(settings.vae_channels, settings.seed).to(device)
     size = settings.resolution // 2 ** (len(settings.vae_channels) - 1)
-    transformer = make_base(settings.width, settings.width // 72, settings.layers, size, settings.seed)
+    transformer = make_base(settings.width, max(1, settings.width // 72), settings.layers, size, settings.seed)
     inject_adapter(transformer.to(dtype), AdapterConfig(num_classes=2)).to(device).train()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     scheduler = DDIMScheduler(clip_sample=False)

@@ -61,7 +61,14 @@ NAMES = {
     "difffit-scaled": "DiffFit, γ's rates scaled",
     "bitfit": "no direction: BitFit",
 }
-# Of library's methods, the trained tensors whose rates are scaled as those of a frozen direction are: by what they
+# How many directions are frozen, in the plot.
+COLOURS = {
+    1: ("tab:blue", "one frozen direction"),
+    2: ("tab:purple", "two"),
+    4: ("tab:green", "four"),
+    None: ("tab:red", "methods of the library"),
+}
+# Of the library's methods, the trained tensors whose rates are scaled as those of a frozen direction are: by what they
 # multiply, from the layer's input, its output and the adapter's other tensor. BitFit's β multiplies 1.
 SCALED = {
     "lora-scaled": ("onelora_lora_B.weight", lambda x, out, trained: x @ trained["onelora_lora_A.weight"].T),
@@ -330,10 +337,11 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, picture: Path) -> None:
-    """A dot a seed and a line at their mean, for both measures; colours by how many numbers are trained."""
+    """A dot a seed and a line at their mean, for both measures; colours by how many directions are frozen."""
     import io
 
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     variants = results["variants"]
     names, places = [NAMES[name] for name in variants], range(len(variants))
@@ -345,13 +353,15 @@ def plot(results: dict, picture: Path) -> None:
     ):
         for place, (name, variant) in zip(places, variants.items(), strict=True):
             values = [factor * run[key] for run in variant["runs"]]
-            colour = "tab:red" if name not in FROZEN else f"C{ {1: 0, 2: 4, 4: 2}[FROZEN[name][1]] }"
+            colour = COLOURS[FROZEN[name][1] if name in FROZEN else None][0]
             axes.plot(values, [place] * len(values), "o", color=colour, ms=5, alpha=0.7)
             axes.plot([statistics.mean(values)] * 2, [place - 0.3, place + 0.3], color=colour, lw=2.5)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3, axis="x")
     left.set_yticks(list(places), names)
     left.invert_yaxis()
+    kinds = [Line2D([], [], color=colour, marker="o", lw=2.5, label=label) for colour, label in COLOURS.values()]
+    figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds), fontsize=9, frameon=False)
     figure.suptitle("What a layer's input is read along: a dot a seed, a bar at their mean", fontsize=11)
     png = io.BytesIO()
     figure.savefig(png, format="png")

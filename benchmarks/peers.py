@@ -14,7 +14,13 @@ from onelora_diffusion.injection.verbs import inject_adapter
 
 
 def make_base(width: int, heads: int, layers: int, sample_size: int = 32, seed: int = 0) -> DiTTransformer2DModel:
-    """A random frozen DiT with patches of 2, whose blocks hold equal embeddings, as in every converted checkpoint."""
+    """A random frozen DiT with patches of 2, whose blocks hold equal embeddings, as in every converted checkpoint.
+
+    Raises:
+        ValueError: the width is not a multiple of the heads.
+    """
+    if width % heads:
+        raise ValueError(f"--width {width} is not a multiple of {heads} heads")
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,

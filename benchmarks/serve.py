@@ -82,6 +82,7 @@ class ServeSettings:
 def serve(settings: ServeSettings) -> dict:
     """Measure, print the tables, and write `serve.json` and `serve.md`."""
     torch.set_num_threads(settings.threads)
+    pipelines = [make_pipeline(base, settings) for base in settings.bases]
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     results = {
         "settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)},
@@ -90,8 +91,7 @@ def serve(settings: ServeSettings) -> dict:
         "limit": [],
         "resident": [],
     }
-    for number, base in enumerate(settings.bases):
-        pipeline = make_pipeline(base, settings)
+    for number, (base, pipeline) in enumerate(zip(settings.bases, pipelines, strict=True)):
         with tempfile.TemporaryDirectory() as folder:
             names = write_adapters(Path(folder), pipeline.transformer, max(settings.clients, default=1))
             ways = {

@@ -80,12 +80,10 @@ def speed(settings: SpeedSettings) -> dict:
         raise ValueError("int8 is measured on a text-to-image transformer: give its --family")
     if unknown := [name for name in settings.peers if name not in PEERS]:
         raise ValueError(f"unknown peer '{unknown[0]}': choose from {', '.join(PEERS)}")
-    if settings.width % settings.heads:
-        raise ValueError(f"width {settings.width} is not a multiple of {settings.heads} heads")
     torch.set_num_threads(settings.threads)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
 
     base = make_base(settings.width, settings.heads, settings.layers, settings.sample_size).to(settings.device)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
     results = {
         "settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)},
         "machine": {"torch": torch.__version__, "processor": platform.processor() or platform.machine()},

@@ -148,7 +148,7 @@ def test_methods_are_names_or_settings():
 def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
     ablations = parse_methods(preset("digits", methods=("ablations",)))
     assert [name_of(method) for method in ablations] == [
-        *("1LoRA, β, γ", "1LoRA, β", "1LoRA, γ", "1LoRA", "β, γ (DiffFit)", "β (BitFit)", "γ", "class table alone"),
+        *("1LoRA", "1LoRA, β", "1LoRA, γ", "1LoRA, β, γ", "BitFit", "γ", "DiffFit", "class table alone"),
         "1LoRA, at random",
     ]
     assert ablations["1lora (sum False, scale True)"] == dict(method="1lora", rank=1, sum=False, scale=True)

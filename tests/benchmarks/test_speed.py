@@ -233,5 +233,14 @@ def test_command_line_errors_are_one_line(monkeypatch, tmp_path):
     assert error.value.code == 2
 
 
+@pytest.mark.parametrize("command", ["speed", "generate", "scale", "adapters", "serve"])
+def test_a_width_that_its_heads_do_not_divide_is_refused(command, monkeypatch, tmp_path):
+    flags = ["--width", "100", "--heads", "3"] + (["--clients"] if command == "serve" else [])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", command, *flags, "--output-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="^benchmark.py: --width 100 is not a multiple of 3 heads$"):
+        benchmark.main()
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_table_is_aligned():
     assert table(["a", "bb"], [["long", "1"]]) == ["| a    | bb |", "|------|---:|", "| long |  1 |"]

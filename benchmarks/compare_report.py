@@ -62,7 +62,7 @@ def write_report(results: dict, folder: Path, name: str) -> list[Path]:
 
 def summarise(results: dict) -> list[dict]:
     """A row a method, best distance first: (mean, deviation over the seeds) of each number; failures last."""
-    rows = []
+    rows, beside = [], results["runs"].get("1lora", [])
     for method, runs in results["runs"].items():
         row = {"method": method, "learning_rate": results["learning_rates"][method], "seeds": len(runs)}
         row["failed"] = next((run["failed"] for run in runs if run["failed"]), None)
@@ -77,6 +77,9 @@ def summarise(results: dict) -> list[dict]:
                 "saved_bytes",
             ):
                 row[key] = mean_and_deviation([run[key] for run in runs])
+            if beside and not any(run["failed"] for run in beside):  # seed by seed: the same batches and sample noise
+                pairs = zip(runs, beside, strict=True)
+                row["ratio"] = mean_and_deviation([run["distance"] / ours["distance"] for run, ours in pairs])
             if runs[0]["recognition"] is not None:
                 best = [min(run["evaluations"], key=lambda each: each["distance"]) for run in runs]
                 row["recognition"] = mean_and_deviation([each["recognition"] for each in best])
@@ -97,7 +100,9 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
     distance = inputs["distance_name"]
     recognised = any("recognition" in row for row in rows)
     digits = decimals([row["distance"][0] for row in rows if not row["failed"]])
-    head = ["method", f"time to best [{unit}]", distance, f"peak memory [{memory}]", "trainable", "step [ms]"]
+    paired = any("ratio" in row for row in rows)
+    head = ["method", f"time to best [{unit}]", distance, *["x 1LoRA"] * paired, f"peak memory [{memory}]"]
+    head += ["trainable", "step [ms]"]
     head += ["steps", "kept for backward [MB]", "file [kB]", "learning rate", *(["recognition"] * recognised)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
@@ -109,6 +114,7 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
                 name,
                 spread(row["time_to_best_s"], 1 / seconds, 1),
                 spread(row["distance"], 1, digits),
+                *([spread(row["ratio"], 1, 2)] if paired else []),
                 spread(row["peak_memory_bytes"], 1 / bytes_, 1 if memory == "GB" else 0),
                 f"{row['num_trainable_params']:,}",
                 spread(row["step_seconds"], 1000, 1),
@@ -116,7 +122,7 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
                 f"{row['saved_bytes'][0] / 1e6:,.1f}",
                 f"{row['adapter_bytes'] / 1e3:,.1f}",
                 f"{row['learning_rate']:g}",
-                *([f"{row['recognition'][0]:.1%}"] if recognised else []),
+                *([spread(row["recognition"], 100, 1) + " %"] if recognised else []),
             ]
         lines.append("| " + " | ".join(cells) + " |")
 
@@ -132,6 +138,7 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
         f"guidance {settings['guidance_scale']:g}) to the {inputs['reference_count']:,} real images of the split "
         f"{settings['reference_split']}. Training images that went through the autoencoder alone: "
         f"{inputs['autoencoder_distance']:.{digits}f}.",
+        *["x 1LoRA: distance over that of 1LoRA with the same seed: the same batches and sample noise."] * paired,
         *inputs["notes"],
         f"Machine: {machine['processor']}, {machine['cores']} cores; {settings['jobs']} runs at a time, "
         f"{machine['threads']} threads each; PyTorch {machine['torch']}; load when a run began "

@@ -324,6 +324,7 @@ def test_rows_hold_mean_and_sample_deviation_best_first(tmp_path):
     rows = summarise(made_up_results(tmp_path))
     assert [row["method"] for row in rows] == ["1lora", "lora", "dora"]
     assert rows[0]["distance"] == pytest.approx((0.3, 0.1 / 2**0.5))
+    assert rows[1]["ratio"] == pytest.approx((2.0, 0.0))  # 0.5 / 0.25 and 0.7 / 0.35, seed by seed
     assert rows[1]["time_to_best_s"] == pytest.approx((30.0, 200**0.5))
     assert rows[2]["failed"] == "out of memory"
 
@@ -331,8 +332,8 @@ def test_rows_hold_mean_and_sample_deviation_best_first(tmp_path):
 def test_the_report_has_a_table_a_sweep_and_pictures(tmp_path):
     table, numbers, *pictures = write_report(made_up_results(tmp_path), tmp_path / "docs", "digits")
     lines = table.read_text().splitlines()
-    assert lines[2].startswith("| method | time to best [s] | FD(pixels) | peak memory [MB] | trainable |")
-    assert lines[4].startswith("| 1LoRA | 30.0 ± 0.0 | 0.300 ± 0.071 | 500 ± 0 | 1,234 | 10.0 ± 0.0 |")
+    assert lines[2].startswith("| method | time to best [s] | FD(pixels) | x 1LoRA | peak memory [MB] |")
+    assert lines[4].startswith("| 1LoRA | 30.0 ± 0.0 | 0.300 ± 0.071 | 1.00 ± 0.00 | 500 ± 0 | 1,234 | 10.0 ± 0.0 |")
     assert lines[6].startswith("| DoRA | out of memory |")
     assert "| 1LoRA | **0.600** | failed |" in lines
     assert "| LoRA | 1.000 | **0.800** |" in lines

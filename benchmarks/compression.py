@@ -306,12 +306,15 @@ def write_report(results: dict, folder: Path) -> list[Path]:
 
 def markdown(results: dict) -> str:
     settings, variants = results["settings"], results["variants"]
-    head = ["direction", "FD(pixels)", "recognised", "trained beside the table", "learning rate"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 4]
+    first = "sum" if "sum" in variants else next(iter(variants))
+    beside = variants[first]["runs"]  # seed by seed: the same batches and sample noise
+    head = ["direction", "FD(pixels)", f"x {NAMES[first]}", "recognised", "trained beside the table", "learning rate"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 5]
     for name, variant in variants.items():
         runs = variant["runs"]
         cells = [
             _spread([run["distance"] for run in runs], "{:.2f}"),
+            _spread([run["distance"] / its["distance"] for run, its in zip(runs, beside, strict=True)], "{:.2f}"),
             _spread([100 * run["recognition"] for run in runs], "{:.1f}") + " %",
             f"{runs[0]['trained']:,}",
             f"{variant['learning_rate']:g}",
@@ -324,7 +327,7 @@ def markdown(results: dict) -> str:
         for kind in next(iter(frozen.values())):
             lines.append(f"| {kind} | " + " | ".join(f"{shares[kind]:.0%}" for shares in frozen.values()) + " |")
     seeds = ", ".join(map(str, settings["seeds"]))
-    sampled = next(iter(variants.values()))["runs"][0]["made_with"]["job"]
+    sampled = beside[0]["made_with"]["job"]
     lines += [
         "",
         f"{settings['steps']} updates of {sampled['batch_size']} digits, cosine schedule, seeds {seeds}, mean ± "

@@ -1,7 +1,8 @@
 """`benchmark.py compare`: methods beside each other at equal wall-clock time, as in Figure 5 of the 1LoRA paper.
 
-Inputs that all runs share are made first. Then every method tries the same learning rates in short runs, and is
-trained with the best of them once per seed. A run is a process of its own and leaves one JSON file.
+Inputs that all runs share are made first. Then every method tries the same learning rates in short runs. The best of
+them and the next lower one, which a short run may have done wrong, train on the first seed for the whole time; the
+better of the two trains on the other seeds as well. A run is a process of its own and leaves one JSON file.
 """
 
 import argparse
@@ -145,7 +146,8 @@ class CompareSettings:
 PRESETS = {
     "digits": dict(),
     "fashion-mnist": dict(
-        sweep_time="15s",
+        max_train_time="48s",
+        eval_every="12s",
         output_dir=Path("runs/compare/fashion-mnist"),
         dataset="fashion-mnist",
         features="fashion-mnist",
@@ -222,16 +224,39 @@ def compare(settings: CompareSettings) -> dict:
         run_all(jobs, settings, "learning rates")
         if extra < settings.sweep_extra:
             for method, own in tried.items():
-                if own and (further := outward(own, best_rate(runs, method, own))):
+                if own and (further := outward(own, best_rate(sweep_files(runs, method, own)))):
                     own.append(further)
-    chosen = {method: best_rate(runs, method, own) if own else rates[0] for method, own in tried.items()}
 
-    jobs = {
-        run_file(runs, method, seed): job_of(settings, inputs, config, chosen[method], seed, budget, eval_every)
-        for seed in settings.seeds
-        for method, config in methods.items()
+    # For the whole time: the finalists on the first seed, then the better of them on all others.
+    finalists = {
+        method: finalists_of(own, best_rate(sweep_files(runs, method, own))) if own else rates
+        for method, own in tried.items()
     }
-    run_all(jobs, settings, "runs")
+    first, *others = settings.seeds
+    run_all(
+        {
+            run_file(runs, method, rate, first): job_of(
+                settings, inputs, methods[method], rate, first, budget, eval_every
+            )
+            for method, own in finalists.items()
+            for rate in own
+        },
+        settings,
+        "first seed",
+    )
+    finals = {method: {rate: run_file(runs, method, rate, first) for rate in own} for method, own in finalists.items()}
+    chosen = {method: best_rate(files) for method, files in finals.items()}
+    run_all(
+        {
+            run_file(runs, method, chosen[method], seed): job_of(
+                settings, inputs, config, chosen[method], seed, budget, eval_every
+            )
+            for seed in others
+            for method, config in methods.items()
+        },
+        settings,
+        "other seeds",
+    )
 
     results = {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
@@ -240,8 +265,15 @@ def compare(settings: CompareSettings) -> dict:
             method: {f"{rate:g}": read(sweep_file(runs, method, rate)) for rate in sorted(own)}
             for method, own in tried.items()
         },
+        "finals": {
+            method: {f"{rate:g}": read(file) for rate, file in sorted(files.items())}
+            for method, files in finals.items()
+        },
         "learning_rates": chosen,
-        "runs": {method: [read(run_file(runs, method, seed)) for seed in settings.seeds] for method in methods},
+        "runs": {
+            method: [read(run_file(runs, method, chosen[method], seed)) for seed in settings.seeds]
+            for method in methods
+        },
     }
     paths = write_report(results, settings.report_dir or runs, settings.preset)
     print(paths[0].read_text())
@@ -310,10 +342,19 @@ def job_of(
 # The sweep
 
 
-def best_rate(runs: Path, method: str, rates: list[float]) -> float:
-    """The rate with the smallest distance at the end of its short run; a failed run counts as infinitely far."""
-    distances = {rate: read(sweep_file(runs, method, rate)).get("distance", float("inf")) for rate in rates}
+def sweep_files(runs: Path, method: str, rates: list[float]) -> dict[float, Path]:
+    return {rate: sweep_file(runs, method, rate) for rate in rates}
+
+
+def best_rate(files: dict[float, Path]) -> float:
+    """The rate whose run has the smallest distance; a failed run counts as infinitely far."""
+    distances = {rate: read(file).get("distance", float("inf")) for rate, file in files.items()}
     return min(distances, key=distances.get)
+
+
+def finalists_of(rates: list[float], best: float) -> list[float]:
+    """The best rate of the short runs, and the next lower one that was tried."""
+    return [*sorted(rate for rate in rates if rate < best)[-1:], best]
 
 
 def outward(rates: list[float], best: float) -> float | None:

@@ -189,8 +189,25 @@ def sweep_table(results: dict) -> list[str]:
         + ("the method's." if (rate := settings["class_learning_rate"]) is None else f"{rate:g} in every run."),
         "",
         *lines,
+        "",
+        f"The same after {settings['max_train_time']}: a short run favours rates that are quick at first, so the next "
+        "lower one is tried as well, and the better of the two is taken.",
+        "",
+        *finals_table(results, digits),
         *(["", note] if at_the_edge else []),
     ]
+
+
+def finals_table(results: dict, digits: int) -> list[str]:
+    """Distance of the first seed's whole runs, at the best rate of the short ones and at the next lower one."""
+    lines = ["| method | next lower rate | best of the short runs |", "|---|---:|---:|"]
+    for method, own in results["finals"].items():
+        cells = [
+            f"{rate}: {run['failed'] or format(run['distance'], f'.{digits}f')}"
+            for rate, run in sorted(own.items(), key=lambda item: float(item[0]))
+        ]
+        lines.append(f"| {name_of(method)} | " + " | ".join([""] * (2 - len(cells)) + cells) + " |")
+    return lines
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -348,7 +365,8 @@ def plot_samples(rows: list[dict], results: dict, path: Path) -> None:
     shown = [row for row in rows if row["failed"] is None]
     drawn = figure(figsize=(9, 0.82 * len(shown)), dpi=130)
     for axes, row in zip(np.atleast_1d(drawn.subplots(len(shown), 1)), shown, strict=True):
-        axes.imshow(Image.open(run_file(runs, row["method"], seed).with_suffix(".png")), interpolation="nearest")
+        picture = run_file(runs, row["method"], row["learning_rate"], seed).with_suffix(".png")
+        axes.imshow(Image.open(picture), interpolation="nearest")
         axes.set_axis_off()
         axes.text(-0.02, 0.5, name_of(row["method"]), transform=axes.transAxes, ha="right", va="center")
     drawn.savefig(path)

@@ -88,8 +88,8 @@ def slug(method: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", method.lower()).strip("-")
 
 
-def run_file(runs: Path, method: str, seed: int) -> Path:
-    return runs / "runs" / f"{slug(method)}-seed-{seed}.json"
+def run_file(runs: Path, method: str, rate: float, seed: int) -> Path:
+    return runs / "runs" / f"{slug(method)}-lr-{rate:g}-seed-{seed}.json"
 
 
 def sweep_file(runs: Path, method: str, rate: float) -> Path:

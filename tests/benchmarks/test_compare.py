@@ -17,6 +17,7 @@ from benchmarks.compare import (
     PRESETS,
     best_rate,
     compare,
+    finalists_of,
     is_finished,
     outward,
     parse_methods,
@@ -25,7 +26,7 @@ from benchmarks.compare import (
 )
 from benchmarks.compare_inputs import made_once, prepare
 from benchmarks.compare_report import name_of, pushed_apart, summarise, write_report
-from benchmarks.compare_run import Job, run_file, sweep_file
+from benchmarks.compare_run import Job, run_file
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.evaluation.features import load_features
@@ -165,11 +166,16 @@ def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
 
 
 def test_the_best_rate_is_the_smallest_distance_and_a_failed_run_never_is(tmp_path):
+    files = {}
     for rate, result in ((1e-3, {"distance": 2.0}), (4e-3, {"distance": 1.0}), (1.6e-2, {"failed": "diverged"})):
-        file = sweep_file(tmp_path, "1lora", rate)
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result))
-    assert best_rate(tmp_path, "1lora", [1e-3, 4e-3, 1.6e-2]) == 4e-3
+        files[rate] = tmp_path / f"{rate}.json"
+        files[rate].write_text(json.dumps(result))
+    assert best_rate(files) == 4e-3
+
+
+def test_finalists_are_the_best_rate_and_the_next_lower_one():
+    assert finalists_of([1e-3, 4e-3, 1.6e-2, 6.4e-2], 1.6e-2) == [4e-3, 1.6e-2]
+    assert finalists_of([4e-3, 1e-3], 1e-3) == [1e-3]
 
 
 def test_a_rate_at_the_edge_goes_on_geometrically():
@@ -297,8 +303,8 @@ def made_up_results(folder):
         "1lora": [one_result(0.25, 30.0), one_result(0.35, 30.0)],
         "dora": [one_result(0, 0, failed="out of memory")] * 2,
     }
-    for method in ("lora", "1lora"):
-        file = run_file(folder, method, 0).with_suffix(".png")
+    for method, rate in (("lora", 4e-3), ("1lora", 1e-3)):
+        file = run_file(folder, method, rate, 0).with_suffix(".png")
         file.parent.mkdir(exist_ok=True)
         Image.new("RGB", (48, 4)).save(file)
     settings = dataclasses.asdict(preset("digits", output_dir=folder))
@@ -313,6 +319,11 @@ def made_up_results(folder):
         "sweep": {
             "lora": {"0.001": one_result(1.0, 5.0), "0.004": one_result(0.8, 5.0)},
             "1lora": {"0.001": one_result(0.6, 5.0), "0.004": one_result(0, 0, "diverged")},
+            "dora": {"0.001": one_result(0, 0, "out of memory")},
+        },
+        "finals": {
+            "lora": {"0.004": one_result(0.5, 20.0), "0.001": one_result(0.9, 20.0)},
+            "1lora": {"0.001": one_result(0.25, 30.0)},
             "dora": {"0.001": one_result(0, 0, "out of memory")},
         },
         "learning_rates": {"lora": 4e-3, "1lora": 1e-3, "dora": 1e-3},
@@ -337,6 +348,8 @@ def test_the_report_has_a_table_a_sweep_and_pictures(tmp_path):
     assert lines[6].startswith("| DoRA | out of memory |")
     assert "| 1LoRA | **0.600** | failed |" in lines
     assert "| LoRA | 1.000 | **0.800** |" in lines
+    assert {"| LoRA | 0.001: 0.900 | 0.004: 0.500 |", "| 1LoRA |  | 0.001: 0.250 |"} <= set(lines)
+    assert "| DoRA |  | 0.001: out of memory |" in lines
     assert lines[-1].endswith("not at its best: LoRA, 1LoRA, DoRA.")
     assert [picture.name for picture in pictures] == ["digits.png", "digits-curves.png", "digits-samples.png"]
     for picture in pictures:

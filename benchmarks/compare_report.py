@@ -26,7 +26,7 @@ NAMES = {
     "1lora (bias True)": "1LoRA, β",
     "1lora (scale True)": "1LoRA, γ",
     "1lora (bias True, scale True)": "1LoRA, β, γ",
-    "1lora (rates_by_sum True)": "1LoRA, rates by the sum",
+    "1lora (rates_by_sum True)": "1LoRA, rates by sum",
     "1lora (compression random)": "1LoRA, at random",
     "peft:miss": "MiSS r=1",
     "peft:fourierft": "FourierFT",
@@ -260,8 +260,8 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     """Time to best against distance, bubbles by trained parameters; memory as bars beside it."""
     shown = [row for row in rows if row["failed"] is None]
     colour, (unit, seconds) = colours(rows), time_unit(results)
-    drawn = figure(figsize=(10.5, 5.2), dpi=130)
-    left, right = drawn.subplots(1, 2, width_ratios=(3, 1.25))
+    drawn = figure(figsize=(11.5, 5.2), dpi=130)
+    left, right = drawn.subplots(1, 2, width_ratios=(2.6, 1))
 
     most = max(row["num_trainable_params"] for row in shown)
     times = np.array([row["time_to_best_s"][0] / seconds for row in shown])
@@ -274,7 +274,7 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
         left.scatter(time, distance, s=size, color=colour[row["method"]], alpha=0.55, edgecolor="black", lw=0.6)
     # Room for the labels in a column to the right, where they cannot cover a bubble or each other.
     low, high = left.get_xlim()
-    left.set_xlim(low, high + 0.42 * (high - low))
+    left.set_xlim(low, high + 0.6 * (high - low))
     left.set_yscale("log")
     bottom, top = np.log10(left.get_ylim())
     bottom, top = bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)
@@ -306,7 +306,7 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
     right.set_xlim(0, max(peak) * 1.25)
     right.invert_yaxis()
     right.set_xlabel("peak memory [MB]")
-    right.set_title("best distance on top; grey: before training", fontsize=9)
+    right.set_title("grey: before training", fontsize=10)
     drawn.savefig(path)
 
 
@@ -340,15 +340,17 @@ def plot_curves(rows: list[dict], results: dict, path: Path) -> None:
     colour, (unit, seconds) = colours(rows), time_unit(results)
     drawn = figure(figsize=(8.5, 5), dpi=130)
     axes = drawn.subplots()
+    top = 0.0
     for row in (row for row in rows if row["failed"] is None):
         runs = [run["evaluations"] for run in results["runs"][row["method"]]]
         runs = [evaluations[: min(map(len, runs))] for evaluations in runs]
         times = np.mean([[each["seconds"] for each in evaluations] for evaluations in runs], axis=0) / seconds
         values = np.array([[each["distance"] for each in evaluations] for evaluations in runs])
-        name = name_of(row["method"])
+        name, top = name_of(row["method"]), max(top, values[:, 0].max())
         axes.plot(times, values.mean(0), marker="o", ms=3, color=colour[row["method"]], label=name)
         axes.fill_between(times, values.min(0), values.max(0), color=colour[row["method"]], alpha=0.15, lw=0)
     axes.set_yscale("log")
+    axes.set_ylim(top=1.2 * top)  # a run that goes astray leaves the plot and does not squeeze the others
     show_plain_numbers(axes.yaxis)
     axes.set_xlabel(f"training time [{unit}]")
     axes.set_ylabel(f"{results['inputs']['distance_name']}, log scale")

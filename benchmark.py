@@ -10,7 +10,7 @@
     python benchmark.py serve                                   # many clients, each with its own adapter
     python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
-    python benchmark.py compare --preset fashion-mnist          # the same, half an hour; food101: days on a GPU
+    python benchmark.py compare --preset fashion-mnist          # the same on clothes; food101: days on a GPU
     python benchmark.py compression                             # along which direction a layer's input is read
 
 `benchmark.py speed --help` shows the settings of one.

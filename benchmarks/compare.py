@@ -67,7 +67,7 @@ class CompareSettings:
     """Train methods for an equal time each, measure them at intervals, and tabulate and plot what they reached."""
 
     preset: Literal["digits", "fashion-mnist", "food101"] = "digits"
-    """digits: minutes on two cores. fashion-mnist: half an hour. food101: DiT-XL/2, 24 h a run on a GPU."""
+    """digits, fashion-mnist: three quarters of an hour on two cores. food101: DiT-XL/2, 24 h a run on a GPU."""
     methods: tuple[str, ...] = METHODS
     """Names of methods, full among them, or JSON of AdapterConfig:
     '{"method": "peft:fourierft", "peft_config": {"n_frequency": 100}}'; or ablations (Tables S11, S12 and S1), tiny

@@ -157,7 +157,7 @@ def markdown(rows: list[dict], results: dict, pictures: list[str]) -> str:
 
 
 def sweep_table(results: dict) -> list[str]:
-    """Distance at the end of each short run, the best of a method in bold."""
+    """Distance at the end of each short run, the rate that is taken in bold; then what decided it."""
     if not any(results["sweep"].values()):
         return [f"Learning rate {results['settings']['sweep_rates'][0]:g} for all, without a sweep."]
     found = [run["distance"] for own in results["sweep"].values() for run in own.values() if not run["failed"]]
@@ -185,7 +185,7 @@ def sweep_table(results: dict) -> list[str]:
     return [
         f"Learning rates: {results['inputs']['distance_name']} after {settings['sweep_time']} of training, seed "
         f"{settings['seeds'][0]}. Every method tries the same {len(settings['sweep_rates'])}; one whose best lies at "
-        f"the edge tries up to {extra} further outward. The class table's rate is "
+        f"the edge tries up to {extra} further outward; in bold the one that is taken. The class table's rate is "
         + ("the method's." if (rate := settings["class_learning_rate"]) is None else f"{rate:g} in every run."),
         "",
         *lines,
@@ -273,7 +273,7 @@ def plot_bubbles(rows: list[dict], results: dict, path: Path) -> None:
         left.errorbar(time, distance, **bars, color=colour[row["method"]], alpha=0.5, lw=1, zorder=1)
         left.scatter(time, distance, s=size, color=colour[row["method"]], alpha=0.55, edgecolor="black", lw=0.6)
     # Room for the labels in a column to the right, where they cannot cover a bubble or each other.
-    low, high = left.get_xlim()
+    low, high = 0.0, 1.02 * times.max()
     left.set_xlim(low, high + 0.6 * (high - low))
     left.set_yscale("log")
     bottom, top = np.log10(left.get_ylim())

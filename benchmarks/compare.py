@@ -228,35 +228,25 @@ def compare(settings: CompareSettings) -> dict:
                     own.append(further)
 
     # For the whole time: the finalists on the first seed, then the better of them on all others.
+    def whole_runs(rates: dict[str, list[float]], seeds: list[int]) -> dict[Path, Job]:
+        return {
+            run_file(runs, method, rate, seed): job_of(
+                settings, inputs, methods[method], rate, seed, budget, eval_every
+            )
+            for seed in seeds
+            for method, own in rates.items()
+            for rate in own
+        }
+
     finalists = {
         method: finalists_of(own, best_rate(sweep_files(runs, method, own))) if own else rates
         for method, own in tried.items()
     }
     first, *others = settings.seeds
-    run_all(
-        {
-            run_file(runs, method, rate, first): job_of(
-                settings, inputs, methods[method], rate, first, budget, eval_every
-            )
-            for method, own in finalists.items()
-            for rate in own
-        },
-        settings,
-        "first seed",
-    )
+    run_all(whole_runs(finalists, [first]), settings, "first seed")
     finals = {method: {rate: run_file(runs, method, rate, first) for rate in own} for method, own in finalists.items()}
     chosen = {method: best_rate(files) for method, files in finals.items()}
-    run_all(
-        {
-            run_file(runs, method, chosen[method], seed): job_of(
-                settings, inputs, config, chosen[method], seed, budget, eval_every
-            )
-            for seed in others
-            for method, config in methods.items()
-        },
-        settings,
-        "other seeds",
-    )
+    run_all(whole_runs({method: [rate] for method, rate in chosen.items()}, others), settings, "other seeds")
 
     results = {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),

@@ -41,10 +41,11 @@ ABLATIONS = (
     "difffit",
     '{"method": "1lora", "sum": false}',
 )
-# Tuners of PEFT that are about as small as 1LoRA on the miniature, by what sets their size.
+# Tuners of PEFT that are about as small as 1LoRA on the miniature, by what sets their size. FourierFT draws its
+# spectrum by default, and narrow layers begin far from the base; init_weights has it begin at 0.
 TINY = {
     "miss": {"r": 1},
-    "fourierft": {"n_frequency": 240},
+    "fourierft": {"n_frequency": 240, "init_weights": True},
     "waveft": {"n_frequency": 240},
     "road": {"group_size": 32},
     "ia3": {"feedforward_modules": []},

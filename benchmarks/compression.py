@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.compare import job_of, outward, preset
 from benchmarks.compare_inputs import prepare
+from benchmarks.compare_report import mean_and_deviation, spread
 from benchmarks.compare_run import Job, Updates, evaluate, judge_of, machine, read
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter
 from onelora_diffusion.adapters.contract import Adapter
@@ -312,10 +313,11 @@ def markdown(results: dict) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 5]
     for name, variant in variants.items():
         runs = variant["runs"]
+        pairs = zip(runs, beside, strict=True)
         cells = [
-            _spread([run["distance"] for run in runs], "{:.2f}"),
-            _spread([run["distance"] / its["distance"] for run, its in zip(runs, beside, strict=True)], "{:.2f}"),
-            _spread([100 * run["recognition"] for run in runs], "{:.1f}") + " %",
+            spread(mean_and_deviation([run["distance"] for run in runs]), 1, 2),
+            spread(mean_and_deviation([run["distance"] / its["distance"] for run, its in pairs]), 1, 2),
+            spread(mean_and_deviation([run["recognition"] for run in runs]), 100, 1) + " %",
             f"{runs[0]['trained']:,}",
             f"{variant['learning_rate']:g}",
         ]
@@ -373,11 +375,6 @@ def plot(results: dict, picture: Path) -> None:
 
 def _best(tried: dict[float, dict]) -> float:
     return min(tried, key=lambda rate: tried[rate]["distance"])
-
-
-def _spread(values: list[float], form: str) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{form.format(statistics.mean(values))} ± {form.format(deviation)}"
 
 
 def _as_json(settings: CompressionSettings) -> dict:

@@ -42,7 +42,8 @@ ABLATIONS = (
     '{"method": "1lora", "sum": false}',
 )
 # Tuners of PEFT that are about as small as 1LoRA on the miniature, by what sets their size. FourierFT draws its
-# spectrum by default, and narrow layers begin far from the base; init_weights has it begin at 0.
+# spectrum by default, and narrow layers begin far from the base; init_weights has it begin at 0. TinyLoRA's u numbers
+# of a layer go through an r x r matrix, two by default, which would leave four of them.
 TINY = {
     "miss": {"r": 1},
     "fourierft": {"n_frequency": 240, "init_weights": True},
@@ -50,7 +51,7 @@ TINY = {
     "road": {"group_size": 32},
     "ia3": {"feedforward_modules": []},
     "unilora": {"theta_d_length": 8864},
-    "tinylora": {"u": 200},
+    "tinylora": {"u": 200, "r": 16},
 }
 GROUPS = {
     "paper": METHODS,

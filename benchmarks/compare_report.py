@@ -328,8 +328,13 @@ def pushed_apart(values: np.ndarray, gap: float, bottom: float, top: float) -> n
             if missing > 0:
                 heights[index] -= missing / 2
                 heights[index + 1] += missing / 2
-    heights += max(0.0, bottom + gap - heights[0])
-    heights -= max(0.0, heights[-1] - (top - gap))
+    low, high = bottom + gap, top - gap
+    for index in range(len(heights)):  # up from the bottom, then down from the top
+        heights[index] = max(heights[index], low)
+        low = heights[index] + gap
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], high)
+        high = heights[index] - gap
     placed = np.empty_like(heights)
     placed[order] = heights
     return placed

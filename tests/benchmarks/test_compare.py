@@ -156,13 +156,23 @@ def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
     tiny = parse_methods(preset("digits", methods=("tiny",)))
     names = ["1LoRA", "LoRA", "MiSS r=1", "FourierFT", "WaveFT", "RoAd", "IA³", "UniLoRA", "TinyLoRA"]
     assert [name_of(method) for method in tiny] == names
-    model = load_base().transformer
+    model = load_base().transformer.eval()
+    shape = (2, model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    batch = {
+        "hidden_states": torch.randn(shape),
+        "timestep": torch.tensor([3, 700]),
+        "class_labels": torch.tensor([5, 9]),
+    }
+    with torch.no_grad():
+        at_first = model(**batch).sample
     for config in tiny.values():
         kind = config["method"].removeprefix("peft:")
         if kind != config["method"] and kind.upper() not in peft.PeftType.__members__:
             continue  # of a newer PEFT
-        count = count_trainable(inject_adapter(copy.deepcopy(model), AdapterConfig(**config)))
-        assert 8_800 <= count <= 15_000
+        adapted = inject_adapter(copy.deepcopy(model), AdapterConfig(**config))
+        assert 8_800 <= count_trainable(adapted) <= 15_000
+        with torch.no_grad():  # UniLoRA begins near the base, all others at it
+            torch.testing.assert_close(adapted(**batch).sample, at_first, atol=1e-2, rtol=0)
 
 
 def test_the_best_rate_is_the_smallest_distance_and_a_failed_run_never_is(tmp_path):
@@ -360,6 +370,13 @@ def test_the_report_has_a_table_a_sweep_and_pictures(tmp_path):
 def test_labels_are_pushed_apart_in_their_order():
     heights = pushed_apart(np.array([0.5, 0.5, 0.52, 0.9]), 0.1, 0.0, 1.0)
     assert np.diff(heights[[0, 1, 2, 3]]).min() > 0.0999
+    assert 0.1 <= heights.min() and heights.max() <= 0.9
+
+
+def test_labels_of_a_crowd_at_the_bottom_stay_inside_with_one_at_the_top():
+    heights = pushed_apart(np.array([0.12, 0.99, 0.11, 0.13, 0.14, 0.15, 0.16, 0.1]), 0.1, 0.0, 1.0)
+    np.testing.assert_allclose(heights, [0.3, 0.9, 0.2, 0.4, 0.5, 0.6, 0.7, 0.1])
+    assert np.diff(np.sort(heights)).min() > 0.0999
     assert 0.1 <= heights.min() and heights.max() <= 0.9
 
 

@@ -365,7 +365,12 @@ def plot(results: dict, picture: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     left.set_yticks(list(places), names)
     left.invert_yaxis()
-    kinds = [Line2D([], [], color=colour, marker="o", lw=2.5, label=label) for colour, label in COLOURS.values()]
+    shown = {FROZEN[name][1] if name in FROZEN else None for name in variants}
+    kinds = [
+        Line2D([], [], color=colour, marker="o", lw=2.5, label=label)
+        for count, (colour, label) in COLOURS.items()
+        if count in shown
+    ]
     figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds), fontsize=9, frameon=False)
     figure.suptitle("What a layer's input is read along: a dot a seed, a bar at their mean", fontsize=11)
     png = io.BytesIO()

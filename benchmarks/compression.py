@@ -335,7 +335,7 @@ def markdown(results: dict) -> str:
         f"{settings['steps']} updates of {sampled['batch_size']} digits, cosine schedule, seeds {seeds}, mean ± "
         f"standard deviation; each at the best of its learning rates on the first seed. {sampled['num_images']} "
         f"samples (DDIM, {sampled['num_inference_steps']} steps, guidance {sampled['guidance_scale']:g}) against the "
-        "training images. `python benchmark.py compression`",
+        "training images.",
         "",
     ]
     return "\n".join(lines)

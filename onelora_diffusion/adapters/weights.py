@@ -8,12 +8,13 @@ Weight = float | dict[str, float]  # of an adapter: one number, or numbers by bl
 def weight_at(weight: Weight, path: str) -> float:
     """An adapter's weight at one layer: that of the longest key that names the layer or a block around it, else 1.
 
-    `transformer_blocks.3` is the block and all in it; `*` and `?` match as in a shell (`*.attn1`).
+    `transformer_blocks.3` is the block and all in it; `*` and `?` match as in a shell (`*.attn1`). Of equally long
+    keys that with fewer of these counts: `transformer_blocks.3` rather than `transformer_blocks.*`.
     """
     if not isinstance(weight, dict):
         return weight
     keys = [key for key in weight if fnmatch.fnmatchcase(path, key) or fnmatch.fnmatchcase(path, f"{key}.*")]
-    return weight[max(keys, key=len)] if keys else 1.0
+    return weight[max(keys, key=lambda key: (len(key), -sum(map(key.count, "*?["))))] if keys else 1.0
 
 
 def scaled(weight: Weight, scale: float) -> Weight:

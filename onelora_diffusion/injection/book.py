@@ -449,10 +449,22 @@ def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
 
 
 def _is_compiled(model: nn.Module, path: str) -> bool:
-    """Whether the layer, or a module around it, was compiled on its own, in which nothing is recorded."""
+    """Whether compiled code may have run the layer, in which nothing is recorded.
+
+    That is so where the layer or a module around it was compiled, or any method of theirs was, as by a decorator.
+    """
     names = path.split(".")
     try:
         around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     except AttributeError:
         return False
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in around)
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") or _has_compiled_method(module)
+        for module in around
+    )
+
+
+def _has_compiled_method(module: nn.Module) -> bool:
+    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    methods = (value for holder in (module, *own) for value in vars(holder).values())
+    return any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)

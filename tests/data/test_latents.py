@@ -2,9 +2,11 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from rounding import assert_rounded
+from text_pipelines import make_vae
 
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
+from onelora_diffusion.sampling import decoded_latents
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,18 @@ def test_latents_are_those_that_diffusers_samples(vae):
     expected = posterior.sample(torch.Generator().manual_seed(3)) * vae.config.scaling_factor
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     assert_rounded(sample_moments(encode_moments(vae, images), noise), expected, vae.encoder)
+
+
+def test_a_vae_with_a_shift_decodes_from_its_latents_what_it_encoded():
+    """SD3's and FLUX's VAEs have a shift, taken off in encoding and put back in decoding."""
+    torch.manual_seed(0)
+    vae, images = make_vae(4, shift_factor=0.1), torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean = vae.encode(images).latent_dist.mean
+        expected = vae.decode(mean).sample
+    latents = encode_moments(vae, images)[:, 0]
+    assert_rounded(latents, (mean - 0.1) * vae.config.scaling_factor, vae.encoder)
+    assert_rounded(decoded_latents(vae, latents), expected, vae)
 
 
 def test_a_deterministic_autoencoder_has_latents_without_deviation():

@@ -58,6 +58,47 @@ def test_a_compiled_block_counts_as_reached(caplog):
     assert not caplog.records
 
 
+class Decorated(nn.Module):
+    """A block whose forward is compiled by a decorator, as LightningDiT's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class DecoratedInPart(Decorated):
+    @torch.compile(backend="eager")
+    def half(self, x):
+        return self.first(x)
+
+    def forward(self, x):
+        return self.second(self.half(x))
+
+
+class Assigned(Decorated):
+    def __init__(self):
+        super().__init__()
+        self.forward = torch.compile(self.plain, backend="eager")
+
+    def plain(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("block", [Decorated, DecoratedInPart, Assigned])
+def test_layers_in_a_compiled_method_count_as_reached(block, caplog):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(block()), torch.randn(2, 4)
+    base = model(x)
+    randomize(inject_adapter(model, AdapterConfig(targets=("first", "second"))))
+    with caplog.at_level(logging.WARNING, "onelora_diffusion"):
+        adapted = model(x)
+    assert "took no part" not in caplog.text and not torch.equal(adapted, base)
+
+
 def test_projections_that_were_fused_afterwards_are_an_error_that_names_the_layer():
     model, inputs = sd3()
     randomize(inject_adapter(model, AdapterConfig(targets=("to_q", "to_k", "to_v"))))

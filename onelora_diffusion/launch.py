@@ -9,16 +9,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import broadcast_object_list
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 TORCHRUN = ("torchrun", "torch.distributed.run")
+T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
@@ -96,3 +101,17 @@ def processes_asked_for(command_line: list[str]) -> tuple[int | None, int | None
             if getattr(flags, name) is None:
                 setattr(flags, name, getattr(config, name, None))
     return (flags.num_processes if flags.num_machines in (None, 1) else None), flags.main_process_port
+
+
+def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
+    """What the main process finds out, on every process: an OSError or ValueError that it meets is raised on all."""
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [tell()]
+        except (OSError, ValueError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]

@@ -77,6 +77,24 @@ def test_every_room_has_its_place():
     assert rooms <= RANK.keys()
 
 
+# Of the standard library, what Windows has not.
+POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+POSIX |= {f"os.{name}" for name in ("fork", "getuid", "geteuid", "pread", "pwrite", "register_at_fork", "wait")}
+
+
+def needs_posix(tree: ast.Module) -> set[str]:
+    """What a module takes from the list above, unless it is imported inside a function, for one system alone."""
+    top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    return (top | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}) & POSIX
+
+
+def test_the_product_and_its_scripts_import_where_there_is_no_posix():
+    assert needs_posix(ast.parse("import fcntl\nos.pread(1, 2, 3)\ndef f():\n    import pwd")) == {"fcntl", "os.pread"}
+    product = (name for name in MODULES if name.split(".")[0] in {PACKAGE} | SCRIPTS)
+    assert {name: needs_posix(MODULES[name]) for name in product if needs_posix(MODULES[name])} == {}
+
+
 def test_kinds_are_counted():
     source = """
 if isinstance(module, VectorAdapter | SwapAdapter): pass

@@ -118,7 +118,8 @@ def fails_with(message, settings):
 def test_a_run_writes_what_sampling_and_evaluation_need(train, base):
     run = train(sample_every=4, sample_steps=2, log_every=2, ema_decay=(0.5,))
     assert {path.name for path in run.iterdir()} == {
-        *("checkpoints", "clock.json", "metrics.jsonl", "onelora_weights.safetensors", "samples", "settings.json")
+        *("checkpoints", "clock.json", "clock.lock", "metrics.jsonl", "onelora_weights.safetensors", "samples"),
+        "settings.json",
     }
     adapter = read_adapter(run)
     assert adapter.id2label == {digit: str(digit) for digit in range(10)}

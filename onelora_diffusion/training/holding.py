@@ -1,10 +1,10 @@
 """A run's folder is held by one process at a time, which keeps there how much of the budget is used.
 
-`clock.json` holds the process, its machine and the seconds. A lock on it, not its being there, says that a run is
-under way: the lock ends with its process, however that ends, and is not handed on to those that load images.
+`clock.json` holds the process, its machine and the seconds. A lock on the file beside it, not its being there, says
+that a run is under way: the lock ends with its process, however that ends, and is not handed on to those that load
+images.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
+from onelora_diffusion.launch import told_by_main
 from onelora_diffusion.training.stopping import Clock
 
-CLOCK = "clock.json"
+CLOCK, LOCK = "clock.json", "clock.lock"
 BEAT = 0.1  # seconds between two lines in it: what a kill can take from the count
 SIZE = 512  # bytes of it, always: written in place and at once, it can be neither half written nor too large
 
@@ -37,42 +38,28 @@ class HeldFolder:
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.path = folder / CLOCK
-        self.descriptor: int | None = None
-        found: list = [0.0]
-        if accelerator.is_main_process:
-            try:
-                found = [self._take()]
-            except OSError as error:
-                found = [str(error)]
-        broadcast_object_list(found)
-        if isinstance(found[0], str):
-            raise OSError(found[0])
-        self.seconds: float = found[0]
+        self.lock = FileLock(folder / LOCK, timeout=0)
+        self.seconds: float = told_by_main(accelerator, self._take)
 
     def _take(self) -> float:
         folder = self.path.parent
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"--output-dir {folder} is a file: choose another")
-        while True:
-            self.made = [each for each in (folder, *folder.parents) if not each.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = self._read()
-                os.close(self.descriptor)
-                where = f"process {holder.get('process')} on {holder.get('machine')}"
-                raise BlockingIOError(
-                    f"{folder} is in use by {where}: let that run end, or choose another --output-dir"
-                ) from None
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self.path), os.fstat(self.descriptor)):
-                    break
-            os.close(self.descriptor)  # the one who held it has just removed it
+        self.made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            holder = self._read()
+            raise BlockingIOError(
+                f"{folder} is in use by process {holder.get('process')} on {holder.get('machine')}: let that run end, "
+                "or choose another --output-dir"
+            ) from None
         before = self._read()
         self.is_new = not before
         seconds = before.get("seconds", 0.0)
+        self.path.open("ab").close()
+        self.file = self.path.open("r+b", buffering=0)
         self._write(seconds)
         return seconds
 
@@ -80,18 +67,22 @@ class HeldFolder:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.descriptor is None:
+        if not self.lock.is_locked:
             return
-        if self.is_new and list(self.path.parent.iterdir()) == [self.path]:
+        self.file.close()
+        folder, lock = self.path.parent, Path(self.lock.lock_file)
+        if self.is_new and {*folder.iterdir()} <= {self.path, lock}:
             self.path.unlink()
-            for folder in self.made:
-                folder.rmdir()
-        os.close(self.descriptor)
+            with suppress(OSError):  # not every system removes a file that is open
+                lock.unlink()
+                for each in self.made:
+                    each.rmdir()
+        self.lock.release()
 
     @contextmanager
     def counting(self, clock: Clock) -> Iterator[None]:
         """Context manager: the clock's seconds are kept in the folder all along."""
-        if self.descriptor is None:
+        if not self.lock.is_locked:
             yield
             return
         ended = threading.Event()
@@ -113,12 +104,13 @@ class HeldFolder:
     def _read(self) -> dict:
         """What stands in the file; nothing if it is new or damaged: the newest checkpoint has its seconds too."""
         try:
-            found = json.loads(os.pread(self.descriptor, SIZE, 0))
+            found = json.loads(self.path.read_bytes()[:SIZE])
             return found if found["seconds"] >= 0 else {}
-        except (ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
 
     def _write(self, seconds: float) -> None:
         line = json.dumps({"seconds": seconds, "process": os.getpid(), "machine": platform.node()})
         with suppress(OSError):  # the next one may succeed, and a run is not ended for its clock
-            os.pwrite(self.descriptor, line.ljust(SIZE - 1).encode() + b"\n", 0)
+            self.file.seek(0)
+            self.file.write(line.ljust(SIZE - 1).encode() + b"\n")

@@ -13,19 +13,22 @@ from onelora_diffusion.training.stopping import Clock
 
 @pytest.fixture
 def holder(accelerator, tmp_path, monkeypatch):
-    """A process that holds `tmp_path / "run"`, with 100 seconds before it."""
+    """A process that holds `tmp_path / "run"`, with 100 seconds before it, and has one that loads images."""
     monkeypatch.setattr(holding, "BEAT", 0.01)
     if not (child := os.fork()):
         with HeldFolder(tmp_path / "run", accelerator) as folder:
             clock = Clock()
             clock.resume(100.0)
             with folder.counting(clock):
-                (tmp_path / "run" / "metrics.jsonl").touch()
+                if not os.fork():
+                    (tmp_path / "loader").write_text(str(os.getpid()))
+                    (tmp_path / "run" / "metrics.jsonl").touch()
                 time.sleep(600)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
     yield child
-    os.kill(child, signal.SIGKILL)
+    for process in (child, int((tmp_path / "loader").read_text())):
+        os.kill(process, signal.SIGKILL)
 
 
 def test_a_second_run_in_one_folder_is_refused_and_the_first_is_named(accelerator, holder, tmp_path):

@@ -83,6 +83,15 @@ def test_agrees_with_scipy():
     assert frechet_distance(first, second) == pytest.approx(by_scipy(first, second), rel=1e-9)
 
 
+@pytest.mark.parametrize("width, count, rank", [(64, 500, 64), (64, 20, 64), (64, 500, 10), (300, 900, 300)])
+def test_a_shifted_copy_is_as_far_as_the_shift(width, count, rank):
+    """Σ Tr (Σ Σ)^½ takes all digits that the variances have, so that only their rounding is left."""
+    features = normal(count, width, rank=rank)
+    first, second = statistics_of(features), statistics_of(features + 0.01)
+    rounding = torch.finfo(torch.float64).eps * width * first.covariance.trace().item()
+    assert frechet_distance(first, second) == pytest.approx(width * 1e-4, abs=4 * rounding)
+
+
 def test_two_halves_of_one_set_come_closer_with_their_size():
     features = normal(4000, 8)
     near, far = (

@@ -16,6 +16,7 @@ from onelora_diffusion.injection.verbs import (
     count_trainable,
     inject_adapter,
     set_adapters,
+    train_adapters,
     trainable_parts,
     unload_adapter,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "save_adapter",
     "set_adapters",
     "stock_state_dict",
+    "train_adapters",
     "trainable_parts",
     "unload_adapter",
     "unmerge_adapter",

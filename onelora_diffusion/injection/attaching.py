@@ -102,8 +102,19 @@ def _layers_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     return fused_layers(model, layers) if config.fuse_qkv and config.recipe.serves_fused else layers
 
 
-def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, adapter: dict[str, Adapter]) -> None:
-    """Attach the modules of `build_adapter`, and make them the only ones that are active and trained."""
+def attach_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    adapter: dict[str, Adapter],
+    is_to_train: bool = True,
+) -> None:
+    """Attach the modules of `build_adapter`, and make them the only ones that are active.
+
+    Args:
+        is_to_train: they are the only ones that train, as well. Otherwise what trains stays as it was chosen.
+    """
+    is_first = not hasattr(model, "_onelora")
     if not hasattr(model, "_onelora"):
         model._onelora = AdapterBook(model)
         if hasattr(type(model), "save_pretrained"):
@@ -111,8 +122,11 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str, a
     book = model._onelora
     with book.turn:
         book.activate({})
-        book.freeze()
+        if is_first or is_to_train:
+            book.freeze()
         book.attach(adapter_name, config, adapter)
+        if is_to_train:
+            book.train([adapter_name])
         book.activate({adapter_name: 1.0})
 
 
@@ -149,7 +163,7 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(file.tensors[name])
-    attach_adapter(model, file.config, adapter_name, adapter)
+    attach_adapter(model, file.config, adapter_name, adapter, is_to_train=False)
     origin = {"id2label": file.id2label, "base": file.base, "training": file.training}
     adapters_of(model).origins[adapter_name] = origin
 
@@ -199,7 +213,7 @@ def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:
 
 
 def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Write a file's values into an adapter of the same kind, in place."""
+    """Write a file's values into an adapter of the same kind, in place; what serves and what trains stays so."""
     book.require_unmerged("values are swapped")
     own = state_dict_of(book.adapters[adapter_name])
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -213,11 +227,12 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
         raise ValueError(
             f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"
         )
-    with torch.no_grad():
+    with book.turn, torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(file.tensors[name])
-    book.origins[adapter_name] = {"id2label": file.id2label, "base": file.base, "training": file.training}
-    book.activate({adapter_name: 1.0})
+        book.origins[adapter_name] = {"id2label": file.id2label, "base": file.base, "training": file.training}
+        if book.serving:
+            book.activate(book.serving)  # what was summed up of the old values
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ class AdapterBook:
         state: `serving`; `paused`, while the base serves alone; `merged`, while the base's weights hold `folded`.
         weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
         folded: name -> weight of the adapters that are merged into the base's weights.
+        chosen: names of the adapters that train, once somebody chose them; None: the newest trains.
         conditioning: the one timestep and class embedding of a DiT; None on other models.
         turn: taken by whoever changes or runs the model.
     """
@@ -57,6 +58,7 @@ class AdapterBook:
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}
+        self.chosen: tuple[str, ...] | None = None
         self.turn = Turn()
         self._route: Route | None = None
         self._reached: set[str] = set()
@@ -86,6 +88,11 @@ class AdapterBook:
         """name -> weight of the adapters that the base's weights hold, or None."""
         return self.folded if self.state == MERGED else None
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the adapters that train."""
+        return tuple(self.adapters)[-1:] if self.chosen is None else self.chosen
+
     def check_present(self, adapter_name: str) -> str:
         if adapter_name not in self.adapters:
             raise ValueError(
@@ -103,10 +110,32 @@ class AdapterBook:
         return names[0]
 
     def choose_all(self, adapter_names: str | Iterable[str] | None) -> list[str]:
-        """The names of present adapters, of which one may be given alone; of None that which `choose` takes."""
+        """The names of present adapters, of which one may be given alone; of None that which `choose` takes.
+
+        A name that is given twice counts once.
+        """
         if adapter_names is None or isinstance(adapter_names, str):
             return [self.choose(adapter_names)]
-        return [self.check_present(name) for name in adapter_names]
+        return list(dict.fromkeys(self.check_present(name) for name in adapter_names))
+
+    def weighed(
+        self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None
+    ) -> dict[str, Weight]:
+        """name -> weight, of names as `choose_all` takes them and one weight for all or one for each.
+
+        Raises:
+            ValueError: an unknown name, a weight that `check_weight` refuses, as many weights as there are not names,
+                or a name given twice with a weight for each time.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        given = self.choose_all(None) if names is None else [self.check_present(name) for name in names]
+        if not isinstance(weights, list | tuple):
+            weights = [1.0 if weights is None else weights] * len(given)
+        elif twice := next((name for name in given if given.count(name) > 1), None):
+            raise ValueError(f"adapter '{twice}' is named {given.count(twice)} times: give it once, with one weight")
+        if len(weights) != len(given):
+            raise ValueError(f"{len(given)} adapter names ({', '.join(given)}) but {len(weights)} weights were given")
+        return {name: self.check_weight(weight, name) for name, weight in zip(given, weights, strict=True)}
 
     def check_weight(self, weight: Weight, adapter_name: str) -> Weight:
         """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""
@@ -141,7 +170,9 @@ class AdapterBook:
             self._seat(module.seat, path, config).add(adapter_name, module)
         if len(self.seats) > before:
             forget_compiled()
+        newest = self.trained
         self.adapters[adapter_name], self.configs[adapter_name] = adapter, config
+        self._let_train(newest if self.chosen is None else [adapter_name])
         self._take_part()
 
     def detach(self, adapter_name: str) -> None:
@@ -155,6 +186,10 @@ class AdapterBook:
             forget_compiled()
         del self.configs[adapter_name]
         self.origins.pop(adapter_name, None)
+        if self.chosen is None:
+            self._let_train(self.trained)
+        else:
+            self.chosen = tuple(name for name in self.chosen if name != adapter_name)
         self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}
 
     def _seat(self, kind: str, path: str, config: AdapterConfig):
@@ -166,6 +201,18 @@ class AdapterBook:
         if (kind, path) not in self.seats:
             self.seats[kind, path] = make[kind]()
         return self.seats[kind, path]
+
+    def train(self, adapter_names: Iterable[str]) -> None:
+        """Let these adapters train, and no others, until this is called again."""
+        self.chosen = tuple(adapter_names)
+        self._let_train(self.adapters)
+
+    def _let_train(self, adapter_names: Iterable[str]) -> None:
+        """Tell the trained tensors of these adapters whether they are to have gradients."""
+        for name in adapter_names:
+            for module in self.adapters[name].values():
+                for parameter in module.trained_tensors().values():
+                    parameter.requires_grad_(name in self.trained)
 
     def freeze(self) -> None:
         """Nothing requires gradients any more: no tensor of the base in its place, and none of an adapter."""

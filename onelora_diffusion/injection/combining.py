@@ -34,12 +34,9 @@ def combine_adapters(
     """
     check_name(model, adapter_name)
     book = adapters_of(model)
-    if not adapter_names or len(adapter_names) != len(weights):
-        raise ValueError(f"{len(adapter_names)} adapter names ({', '.join(adapter_names)}) but {len(weights)} weights")
-    mixture = {
-        book.check_present(name): book.check_weight(weight, name)
-        for name, weight in zip(adapter_names, weights, strict=True)
-    }
+    if not adapter_names:
+        raise ValueError("no adapters are named: name those that are summed up")
+    mixture = book.weighed(adapter_names, list(weights))
     tensors = {}
     for path in dict.fromkeys(path for name in mixture for path in book.adapters[name]):
         names = [name for name in mixture if path in book.adapters[name]]

@@ -23,6 +23,7 @@ class AdapterRow:
         size: the number of its trained weights.
         weight: that it serves with now; None: it does not.
         is_merged: it is folded into the base's weights.
+        trains: it is one of those that train.
     """
 
     name: str
@@ -31,6 +32,7 @@ class AdapterRow:
     size: int
     weight: Weight | None
     is_merged: bool
+    trains: bool
 
     def cells(self) -> tuple[str, ...]:
         """As text, by `COLUMNS`."""
@@ -74,6 +76,7 @@ def list_adapters(model: nn.Module) -> AdapterTable:
             size=sum(tensor.numel() for tensor in state_dict_of(adapter).values()),
             weight=weights.get(name),
             is_merged=name in (book.merged or ()),
+            trains=name in book.trained,
         )
         for name, adapter in book.adapters.items()
     )

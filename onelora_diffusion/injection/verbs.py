@@ -16,7 +16,8 @@ def inject_adapter(model: nn.Module, config: AdapterConfig, adapter_name: str = 
     """Freeze a base model and add a trainable adapter, which leaves its output as it was.
 
     Base layers stay where and what they are; an adapter is a child, `onelora`, of the layer it serves.
-    Earlier adapters of the model stay, frozen and inactive. Works on the meta device.
+    Earlier adapters of the model stay, frozen and inactive (`train_adapters`, `set_adapters`). Works on the meta
+    device.
 
     Args:
         model: `DiTTransformer2DModel`, or any module with linear layers; changed in place.
@@ -77,18 +78,32 @@ def set_adapters(
             the weight of all that no key names.
 
     Raises:
-        ValueError: an unknown name or block, a weight that is no finite number, or as many weights as there are
-            not names. Nothing is changed then.
+        ValueError: an unknown name or block, a weight that is no finite number, as many weights as there are not
+            names, or a name twice with a weight for each. Nothing is changed then.
     """
     book = adapters_of(model)
     with book.turn:
         book.require_unmerged("others are set")
-        names = book.choose_all(adapter_names)
-        if not isinstance(weights, list | tuple):
-            weights = [1.0 if weights is None else weights] * len(names)
-        if len(weights) != len(names):
-            raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
-        book.activate({name: book.check_weight(weight, name) for name, weight in zip(names, weights, strict=True)})
+        book.activate(book.weighed(adapter_names, weights))
+    return model
+
+
+def train_adapters(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
+    """Let the named adapters train, and no others of the model; which of them serve is another matter.
+
+    `inject_adapter` lets the new adapter train. No other verb changes what trains: not loading beside it, combining,
+    hot-swapping, serving others, merging or unloading another. Until one is injected or named here, it is the adapter
+    that was loaded last.
+
+    Args:
+        adapter_names: None: the one that is active. An empty list: none trains.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    book = adapters_of(model)
+    with book.turn:
+        book.train(book.choose_all(adapter_names))
     return model
 
 

@@ -93,7 +93,7 @@ class OneLoRALoaderMixin:
         low_cpu_mem_usage: bool = True,
         **place,
     ) -> None:
-        """Load an adapter; it is the active one then.
+        """Load an adapter; it is the active one then, and what trains stays so (`train_adapters`).
 
         Takes a file of this library, a LoRA that is exactly 1LoRA (A is all ones), PEFT's MiSS of rank 1, and any
         other LoRA or DoRA of linear layers by way of PEFT; as a file, a folder, a hub id or a state dict. Names of
@@ -103,7 +103,7 @@ class OneLoRALoaderMixin:
         Args:
             adapter_name: a new name; None: `default_0`, `default_1`, …
             hotswap: write the values into the present adapter `adapter_name` (None: the active one), which must be of
-                the same kind; a compiled model is not compiled again.
+                the same kind; who serves stays so, and a compiled model is not compiled again.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
             **place (Any): which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
 
@@ -257,7 +257,7 @@ class OneLoRALoaderMixin:
         names = book.choose_all(adapter_names)
         if book.merged is not None:
             self.unfuse_lora()
-        for name in dict.fromkeys(names):
+        for name in names:
             unload_adapter(book.model, name)
 
     # -----------------------------------------------------------------------------------------------

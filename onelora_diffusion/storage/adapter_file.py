@@ -174,6 +174,8 @@ def checksum(settings: str, tensors: dict[str, torch.Tensor]) -> str:
 def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Load an adapter file into its base model, make it the active one, and return the model.
 
+    What trains beside it goes on training (`train_adapters`).
+
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`; or a base, a key or a shape does not fit.
             The model is left exactly as it was.

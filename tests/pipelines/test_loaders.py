@@ -686,3 +686,11 @@ def test_a_table_of_the_adapters(pipe, files):
     pipe.fuse_lora(lora_scale=0.5)
     assert [(row.weight, row.is_merged) for row in pipe.adapters] == [(0.5, True), (None, False), (None, False)]
     assert str(pipe.adapters).splitlines()[1].endswith("9,248  0.5, merged")
+
+
+def test_hot_swapping_one_of_two_leaves_the_other_and_the_weights(both, files):
+    both.set_adapters(["food", "plain"], [0.7, 0.5])
+    before = run(both)
+    both.load_lora_weights(files["food"], adapter_name="food", hotswap=True)
+    assert torch.equal(run(both), before)
+    assert both.transformer._onelora.serving == {"food": 0.7, "plain": 0.5}

@@ -22,6 +22,7 @@ from onelora_diffusion import (
     route_adapters,
     save_adapter,
     set_adapters,
+    train_adapters,
     unload_adapter,
     unmerge_adapter,
 )
@@ -35,6 +36,7 @@ path: Path = save_adapter(model, "x.safetensors", id2label={0: "a"})
 load_adapter(model, path, adapter_name="again")
 names, weights = ["default", "again"], [0.5, 0.5]
 set_adapters(model, names, weights)
+train_adapters(model, names)
 with disable_adapter(model):
     pass
 with route_adapters(model, names):

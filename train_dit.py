@@ -23,6 +23,7 @@ from tqdm import tqdm
 from onelora_diffusion import inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
+from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.families.dit import DiT
@@ -53,6 +54,7 @@ class ClassTask:
                 download=settings.download,
                 broken=settings.broken_images,
             )
+        self.data = data_identity(self.dataset)
         if settings.method != "full" and settings.mixed_precision != "no":
             # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.
             transformer.to(torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16)

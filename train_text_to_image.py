@@ -25,6 +25,7 @@ from tqdm import tqdm
 from onelora_diffusion import adapter_state_dict, disable_adapter, export_lora, inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
+from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import Prompts, family_named, family_of
@@ -62,6 +63,7 @@ class PromptTask:
             broken=settings.broken_images,
         )
         self.dataset = self.captioned.dataset
+        self.data = data_identity(self.dataset, self.captioned.captions)
         inject_adapter(self.pipeline.transformer, settings.adapter_config(targets=self.family.targets))
         for tensor in adapter_state_dict(self.pipeline.transformer).values():
             tensor.data = tensor.to(accelerator.device)  # the base follows when the encoders have left

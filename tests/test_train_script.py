@@ -118,8 +118,8 @@ def fails_with(message, settings):
 def test_a_run_writes_what_sampling_and_evaluation_need(train, base):
     run = train(sample_every=4, sample_steps=2, log_every=2, ema_decay=(0.5,))
     assert {path.name for path in run.iterdir()} == {
-        *("checkpoints", "clock.json", "clock.lock", "metrics.jsonl", "onelora_weights.safetensors", "samples"),
-        "settings.json",
+        *("checkpoints", "clock.json", "clock.lock", "data.json", "metrics.jsonl", "onelora_weights.safetensors"),
+        *("samples", "settings.json"),
     }
     adapter = read_adapter(run)
     assert adapter.id2label == {digit: str(digit) for digit in range(10)}
@@ -439,6 +439,47 @@ def test_changed_settings_are_listed_and_refused_unless_allowed(train, base, tmp
     assert main(settings_of(**changed, seed=9, allow_changed_settings=True)) == 0
     changed |= dict(max_steps=6, bias=True, allow_changed_settings=True, seed=9)
     fails_with("it is of another adapter: ", settings_of(**changed))
+
+
+def write_classes(folder, *names, count=2):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            Image.new("RGB", (16, 16), (9 * number, index, 0)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_other_data_are_refused_by_name_unless_allowed_and_the_same_data_elsewhere_go_on(
+    train, base, tmp_path, capsys
+):
+    pets, fruit = write_classes(tmp_path / "pets", "cat", "dog"), write_classes(tmp_path / "fruit", "apple", "pear")
+    run = train(dataset="imagefolder", data_root=pets, max_steps=1)
+    state = json.loads((run / "checkpoints/step-00000001/state.json").read_text())
+    assert state["data"]["classes"] == ["cat", "dog"] and json.loads((run / "data.json").read_text()) == state["data"]
+
+    changed = dict(base=str(base), dataset="imagefolder", output_dir=run, batch_size=8, log_every=1, sample_every=0)
+    for steps in (1, 2):  # a finished run too
+        fails_with(
+            "trained on other data: on 4 images of cat, dog, and not on 4 images of apple, pear. Resume all the same",
+            settings_of(**changed, data_root=fruit, max_steps=steps),
+        )
+    (tmp_path / "moved").mkdir()
+    pets = pets.rename(tmp_path / "moved" / "pets")
+    train(dataset="imagefolder", data_root=pets, max_steps=2)
+    assert read_adapter(run).training["steps"] == 2
+    write_classes(pets, "cat", "dog", count=3)
+    fails_with("on 4 images of cat, dog, and not on 6 images", settings_of(**changed, data_root=pets, max_steps=3))
+    for name in ("cat", "dog"):
+        (pets / name / "0.png").unlink()
+    fails_with(
+        "on other 4 images of cat, dog, and not on these: names, sizes, contents or captions",
+        settings_of(**changed, data_root=pets, max_steps=3),
+    )
+    train(dataset="imagefolder", data_root=fruit, max_steps=3, allow_changed_settings=True)
+    assert read_adapter(run).id2label == {0: "apple", 1: "pear"} and read_adapter(run).training["steps"] == 3
+    train(dataset="imagefolder", data_root=pets, max_steps=1, fresh=True)
+    assert read_adapter(run).id2label == {0: "cat", 1: "dog"} and read_adapter(run).training["steps"] == 1
+    assert "does not say" not in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_and_training_goes_on(train, monkeypatch, capsys):

@@ -197,8 +197,8 @@ def readable(file, named: str) -> Iterator[Image.Image]:
 
 
 class Files(Pictures):
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    def __init__(self, root: Path, paths: list[Path]):
+        self.root, self.paths = root, paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -293,7 +293,8 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
             f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
         )
     names = sorted(captions)
-    return Files([folder / name for name in names]), [captions[name] for name in names]
+    root = folder.absolute()
+    return Files(root, [root / name for name in names]), [captions[name] for name in names]
 
 
 def _text_beside(image: Path) -> str:

@@ -26,7 +26,7 @@ def torchvision_images(
     kind = class_of(name)
     parameters = inspect.signature(kind.__init__).parameters
     part = split if {"train", "split"} & set(parameters) else ""
-    arguments = {"root": str(root)}
+    arguments = {"root": str(Path(root).absolute())}
     if "train" in parameters:
         if split not in ("train", "test"):
             raise ValueError(f"torchvision:{name} has the splits train and test, not {split!r}")

@@ -107,7 +107,7 @@ def food101(
             f"no Food-101 in {folder}: download it (--download, 5 GB), or give the folder that holds "
             "food-101/ (--data-root)"
         )
-    source = Food101(root, split=split, loader=read_image, download=download)
+    source = Food101(root.absolute(), split=split, loader=read_image, download=download)
     names = [name.replace("_", " ") for name in source.classes]
     return ClassifiedImages("food101", source, names, resolution, broken, split)
 
@@ -131,7 +131,7 @@ def image_folder(root: str | Path, split: str, resolution: int, broken: str = "f
             )
     folder = root / split if splits else root
     try:
-        source = ImageFolder(folder, loader=read_image)
+        source = ImageFolder(folder.absolute(), loader=read_image)
     except FileNotFoundError as error:
         reason = str(error).split("Supported extensions")[0].strip()
         raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None

@@ -3,8 +3,6 @@
 A shard has the tensors `moments`, `(images, flips, ...)`, `labels` and `broken`.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data.buckets import Buckets
+from onelora_diffusion.data.identity import fingerprint
 from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
 
@@ -115,40 +114,3 @@ def inputs_of(dataset: Dataset, vae, flip: bool) -> dict:
         "vae": digest(vae.state_dict()),
         "vae_config": config_of(vae),
     }
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """sha256 of all that a data set is made of: names, sizes and times of its files, arrays, labels, settings."""
-    sha256 = hashlib.sha256()
-
-    def add(value) -> None:
-        if isinstance(value, str | os.PathLike):
-            sha256.update(str(value).encode())
-            try:
-                status = os.stat(value)
-                sha256.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-            except (OSError, ValueError):  # a name, and no file
-                pass
-        elif isinstance(value, dict):
-            add([part for pair in value.items() for part in pair])
-        elif isinstance(value, list | tuple):
-            sha256.update(f"{len(value)}".encode())
-            for part in value:
-                add(part)
-        elif isinstance(value, set | frozenset):
-            add(sorted(map(str, value)))
-        elif isinstance(value, np.ndarray | Tensor):
-            array = np.ascontiguousarray(value)
-            sha256.update(f"{array.dtype} {array.shape}".encode())
-            sha256.update(array.tobytes())
-        elif value is None or isinstance(value, bool | int | float):
-            sha256.update(repr(value).encode())
-        elif hasattr(value, "_fingerprint"):  # of Hugging Face's library
-            sha256.update(value._fingerprint.encode())
-        else:
-            sha256.update(type(value).__qualname__.encode())
-            if isinstance(value, Dataset):
-                add({name: part for name, part in sorted(vars(value).items()) if name not in ("broken", "root")})
-
-    add(dataset)
-    return sha256.hexdigest()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
@@ -28,7 +29,7 @@ from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.outputs import Outputs, diverged
 from onelora_diffusion.training.publishing import check_hub, publish
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step, micro_batches
-from onelora_diffusion.training.resuming import find_checkpoint, is_finished
+from onelora_diffusion.training.resuming import check_same_data, find_checkpoint, is_elsewhere, is_finished
 from onelora_diffusion.training.run import Run
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
@@ -45,6 +46,8 @@ class Task(Protocol):
     Attributes:
         pipeline: of the base, with `transformer`, where the adapter trains, `scheduler` and `vae`.
         family: how the transformer is called.
+        data: the identity of images and classes or captions, which must be the same on every process and in every
+            start of a run.
         dataset: the images, for their number; with `broken`, (images,) bool, if unreadable ones are skipped.
         described: what they are, in a few words.
         facts: of the data, for the adapter's header: its name, and whatever the script adds.
@@ -54,6 +57,7 @@ class Task(Protocol):
 
     pipeline: object
     family: Family
+    data: DataIdentity
     dataset: Dataset
     described: str
     facts: dict
@@ -153,15 +157,20 @@ def prepare(
     checkpoint = find_checkpoint(settings, accelerator.print)
     if checkpoint:
         clock.resume(checkpoint.state["seconds"])
-    if is_finished(settings, checkpoint, clock, accelerator.print):
+    finished = is_finished(settings, checkpoint, clock, accelerator.print)
+    # The data of a finished run are looked at where another place is named.
+    if not finished or is_elsewhere(settings, checkpoint):
+        held.enter_context(folder.counting(clock))
+        task = make_task(settings, accelerator)
+        if checkpoint:
+            check_same_data(settings, checkpoint, task.data, accelerator.print)
+    if finished:
         accelerator.print(
             f"{settings.output_dir}: finished at step {checkpoint.step}, nothing to do. Raise --max-steps or "
             "--max-train-time to go on, or start over with --fresh"
         )
         return None
 
-    held.enter_context(folder.counting(clock))
-    task = make_task(settings, accelerator)
     transformer = task.pipeline.transformer
     check_weighting(task.pipeline.scheduler, settings.snr_gamma, settings.loss_weighting)
     trained = adapter_state_dict(transformer)
@@ -175,6 +184,7 @@ def prepare(
             block.compile()
     evaluation = task.evaluation()
     run = Run(settings, accelerator, trained, clock)
+    run.data = task.data
     if checkpoint:
         run.restore(checkpoint)
         accelerator.print(f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")

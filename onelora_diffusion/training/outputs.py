@@ -40,6 +40,7 @@ class Outputs:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             cut_lines_after(self.folder / "metrics.jsonl", run.step, len(run.losses.rows))
             write_bytes(self.folder / "settings.json", json.dumps(self.settings.as_json(), indent=2).encode())
+            write_bytes(self.folder / "data.json", json.dumps(run.data._asdict(), indent=2).encode())
         if accelerator.log_with:
             start_trackers(accelerator, run)
         self.metrics = MetricsFile(

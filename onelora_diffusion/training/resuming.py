@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
 from onelora_diffusion.training.run import STATE
@@ -35,6 +36,33 @@ def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
         )
 
 
+def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIdentity, report) -> None:
+    """ValueError if the checkpoint was trained on other data, unless changes are allowed.
+
+    A checkpoint of an earlier version does not say what it was trained on, which is reported.
+    """
+    if settings.allow_changed_settings:
+        return
+    if "data" not in checkpoint.state:
+        report(f"{checkpoint.path} does not say which data it was trained on: it goes on with {data.describe()}")
+        return
+    try:
+        then = DataIdentity(**checkpoint.state["data"])
+        described = then.describe()
+    except (TypeError, AttributeError, ValueError):
+        raise ValueError(f"{checkpoint.path} is no record of a run (data): remove it, or use --fresh") from None
+    if then.fingerprint == data.fingerprint:
+        return
+    if described == data.describe():
+        described, now = f"other {described}", "these: names, sizes, contents or captions of images have changed"
+    else:
+        now = data.describe()
+    raise ValueError(
+        f"{checkpoint.path} was trained on other data: on {described}, and not on {now}. Resume all the same with "
+        "--allow-changed-settings, start over with --fresh, or choose another --output-dir"
+    )
+
+
 def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
     """Whether the checkpoint is the last of its run, and the adapters of that step are there.
 
@@ -53,6 +81,12 @@ def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clo
             report(f"{error}: it is written anew from {checkpoint.path}")
             return False
     return True
+
+
+def is_elsewhere(settings: RunSettings, checkpoint: Checkpoint) -> bool:
+    """Whether the data are looked for at another place than when the checkpoint was written."""
+    now = settings.as_json()
+    return any(now.get(name) != checkpoint.state["settings"].get(name) for name in ("data_root", "images"))
 
 
 def adapter_names(settings: RunSettings, is_measured: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 from torch import Tensor
 
+from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.files import printable
 from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
@@ -37,6 +38,7 @@ class Run:
         best: the line of metrics with the smallest distance, None before the first, and `best_values` the averages
             that it was measured with.
         clock: seconds used, over all resumes.
+        data: the identity of what the run is trained on, once it is known.
     """
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
@@ -50,6 +52,7 @@ class Run:
         self.rate_factors: dict[str, float] | None = None
         self.best: dict | None = None
         self.best_values: dict[str, Tensor] = {}
+        self.data: DataIdentity | None = None
 
     @property
     def num_trainable_params(self) -> int:
@@ -81,7 +84,14 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "best": self.best,
             "settings": self.settings.as_json(),
-        } | ({} if self.rate_factors is None else {"rate_factors": self.rate_factors})
+        } | {
+            name: value
+            for name, value in {
+                "rate_factors": self.rate_factors,
+                "data": self.data and self.data._asdict(),
+            }.items()
+            if value is not None
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """The inverse of `state`.

@@ -39,12 +39,15 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path, monkeypatch):
+def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(FIXTURE)  # the base and the images are named as they were there
     run = tmp_path / "run"
     shutil.copytree(FIXTURE / "step-00000003", run / "checkpoints/step-00000003")
     shutil.copy(FIXTURE / "metrics.jsonl", run)
     assert main(Settings(output_dir=run, **RUN)) == 0
+    assert "step-00000003 does not say which data it was trained on: it goes on with 12 images of" in (
+        capsys.readouterr().out
+    )
 
     found, expected = (
         load_file(run / "checkpoints/step-00000006/tensors.safetensors"),

@@ -46,6 +46,7 @@ from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
 from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
+from onelora_diffusion.files import check_place
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
@@ -55,6 +56,9 @@ from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 @one_line_errors("eval_fid.py")
 def main(settings: Generate | Calculate | Reference) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with one_line_errors("eval_fid.py", same_everywhere=True):
+        for output in settings.output if isinstance(settings, Reference) else filter(None, [settings.output]):
+            check_place(output)
     if isinstance(settings, Generate):
         generate(settings, accelerator)
     elif isinstance(settings, Calculate):

@@ -9,25 +9,30 @@
 
 Image i is of class, or prompt, i modulo their number and depends on --seed and i alone: not on the batch size, nor on
 the number of processes, which share one file system. With --images-at-once that is so to the bit; without, the last
-bits of a sum depend on how many images are made together.
+bits of a sum depend on how many images are made together. A run that ends early keeps its images, and the same command
+goes on from them.
 """
 
 import difflib
+import json
 import math
-import shutil
+import os
+import sys
 import textwrap
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -37,11 +42,12 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
+from onelora_diffusion.data.row_cache import digest
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_named, family_of
-from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.files import check_place, printable, write_bytes, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
-from onelora_diffusion.launch import start_all_processes
+from onelora_diffusion.launch import start_all_processes, told_by_main
 from onelora_diffusion.pipelines.base import load_base, load_text_to_image
 from onelora_diffusion.sampling import (
     SamplerSettings,
@@ -66,7 +72,7 @@ class Settings(SamplerSettings, ComputeSettings):
     base: str | None = None
     """Base model: a folder or a hub id. None: the one the adapter was trained on."""
     output: Path | None = None
-    """A .png (a grid, a row a class), an .npz (ADM's arr_0, labels in arr_1), or a new folder of PNG files.
+    """A .png (a grid, a row a class), an .npz (ADM's arr_0, labels in arr_1), or a new or empty folder for PNG files.
     None: sample.png beside the adapter."""
     classes: tuple[str, ...] = ()
     """Names of classes, or their numbers. None given: all."""
@@ -97,42 +103,153 @@ class Settings(SamplerSettings, ComputeSettings):
 def main(settings: Settings) -> None:
     start = time.monotonic()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    with one_line_errors("sample.py", same_everywhere=True):
-        output = check_settings(settings)
-        adapter = read_adapter(settings.adapter)
-        source = (Prompted if "family" in adapter.training else Classified)(settings, adapter, accelerator.device)
-        names = source.names
-        num_images = settings.num_images or settings.per_class * len(names)
-        share = range(accelerator.process_index, num_images, accelerator.num_processes)
-        sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # files' prefix: are they the base's
-        images_folder = output.with_name(f".{output.name}.part")  # every process writes its share here
+    with ExitStack() as held:
+        with one_line_errors("sample.py", same_everywhere=True):
+            output = check_settings(settings)
+            adapter = read_adapter(settings.adapter)
+            pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
+            source = (Prompted if "family" in adapter.training else Classified)(settings, adapter, accelerator.device)
+        draw(settings, source, pictures, accelerator)
         if accelerator.is_main_process:
-            shutil.rmtree(images_folder, ignore_errors=True)
-            images_folder.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+            print(f"{pictures.described} in {time.monotonic() - start:.1f} s: {output}")
 
+
+def draw(settings: Settings, source: "Classified | Prompted", pictures: "Pictures", accelerator: Accelerator) -> None:
+    """Draws what is not there yet, and makes a file of all where one is asked for."""
+    names, output = source.names, pictures.output
+    num_images = settings.num_images or settings.per_class * len(names)
+    share = range(accelerator.process_index, num_images, accelerator.num_processes)
+    sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # files' prefix: are they the base's
+    pictures.described = f"{num_images} images of {len(names)} {source.kind}"
     listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(source.labels, names, strict=True))
     accelerator.print(textwrap.fill(f"{source.kind}: {listing}", width=80, max_lines=4))
     accelerator.print(in_words(settings.report(accelerator.device)))
-    try:
-        with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
-            for side, of_base in sides.items():
-                for indices, images in source.draw(share, progress, of_base):
-                    for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                        Image.fromarray(image).save(images_folder / f"{side}{index:06d}.png")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            files, *of_base = ([images_folder / f"{s}{i:06d}.png" for i in range(num_images)] for s in sides)
-            if output.suffix == ".png":
-                write_grid(output, files, [printable(name, 60) for name in names], *of_base)
-            elif output.suffix == ".npz":
-                write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
+    with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
+        for side, of_base in sides.items():
+            missing = [index for index in share if not pictures.has(f"{side}{index:06d}")]
+            progress.update(len(share) - len(missing))
+            for indices, images in source.draw(missing, progress, of_base):
+                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    pictures.keep(f"{side}{index:06d}", image)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files, *of_base = ([pictures.file(f"{side}{i:06d}") for i in range(num_images)] for side in sides)
+        if output.suffix == ".png":
+            write_grid(output, files, [printable(name, 60) for name in names], *of_base)
+        elif output.suffix == ".npz":
+            write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
+        pictures.finish()
+
+
+class Pictures:
+    """Context manager: the folder of the images of all processes, which is this run's alone until the end.
+
+    It is --output itself, where that is a folder; for a file it lies beside, until all images are in the file. Each
+    image is whole or not there. A run that ends early leaves its images, and the same command goes on from them.
+
+    Attributes:
+        described: what is drawn, in a few words.
+
+    Raises:
+        OSError, ValueError: the folder has something else in it, another process writes there, it cannot be written,
+            or not all processes see it; on every process.
+    """
+
+    def __init__(self, output: Path, settings: Settings, adapter: AdapterFile, accelerator: Accelerator):
+        self.output, self.accelerator, self.described = output, accelerator, "images"
+        self.is_beside = output.suffix in (".png", ".npz")
+        self.folder = output.with_name(f".{output.name}.part") if self.is_beside else output
+        self.record, self.lock = self.folder / ".sampling.json", FileLock(self.folder / ".lock", timeout=0)
+        drawn_by = asdict(settings) | {"adapter": [digest(adapter.tensors), adapter.base]}
+        del drawn_by["output"], drawn_by["batch_size"]
+        self.drawn_by = json.loads(json.dumps(drawn_by, default=str))
+        told_by_main(accelerator, self._take)
+        sees = gather_object([self.record.exists()])
+        if not all(sees):
+            self.__exit__()
+            raise ValueError(f"process {sees.index(False)} does not see '{self.folder}': all must have one disk")
+
+    def _take(self) -> None:
+        self.made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise BlockingIOError(f"--output '{self.output}' is being written by another process") from None
+        try:
+            self._begin()
+        except ValueError:
+            self._release()
+            raise
+
+    def _begin(self) -> None:
+        """Leaves a record of what the images are drawn by, unless the folder has something else in it."""
+        there = {path.name for path in self.folder.iterdir()} - {".lock", "lost+found"}  # the latter of a new disk
+        drawn_by = json.loads(self.record.read_text()) if self.record.exists() else None
+        if there and drawn_by != self.drawn_by:
+            if self.output.suffix == ".png" or self.is_beside and drawn_by is None:
+                self._empty()  # of a grid, which is a look at a few images
+            elif drawn_by is None:
+                raise ValueError(f"--output '{self.output}' exists already; give a new folder")
             else:
-                images_folder.rename(output)
-            print(f"{num_images} images of {len(names)} {source.kind} in {time.monotonic() - start:.1f} s: {output}")
-    finally:
-        if accelerator.is_main_process:
-            shutil.rmtree(images_folder, ignore_errors=True)
+                changed = [name for name in self.drawn_by if drawn_by.get(name) != self.drawn_by[name]]
+                raise ValueError(
+                    f"'{self.folder}' keeps images of a run that ended early, with another {', '.join(changed)}: "
+                    "repeat its command, remove that folder, or give another --output"
+                )
+        write_bytes(self.record, json.dumps(self.drawn_by).encode())
+
+    def __enter__(self) -> "Pictures":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if not self.lock.is_locked:
+            return
+        if num_images := len(list(self.folder.glob("*.png"))):
+            where = f"{num_images} images are in '{self.folder}'"
+            print(f"sample.py: {where}; the same command goes on from there", file=sys.stderr)
+            self._release()
+        else:
+            self._leave()
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.png"
+
+    def has(self, name: str) -> bool:
+        """Whether an image is there, and whole."""
+        try:
+            return read_image(self.file(name)).size > 0
+        except (OSError, SyntaxError):
+            return False
+
+    def keep(self, name: str, image: np.ndarray) -> None:
+        """Writes an image, (R, R, 3) uint8."""
+        part = self.folder / f".{name}.part"
+        Image.fromarray(image).save(part, format="PNG")
+        os.replace(part, self.file(name))
+
+    def finish(self) -> None:
+        """Leaves the images, where the folder is the output, and nothing else."""
+        if self.is_beside:
+            self._empty()
+        self._leave()
+
+    def _empty(self) -> None:
+        for path in {*self.folder.iterdir()} - {Path(self.lock.lock_file)}:
+            path.unlink()
+
+    def _leave(self) -> None:
+        """Gives the folder up, and removes it if it is empty and was not there before."""
+        self.record.unlink(missing_ok=True)
+        self._release()
+        for folder in [*([self.folder] if self.is_beside else []), *self.made]:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _release(self) -> None:
+        with suppress(OSError):  # not every system removes a file that is open
+            Path(self.lock.lock_file).unlink()
+        self.lock.release()
 
 
 class Classified:
@@ -156,7 +273,7 @@ class Classified:
         settings.place(self.pipeline, device)
         settings.check(self.pipeline.transformer, self.pipeline.scheduler.config)
 
-    def draw(self, share: range, progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
+    def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
         settings, transformer = self.settings, self.pipeline.transformer
         num_classes = transformer.config.num_embeds_ada_norm if of_base else max(self.labels) + 1
@@ -214,12 +331,12 @@ class Prompted:
                 self.family.encode_prompts(self.pipeline, [prompt], length) for prompt in (*self.names, "")
             )
 
-    def draw(self, share: range, progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
+    def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, images (1, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
         with disable_adapter(self.pipeline.transformer) if of_base else nullcontext():
             yield from self._draw(share, progress)
 
-    def _draw(self, share: range, progress) -> Iterator[tuple[list[int], Tensor]]:
+    def _draw(self, share: Sequence[int], progress) -> Iterator[tuple[list[int], Tensor]]:
         for index in share:
             picture = draw_prompt(
                 self.pipeline,
@@ -255,11 +372,12 @@ def check_settings(settings: Settings) -> Path:
     if output.suffix in (".png", ".npz"):
         if output.is_dir():
             raise ValueError(f"--output '{output}' is a folder, not a {output.suffix} file")
+        check_place(output)
     elif output.suffix in Image.registered_extensions():
         raise ValueError(f"--output '{output}': give a .png (a grid), an .npz or a folder")
     elif settings.beside_base and output.suffix != ".png":
         raise ValueError(f"--output '{output}': --beside-base makes a grid, a .png")
-    elif output.is_file() or output.is_dir() and any(output.iterdir()):
+    elif output.is_file():
         raise ValueError(f"--output '{output}' exists already; give a new folder")
     return output
 

@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there at all."""
 
 import contextlib
+import errno
 import glob
 import os
 import platform
@@ -17,16 +18,38 @@ from safetensors import SafetensorError
 def written_beside(path: Path) -> Iterator[Path]:
     """Context manager: a file beside `path` to write, which is flushed at the end and only then put there.
 
+    A link is followed. A file that is a mount point cannot be replaced, and is written anew in its place.
+
     Raises:
         OSError: the disk is full; it names `path`. What was there is still there, and nothing is left beside it.
     """
+    path = path.resolve() if path.is_symlink() else path
     with _beside(path) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
         part.chmod(mode)  # safetensors' own writer leaves a file to its owner alone
         flush_to_disk(part)
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(part, path)
+            flush_to_disk(path)
+
+
+def check_place(path: Path) -> None:
+    """To be asked before hours of work: whether `written_beside` can put a file there, as far as that can be known.
+
+    Raises:
+        OSError: a folder or a device has that name, or the folder cannot be written or made.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"'{path}' is no file that can be replaced: give another name")
+    folder = next(each for each in path.resolve().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"'{path}' cannot be written, for '{folder}' is no folder that can be: give another place")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -39,16 +62,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 def folder_written_beside(path: Path) -> Iterator[Path]:
     """Context manager: an empty folder beside `path` to fill, flushed at the end, which then replaces the one there.
 
+    A link is followed. A folder that is a mount point stays, and what it holds is replaced.
+
     Raises:
         OSError: as `written_beside`.
     """
+    path = path.resolve() if path.is_symlink() else path
     with _beside(path) as part:
         part.mkdir(parents=True)
         yield part
         for written in (*part.rglob("*"), part):
             flush_to_disk(written)
         shutil.rmtree(path, ignore_errors=True)
-        os.rename(part, path)
+        if path.is_dir():
+            for written in part.iterdir():
+                shutil.move(written, path)
+            flush_to_disk(path)
+        else:
+            os.rename(part, path)
         flush_to_disk(path.parent)
 
 

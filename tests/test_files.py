@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onelora_diffusion.files import folder_written_beside, write_bytes, written_beside
+from onelora_diffusion.files import check_place, folder_written_beside, write_bytes, written_beside
 
 
 def full(*arguments):
@@ -58,3 +58,48 @@ def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path
     living.touch(), foreign.touch()
     write_bytes(path, b"whole")
     assert set(tmp_path.iterdir()) == {path, living, foreign}
+
+
+def busy(*arguments):
+    raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+def test_links_and_mount_points_get_what_is_written(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    (disk / "folder").mkdir(parents=True)
+    (disk / "folder" / "old").touch()
+    (disk / "a.bin").touch()
+    (tmp_path / "a.bin").symlink_to(disk / "a.bin")
+    (tmp_path / "folder").symlink_to(disk / "folder")
+    write_bytes(tmp_path / "a.bin", b"through the link")
+    with folder_written_beside(tmp_path / "folder") as part:
+        (part / "new").touch()
+    assert (disk / "a.bin").read_bytes() == b"through the link" and (tmp_path / "a.bin").is_symlink()
+    assert [path.name for path in (disk / "folder").iterdir()] == ["new"] and (tmp_path / "folder").is_symlink()
+
+    monkeypatch.setattr(os, "replace", busy)  # as the system says of a file, and of a folder, that is mounted
+    monkeypatch.setattr(os, "rename", busy)
+    monkeypatch.setattr(os, "rmdir", busy)
+    write_bytes(disk / "a.bin", b"mounted")
+    assert (disk / "a.bin").read_bytes() == b"mounted"
+    (disk / "folder" / "new").unlink()
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: [each.unlink() for each in path.iterdir()])
+    with folder_written_beside(disk / "folder") as part:
+        (part / "newest").write_bytes(b"mounted")
+    assert (disk / "folder" / "newest").read_bytes() == b"mounted"
+
+
+def test_a_place_where_no_file_can_be_put_is_known_before_the_work(tmp_path, monkeypatch):
+    check_place(tmp_path / "deep" / "new" / "a.json")
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "file").touch()
+    for place, reason in (
+        (tmp_path, "is no file that can be replaced"),
+        (Path(os.devnull), "is no file that can be replaced"),
+        (tmp_path / "file" / "a.json", "cannot be written, for '.*file' is no folder"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            check_place(place)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(OSError, match="is no folder that can be"):
+        check_place(tmp_path / "deep" / "a.json")

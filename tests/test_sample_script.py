@@ -4,6 +4,7 @@ import errno
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,24 @@ def full_disk():
     raise OSError(errno.ENOSPC, "No space left on device", "samples.npz")
 
 
+@pytest.fixture
+def breaks_off(monkeypatch):
+    """Lets runs draw their first images, and then something happen; returns the list of what they draw from now on."""
+
+    def breaking_off(happens, number=None):
+        drawn = []
+
+        def some_images(pipeline, labels, seed, indices, *args, **settings):
+            drawn.extend(indices[:number])
+            yield from generate_images(pipeline, labels[:number], seed, indices[:number], *args, **settings)
+            happens()
+
+        monkeypatch.setattr(sample, "generate_images", some_images)
+        return drawn
+
+    return breaking_off
+
+
 @pytest.mark.parametrize(
     "happens, code, line",
     [
@@ -122,19 +141,70 @@ def full_disk():
         (full_disk, "sample.py: samples.npz: No space left on device", ""),
     ],
 )
-def test_nothing_is_left_of_a_run_that_breaks_off(run_folder, tmp_path, monkeypatch, capsys, happens, code, line):
+def test_a_run_that_breaks_off_keeps_its_images_and_goes_on(
+    run_folder, tmp_path, breaks_off, capsys, happens, code, line
+):
+    settings = settings_for(run_folder, tmp_path / "samples.npz", num_images=3, images_at_once=1)
     (tmp_path / "samples.npz").write_bytes(b"an earlier run's")
-
-    def breaks_off(*args, **settings):
-        yield [0], torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-        happens()
-
-    monkeypatch.setattr(sample, "generate_images", breaks_off)
+    breaks_off(happens, number=2)
     with pytest.raises(SystemExit) as ended:
-        sample.main(settings_for(run_folder, tmp_path / "samples.npz"))
-    assert ended.value.code == code and line in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+        sample.main(settings)
+    said = capsys.readouterr().err
+    assert ended.value.code == code and line in said
+    kept = tmp_path / ".samples.npz.part"
+    assert f"2 images are in '{kept}'; the same command goes on from there" in said
     assert (tmp_path / "samples.npz").read_bytes() == b"an earlier run's"
+    with pytest.raises(SystemExit, match="keeps images of a run that ended early, with another seed: repeat its"):
+        sample.main(replace(settings, seed=1))
+
+    (kept / "000001.png").write_bytes(b"half written")
+    drawn = breaks_off(lambda: None)
+    sample.main(settings)
+    assert drawn == [1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+    sample.main(replace(settings, output=tmp_path / "whole.npz"))
+    one, other = (np.load(tmp_path / name)["arr_0"] for name in ("samples.npz", "whole.npz"))
+    assert np.array_equal(one, other)
+
+
+def test_images_are_written_where_they_stay(run_folder, tmp_path, monkeypatch, breaks_off):
+    """Into a link, the current folder, and a folder that may not be moved, as a mount point; never into one twice."""
+    for name in ("linked", "here", "mounted"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "linked")
+    (tmp_path / "disk" / "mounted" / "lost+found").mkdir()
+    places = {"link": tmp_path / "link", "here": Path("."), "mounted": tmp_path / "disk" / "mounted"}
+    monkeypatch.chdir(tmp_path / "disk" / "here")
+    for place in places.values():
+        sample.main(settings_for(run_folder, place, num_images=2))
+        assert [path.name for path in sorted(place.glob("*.png"))] == ["000000.png", "000001.png"]
+        with pytest.raises(SystemExit, match=f"--output '{place}' exists already; give a new folder"):
+            sample.main(settings_for(run_folder, place, num_images=2))
+    assert {path.name for path in (tmp_path / "disk").rglob("*")} == {
+        *("linked", "here", "mounted", "lost+found", "000000.png", "000001.png")
+    }
+
+    breaks_off(ctrl_c, number=1)
+    with pytest.raises(SystemExit):
+        sample.main(settings_for(run_folder, tmp_path / "new", num_images=2))
+    assert [path.name for path in (tmp_path / "new").glob("*.png")] == ["000000.png"]
+    breaks_off(ctrl_c, number=0)
+    with pytest.raises(SystemExit):
+        sample.main(settings_for(run_folder, tmp_path / "deep" / "new", num_images=2))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_second_run_with_one_output_is_refused_and_the_first_goes_on(run_folder, tmp_path, breaks_off):
+    for name in ("samples.png", "samples.npz", "samples"):
+        settings = settings_for(run_folder, tmp_path / name, num_images=2)
+
+        def start_another(settings=settings):
+            with pytest.raises(SystemExit, match="is being written by another process"):
+                sample.main(replace(settings, seed=1))
+
+        breaks_off(start_another, number=2)
+        sample.main(settings)
+    assert {file.name for file in tmp_path.iterdir()} == {"samples.png", "samples.npz", "samples"}
 
 
 def test_a_picture_in_bf16_is_near_the_one_in_float32(run_folder, tmp_path, capsys):

@@ -216,6 +216,13 @@ def test_a_full_disk_and_ctrl_c_are_one_line_and_leave_nothing(run_folder, tmp_p
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["gen"], ["ref"], ["calc", "--images", "pngs"]])
+def test_no_place_for_the_report_is_said_before_anything_is_read(command, tmp_path):
+    (tmp_path / "report.npz").mkdir()
+    with pytest.raises(SystemExit, match="^eval_fid.py: .*report.npz' is no file that can be replaced"):
+        run(*command, "--output", tmp_path / "report.npz")
+
+
 def test_compare_base_is_a_switch():
     words = ([], ["--compare-base"], ["--no-compare-base"], ["gen", "--compare-base", "False"])
     assert [parse(flags, None).compare_base for flags in words] == [None, True, False, False]

@@ -1,11 +1,7 @@
 """The feature sum and its in-place add: the only hot code."""
 
-import functools
-
 import torch
 from torch.autograd import forward_ad
-
-VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward1")
 
 
 class _FeatureSum(torch.autograd.Function):
@@ -105,20 +101,6 @@ def parts_of(product: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
     return _Parts.apply(product, number)
 
 
-def writable(out: torch.Tensor) -> torch.Tensor:
-    """`out`, or a copy of it where the operator that made it reads it in backward: a layer that ends in a ReLU."""
-    node = out.grad_fn
-    while node is not None and type(node).__name__ in VIEWS:
-        node = node.next_functions[0][0]
-    return out.clone() if node is not None and _saves_its_output(type(node)) else out
-
-
-@functools.cache
-def _saves_its_output(node: type) -> bool:
-    # Asked of the type: to look at the saved tensor itself would run whatever hook unpacks it.
-    return any(hasattr(node, name) for name in ("_saved_result", "_saved_output", "_saved_self_or_result"))
-
-
 def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Decompress a feature sum onto a linear's output, out += s bᵀ (1LoRA, equation 3).
 
@@ -171,8 +153,13 @@ def _add_rows(out: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> torch.T
     if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
         return _add(out, s * rows)
     s, rows = s.to(out.dtype), rows.to(out.dtype)
-    return torch.addcmul(out, s, rows) if torch.is_grad_enabled() else out.addcmul_(s, rows)
+    return torch.addcmul(out, s, rows) if _is_kept(out) else out.addcmul_(s, rows)
 
 
 def _add(out: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-    return (out + term).to(out.dtype) if torch.is_grad_enabled() else out.add_(term)
+    return (out + term).to(out.dtype) if _is_kept(out) else out.add_(term)
+
+
+def _is_kept(out: torch.Tensor) -> bool:
+    """Whether `out` stays as it is: with gradients, and in compiled code, which reuses memory by itself."""
+    return torch.is_grad_enabled() or _is_derived_elsewhere()

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from onelora_diffusion.adapters.functional import parts_of
+from onelora_diffusion.injection.linear import has_foreign_hooks, makes_new_memory
 
 
 class OneLoRAAttnProcessor:
@@ -30,17 +31,17 @@ class OneLoRAAttnProcessor:
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
 
         sums = {}
+        linears = (attn.to_q, attn.to_k, attn.to_v)
         if attn.fused_projections:
-            parts = parts_of(attn.to_qkv(hidden_states), 3)
+            product = attn.to_qkv(hidden_states)
+            if not torch.compiler.is_compiling() and not makes_new_memory(attn.to_qkv):
+                product = product.clone()
+            parts = parts_of(product, 3)
             query, key, value = (
-                _with_adapters(linear, hidden_states, part, sums)
-                for linear, part in zip((attn.to_q, attn.to_k, attn.to_v), parts, strict=True)
+                _with_adapters(linear, hidden_states, part, sums) for linear, part in zip(linears, parts, strict=True)
             )
         else:
-            query, key, value = (
-                _with_adapters(linear, hidden_states, linear.forward(hidden_states), sums)
-                for linear in (attn.to_q, attn.to_k, attn.to_v)
-            )
+            query, key, value = (_projected(linear, hidden_states, sums) for linear in linears)
 
         query, key, value = (x.view(batch, tokens, attn.heads, -1).transpose(1, 2) for x in (query, key, value))
         hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
@@ -50,6 +51,13 @@ class OneLoRAAttnProcessor:
 
 # One for all layers, since it keeps nothing: older releases of torch.compile make another graph for another object.
 SHARED_SUMS = OneLoRAAttnProcessor()
+
+
+def _projected(linear, x, sums):
+    """The layer's output with its adapters, by its `forward` alone unless others have hooks here."""
+    if not torch.compiler.is_compiling() and has_foreign_hooks(linear):
+        return linear(x)
+    return _with_adapters(linear, x, linear.forward(x), sums)
 
 
 def _with_adapters(linear, x, out, sums):

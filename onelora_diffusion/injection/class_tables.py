@@ -40,7 +40,7 @@ class TableSeat(Seat):
         self._hooks: list = []
         for base in bases:
             base.onelora = self
-        self._before = [base.register_forward_pre_hook(begin_lookup) for base in bases]
+        self._before = [base.register_forward_pre_hook(begin_lookup, with_kwargs=True) for base in bases]
         self.hook()
 
     # -----------------------------------------------------------------------------------------------
@@ -140,9 +140,10 @@ class TableSeat(Seat):
         return super()._apply(fn, recurse)
 
 
-def begin_lookup(table: nn.Embedding, args: tuple) -> torch.Tensor:
+def begin_lookup(table: nn.Embedding, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a base's class table."""
-    return table.onelora.begin(args[0])
+    labels = args[0] if args else kwargs["input"]
+    return (table.onelora.begin(labels),), {}
 
 
 def end_lookup(table: nn.Embedding, args: tuple, rows: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,17 @@
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
 
 from onelora_diffusion.adapters.contract import Adapter
-from onelora_diffusion.adapters.functional import writable
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import keeping_precision, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
+
+LINEAR_FORWARD = nn.Linear.forward
 
 
 class LinearSeat(Seat):
@@ -46,14 +49,15 @@ class LinearSeat(Seat):
 
         Args:
             x: (..., in_features), the base layer's input.
-            out: (..., out_features), the base layer's output; its memory is reused.
+            out: (..., out_features), the base layer's output; its memory is reused where nobody else can hold it.
             sums: the feature sums of x taken so far, filled here. Layers that read the same x share it.
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
             if self._is_replica:
                 self._list_adapters()
-            out = writable(out) if self.is_in_use else out
+            if self.is_in_use and not makes_new_memory(self.layer):
+                out = out.clone(memory_format=torch.contiguous_format)
         if self.open_route is not None:
             return self.open_route.serve(x, out, sums)
         if not self._serves:
@@ -88,7 +92,7 @@ class LinearSeat(Seat):
 
     def hook(self) -> None:
         if self._hook is None:
-            self._hook = self.layer.register_forward_hook(adapter_hook)
+            self._hook = self.layer.register_forward_hook(adapter_hook, with_kwargs=True)
 
     def unhook(self) -> None:
         if self._hook is not None:
@@ -257,11 +261,47 @@ class _LinearRoute:
         return out.index_add(0, index, (scale.view(-1, *[1] * (out.ndim - 1)) * term).to(out.dtype))
 
 
-def adapter_hook(linear: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+def adapter_hook(linear: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted linear layer."""
-    if not torch.compiler.is_compiling() and next(iter(linear._forward_hooks.values())) is not adapter_hook:
-        out = out.clone()  # a hook before this one may have kept the layer's output
-    return linear.onelora(args[0], out)
+    return linear.onelora(args[0] if args else next(iter(kwargs.values())), out)
+
+
+def makes_new_memory(layer: nn.Module) -> bool:
+    """Whether the output of a layer's call is new memory that nobody holds when its adapters come to see it.
+
+    That is known of PyTorch's own linear layer alone, and where nothing has seen the output before: no method in the
+    place of its `forward` (diffusers' step caches and offloading), no earlier hook of the layer, no hook of all
+    modules, no mode of PyTorch's dispatcher (selective checkpointing keeps products). Other layers may return what
+    they keep, or what their backward reads.
+    """
+    return (
+        is_plain_linear(layer)
+        and not torch_module._global_forward_hooks
+        and next(iter(layer._forward_hooks.values()), adapter_hook) is adapter_hook
+        and torch._C._len_torch_dispatch_stack() == 0
+        and (torch._C._len_torch_function_stack() == 0 or _only_devices_are_set())
+    )
+
+
+def _only_devices_are_set() -> bool:
+    """Whether no mode but `torch.set_default_device` is told of the functions that are called."""
+    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer's forward is `nn.Linear`'s own."""
+    return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
+
+
+def has_foreign_hooks(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its forward and its adapters."""
+    return bool(
+        layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+        or any(hook is not adapter_hook for hook in layer._forward_hooks.values())
+    )
 
 
 def _as_tensor(weight: float) -> torch.Tensor:

@@ -31,6 +31,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}  # filled by adapters/methods.py, where the table stands
+COMPRESSIONS: dict[str, Callable] = {}  # filled by adapters/compressions.py: name -> its class
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class AdapterConfig:
     Args:
         method: `1lora`, `bitfit`, `difffit`, `mora1`, `mora6`, `lora`, `dora`, `vera`, `full`, or `peft:<tuner>`
             for any other tuner of PEFT (`peft:ia3`, `peft:fourierft`, …).
-        rank: r of LoRA, DoRA and VeRA, LoRA's alpha being r too (a scale of 1). The vector family and MoRA have
-            none and ignore it; a `peft:<tuner>` has its own settings.
+        rank: r of LoRA, DoRA and VeRA, LoRA's alpha being r too (a scale of 1). Of the vector family's `sum` part,
+            how many numbers a layer's input is compressed to, each with a vector b of its own: 1 is the paper's
+            1LoRA, r with `compression="sum"` is MiSS of rank r. What has no `sum`, and MoRA, ignore it; a
+            `peft:<tuner>` has its own settings.
         targets: names of linear layers. A name matches a path or its last components (`to_q`, `ff.net.2`);
             `*` and `?` match as in a shell. None: the paper's set on a DiT, every linear but the output
             head on any other model. `full` trains every module that has weights, or only these layers.
@@ -54,7 +57,9 @@ class AdapterConfig:
         fuse_qkv: compute q, k and v by one matrix product. Vector adapters stay the same, and so do their
             files; LoRA, DoRA, VeRA and MoRA then have one adapter for the three, of the layer `to_qkv`, which an
             attention processor of your own must read.
-        compression: `sum`, or `random`: a fixed vector drawn from `seed` in its place (ablation B.2).
+        compression: what b multiplies. `sum`: the sum of the layer's inputs, or of `rank` groups of them. `outputs`:
+            the same of the base layer's own outputs, without its bias. `random`: products with fixed vectors that
+            are drawn from `seed` (ablation B.2).
         peft_config: further settings of LoRA, DoRA, VeRA or a `peft:<tuner>` under PEFT's own names, such as
             `{"lora_alpha": 8}` or `{"n_frequency": 500}`: names, numbers, switches, and lists and tables of these.
         seed: of everything drawn for the adapter: new class rows, random compression, LoRA's A.
@@ -89,8 +94,8 @@ class AdapterConfig:
         _check_peft_config(self.peft_config or {})
         if self.fuse_qkv and method.is_whole:
             raise ValueError("fuse_qkv goes with a frozen base, not with 'full', which trains q, k and v themselves")
-        if self.compression not in ("sum", "random"):
-            raise ValueError(f"unknown compression '{self.compression}': choose 'sum' or 'random'")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"unknown compression '{self.compression}': choose one of {', '.join(COMPRESSIONS)}")
         if not 1 <= self.rank < 2**31:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if self.num_classes is not None and not 1 <= self.num_classes < 2**31:

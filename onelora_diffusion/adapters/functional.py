@@ -1,6 +1,7 @@
-"""The feature sum and its in-place add: the only hot code."""
+"""Sums of features and their in-place add: the only hot code."""
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 
@@ -16,16 +17,32 @@ class _FeatureSum(torch.autograd.Function):
         return grad_s.to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
 
 
+class _GroupSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rank):
+        ctx.features, ctx.dtype = x.shape[-1], x.dtype
+        return _sum_groups(x, rank)
+
+    @staticmethod
+    def backward(ctx, grad_s):
+        # ∂x = (∂s) G: the groups take turns, so that the features repeat ∂s.
+        rank = grad_s.shape[-1]
+        turns = -(-ctx.features // rank)
+        repeated = grad_s.to(ctx.dtype).unsqueeze(-2).expand(*grad_s.shape[:-1], turns, rank)
+        return repeated.flatten(-2)[..., : ctx.features], None
+
+
 class _AddOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, s, b):
         inputs = s, b
         result = _untracked(out)
         if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
-            result.add_(s.unsqueeze(-1) * b)
+            result.add_(_outer(s, b))
         else:
             s, b = s.to(out.dtype), b.to(out.dtype)  # saved as they are used: backward casts nothing again
-            result.view(-1, b.shape[0]).addmm_(s.reshape(-1, 1), b.unsqueeze(0))  # addr_ is slower in bf16
+            rank, features = _rank(b), b.shape[-1]
+            result.view(-1, features).addmm_(s.reshape(-1, rank), b.view(rank, features))  # addr_ is slower in bf16
         ctx.save_for_backward(*inputs, s, b)
         return result
 
@@ -34,10 +51,19 @@ class _AddOuter(torch.autograd.Function):
         own_s, own_b, s, b = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative follows, from the inputs themselves
             s, b = own_s.to(s.dtype), own_b.to(b.dtype)
-        rows = grad.reshape(-1, b.shape[0]).to(b.dtype)
+        rows = grad.reshape(-1, b.shape[-1]).to(b.dtype)
+        b, s_of_rows = (b, s.flatten()) if b.ndim == 1 else (b.T, s.flatten(0, -2).T)
         grad_s = (rows @ b).view(s.shape).to(own_s.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = (s.flatten() @ rows).to(own_b.dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (s_of_rows @ rows).to(own_b.dtype) if ctx.needs_input_grad[2] else None
         return grad, grad_s, grad_b
+
+
+def _rank(b: torch.Tensor) -> int:
+    return 1 if b.ndim == 1 else len(b)
+
+
+def _outer(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return s.unsqueeze(-1) * b if b.ndim == 1 else s @ b.to(s.dtype)
 
 
 def _is_derived_elsewhere() -> bool:
@@ -62,6 +88,30 @@ def feature_sum(x: torch.Tensor) -> torch.Tensor:
     if _is_derived_elsewhere():
         return _sum(x)
     return _FeatureSum.apply(x)
+
+
+def group_sums(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """Compress features to the sums of `rank` groups; feature i is in group i mod rank (MiSS, arXiv:2409.15371).
+
+    Args:
+        x: (..., features), any floating dtype.
+        rank: from 1 to the number of features.
+
+    Returns:
+        (..., rank), in the precision of `feature_sum`; for rank 1 that sum itself, of shape (...).
+    """
+    if rank == 1:
+        return feature_sum(x)
+    if _is_derived_elsewhere():
+        return _sum_groups(x, rank)
+    return _GroupSums.apply(x, rank)
+
+
+def _sum_groups(x: torch.Tensor, rank: int) -> torch.Tensor:
+    rest = x.shape[-1] % rank
+    whole = x[..., : x.shape[-1] - rest].unflatten(-1, (-1, rank))
+    sums = whole.sum(-2, dtype=torch.float32 if x.dtype == torch.float16 else None)
+    return sums + nn.functional.pad(x[..., x.shape[-1] - rest :], (0, rank - rest)) if rest else sums
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
@@ -102,24 +152,42 @@ def parts_of(product: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
 
 
 def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Decompress a feature sum onto a linear's output, out += s bᵀ (1LoRA, equation 3).
+    """Decompress the sums of features onto a linear's output, out += s b (1LoRA, equation 3).
 
-    Saves `s` (one number a token) and `b` for backward, and never forms a second tokens × features tensor:
-    ∂b = sᵀ ∂out and ∂s = ∂out · b are matrix-vector products. Nothing may have saved `out` for backward.
+    Saves `s` (`rank` numbers a token) and `b` for backward, and never forms a second tokens × features tensor:
+    ∂b = sᵀ ∂out and ∂s = ∂out bᵀ are products with a thin matrix. Nothing may have saved `out` for backward.
 
     Args:
         out: (..., out_features), contiguous, changed in place.
-        s: (...), as `feature_sum` gives it.
-        b: (out_features,), any floating dtype; or a row for each sample, (batch, 1, ..., out_features).
+        s: (...), or (..., rank), as `group_sums` gives it.
+        b: (out_features,), or (rank, out_features), any floating dtype.
 
     Returns:
         `out`'s memory, with the new term.
     """
-    if b.ndim > 1:
-        return _add_rows(out, s.unsqueeze(-1), b)
     if _is_derived_elsewhere():
-        return out + (s.unsqueeze(-1) * b).to(out.dtype)
+        return out + _outer(s, b).to(out.dtype)
     return _AddOuter.apply(out, s, b)
+
+
+def add_outer_rows_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same with a `b` of its own for each sample, (batch, out_features) or (batch, rank, out_features).
+
+    `out` is changed in place where no gradients are taken; it is (batch, ..., out_features).
+    """
+    if b.ndim == 2:
+        return _add_rows(out, s.unsqueeze(-1), _beside(b, out))
+    flat, sums = out.reshape(len(out), -1, out.shape[-1]), s.reshape(len(s), -1, s.shape[-1])
+    if out.dtype == torch.float16:
+        return _add(flat, torch.bmm(sums.float(), b.float())).view(out.shape)
+    sums, b = sums.to(out.dtype), b.to(out.dtype)
+    added = torch.baddbmm(flat, sums, b) if torch.is_grad_enabled() else flat.baddbmm_(sums, b)
+    return added.view(out.shape)
+
+
+def _beside(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """(batch, features) as (batch, 1, ..., features), which broadcasts over the tokens of `out`."""
+    return rows.view(len(rows), *[1] * (out.ndim - 2), rows.shape[-1])
 
 
 class _AddVector(torch.autograd.Function):
@@ -140,13 +208,21 @@ def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 
     Args:
         out: (..., out_features), changed in place; nothing may have saved it for backward.
-        beta: (out_features,), any floating dtype; or a row for each sample, (batch, 1, ..., out_features).
+        beta: (out_features,), any floating dtype.
     """
-    if beta.ndim > 1:
-        return _add(out, beta)
     if _is_derived_elsewhere():
         return out + beta.to(out.dtype)
     return _AddVector.apply(out, beta)
+
+
+def add_vector_rows_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """The same with a β of its own for each sample, (batch, out_features)."""
+    return _add(out, _beside(beta, out))
+
+
+def scale_rows(out: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """γ ⊙ out with a γ of its own for each sample, (batch, out_features)."""
+    return _beside(gamma, out).to(out.dtype) * out
 
 
 def _add_rows(out: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

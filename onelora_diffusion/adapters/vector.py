@@ -1,13 +1,19 @@
 """1LoRA, BitFit, DiffFit and every combination of their parts: trained vectors around a frozen linear layer."""
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.compressions import Compression, compression_of
 from onelora_diffusion.adapters.contract import Adapter
-from onelora_diffusion.adapters.functional import add_outer_, add_vector_, feature_sum
+from onelora_diffusion.adapters.functional import (
+    add_outer_,
+    add_outer_rows_,
+    add_vector_,
+    add_vector_rows_,
+    scale_rows,
+)
 from onelora_diffusion.config import AdapterConfig
 
 
@@ -16,37 +22,53 @@ class Vectors:
     """b, β and γ of one adapter, of a weighted sum of adapters, or of each sample of a batch; None is not there.
 
     Attributes:
-        b: by the seed of its compression, which is None for the feature sum.
+        b: decompression by compression: (out_features,), or (rank, out_features) for a rank above 1.
+        of_bias: what each compression takes off for the base layer's bias.
+        per_sample: each trained part has one more dimension in front, of the samples of a batch.
     """
 
-    b: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    b: dict[Compression, torch.Tensor] = field(default_factory=dict)
     beta: torch.Tensor | None = None
     gamma: torch.Tensor | None = None
+    of_bias: dict[Compression, torch.Tensor | None] = field(default_factory=dict)
+    per_sample: bool = False
 
-    def serve(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
-        """y = γ ⊙ (out + β + b · Σᵢ xᵢ) (1LoRA, equation 3 and table 1).
+    def serve(self, x: torch.Tensor, out: torch.Tensor, base: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
+        """y = γ ⊙ (out + β + B (C x)); for one sum, B (C x) is b · Σᵢ xᵢ (1LoRA, equation 3 and table 1).
 
         Args:
-            x: (..., in_features), the base layer's input.
-            out: (..., out_features), the base layer's output, whose memory is reused.
-            sums: the feature sums of x taken so far, filled here. Layers that read the same x share it.
+            x: (..., in_features), the layer's input.
+            out: (..., out_features), what the terms are added to; its memory is reused.
+            base: the base layer's own output for x, which `out` may be.
+            sums: what x has been compressed to so far, filled here. Layers that read the same x share it.
         """
+        add_outer, add_vector, scale = (
+            (add_outer_rows_, add_vector_rows_, scale_rows)
+            if self.per_sample
+            else (add_outer_, add_vector_, lambda out, gamma: gamma.to(out.dtype) * out)
+        )
         sums = {} if sums is None else sums
-        for seed, b in self.b.items():
-            if seed not in sums:
-                sums[seed] = compress(x, seed)
-            out = add_outer_(out, sums[seed], b)
+        compressed = []  # all of them before `out` changes, which may be `base`
+        for compression, b in self.b.items():
+            shared = sums if compression.reads_input else {}
+            if compression not in shared:
+                shared[compression] = compression.compress(x, base, self.of_bias.get(compression))
+            compressed.append((shared[compression], b))
+        for s, b in compressed:
+            out = add_outer(out, s, b)
         if self.beta is not None:
-            out = add_vector_(out, self.beta)
-        return out if self.gamma is None else self.gamma.to(out.dtype) * out
+            out = add_vector(out, self.beta)
+        return out if self.gamma is None else scale(out, self.gamma)
 
-    def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """W = γ ⊙ (W0 + b 1ᵀ), bias = γ ⊙ (bias0 + β), in fp32."""
-        for seed, b in self.b.items():
-            row = torch.ones_like(weight[0])
-            if seed is not None:
-                row = random_compression(seed, weight.shape[1], weight.device)
-            weight = weight + torch.outer(b.to(weight), row)
+    def merged(
+        self, weight: torch.Tensor, bias: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """W = γ ⊙ (weight + B C), bias = γ ⊙ (bias + β), in fp32; C is that of the base layer's weight and bias."""
+        for compression, b in self.b.items():
+            b = torch.atleast_2d(b.to(weight))
+            weight = weight + b.T @ compression.matrix(base[0])
+            if (of_bias := self.of_bias.get(compression)) is not None:  # 0, unless another adapter trains the bias
+                bias = bias + torch.atleast_1d(compression.of_bias(base[1]) - of_bias.to(b)) @ b
         if self.beta is not None:
             bias = bias + self.beta.to(bias)
         if self.gamma is not None:
@@ -56,16 +78,18 @@ class Vectors:
     def map(self, change) -> "Vectors":
         """Each part that is there, changed."""
         beta, gamma = (None if part is None else change(part) for part in (self.beta, self.gamma))
-        return Vectors({seed: change(b) for seed, b in self.b.items()}, beta, gamma)
+        return replace(self, b={kind: change(b) for kind, b in self.b.items()}, beta=beta, gamma=gamma)
 
     @staticmethod
     def stacked(mixtures: list["Vectors"]) -> "Vectors":
-        """Each part as (K, out_features), with what changes nothing where a mixture does not have it."""
-        seeds = dict.fromkeys(seed for vectors in mixtures for seed in vectors.b)
+        """Each part of K mixtures stacked, with what changes nothing where a mixture does not have it."""
+        kinds = dict.fromkeys(kind for vectors in mixtures for kind in vectors.b)
         return Vectors(
-            {seed: _stack([vectors.b.get(seed) for vectors in mixtures], 0) for seed in seeds},
+            {kind: _stack([vectors.b.get(kind) for vectors in mixtures], 0) for kind in kinds},
             _stack([vectors.beta for vectors in mixtures], 0),
             _stack([vectors.gamma for vectors in mixtures], 1),
+            _all_of_bias(mixtures),
+            per_sample=True,
         )
 
     @staticmethod
@@ -81,39 +105,50 @@ class Vectors:
     @staticmethod
     def combined(group: list[tuple["Vectors", float | torch.Tensor]]) -> "Vectors":
         """The same by its formula whatever the weights are, so that compiled code need not look at them."""
-        seeds = dict.fromkeys(seed for vectors, _ in group for seed in vectors.b)
+        kinds = dict.fromkeys(kind for vectors, _ in group for kind in vectors.b)
         return Vectors(
-            {seed: _sum([(vectors.b.get(seed), weight) for vectors, weight in group], 0) for seed in seeds},
+            {kind: _sum([(vectors.b.get(kind), weight) for vectors, weight in group], 0) for kind in kinds},
             _sum([(vectors.beta, weight) for vectors, weight in group], 0),
             _sum([(vectors.gamma, weight) for vectors, weight in group], 1),
+            _all_of_bias([vectors for vectors, _ in group]),
         )
 
 
 class VectorAdapter(Adapter):
-    """y = γ ⊙ (W0 x + bias + β + b·Σᵢ xᵢ) (1LoRA, equation 3 and table 1).
+    """y = γ ⊙ (W0 x + bias + β + B (C x)); for one sum, B (C x) is b·Σᵢ xᵢ (1LoRA, equation 3 and table 1).
 
-    Holds only the parts its settings ask for, each fp32 of shape (out_features,): `b` and `beta` start at 0,
-    `gamma` at 1, so that the adapted layer starts as the base layer.
+    Holds only the parts its settings ask for, each in fp32: `b` of shape (out_features,), or (rank, out_features)
+    for a rank above 1, and `beta` start at 0, `gamma` (out_features,) at 1, so that the adapted layer starts as the
+    base layer. C is no part of it: `compressions` has it.
     """
 
     def __init__(self, linear: nn.Linear, config: AdapterConfig):
         super().__init__()
         shape, options = (linear.out_features,), {"dtype": torch.float32, "device": linear.weight.device}
-        self.in_features = linear.in_features
-        self.b = nn.Parameter(torch.zeros(shape, **options)) if config.sum else None
+        self.compression = compression_of(config)
+        decompression = shape if config.rank == 1 else (config.rank, *shape)
+        self.b = nn.Parameter(torch.zeros(decompression, **options)) if config.sum else None
         self.beta = nn.Parameter(torch.zeros(shape, **options)) if config.bias else None
         self.gamma = nn.Parameter(torch.ones(shape, **options)) if config.scale else None
-        self.compression_seed = config.seed if config.compression == "random" else None
+
+        self.register_buffer("of_bias", None, persistent=False)
+
+    def serve(self, layer: nn.Module) -> None:
+        object.__setattr__(self, "layer", layer)  # which is no child of its own adapter
+        if self.b is not None and layer.bias is not None:
+            self.of_bias = self.compression.of_bias(layer.bias.detach())
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """y = γ ⊙ (out + β + b · Σᵢ xᵢ), in the memory of `out`."""
-        return self.vectors().serve(x, out)
+        """y = γ ⊙ (out + β + B (C x)), in the memory of `out`."""
+        return self.vectors().serve(x, out, out)
 
     def vectors(self) -> Vectors:
-        return Vectors({} if self.b is None else {self.compression_seed: self.b}, self.beta, self.gamma)
+        if self.b is None:
+            return Vectors({}, self.beta, self.gamma)
+        return Vectors({self.compression: self.b}, self.beta, self.gamma, {self.compression: self.of_bias})
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vectors().merged(weight, bias)
+        return self.vectors().merged(weight, bias, (weight, bias))
 
     @classmethod
     def summed(cls, group, names, path):
@@ -127,32 +162,40 @@ class VectorAdapter(Adapter):
         reasons = {
             "it trains biases (β)": self.beta is not None,
             "it trains scales (γ)": self.gamma is not None,
-            "its compression is random, not the sum": self.compression_seed is not None,
             "it has no sum part (b)": self.b is None,
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(", ".join(found))
-        return torch.ones(1, self.in_features), self.b.detach().cpu().float().unsqueeze(1)
+        linear = self.layer
+        shape_alone = torch.zeros(()).expand(linear.out_features, linear.in_features)
+        weight = shape_alone if self.compression.reads_input else plain_weight(linear)
+        return self.compression.matrix(weight).cpu().clone(), torch.atleast_2d(
+            self.b.detach().cpu().float()
+        ).T.contiguous()
+
+
+@torch.no_grad()
+def plain_weight(linear: nn.Linear) -> torch.Tensor:
+    """A linear layer's weight (out_features, in_features) in fp32, by its own product where it is quantised."""
+    if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
+        return linear.weight.float()
+    dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+    rows = linear.forward(torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)).float()
+    return (rows if linear.bias is None else rows - linear.bias.float()).T
 
 
 def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, Adapter]:
     if not (config.sum or config.bias or config.scale):
         return {}
+    for path, linear in layers.items():
+        features = linear.in_features if compression_of(config).reads_input else linear.out_features
+        if config.sum and config.rank > features:
+            raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are summed up")
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
 
 
-def compress(x: torch.Tensor, seed: int | None) -> torch.Tensor:
-    """The feature sum of x, or with a seed its product with a fixed random vector (1LoRA, appendix B.2); fp32."""
-    if seed is None:
-        return feature_sum(x)
-    return x.float() @ random_compression(seed, x.shape[-1], x.device)
-
-
-@functools.lru_cache
-def random_compression(seed: int, in_features: int, device: torch.device) -> torch.Tensor:
-    """A vector of N(0, 1) in fp32, the same for every layer with as many input features; never stored."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(in_features, generator=generator).to(device)
+def _all_of_bias(group: list[Vectors]) -> dict[Compression, torch.Tensor | None]:
+    return {kind: of_bias for vectors in group for kind, of_bias in vectors.of_bias.items()}
 
 
 def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral: float) -> torch.Tensor | None:

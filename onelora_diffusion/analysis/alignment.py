@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.vector import random_compression
+from onelora_diffusion.adapters.compressions import random_directions
 from onelora_diffusion.analysis.updates import layer_kind, weight_updates
 
 
@@ -77,7 +77,7 @@ def alignment_by_kind(
         if not update.any():  # an untrained layer has no principal components
             continue
         features = update.shape[1]
-        vectors = [torch.ones(features), random_compression(seed, features, update.device)]
+        vectors = [torch.ones(features), random_directions(seed, 1, features, update.device)[0]]
         vectors += [learned[path].flatten()] if learned is not None else []
         vectors = torch.stack([vector.detach().to(update) for vector in vectors])
         singular_values, cosine = component_alignment(update, vectors)

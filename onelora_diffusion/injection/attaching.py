@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
+from onelora_diffusion.adapters.compressions import compression_of
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.swap import build_copies
 from onelora_diffusion.config import AdapterConfig
@@ -219,10 +220,7 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     if file.fingerprint not in (book.fingerprint, None):
         raise ValueError(f"{source}: was made for another base ({file.base or 'unnamed'})")
-    settings = [
-        (c.method, c.compression, c.compression == "random" and c.seed)
-        for c in (book.configs[adapter_name], file.config)
-    ]
+    settings = [(c.method, c.sum and compression_of(c)) for c in (book.configs[adapter_name], file.config)]
     if settings[0] != settings[1] or shapes != {name: tensor.shape for name, tensor in own.items()}:
         raise ValueError(
             f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"

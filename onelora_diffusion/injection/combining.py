@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.compressions import compression_of
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import PARTS, AdapterConfig
 from onelora_diffusion.injection.attaching import AdapterFile, attach_adapter_file
@@ -45,10 +46,15 @@ def combine_adapters(
         tensors |= {f"{path}.{part}": tensor for part, tensor in total.items()}
     config = _config_of_sum(book.model, book, mixture)
     for path in target_layers(book.model, config.targets):  # a part that some of them train is a part of every layer
-        neutral = torch.zeros(book.model.get_submodule(path).out_features)
-        for part, is_trained, start in (("b", config.sum, 0), ("beta", config.bias, 0), ("gamma", config.scale, 1)):
-            if is_trained:
-                tensors.setdefault(f"{path}.onelora_{part}", neutral + start)
+        features = book.model.get_submodule(path).out_features
+        neutral = {
+            "b": torch.zeros(features if config.rank == 1 else (config.rank, features)) if config.sum else None,
+            "beta": torch.zeros(features) if config.bias else None,
+            "gamma": torch.ones(features) if config.scale else None,
+        }
+        for part, values in neutral.items():
+            if values is not None:
+                tensors.setdefault(f"{path}.onelora_{part}", values)
     with_table = [name for name in mixture if book.configs[name].num_classes is not None]
     id2label = book.origins.get(with_table[-1], {}).get("id2label") if with_table else None
     file = AdapterFile(config, tensors, book.fingerprint, id2label=id2label or {})
@@ -58,10 +64,10 @@ def combine_adapters(
 
 def _config_of_sum(model: nn.Module, book: AdapterBook, mixture: dict[str, Weight]) -> AdapterConfig:
     configs = [book.configs[name] for name in mixture]
-    compressions = {(c.compression, c.seed if c.compression == "random" else None) for c in configs if c.sum}
-    if len(compressions) > 1:
+    compressing = [c for c in configs if c.sum]
+    if len({compression_of(c) for c in compressing}) > 1:
         raise ValueError(f"adapters {', '.join(mixture)} compress in different ways: their sum is no adapter")
-    compression, seed = compressions.pop() if compressions else ("sum", None)
+    first = compressing[0] if compressing else AdapterConfig()
     paths = {path for c in configs if c.sum or c.bias or c.scale for path in target_layers(model, c.targets)}
     tables = [c for c in configs if c.num_classes is not None]
     return AdapterConfig(
@@ -69,6 +75,7 @@ def _config_of_sum(model: nn.Module, book: AdapterBook, mixture: dict[str, Weigh
         targets=None if paths == set(target_layers(model, None)) else tuple(sorted(paths)),
         num_classes=tables[-1].num_classes if tables else None,
         class_table=tables[-1].class_table if tables else None,
-        compression=compression,
-        seed=0 if seed is None else seed,
+        compression=first.compression,
+        rank=first.rank,
+        seed=first.seed,
     )

@@ -1,5 +1,7 @@
 """The seat beside a linear layer: its adapters, and the hook through which they serve it."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -66,7 +68,7 @@ class LinearSeat(Seat):
         for adapter, weight in self._others:
             adapted = adapter(x, base)  # new memory, which the vectors' terms below may reuse
             out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
-        return self.vectors().serve(x, out, sums)
+        return self.vectors().serve(x, out, base, sums)
 
     def vectors(self) -> Vectors:
         """The weighted sum of the active adapters that are vectors.
@@ -122,8 +124,9 @@ class LinearSeat(Seat):
     # What every seat answers
 
     def add(self, name: str, adapter: Adapter) -> None:
+        with weights_present(self.layer):
+            adapter.serve(self.layer)
         super().add(name, adapter)
-        adapter.serve(self.layer)
 
     def leave(self) -> None:
         self.unhook()
@@ -156,7 +159,7 @@ class LinearSeat(Seat):
         for adapter, scale in self._others:
             adapted = adapter.merged(*base)
             weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-        return self.vectors().merged(weight, bias)
+        return self.vectors().merged(weight, bias, base)
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         weight = self.layer._parameters.get("weight")
@@ -237,17 +240,16 @@ class _LinearRoute:
         for adapter, weights in self.others.items():
             out = self.add_other(adapter, weights, x, base, out)
         stacks = self.stacks() if self.trains and torch.is_grad_enabled() else self.kept
-        return stacks.map(lambda stack: self.rows(stack, out)).serve(x, out, sums)
+        return stacks.map(lambda stack: self.rows(stack, out.device)).serve(x, out, base, sums)
 
     def stacks(self) -> Vectors:
-        """b, β, γ of all mixtures, each (K, out_features)."""
+        """b, β and γ of all K mixtures, each (K, ..., out_features)."""
         sums = [Vectors.weighted_sum([(adapter.vectors(), w) for adapter, w in mix]) for mix in self.mixtures]
         return Vectors.stacked(sums)
 
-    def rows(self, stack: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, ..., out_features): each sample's own vector."""
-        rows = stack[self.route.index(stack.device)].to(out.device)
-        return rows.view(len(out), *[1] * (out.ndim - 2), out.shape[-1])
+    def rows(self, stack: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """(batch, ..., out_features): each sample's own vectors."""
+        return stack[self.route.index(stack.device)].to(device)
 
     def add_other(self, adapter: Adapter, weights: list[float], x, base, out) -> torch.Tensor:
         """LoRA and the like, which are no vectors: their own forward for the samples that each of them serves."""
@@ -320,6 +322,15 @@ def why_not_writable(layer: nn.Module) -> str | None:
     if _offload_group(layer) is not None:  # between calls it is a copy, or on the disk
         return "and other weights are offloaded: fuse before enable_group_offload"
     return None
+
+
+def weights_present(layer: nn.Module):
+    """Context manager: inside, a layer that accelerate has offloaded has its weights."""
+    if not getattr(getattr(layer, "_hf_hook", None), "offload", False):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(layer)
 
 
 def _offload_group(layer: nn.Module):

@@ -230,6 +230,8 @@ def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
         if len(header[name] or "") > MAX_TEXT:
             raise ValueError(f"its {name} has {len(header[name]):,} characters, and {MAX_TEXT:,} is the most")
     config = AdapterConfig.from_json(json.dumps(header["config"]))
+    if config.sum and any(name.endswith(".onelora_b") and tensor.ndim == 1 for name, tensor in tensors.items()):
+        config = dataclasses.replace(config, rank=1)  # version 0.1 wrote a rank that it had ignored
     _check_against(config, tensors)
     for label, name in header["id2label"].items():
         is_label = label.isascii() and label.isdecimal() and len(label) < 10

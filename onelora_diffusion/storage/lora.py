@@ -1,4 +1,4 @@
-"""To LoRA and back: 1LoRA is the LoRA of rank 1 whose A is all ones, and MiSS of rank 1."""
+"""To LoRA and back: 1LoRA is the LoRA whose A says which inputs are summed up together, and MiSS of the same rank."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
@@ -38,9 +39,11 @@ PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lor
 def export_lora(
     model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write a 1LoRA adapter as an ordinary LoRA of rank 1, which needs nothing of this library to load.
+    """Write a 1LoRA adapter as an ordinary LoRA of its rank, which needs nothing of this library to load.
 
         b · Σᵢ xᵢ = B A x,  A = (1 … 1), B = b
+
+    Of a higher rank, or of another compression, A is that compression as a matrix.
 
     Args:
         path: a `.safetensors` file for the `load_lora_weights` of diffusers' pipelines, or a folder that holds
@@ -53,8 +56,8 @@ def export_lora(
         `path`.
 
     Raises:
-        ValueError: the adapter holds what a LoRA cannot carry: a class table, β, γ, norms, a random compression,
-            or it is of another method. To keep these, merge and `save_pretrained`. Nothing is written.
+        ValueError: the adapter holds what a LoRA cannot carry: a class table, β, γ or norms, or it is of another
+            method. To keep these, merge and `save_pretrained`. Nothing is written.
     """
     book = adapters_of(model)
     pairs = lora_pairs(model, book.choose(adapter_name))
@@ -62,7 +65,8 @@ def export_lora(
     lora = {}
     for layer, (a, b) in pairs.items():
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
-    settings = {"r": 1, "lora_alpha": 1, "target_modules": list(pairs), "bias": "none"}
+    rank = len(next(iter(pairs.values()))[0])
+    settings = {"r": rank, "lora_alpha": rank, "target_modules": list(pairs), "bias": "none"}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -122,8 +126,9 @@ def is_foreign(tensors: dict[str, torch.Tensor]) -> bool:
 def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str) -> AdapterFile:
     """An adapter of this library from the tensors of a LoRA, DoRA or MiSS.
 
-    A LoRA whose A repeats one number (c … c) in each row is exactly 1LoRA with b = α/r · B c, and so is MiSS of
-    rank 1; any other LoRA or DoRA becomes an adapter of that method, which needs PEFT.
+    A LoRA whose A repeats one number (c … c) in each row is exactly 1LoRA with b = α/r · B c; one of rank r whose
+    row j has one number at each input i with i mod r = j, and zeros elsewhere, is 1LoRA of rank r, and so is MiSS.
+    Any other LoRA or DoRA becomes an adapter of that method, which needs PEFT.
 
     Args:
         settings: PEFT's settings of the adapter; empty where none came with it, alpha being r then.
@@ -142,7 +147,7 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
 
     kinds = {frozenset(parts) - {"alpha", "lora_B.bias"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
-        values = {path: {"b": _miss(path, p, settings, source)} for path, p in layers.items()}
+        values = {path: {"b": _miss(model, path, p, settings, source)} for path, p in layers.items()}
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
         values = _lora(model, layers, settings, source)
     else:
@@ -160,7 +165,8 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
         if path not in values:  # it ends in another one's path
             values[path] = _neutral(linear, names)
     if "b" in names:
-        config = AdapterConfig(bias="beta" in names, targets=targets)
+        rank = 1 if names["b"].ndim == 1 else len(names["b"])
+        config = AdapterConfig(rank=rank, bias="beta" in names, targets=targets)
     else:
         method = "dora" if "lora_magnitude_vector.weight" in names else "lora"
         peft_config = {"lora_bias": True} if "lora_B.bias" in names else None
@@ -202,14 +208,17 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
     return layers
 
 
-def _miss(path: str, parts: dict[str, torch.Tensor], settings: dict, source: str) -> torch.Tensor:
+def _miss(model: nn.Module, path: str, parts: dict[str, torch.Tensor], settings: dict, source: str) -> torch.Tensor:
+    """b of shape (out_features,) or (rank, out_features) of a MiSS block; `mini` repeats a narrow one."""
     block, init = parts["miss_block"], settings.get("init_weights", True)
-    if block.ndim != 2 or len(block) != 1 or init in ("bat", "mini"):
+    features = model.get_submodule(path).out_features
+    is_narrow = init == "mini" and block.ndim == 2 and block.shape[1] and features % block.shape[1] == 0
+    if init == "bat" or block.ndim != 2 or not (is_narrow or block.shape[1] == features):
         raise ValueError(
             f"{source}: {path} is MiSS of shape {tuple(block.shape)} (init_weights={printable(repr(init), 80)}); only "
-            "the plain one of rank 1 is 1LoRA"
+            "the plain one and 'mini' are 1LoRA, of as many numbers as the layer has outputs"
         )
-    return block[0].clone()
+    return block.repeat(1, features // block.shape[1]).squeeze(0)
 
 
 def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -232,6 +241,8 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
         scaled[path] = a, scale * b, scale * parts.get("lora_B.bias", torch.zeros(len(b)))
     if not is_dora and all((a == a[:, :1]).all() for a, _, _ in scaled.values()):
         values = {path: {"b": b @ a[:, 0], "beta": bias} for path, (a, b, bias) in scaled.items()}
+    elif not is_dora and len({len(a) for a, _, _ in scaled.values()}) == 1 and all(map(_sums_groups, scaled.values())):
+        values = {path: {"b": a.diagonal()[:, None] * b.T, "beta": bias} for path, (a, b, bias) in scaled.items()}
     else:
         rank = max(len(a) for a, _, _ in scaled.values())  # layers of a lower rank are filled up with zeros
         held = sum(a.numel() + b.numel() for a, b, _ in scaled.values())
@@ -252,6 +263,13 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
         if not has_bias:
             values[path] = {name: tensor for name, tensor in values[path].items() if name not in BIASES}
     return values
+
+
+def _sums_groups(layer: tuple[torch.Tensor, ...]) -> bool:
+    """Whether each row j of A has one number at the inputs i with i mod rank = j, and zeros elsewhere."""
+    a = layer[0]
+    rank, features = a.shape
+    return rank <= features and torch.equal(a, groups(rank, features, a.device) * a.diagonal()[:, None])
 
 
 def _alpha(path: str, rank: int, settings: dict) -> float:
@@ -295,7 +313,7 @@ def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, tor
     """Values that leave a layer as it is, for one that only shares its name with a layer of the file."""
     rank = len(parts.get("lora_A.weight", ()))
     shapes = {
-        "b": (linear.out_features,),
+        "b": (*parts.get("b", torch.empty(0)).shape[:-1], linear.out_features),
         "beta": (linear.out_features,),
         "lora_A.weight": (rank, linear.in_features),
         "lora_B.weight": (linear.out_features, rank),

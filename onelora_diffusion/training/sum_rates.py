@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from onelora_diffusion.adapters.vector import compress
 from onelora_diffusion.injection.linear import LinearSeat
 
 SUM = "onelora_b"
@@ -48,8 +47,10 @@ class SumScales:
     def _look(self, name: str):
         @torch.no_grad()
         def hook(seat: LinearSeat, args: tuple) -> None:
-            seed = next(iter(seat.vectors().b))
-            self.squares[name].append(compress(args[0].detach(), seed).float().square().mean())
+            vectors, (x, out) = seat.vectors(), args[:2]
+            compression = next(iter(vectors.b))
+            compressed = compression.compress(x.detach(), out.detach(), vectors.of_bias[compression])
+            self.squares[name].append(compressed.float().square().mean())
 
         return hook
 

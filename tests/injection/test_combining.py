@@ -20,6 +20,9 @@ CONFIGS = {
     "more_food": {"num_classes": 3},
     "birds": {"num_classes": 4},
     "random": {"compression": "random", "seed": 3},
+    "two": {"rank": 2},
+    "two_more": {"rank": 2, "bias": True, "targets": ("to_k",)},
+    "outputs": {"compression": "outputs", "rank": 2},
     "lora": {"method": "lora"},
 }
 
@@ -39,6 +42,8 @@ def model():
         (["food"], [-1.0]),
         (["sum", "every"], [{"transformer_blocks.0": 0.25}, 0.5]),
         (["random"], [0.5]),
+        (["two", "two_more"], [0.5, -1.0]),
+        (["outputs"], [-0.5]),
     ],
 )
 def test_the_sum_is_an_adapter_that_computes_what_its_parts_do(model, tmp_path, names, weights):
@@ -66,6 +71,8 @@ def test_interpolation_takes_the_class_table_along(model):
         (["food", "more_food"], [1.0, 1.0], "can only be averaged: .* weights that sum to 1, not 2"),
         (["food", "birds"], [0.5, 0.5], "can only be averaged: give adapters of the same classes"),
         (["sum", "random"], [0.5, 0.5], "compress in different ways"),
+        (["sum", "two"], [0.5, 0.5], "compress in different ways"),
+        (["two", "outputs"], [0.5, 0.5], "compress in different ways"),
         (["sum", "lora"], [0.5, 0.5], "'lora' trains more than vectors"),
         (["sum", "fish"], [0.5, 0.5], "'fish' is not in the list"),
         (["sum"], [0.5, 0.5], "1 adapter names .* but 2 weights"),

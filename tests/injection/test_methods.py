@@ -26,6 +26,10 @@ from onelora_diffusion import (
 CONFIGS = {
     "1lora": {},
     "1lora-random": {"method": "1lora", "compression": "random"},
+    "1lora-rank-3": {"method": "1lora", "rank": 3},
+    "1lora-random-2": {"method": "1lora", "compression": "random", "rank": 2},
+    "1lora-outputs": {"method": "1lora", "compression": "outputs"},
+    "1lora-outputs-3": {"method": "difffit", "sum": True, "compression": "outputs", "rank": 3},
     "1lora-everything": {"method": "difffit", "sum": True},
     "bitfit": {},
     "difffit": {},

@@ -14,8 +14,10 @@ CONFIGS = {
     "bias": {"method": "bitfit"},
     "random": {"compression": "random", "seed": 7},
     "lora": {"method": "lora", "rank": 2},
+    "three": {"rank": 3},
+    "outputs": {"compression": "outputs", "rank": 2, "bias": True},
 }
-NAMES = ["food", "birds", None, "bias", "lora", "random"]
+NAMES = ["food", "birds", None, "bias", "lora", "random", "three", "outputs"]
 
 
 def make_routed(equal_copies=True, fuse_qkv=False):
@@ -40,7 +42,7 @@ def sample_of(inputs, i):
 @pytest.mark.parametrize("grad", [False, True])
 def test_every_sample_equals_its_own_single_run(grad, equal_copies, fuse_qkv):
     model = make_routed(equal_copies, fuse_qkv)
-    inputs = dit_inputs(6) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7])}
+    inputs = dit_inputs(8) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7, 0, 3])}
     with torch.set_grad_enabled(grad):
         expected = [run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES)]
         set_adapters(model, "bias")
@@ -70,9 +72,10 @@ def test_gradients_are_those_of_the_single_runs(fuse_qkv, checkpointing):
     model = make_routed(fuse_qkv=fuse_qkv)
     if checkpointing:
         model.train().enable_gradient_checkpointing()
-    adapters = {name: list(model._onelora.adapters[name].values()) for name in ("food", "birds")}
+    names = ["food", "birds", "food", "three", "outputs"]
+    adapters = {name: list(model._onelora.adapters[name].values()) for name in names}
     trained = [p.requires_grad_() for modules in adapters.values() for m in modules for p in m.parameters()]
-    inputs, names = dit_inputs(3), ["food", "birds", "food"]
+    inputs = dit_inputs(5)
 
     with route_adapters(model, names):
         model(**inputs).sample.square().sum().backward()
@@ -131,7 +134,7 @@ def test_stacks_are_made_once_for_a_route(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model = make_routed().to(dtype)
-    inputs = dit_inputs(6)
+    inputs = dit_inputs(8)
     inputs["hidden_states"] = inputs["hidden_states"].to(dtype)
     with torch.no_grad():
         with route_adapters(model, NAMES):

@@ -100,7 +100,6 @@ def test_the_export_is_ones_and_b(dit, tmp_path):
         (AdapterConfig(bias=True), "trains biases"),
         (AdapterConfig(scale=True), "trains scales"),
         (AdapterConfig(method="bitfit"), "no sum part"),
-        (AdapterConfig(compression="random"), "compression is random"),
         (AdapterConfig(method="mora1"), "of method 'mora1'"),
     ],
 )
@@ -147,13 +146,43 @@ def test_a_miss_folder_of_rank_1_is_1lora(tmp_path):
     assert_rounded(out, expected, make_dit())
 
 
-@pytest.mark.parametrize("settings", [{"r": 2}, {"r": 1, "init_weights": "mini", "mini_r": 1}])
-def test_other_miss_is_refused(tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings, rank",
+    [
+        ({"r": 3}, 3),  # of 32 inputs, two groups have one more
+        ({"r": 4, "init_weights": "mini", "mini_r": 8}, 4),
+        ({"r": 1, "init_weights": "mini", "mini_r": 1}, 1),
+    ],
+)
+def test_miss_of_any_rank_is_1lora_of_that_rank(tmp_path, settings, rank):
     from peft import MissConfig
 
-    peft_pair(MissConfig(**settings, target_modules=["to_q"]), tmp_path)
-    with pytest.raises(ValueError, match="only the plain one of rank 1 is 1LoRA"):
+    expected = peft_pair(MissConfig(**settings, target_modules=TARGETS), tmp_path)
+    out, config = loaded_output(tmp_path)
+    assert (config.method, config.rank, config.compression) == ("1lora", rank, "sum")
+    assert_rounded(out, expected, make_dit())
+
+
+def test_bat_miss_is_refused(tmp_path):
+    from peft import MissConfig
+
+    peft_pair(MissConfig(r=2, init_weights="bat", target_modules=["to_q"]), tmp_path)
+    with pytest.raises(ValueError, match="only the plain one and 'mini' are 1LoRA"):
         loaded_output(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"rank": 3}, {"compression": "outputs", "rank": 2}, {"compression": "random"}])
+def test_a_higher_rank_and_other_compressions_are_loras_for_peft(tmp_path, config):
+    from peft import PeftModel
+
+    model = randomize(inject_adapter(make_dit(), AdapterConfig(targets=("to_q", "ff.net.2"), **config)))
+    export_lora(model, tmp_path)
+    expected = model(**dit_inputs()).sample
+    theirs = PeftModel.from_pretrained(make_dit(), tmp_path)
+    assert_rounded(theirs(**dit_inputs()).sample, expected, model)
+    out, read = loaded_output(tmp_path)
+    assert_rounded(out, expected, model)
+    assert (read.method, read.rank) == (("1lora", 3) if config == {"rank": 3} else ("lora", config.get("rank", 1)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Compressions: C of y = W0 x + bias + B (C x), fixed and a function of the base alone, so no adapter stores it."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from onelora_diffusion.adapters.functional import group_sums
+from onelora_diffusion.config import COMPRESSIONS, AdapterConfig
+
+
+@dataclass(frozen=True)
+class Compression:
+    """C, of shape (rank, in_features) for a layer. Equal compressions of one layer are the same C.
+
+    Attributes:
+        reads_input: C x depends on the layer's input alone, so layers that read the same input share it.
+    """
+
+    rank: int = 1
+
+    reads_input = True
+
+    def compress(self, x: torch.Tensor, out: torch.Tensor, of_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """C x of shape (...), or (..., rank) for a rank above 1.
+
+        Args:
+            x: (..., in_features), the layer's input.
+            out: (..., out_features), the base layer's output for x.
+            of_bias: what `of_bias` gives for the base layer.
+        """
+        raise NotImplementedError
+
+    def of_bias(self, bias: torch.Tensor) -> torch.Tensor | None:
+        """The part of the compressed values that comes from the base layer's bias (out_features,) and is taken off."""
+        return None
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """C as (rank, in_features) in fp32, for a base layer's fp32 weight (out_features, in_features)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class InputSums(Compression):
+    """Sums of `rank` groups of the inputs: input i is in group i mod rank (MiSS of that rank; 1LoRA for rank 1)."""
+
+    def compress(self, x, out, of_bias=None):
+        return group_sums(x, self.rank)
+
+    def matrix(self, weight):
+        return groups(self.rank, weight.shape[1], weight.device)
+
+
+@dataclass(frozen=True)
+class OutputSums(Compression):
+    """Sums of `rank` groups of the layer's own outputs without its bias, C = G W0: output i is in group i mod rank."""
+
+    reads_input = False
+
+    def compress(self, x, out, of_bias=None):
+        sums = group_sums(out, self.rank)
+        return sums if of_bias is None else sums - of_bias.to(sums.dtype)
+
+    def of_bias(self, bias):
+        return group_sums(bias.float(), self.rank)
+
+    def matrix(self, weight):
+        return groups(self.rank, len(weight), weight.device) @ weight
+
+
+@dataclass(frozen=True)
+class RandomDirections(Compression):
+    """Vectors of N(0, 1), the same for every layer with as many inputs (1LoRA, appendix B.2)."""
+
+    seed: int = 0
+
+    def compress(self, x, out, of_bias=None):
+        directions = random_directions(self.seed, self.rank, x.shape[-1], x.device)
+        return x.float() @ (directions[0] if self.rank == 1 else directions.T)
+
+    def matrix(self, weight):
+        return random_directions(self.seed, self.rank, weight.shape[1], weight.device)
+
+
+COMPRESSIONS |= {"sum": InputSums, "random": RandomDirections, "outputs": OutputSums}
+
+
+def compression_of(config: AdapterConfig) -> Compression:
+    """The compression that an adapter's settings name."""
+    options = {"seed": config.seed} if config.compression == "random" else {}
+    return COMPRESSIONS[config.compression](config.rank, **options)
+
+
+def groups(rank: int, features: int, device: torch.device) -> torch.Tensor:
+    """Indicators of the groups, (rank, features) in fp32: 1 where a feature i has i mod rank = group."""
+    index = torch.arange(features, device=device)
+    return (index % rank == torch.arange(rank, device=device).unsqueeze(1)).float()
+
+
+@functools.lru_cache
+def random_directions(seed: int, rank: int, in_features: int, device: torch.device) -> torch.Tensor:
+    """(rank, in_features) of N(0, 1) in fp32; drawn anew from the seed wherever they are needed, and never stored."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, in_features, generator=generator).to(device)

@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-NUMBERS := $(addprefix tests/,adapters analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
+NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
 .PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser \
 	test-floors test-install test-wandb types style docs notebook

@@ -21,7 +21,7 @@ from onelora_diffusion.evaluation.statistics_file import save_statistics
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import decode_latents
-from onelora_diffusion.training.from_scratch import BaseRecipe, draw_samples, train_base, write_base
+from tools.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 
 CLOTHES_AND_BAGS = (0, 1, 2, 3, 4, 6, 8)  # the classes of Fashion-MNIST that are no shoes: its base knows these
 FASHION_VAE_CHANNELS = (16, 32, 32)

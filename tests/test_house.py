@@ -14,7 +14,7 @@ ORDER = (
     {"pipelines", "families", "data", "diffusion"},
     {"sampling"},
     {"evaluation"},
-    {"training", "serving", "analysis"},
+    {"training", "serving"},
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 PACKAGE = "onelora_diffusion"

@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from onelora_diffusion import load_adapter, read_adapter
-from onelora_diffusion.analysis.alignment import alignment_by_kind
 from onelora_diffusion.evaluation.report import format_table
 from onelora_diffusion.pipelines.base import load_base
+from tools.analysis.alignment import alignment_by_kind
 
 
 @dataclass

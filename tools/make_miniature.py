@@ -17,7 +17,7 @@ import tyro
 from torch.nn.functional import interpolate
 
 from onelora_diffusion.pipelines.base import load_base, miniature_path
-from onelora_diffusion.training.from_scratch import BaseRecipe, draw_samples, train_base, write_base
+from tools.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 from tools.letters import CHARACTERS, Hand, letters
 
 VAE_CHANNELS = (16, 32)  # two levels: 16 by 16 pixels to 8 by 8 latents

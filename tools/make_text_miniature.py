@@ -29,7 +29,7 @@ from onelora_diffusion.data.latents import encode_moments, sample_moments
 from onelora_diffusion.families import family_of
 from onelora_diffusion.pipelines.base import miniature_text_path
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.from_scratch import LATENT_SHAPE, BaseRecipe, saved_in_half, train_denoiser, train_vae
+from tools.from_scratch import LATENT_SHAPE, BaseRecipe, saved_in_half, train_denoiser, train_vae
 from tools.glyphs import NAMES, SAID_WITH_AN, Glyphs, draw, glyph_list
 
 RESOLUTION = 16

@@ -7,7 +7,7 @@ from rounding import assert_rounded, rounding
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, merge_adapter
-from onelora_diffusion.analysis import extract_adapter
+from tools.analysis import extract_adapter
 
 
 def pair(update):

@@ -8,8 +8,8 @@ from rounding import assert_rounded
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter
-from onelora_diffusion.analysis import alignment_by_kind, layer_kind, learned_compressions, plot_alignment
-from onelora_diffusion.analysis.alignment import component_alignment
+from tools.analysis import alignment_by_kind, layer_kind, learned_compressions, plot_alignment
+from tools.analysis.alignment import component_alignment
 
 
 def test_cosines_by_hand():

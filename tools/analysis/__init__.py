@@ -1,8 +1,8 @@
 """What a full fine-tuning changed, and how much of it one vector a layer can hold."""
 
-from onelora_diffusion.analysis.alignment import Alignment, alignment_by_kind, learned_compressions, plot_alignment
-from onelora_diffusion.analysis.extraction import Extraction, extract_adapter
-from onelora_diffusion.analysis.updates import layer_kind, weight_updates
+from tools.analysis.alignment import Alignment, alignment_by_kind, learned_compressions, plot_alignment
+from tools.analysis.extraction import Extraction, extract_adapter
+from tools.analysis.updates import layer_kind, weight_updates
 
 __all__ = [
     "Alignment",

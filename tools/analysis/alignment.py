@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.compressions import random_directions
-from onelora_diffusion.analysis.updates import layer_kind, weight_updates
+from tools.analysis.updates import layer_kind, weight_updates
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,27 @@ Without any of them there are scikit-learn's handwritten digits, "a handwritten 
 import csv
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from onelora_diffusion.data import digits
 from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket
+from onelora_diffusion.data.decoding import BrokenImageError, decoded, opened, upright_size
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
-from onelora_diffusion.data.images import UNREADABLE, BrokenImageError, SizedImages
+from onelora_diffusion.data.images import SizedImages
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.files import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
 DIGITS = "handwritten digits"
-DAMAGED_EXIF = (TypeError, struct.error)  # what PIL raises for it, beside what it does for damaged images
 MOST_CHARACTERS = 10_000  # of a caption: twenty times what the longest text encoder reads
 
 
@@ -72,8 +71,11 @@ class BucketedImages(SizedImages):
         bucket_of = self.buckets.of_image
         return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.buckets.sizes[self.buckets.of_image[index]]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read(index, *self.buckets.sizes[self.buckets.of_image[index]])
+        return self.read(index)
 
 
 def load_captioned(
@@ -176,24 +178,12 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with self.opened(index) as image:
-            return ImageOps.exif_transpose(image).convert("RGB"), index
+            return decoded(image), index
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width."""
         with self.opened(index) as image:
-            # A PNG that does not say so at its head would be decoded to the end in search of it.
-            says = image.format != "PNG" or "exif" in image.info
-            lies = says and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (image.width, image.height) if lies else (image.height, image.width)
-
-
-@contextmanager
-def readable(file, named: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (*UNREADABLE, *DAMAGED_EXIF) as error:
-        raise BrokenImageError(f"{named} is not a readable image: {error}") from error
+            return upright_size(image)
 
 
 class Files(Pictures):
@@ -204,7 +194,7 @@ class Files(Pictures):
         return len(self.paths)
 
     def opened(self, index: int):
-        return readable(self.paths[index], printable(str(self.paths[index])))
+        return opened(self.paths[index], printable(str(self.paths[index])))
 
 
 class WrittenDigits(Pictures):
@@ -233,8 +223,10 @@ class HubPictures(Pictures):
 
     def opened(self, index: int):
         stored = self.rows[index][self.column]
-        file = stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])
-        return readable(file, f"image {index} of hf:{self.name}")
+        named = f"image {index} of hf:{self.name}"
+        if stored is None:
+            raise BrokenImageError(f"{named} is missing: its row has none")
+        return opened(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]), named)
 
 
 def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str | None, caption_column: str):

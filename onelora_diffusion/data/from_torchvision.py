@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from onelora_diffusion.data.images import ClassifiedImages, read_image
+from onelora_diffusion.data.decoding import read_image
+from onelora_diffusion.data.images import ClassifiedImages
 from onelora_diffusion.files import first_line
 
 

@@ -11,18 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from onelora_diffusion.data.decoding import UNREADABLE, BrokenImageError, decoded, read_image
 from onelora_diffusion.files import printable
-
-
-class BrokenImageError(ValueError):
-    """An image that cannot be read; the message names it."""
-
 
 MOST_PIXELS = 2**27  # of an image on its way to its size: 400 MB in bytes
 # Folders that are parts of a data set, not classes of it.
 SPLITS = ("train", "val", "validation", "test")
-# What PIL raises for an image that is damaged, missing, too large or none.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class SizedImages(Dataset):
@@ -48,12 +42,28 @@ class SizedImages(Dataset):
         """An image, and then the others in the order in which they may stand for it."""
         return chain(range(index, len(self)), range(index))
 
-    def read(self, index: int, height: int, width: int) -> tuple[Tensor, int]:
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width that an image is brought to."""
+        raise NotImplementedError
+
+    def decoded(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels uint8 (height, width, 3) of an image, and its label; one of `UNREADABLE` if it cannot be read."""
+        image, label = self.source[index]
+        return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
+
+    def can_be_read(self, index: int) -> bool:
+        """Whether an image can be read now."""
+        try:
+            self.decoded(index)
+        except UNREADABLE:
+            return False
+        return True
+
+    def read(self, index: int) -> tuple[Tensor, int]:
         """Pixels uint8 (3, height, width) of an image, and its label; or of the next that can be read."""
         for candidate in self.in_place_of(index):
             try:
-                image, label = self.source[candidate]
-                pixels = np.array(crop_to(image.convert("RGB"), height, width))
+                pixels, label = self.decoded(candidate)
             except UNREADABLE as error:
                 named = isinstance(error, BrokenImageError)
                 message = str(error) if named else f"image {candidate} of {self.name} is not readable: {error}"
@@ -63,7 +73,7 @@ class SizedImages(Dataset):
                     self.broken[candidate] = True
                     tqdm.write(f"skipped: {message}")
             else:
-                return torch.from_numpy(pixels).permute(2, 0, 1), int(label)
+                return torch.from_numpy(pixels).permute(2, 0, 1), label
         raise BrokenImageError(f"none of the {len(list(self.in_place_of(index)))} images of {self.name} can be read")
 
 
@@ -87,8 +97,11 @@ class ClassifiedImages(SizedImages):
         self.id2label = dict(enumerate(map(printable, class_names)))
         self.num_classes = len(class_names)
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.resolution, self.resolution
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels, label = self.read(index, self.resolution, self.resolution)
+        pixels, label = self.read(index)
         return pixels.float() / 127.5 - 1, label
 
 
@@ -136,15 +149,6 @@ def image_folder(root: str | Path, split: str, resolution: int, broken: str = "f
         reason = str(error).split("Supported extensions")[0].strip()
         raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None
     return ClassifiedImages("imagefolder", source, source.classes, resolution, broken, split if splits else "")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The RGB image of a file; BrokenImageError names a file that is missing, damaged or no image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise BrokenImageError(f"{path} is not a readable image: {error}") from error
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:

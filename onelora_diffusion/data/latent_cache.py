@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -72,6 +73,16 @@ def build_cache(
         vae: of diffusers, with a posterior or without: see `encode_moments`.
     """
     inputs = inputs_of(dataset, vae, flip)
+
+    def is_outdated(path: Path, images: np.ndarray) -> bool:
+        """Whether an image that was skipped can be read now: a network disk may have failed, or PIL has learned it."""
+        with safe_open(path, framework="pt") as file:
+            skipped = images[file.get_tensor("broken").numpy()]
+        found = next((int(image) for image in skipped if dataset.can_be_read(image)), None)
+        if found is not None:
+            report(f"image {found}, which was skipped, can be read now: {path} is encoded again")
+        return found is not None
+
     return build_rows(
         parent,
         inputs["dataset"],
@@ -82,6 +93,7 @@ def build_cache(
         num_processes=num_processes,
         batch_size=batch_size,
         unit="image",
+        is_outdated=is_outdated,
         is_stopped=is_stopped,
         report=report,
     )

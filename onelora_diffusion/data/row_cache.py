@@ -63,6 +63,7 @@ def build_rows(
     num_processes: int = 1,
     batch_size: int = 32,
     unit: str = "row",
+    is_outdated: Callable[[Path, np.ndarray], bool] = lambda path, rows: False,
     is_stopped: Callable[[], object] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> Path:
@@ -75,6 +76,7 @@ def build_rows(
         inputs: everything that the rows are a function of, as JSON.
         shards: the numbers of the rows in each file, which have tensors of the same shapes.
         encode: from batches of row numbers, one after the other, to the tensors of each, `(rows, ...)` by name.
+        is_outdated: whether a whole file of these rows must be encoded again; it says why.
 
     Raises:
         NotFiniteRowError: a row is not finite.
@@ -92,7 +94,7 @@ def build_rows(
         if path.exists() and not is_whole(path):
             report(f"{path} is damaged: its {unit}s are encoded again")
             path.unlink()
-        if not path.exists():
+        if not path.exists() or is_outdated(path, shards[number]):
             missing.append(number)
 
     encoded = encode([batch for number in missing for batch in split(shards[number], batch_size)])

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from onelora_diffusion.data.decoding import UNREADABLE, decoded
 from onelora_diffusion.evaluation.npz import read_header, read_headers
 from onelora_diffusion.files import first_line
 
@@ -32,10 +33,10 @@ class Source:
 
 
 class FolderImages(Dataset):
-    """The PNG files of a folder, in the order of their names, as uint8 (3, R, R).
+    """The PNG files of a folder, in the order of their names, as uint8 (3, R, R), decoded as those of training are.
 
-    ValueError or FileNotFoundError, at once, if there are none, or if one is unreadable, not RGB, not square, or of
-    another size than the first.
+    ValueError or FileNotFoundError, at once, if there are none, or if one is unreadable, not square, or of another
+    size than the first.
     """
 
     split, crop = "", "none"
@@ -59,8 +60,8 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         try:
             with Image.open(self.files[index]) as image:
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                return torch.from_numpy(np.array(decoded(image))).permute(2, 0, 1)
+        except UNREADABLE as error:
             raise ValueError(_unreadable(self.files[index], error)) from error
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -173,14 +174,12 @@ def _check_size(path: str | Path, width: int, height: int) -> None:
 
 
 def _png_size(file: Path) -> int:
-    """The side of a square RGB image, from its header."""
+    """The side of a square image, from its header."""
     try:
         with Image.open(file) as image:
-            mode, (width, height) = image.mode, image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            width, height = image.size
+    except UNREADABLE as error:
         raise ValueError(_unreadable(file, error)) from error
-    if mode != "RGB":
-        raise ValueError(f"'{file}' has mode {mode}, not RGB: convert all images the way the reference was")
     if width != height:
         raise ValueError(f"'{file}' is {width}x{height}, not square: crop all images the way the reference was")
     _check_size(file, width, height)

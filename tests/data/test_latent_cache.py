@@ -178,6 +178,36 @@ def test_images_that_were_skipped_are_remembered(tmp_path, vae):
     assert LatentCache(folder, 2).broken().tolist() == [False, True]
 
 
+def test_a_read_that_the_system_failed_is_tried_again_at_the_next_start(tmp_path, vae, monkeypatch, capsys):
+    """Too many open files, or a network disk that hiccups, say nothing of an image."""
+    image_folder(tmp_path, (255, 0, 0))
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a" / "2.png")
+    (tmp_path / "images" / "a" / "3.png").write_bytes(b"cut")
+    opens, said = Image.open, []
+
+    def build():
+        dataset = load_dataset("imagefolder", tmp_path / "images", resolution=8, broken="skip")
+        return LatentCache(build_cache(tmp_path / "latents", dataset, vae, False, report=said.append), 3)
+
+    def fail(path, *arguments):
+        if str(path).endswith("1.png"):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return opens(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        cache = build()
+        assert cache.broken().tolist() == [True, False, True] and not said
+        assert torch.equal(cache[0, False][0], cache[1, False][0])
+        assert "1.png cannot be read now (Too many open files): start again" in "".join(capsys.readouterr())
+    cache = build()
+    assert cache.broken().tolist() == [False, False, True]
+    assert not torch.equal(cache[0, False][0], cache[1, False][0])
+    assert len(said) == 1 and said[0].startswith("image 0, which was skipped, can be read now: ")
+    build()
+    assert len(said) == 1
+
+
 # ---------------------------------------------------------------------------------------------------
 # Caches of earlier versions: a folder's name and its files as they were when one was written.
 

@@ -56,11 +56,12 @@ def test_empty_folder_and_no_folder(tmp_path):
         open_images(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_grey_and_transparent_images(tmp_path, mode):
-    write_images(tmp_path, mode=mode)
-    with pytest.raises(ValueError, match=f"000.png' has mode {mode}, not RGB"):
-        FolderImages(tmp_path)
+def test_grey_and_transparent_images_are_decoded_as_in_training(tmp_path):
+    write_images(tmp_path, count=1, mode="L")
+    (grey,) = FolderImages(tmp_path)
+    assert torch.equal(grey, torch.tensor(np.array(Image.open(tmp_path / "000.png"))).expand(3, 8, 8))
+    Image.new("RGBA", (8, 8), (0, 200, 0, 51)).save(tmp_path / "000.png")  # a fifth of it is seen
+    assert FolderImages(tmp_path)[0].unique(dim=1)[:, 0, 0].tolist() == [204, 244, 204]
 
 
 def test_mixed_sizes(tmp_path):

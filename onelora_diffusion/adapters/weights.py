@@ -2,6 +2,8 @@
 
 import fnmatch
 
+UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
 Weight = float | dict[str, float]  # of an adapter: one number, or numbers by block
 
 
@@ -15,6 +17,17 @@ def weight_at(weight: Weight, path: str) -> float:
         return weight
     keys = [key for key in weight if fnmatch.fnmatchcase(path, key) or fnmatch.fnmatchcase(path, f"{key}.*")]
     return weight[max(keys, key=lambda key: (len(key), -sum(map(key.count, "*?["))))] if keys else 1.0
+
+
+def by_path(weights: dict | list, prefix: str = "") -> dict[str, float]:
+    """diffusers' nested weights of a UNet by path: `{"up": {"block_0": 0.2}}` -> `{"up_blocks.0": 0.2}`."""
+    flat = {}
+    items = enumerate(weights) if isinstance(weights, list) else weights.items()
+    for key, value in items:
+        key = f"attentions.{key}" if isinstance(weights, list) else UNET_BLOCKS.get(key, key).removeprefix("block_")
+        path = f"{prefix}.{key}" if prefix else key
+        flat |= by_path(value, path) if isinstance(value, dict | list) else {path: value}
+    return flat
 
 
 def scaled(weight: Weight, scale: float) -> Weight:

@@ -1,7 +1,6 @@
 """Build an adapter beside the model, check it, then attach it."""
 
 import contextlib
-import functools
 import logging
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from onelora_diffusion.injection.layers import (
     stand_ins,
     target_layers,
 )
-from onelora_diffusion.injection.merging import save_base
+from onelora_diffusion.injection.model_verbs import take_over
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +117,7 @@ def attach_adapter(
     is_first = not hasattr(model, "_onelora")
     if not hasattr(model, "_onelora"):
         model._onelora = AdapterBook(model)
-        if hasattr(type(model), "save_pretrained"):
-            model.save_pretrained = functools.partial(save_base, model)
+        take_over(model)
     book = model._onelora
     with book.turn:
         book.activate({})

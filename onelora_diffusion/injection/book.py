@@ -12,7 +12,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, Adapter
-from onelora_diffusion.adapters.weights import Weight, weight_at
+from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
@@ -27,6 +27,7 @@ from onelora_diffusion.injection.turns import Turn
 
 logger = logging.getLogger(__name__)
 
+CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 SERVING, PAUSED, MERGED = "serving", "paused", "merged"
 
 
@@ -44,6 +45,7 @@ class AdapterBook:
         weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
         folded: name -> weight of the adapters that are merged into the base's weights.
         chosen: names of the adapters that train, once somebody chose them; None: the newest trains.
+        verbs: what stands in the place of the model's own methods, by name.
         conditioning: the one timestep and class embedding of a DiT; None on other models.
         turn: taken by whoever changes or runs the model.
     """
@@ -59,10 +61,12 @@ class AdapterBook:
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}
         self.chosen: tuple[str, ...] | None = None
+        self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
         self._route: Route | None = None
         self._reached: set[str] = set()
         self._open_forwards = 0
+        self._before_scaling: list[dict[str, Weight]] = []  # of each forward that is open
         self._unreached: set[str] = set()
         self._stock_processors: dict[str, object] = {}
         self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
@@ -192,6 +196,21 @@ class AdapterBook:
             self.chosen = tuple(name for name in self.chosen if name != adapter_name)
         self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}
 
+    def unload(self, adapter_names: Sequence[str]) -> None:
+        """Remove these adapters, after unmerging; without the last the model is the plain base, bit for bit."""
+        with self.turn:
+            if self.merged is not None:
+                self.unmerge()
+            if self.serving:
+                self.activate({name: weight for name, weight in self.serving.items() if name not in adapter_names})
+            for name in adapter_names:
+                self.detach(name)
+            if not self.adapters:
+                self.restore()
+                del self.model._onelora
+                for verb in self.verbs:
+                    self.model.__dict__.pop(verb, None)
+
     def _seat(self, kind: str, path: str, config: AdapterConfig):
         make = {
             BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self._reached),
@@ -239,6 +258,14 @@ class AdapterBook:
 
     # -----------------------------------------------------------------------------------------------
     # Which of them serve
+
+    def serve(
+        self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None = None
+    ) -> None:
+        """Let the named adapters serve, as `weighed` reads them."""
+        with self.turn:
+            self.require_unmerged("others are set")
+            self.activate(self.weighed(adapter_names, weights))
 
     def activate(self, weights: dict[str, Weight]) -> None:
         """Let these adapters serve, and no others."""
@@ -292,12 +319,14 @@ class AdapterBook:
                 self.pause()
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
+        self._hooks = [self.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
         self.weights, self.folded, self.state = before, dict(weights), MERGED
 
     def unmerge(self) -> None:
         """Restore the base's weights bit for bit."""
         for seat in reversed(self._in_order_of_folding()):
             seat.unfold()
+        self._step_aside()
         self._take_part()
         self.folded = {}
         self.activate(self.weights)
@@ -363,13 +392,17 @@ class AdapterBook:
             path, processor = self._stock_processors.popitem()
             self.model.get_submodule(path).set_processor(processor)
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        scale, taken = take_scale(kwargs)
         if _is_elsewhere(model):
-            return
+            if scale != 1:
+                raise ValueError(f"a scale of {scale} in the call reaches no compiled or copied model: set_adapters")
+            return None
         while self.turn.is_mine and self._open_forwards:  # one that Ctrl-C broke off never ended
             self._end(model, args, None)
         self.turn.__enter__()
         self._open_forwards += 1
+        self._before_scaling.append({})
         self._reached.clear()
         beside = next((seat for (kind, _), seat in self.seats.items() if kind == BESIDE_LINEAR), None)
         if beside is not None and beside.taken_by is not None:
@@ -379,10 +412,37 @@ class AdapterBook:
             )
         if self._route is not None:
             self._route.start(args, kwargs)
+        if scale != 1:
+            self._before_scaling[-1] = self.scale(scale)
+        return args, taken
+
+    def _check_unscaled(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if (scale := take_scale(kwargs)[0]) != 1:
+            self.require_unmerged(f"they are scaled by {scale}")
+
+    def scale(self, scale: float) -> dict[str, Weight]:
+        """Let the adapters that serve weigh `scale` times what they do, and return that; nothing while paused."""
+        self.require_unmerged(f"they are scaled by {scale}")
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"a scale of {scale} in the call of a model with PEFT's adapters beside: use set_adapters"
+            )
+        if self._route is not None:
+            raise ValueError(f"a scale of {scale} in the call of a route: give the weights in the route")
+        if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"a scale of {scale} in the call is gone when checkpointing computes blocks again: use set_adapters"
+            )
+        before = self.serving
+        if before:
+            self.activate({name: self.check_weight(scaled(weight, scale), name) for name, weight in before.items()})
+        return before
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
         if not _is_elsewhere(model) and self.turn.is_mine and self._open_forwards:
             self._open_forwards -= 1
+            if before := self._before_scaling.pop():
+                self.activate(before)
             self.turn.__exit__()
 
     def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
@@ -465,6 +525,15 @@ def disable_adapter(model: nn.Module):
         finally:
             if state == SERVING:
                 book.resume()
+
+
+def take_scale(kwargs: dict) -> tuple[float, dict]:
+    """(the `scale` among the attention kwargs of a call, by which adapters weigh during it; the kwargs without it)."""
+    for name in CALL_KWARGS:
+        if "scale" in (given := kwargs.get(name) or {}):
+            rest = {key: value for key, value in given.items() if key != "scale"}
+            return given["scale"], kwargs | {name: rest or None}
+    return 1.0, kwargs
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -46,6 +46,10 @@ class TableSeat(Seat):
     # -----------------------------------------------------------------------------------------------
     # Serve
 
+    @property
+    def places(self) -> list[str]:
+        return self.paths
+
     def begin(self, labels: torch.Tensor) -> torch.Tensor:
         """(batch,) labels -> those that the base's table has a row for."""
         self.labels = labels

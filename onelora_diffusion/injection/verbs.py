@@ -47,17 +47,7 @@ def unload_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Modu
     """
     book = adapters_of(model)
     names = list(book.adapters) if adapter_name is None else [book.check_present(adapter_name)]
-    with book.turn:
-        if book.merged is not None:
-            book.unmerge()
-        if book.serving:
-            book.activate({name: weight for name, weight in book.serving.items() if name not in names})
-        for name in names:
-            book.detach(name)
-        if not book.adapters:
-            book.restore()
-            del book.model._onelora
-            book.model.__dict__.pop("save_pretrained", None)
+    book.unload(names)
     return model
 
 
@@ -81,10 +71,7 @@ def set_adapters(
         ValueError: an unknown name or block, a weight that is no finite number, as many weights as there are not
             names, or a name twice with a weight for each. Nothing is changed then.
     """
-    book = adapters_of(model)
-    with book.turn:
-        book.require_unmerged("others are set")
-        book.activate(book.weighed(adapter_names, weights))
+    adapters_of(model).serve(adapter_names, weights)
     return model
 
 

@@ -13,11 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from onelora_diffusion.adapters.weights import Weight, scaled
+from onelora_diffusion.adapters.weights import Weight, by_path
+from onelora_diffusion.injection import model_verbs
 from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, take_scale, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
-from onelora_diffusion.injection.merging import unmerge_adapter
 from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
@@ -28,8 +28,6 @@ from onelora_diffusion.storage.reading import json_or_text, read_dict, read_file
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
-CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 
 class _on_the_class_too:
@@ -59,12 +57,15 @@ class OneLoRALoaderMixin:
         Raises:
             ValueError: `pipeline` is of another kind than this class.
         """
-        if cls is OneLoRALoaderMixin:
+        if cls is OneLoRALoaderMixin and isinstance(pipeline, OneLoRALoaderMixin):
+            cls = type(pipeline)
+        elif cls is OneLoRALoaderMixin:
 
             class OneLoRAPipeline(OneLoRALoaderMixin, type(pipeline)):
                 __doc__ = type(pipeline).__doc__
 
             cls = OneLoRAPipeline
+            cls.__name__ = type(pipeline).__name__  # by which diffusers' AutoPipelines know what they are given
         if not isinstance(pipeline, cls.stock_class()):
             raise ValueError(
                 f"{cls.__name__} is made from a {cls.stock_class().__name__}, not {type(pipeline).__name__}"
@@ -254,11 +255,7 @@ class OneLoRALoaderMixin:
         Fused weights are unfused first.
         """
         book = adapters_of(self._adapted_model())
-        names = book.choose_all(adapter_names)
-        if book.merged is not None:
-            self.unfuse_lora()
-        for name in names:
-            unload_adapter(book.model, name)
+        book.unload(book.choose_all(adapter_names))
 
     # -----------------------------------------------------------------------------------------------
     # Which adapters serve
@@ -298,16 +295,11 @@ class OneLoRALoaderMixin:
 
     def disable_lora(self) -> None:
         """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
-        book = adapters_of(self._adapted_model())
-        with book.turn:
-            book.require_unmerged("they are disabled")
-            book.pause()
+        model_verbs.disable_lora(adapters_of(self._adapted_model()).model)
 
     def enable_lora(self) -> None:
         """Bring back the adapters that `disable_lora` put out of service, with their weights."""
-        book = adapters_of(self._adapted_model())
-        with book.turn:
-            book.resume()
+        model_verbs.enable_lora(adapters_of(self._adapted_model()).model)
 
     def set_lora_device(
         self, adapter_names: str | list[str] | None = None, device: torch.device | str | int = "cpu"
@@ -349,20 +341,12 @@ class OneLoRALoaderMixin:
             adapter_names: which adapters; None: those that serve. They count with the weights they have.
         """
         self._check_components(components)
-        model = self._adapted_model()
-        book = adapters_of(model)
-        with book.turn:
-            book.require_unmerged("they are fused again")
-            names = list(book.serving) if adapter_names is None else book.choose_all(adapter_names)
-            if not names:
-                raise ValueError("no adapter is active: name the adapters to fuse")
-            fused = {n: book.check_weight(scaled(book.serving.get(n, 1.0), lora_scale), n) for n in names}
-            book.merge(fused, check_finite=safe_fusing)
+        model_verbs.fuse_lora(adapters_of(self._adapted_model()).model, lora_scale, safe_fusing, adapter_names)
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base weights bit for bit, and the adapters with the weights they had before."""
         self._check_components(components)
-        unmerge_adapter(self._adapted_model())
+        model_verbs.unfuse_lora(adapters_of(self._adapted_model()).model)
 
     @property
     def num_fused_loras(self) -> int:
@@ -378,7 +362,7 @@ class OneLoRALoaderMixin:
 
     def __call__(self, *args, **kwargs):
         """The pipeline's own call; a `scale` in its attention kwargs weighs the adapters during it."""
-        scale, kwargs = _take_scale(kwargs) if self._book() is not None else (1.0, kwargs)
+        scale, kwargs = take_scale(kwargs) if self._book() is not None else (1.0, kwargs)
         with self._weighed(scale):
             return super().__call__(*args, **kwargs)
 
@@ -442,7 +426,7 @@ class OneLoRALoaderMixin:
             weight = {name: value for name, value in weight.items() if name not in left} or None
         if isinstance(weight, dict) and set(weight) == {self._component()}:
             weight = weight[self._component()]
-        return 1.0 if weight is None else _flat(weight) if isinstance(weight, dict) else weight
+        return 1.0 if weight is None else by_path(weight) if isinstance(weight, dict) else weight
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):
@@ -453,34 +437,9 @@ class OneLoRALoaderMixin:
                 yield
                 return
             book = adapters_of(self._adapted_model())
-            book.require_unmerged(f"they are scaled by {scale}")
-            before = book.serving
-            book.activate({name: book.check_weight(scaled(weight, scale), name) for name, weight in before.items()})
+            before = book.scale(scale)
             try:
                 yield
             finally:
-                book.activate(before)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Weights
-
-
-def _flat(weights: dict | list, prefix: str = "") -> dict[str, float]:
-    """diffusers' nested weights by path: `{"up": {"block_0": 0.2}}` -> `{"up_blocks.0": 0.2}`."""
-    flat = {}
-    items = enumerate(weights) if isinstance(weights, list) else weights.items()
-    for key, value in items:
-        key = f"attentions.{key}" if isinstance(weights, list) else UNET_BLOCKS.get(key, key).removeprefix("block_")
-        path = f"{prefix}.{key}" if prefix else key
-        flat |= _flat(value, path) if isinstance(value, dict | list) else {path: value}
-    return flat
-
-
-def _take_scale(kwargs: dict) -> tuple[float, dict]:
-    """(the `scale` among a call's attention kwargs, the call's kwargs without it)."""
-    for name in CALL_KWARGS:
-        if "scale" in (given := kwargs.get(name) or {}):
-            rest = {key: value for key, value in given.items() if key != "scale"}
-            return given["scale"], kwargs | {name: rest or None}
-    return 1.0, kwargs
+                if before:
+                    book.activate(before)

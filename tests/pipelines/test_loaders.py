@@ -694,3 +694,30 @@ def test_hot_swapping_one_of_two_leaves_the_other_and_the_weights(both, files):
     both.load_lora_weights(files["food"], adapter_name="food", hotswap=True)
     assert torch.equal(run(both), before)
     assert both.transformer._onelora.serving == {"food": 0.7, "plain": 0.5}
+
+
+def test_a_fused_pipeline_is_written_by_variant_and_in_shards(pipe, files, tmp_path):
+    pipe.load_lora_weights(files["food"])
+    pipe.fuse_lora()
+    expected = run(pipe, (0, 1))
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
+    written = sorted(path.name for path in (tmp_path / "transformer").glob("*.safetensors"))
+    assert len(written) > 1 and all(name.endswith(".safetensors") and ".fp16" in name for name in written)
+    stock = OneLoRADiTPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert close(run(stock, (0, 1)), expected)
+
+
+def test_an_auto_pipeline_is_made_of_one_with_the_verbs():
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
+    from text_pipelines import make_pipeline
+
+    pipe = OneLoRALoaderMixin.from_pipe(make_pipeline("sd3"))
+    assert type(OneLoRALoaderMixin.from_pipe(pipe)) is type(pipe)
+    randomize(inject_adapter(pipe.transformer, AdapterConfig()))
+    for auto, name in [
+        (AutoPipelineForText2Image, "StableDiffusion3Pipeline"),
+        (AutoPipelineForImage2Image, "StableDiffusion3Img2ImgPipeline"),
+    ]:
+        made = auto.from_pipe(pipe)
+        assert type(made).__name__ == name and made.transformer is pipe.transformer
+    assert isinstance(OneLoRALoaderMixin.from_pipe(made), OneLoRALoaderMixin)  # the verbs for that kind

@@ -1,0 +1,158 @@
+"""The adapter verbs of diffusers' models, which speak of this library's adapters while a model has any.
+
+diffusers' own look for PEFT's layers alone, and would do nothing without a word.
+"""
+
+import functools
+from collections.abc import Iterable
+
+from torch import nn
+
+from onelora_diffusion.adapters.peft import PeftAdapter
+from onelora_diffusion.adapters.weights import Weight, by_path, scaled
+from onelora_diffusion.injection.book import AdapterBook
+from onelora_diffusion.injection.merging import save_base
+
+
+def set_adapters(
+    model: nn.Module, adapter_names: str | list[str], weights: Weight | list[Weight | None] | None = None
+):
+    """Let the named adapters serve together, with these weights; by block in diffusers' nested form as well."""
+    if _are_of_peft(model, adapter_names, "set_adapters"):
+        return type(model).set_adapters(model, adapter_names, weights)
+    given = weights if isinstance(weights, list | tuple) else [weights]
+    plain = [1.0 if w is None else by_path(w) if isinstance(w, dict) else w for w in given]
+    model._onelora.serve(adapter_names, plain if isinstance(weights, list | tuple) else plain[0])
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
+    """Let the named adapters serve, each with a weight of 1."""
+    if _are_of_peft(model, adapter_name, "set_adapter"):
+        return type(model).set_adapter(model, adapter_name)
+    model._onelora.serve(adapter_name)
+
+
+def delete_adapters(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """Remove the named adapters; the others serve as before. Fused weights are unfused first."""
+    if _are_of_peft(model, adapter_names, "delete_adapters"):
+        return type(model).delete_adapters(model, adapter_names)
+    model._onelora.unload(model._onelora.choose_all(adapter_names))
+
+
+def fuse_lora(
+    model: nn.Module,
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: str | list[str] | None = None,
+) -> None:
+    """Fold adapters into the base weights, times `lora_scale`; None: those that serve, with the weights they have."""
+    book: AdapterBook = model._onelora
+    if adapter_names is not None and _are_of_peft(model, adapter_names, "fuse_lora"):
+        return type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
+    with book.turn:
+        book.require_unmerged("they are fused again")
+        names = list(book.serving) if adapter_names is None else book.choose_all(adapter_names)
+        if not names:
+            raise ValueError("no adapter is active: name the adapters to fuse")
+        _check_apart(model, "fuse_lora")
+        fused = {name: book.check_weight(scaled(book.serving.get(name, 1.0), lora_scale), name) for name in names}
+        book.merge(fused, check_finite=safe_fusing)
+    if adapter_names is None:
+        _peft_too(model, "fuse_lora", lora_scale, safe_fusing)
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Restore the base weights bit for bit, and the adapters with the weights they had before."""
+    book: AdapterBook = model._onelora
+    with book.turn:
+        if book.merged is None:
+            raise ValueError("no adapter is merged")
+        _peft_too(model, "unfuse_lora")
+        book.unmerge()
+
+
+def unload_lora(model: nn.Module) -> None:
+    """Remove every adapter, fused or not; the model is the plain base again, bit for bit."""
+    _peft_too(model, "unload_lora")
+    model._onelora.unload(list(model._onelora.adapters))
+
+
+def disable_lora(model: nn.Module) -> None:
+    """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
+    book: AdapterBook = model._onelora
+    with book.turn:
+        book.require_unmerged("they are disabled")
+        _peft_too(model, "disable_lora")
+        book.pause()
+
+
+def enable_lora(model: nn.Module) -> None:
+    """Bring back the adapters that `disable_lora` put out of service, with their weights."""
+    with model._onelora.turn:
+        _peft_too(model, "enable_lora")
+        model._onelora.resume()
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that serve, fused ones too."""
+    own = list(model._onelora.merged or model._onelora.serving)
+    return own + list(type(model).active_adapters(model) if _has_peft(model) else ())
+
+
+VERBS = {
+    "set_adapters": set_adapters,
+    "set_adapter": set_adapter,
+    "delete_adapters": delete_adapters,
+    "fuse_lora": fuse_lora,
+    "unfuse_lora": unfuse_lora,
+    "unload_lora": unload_lora,
+    "disable_lora": disable_lora,
+    "disable_adapters": disable_lora,
+    "enable_lora": enable_lora,
+    "enable_adapters": enable_lora,
+    "active_adapters": active_adapters,
+    "save_pretrained": save_base,
+}
+
+
+def take_over(model: nn.Module) -> None:
+    """Put the verbs that a model's class has, and no others, into the model; `AdapterBook.unload` takes them out."""
+    for name in VERBS:
+        if (stock := getattr(type(model), name, None)) is not None:
+            verb = functools.partial(VERBS[name], model)
+            verb.__wrapped__ = stock  # diffusers looks at a verb's signature for what it takes
+            model.__dict__[name] = verb
+    model._onelora.verbs = tuple(VERBS)
+
+
+def _has_peft(model: nn.Module) -> bool:
+    """Whether the model has adapters of PEFT beside."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _are_of_peft(model: nn.Module, adapter_names: str | Iterable[str], verb: str) -> bool:
+    """Whether these names are not this library's, but of adapters that PEFT has in the model beside."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if not _has_peft(model) or all(name in model._onelora.adapters for name in names):
+        return False
+    if mixed := [name for name in names if name in model._onelora.adapters]:
+        raise ValueError(f"{verb}: '{mixed[0]}' is of this library, and others are PEFT's: one call for each")
+    _check_apart(model, verb)
+    return True
+
+
+def _peft_too(model: nn.Module, verb: str, *args) -> None:
+    """The same verb of diffusers for the adapters that PEFT has in the model beside, if it has any."""
+    if _has_peft(model):
+        _check_apart(model, verb)
+        getattr(type(model), verb)(model, *args)
+
+
+def _check_apart(model: nn.Module, verb: str) -> None:
+    """diffusers' verbs turn over all layers of PEFT, those that compute a LoRA of this library included."""
+    for name, adapter in model._onelora.adapters.items() if _has_peft(model) else ():
+        if any(isinstance(module, PeftAdapter) for module in adapter.values()):
+            raise ValueError(
+                f"{verb}: adapter '{name}' is computed by PEFT's layers, and PEFT has others in this model, which "
+                "diffusers cannot tell apart: unload one of them first"
+            )

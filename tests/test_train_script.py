@@ -510,7 +510,7 @@ EVALUATED = dict(eval_every=2, eval_images=7, eval_steps=2, max_steps=6)
 
 
 def test_evaluations_are_logged_and_plotted_and_the_best_adapter_is_kept(train, monkeypatch):
-    from onelora_diffusion.evaluation import judge
+    from onelora_diffusion.evaluation import metrics
 
     distances, measured = iter([3.0, 1.0, 2.0]), []
 
@@ -518,7 +518,7 @@ def test_evaluations_are_logged_and_plotted_and_the_best_adapter_is_kept(train, 
         measured.append((generated.count, real.count))
         return next(distances)
 
-    monkeypatch.setattr(judge, "frechet_distance", distance)
+    monkeypatch.setattr(metrics, "frechet_distance", distance)
     run = train(**EVALUATED)
     assert measured == [(7, 1442)] * 3 and distances_of(run) == {2: 3.0, 4: 1.0, 6: 2.0}
     adapter, last = read_adapter(run), read_adapter(run / "onelora_weights_last.safetensors")

@@ -1,7 +1,8 @@
 """Sets of images to measure: a folder of PNGs, an ADM .npz, a data set; uint8, batch by batch, shared by processes."""
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,17 +24,20 @@ PIXELS_AT_ONCE = LARGEST**2  # of a batch, 50 MB in bytes
 class Source:
     """What a set of images is: its name, their resolution R, the part of a data set, how they came to R.
 
-    The sets of images below say the same of themselves.
+    The sets of images below say the same of themselves. `notes` are sentences for the report.
     """
 
     name: str
     resolution: int
     split: str = ""
     crop: str = "none"
+    notes: tuple[str, ...] = ()
 
 
 class FolderImages(Dataset):
     """The PNG files of a folder, in the order of their names, as uint8 (3, R, R), decoded as those of training are.
+
+    Whatever else is in the folder is passed over, and `notes` counts it by its endings.
 
     ValueError or FileNotFoundError, at once, if there are none, or if one is unreadable, not square, or of another
     size than the first.
@@ -43,7 +47,9 @@ class FolderImages(Dataset):
 
     def __init__(self, folder: str | Path):
         self.name = str(folder)
-        self.files = sorted(Path(folder).glob("*.png"))
+        entries = sorted(Path(folder).iterdir())
+        self.files = [path for path in entries if path.suffix.lower() == ".png" and not path.name.startswith(".")]
+        self.notes = _passed_over(folder, set(entries) - set(self.files))
         if not self.files:
             raise FileNotFoundError(f"no .png in '{folder}': give a folder of PNG files, an .npz or statistics")
         self.resolution = _png_size(self.files[0])
@@ -74,7 +80,7 @@ class NpzImages:
     ValueError or FileNotFoundError if it is not there, or is something else.
     """
 
-    split, crop = "", "none"
+    split, crop, notes = "", "none", ()
 
     def __init__(self, path: str | Path):
         self.name, self.path = str(path), Path(path)
@@ -122,6 +128,8 @@ class NpzImages:
 class DatasetImages(Dataset):
     """The images of a data set of `onelora_diffusion.data`, back from [-1, 1] to uint8, rounded."""
 
+    notes = ()
+
     def __init__(self, dataset: Dataset, resolution: int):
         self.dataset, self.resolution = dataset, resolution
         self.name, self.split, self.crop = dataset.name, dataset.split, dataset.crop
@@ -166,6 +174,16 @@ def _load(images: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[
 def _at_once(batch_size: int, resolution: int) -> int:
     """How many images are read at a time: as many as asked for, unless they are so large as to fill the memory."""
     return max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
+
+
+def _passed_over(folder: str | Path, paths: Collection[Path]) -> tuple[str, ...]:
+    """A sentence that counts what in a folder is no image to measure, by kind; none where there is nothing."""
+    kinds = Counter(
+        "hidden" if path.name.startswith(".") else "folders" if path.is_dir() else path.suffix or "without ending"
+        for path in paths
+    )
+    counts = [f"{count:,} {kind}" for kind, count in sorted(kinds.items())]
+    return (f"Passed over in '{folder}', where PNG files are measured: {', '.join(counts)}.",) if counts else ()
 
 
 def _check_size(path: str | Path, width: int, height: int) -> None:

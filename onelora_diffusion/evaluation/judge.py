@@ -1,28 +1,28 @@
 """One place where images are looked at: made or read, they feed the statistics and the classifier of every caller."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from onelora_diffusion.evaluation.companions import (
-    density_coverage,
-    extrapolate,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import Source
+from onelora_diffusion.evaluation.metrics import (
+    DISTANCE,
+    GENERATED,
+    LOGITS,
+    METRICS,
+    REAL,
+    SPATIAL,
+    MetricSettings,
+    needed,
+)
 from onelora_diffusion.evaluation.recognition import Recognition
 from onelora_diffusion.evaluation.statistics import Measured, Origin, RunningStatistics
 
 Batches = Iterable[tuple[list[int], Tensor]]
-OF_BOTH = ("kid", "precision-recall", "density-coverage")  # metrics that compare images with images
-OF_ONE = ("inception-score", "limit")  # metrics of the generated images, one by one
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def look(
     keep: bool = False,
     spatial: bool = False,
     recognition: Recognition | None = None,
+    labels: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Seen:
     """Look at a set of images once, with all that there is to see it.
@@ -52,7 +53,8 @@ def look(
         source: what the images are; sets of `evaluation.images` say it themselves.
         keep: hold every feature; else memory does not grow with the number of images.
         spatial: gather the spatial features of those that have some.
-        recognition: a classifier; the classes that it was asked for take turns.
+        recognition: a classifier.
+        labels: of all images of the set, for the classifier; None: the classes take turns.
     """
     running = [RunningStatistics(each, device, keep, spatial and each.num_spatial > 0) for each in features]
     recognized = torch.zeros((), dtype=torch.int64, device=device)
@@ -60,7 +62,8 @@ def look(
         for each in running:
             each.update(indices, images)
         if recognition:
-            recognized += recognition.count(images, [index % len(recognition.numbers) for index in indices])
+            asked = [labels[index] if labels else index % len(recognition.numbers) for index in indices]
+            recognized += recognition.count(images, asked)
     if distributed.is_initialized():
         distributed.all_reduce(recognized)
     measured = [
@@ -69,15 +72,11 @@ def look(
             Origin.of(each.features, source),
             each.gather_kept() if keep else None,
             each.reduce_spatial() if each.spatial_sums else None,
+            source.notes,
         )
         for each in running
     ]
     return Seen(measured, int(recognized) / measured[0].statistics.count if recognition else None)
-
-
-def needs(metrics: Sequence[str]) -> dict[str, bool]:
-    """What `look` has to gather for these metrics."""
-    return {"keep": any(metric in OF_BOTH + OF_ONE for metric in metrics), "spatial": "sfid" in metrics}
 
 
 class Judge:
@@ -86,7 +85,7 @@ class Judge:
     Args:
         features: modules of `evaluation.features`.
         references: the real images, as each of them sees them.
-        metrics: further ones, as eval_fid.py names them.
+        settings: further metrics, as eval_fid.py names them.
         recognition: a classifier of the images, where there is one.
 
     Raises:
@@ -97,68 +96,77 @@ class Judge:
         self,
         features: Sequence[Features],
         references: Sequence[Measured],
-        metrics: Sequence[str] = (),
+        settings: MetricSettings = MetricSettings(),  # noqa: B008 (frozen)
         recognition: Recognition | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.metrics = metrics_of_each(metrics, features)
+        settings.check_metrics()
+        self.metrics = metrics_of_each(settings.metrics, features)
         for ours, reference in zip(self.metrics, references, strict=True):
             check_material(ours, reference, "reference")
-        self.features, self.references, self.needs = features, references, needs(metrics)
+        self.features, self.references, self.settings = features, references, settings
         self.recognition, self.device = recognition, device
 
-    def look(self, batches: Batches, source: Source) -> Seen:
-        """What the images are, over all processes."""
-        return look(batches, source, self.features, recognition=self.recognition, device=self.device, **self.needs)
+    def look(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> Seen:
+        """What the images are, over all processes; `labels` of all of them, or None where the classes take turns."""
+        needs = needed(self.settings.metrics)
+        return look(
+            batches,
+            source,
+            self.features,
+            keep=GENERATED in needs,
+            spatial=SPATIAL in needs,
+            recognition=self.recognition,
+            labels=labels,
+            device=self.device,
+        )
 
     def compare(self, seen: Seen) -> list[dict]:
         """For each kind of features: `distance`, the other metrics, and `recognition`."""
         recognition = {} if seen.recognition is None else {"recognition": seen.recognition}
         parts = zip(seen.measured, self.references, self.metrics, self.features, strict=True)
-        return [{**compare(*part), **recognition} for part in parts]
+        return [{**compare(*part, self.settings), **recognition} for part in parts]
 
 
 def metrics_of_each(metrics: Sequence[str], features: Sequence[Features | None]) -> list[list[str]]:
     """Which metrics each kind of features has; None stands for those behind a file. ValueError if none has one."""
-    only = {"sfid": lambda each: each.num_spatial > 0, "inception-score": lambda each: hasattr(each, "logits")}
-    has = [[metric for metric in metrics if not (each and metric in only) or only[metric](each)] for each in features]
+
+    def has(each: Features | None, metric: str) -> bool:
+        needs = METRICS[metric].needs if each else ()
+        return not (SPATIAL in needs and each.num_spatial == 0 or LOGITS in needs and not hasattr(each, "logits"))
+
+    found = [[metric for metric in metrics if has(each, metric)] for each in features]
     for metric in metrics:
-        if not any(metric in each for each in has):
+        if not any(metric in each for each in found):
             names = " and ".join(each.name for each in features)
             raise ValueError(f"--metrics {metric} needs --features inception, not {names}")
-    return has
+    return found
 
 
 def check_material(metrics: Sequence[str], measured: Measured, role: str) -> None:
     """ValueError if a metric needs more of a set of images than there is. `role` is `images` or `reference`."""
-    name = measured.origin.dataset
-    of_images = OF_BOTH if role == "reference" else OF_BOTH + OF_ONE
-    if (needing := [metric for metric in metrics if metric in of_images]) and measured.kept is None:
+    name, one_by_one = measured.origin.dataset, REAL if role == "reference" else GENERATED
+    if (needing := [metric for metric in metrics if one_by_one in METRICS[metric].needs]) and measured.kept is None:
         raise ValueError(
             f"'{name}' is given as statistics: --metrics {needing[0]} needs the images, or `ref --keep-features`"
         )
-    if "sfid" in metrics and measured.spatial is None:
+    if SPATIAL in needed(metrics) and measured.spatial is None:
         raise ValueError(
             f"'{name}' has no spatial statistics (mu_s): make it again by `eval_fid.py ref --features inception`"
         )
 
 
-def compare(measured: Measured, reference: Measured, metrics: Sequence[str], features: Features | None) -> dict:
-    """All metrics of one set of images, by name."""
-    results = {"distance": frechet_distance(measured.statistics, reference.statistics)}
-    if "sfid" in metrics:
-        results["sfid"] = frechet_distance(measured.spatial, reference.spatial)
-    if "kid" in metrics:
-        results["kid"], results["kid_spread"] = kernel_distance(measured.kept, reference.kept)
-    if "precision-recall" in metrics:
-        results["precision"], results["recall"] = precision_recall(measured.kept, reference.kept)
-    if "density-coverage" in metrics:
-        results["density"], results["coverage"] = density_coverage(measured.kept, reference.kept)
-    if "inception-score" in metrics:
-        score = inception_score(features.logits(measured.kept))
-        results["inception_score"], results["inception_score_spread"] = score
-    if "limit" in metrics:
-        results["limit"] = asdict(extrapolate(measured.kept, reference.statistics))
+def compare(
+    measured: Measured,
+    reference: Measured,
+    metrics: Sequence[str],
+    features: Features | None,
+    settings: MetricSettings,
+) -> dict:
+    """The distance and all other metrics of one set of images, by the keys of their numbers."""
+    results = {}
+    for metric in (DISTANCE, *(METRICS[name] for name in METRICS if name in metrics)):
+        results |= metric.compute(measured, reference, features, settings)
     return results
 
 

@@ -8,10 +8,11 @@ from accelerate import Accelerator
 
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import defaults_of
-from onelora_diffusion.evaluation.features import FEATURES, load_features
+from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import DatasetImages, NpzImages, open_images, share
-from onelora_diffusion.evaluation.judge import look, needs, with_progress
+from onelora_diffusion.evaluation.judge import look, with_progress
+from onelora_diffusion.evaluation.metrics import REAL, SPATIAL, needed
 from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
 from onelora_diffusion.evaluation.statistics import Measured, Origin
@@ -20,12 +21,9 @@ from onelora_diffusion.evaluation.statistics_file import is_statistics, load_sta
 
 def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
     """The feature modules; the main process goes first, since it may download."""
-    weights = {
-        "inception": settings.inception_weights,
-        "dinov2": settings.dinov2_weights,
-        "fashion-mnist": settings.fashion_weights,
-    }
     names = dict.fromkeys(settings.features or (default,))
+    fields = {name: FEATURES[name].weights for name in names if name in FEATURES}
+    weights = {name: getattr(settings, field) for name, field in fields.items() if field}
     with accelerator.main_process_first():
         return [load_features(name, resolution, weights.get(name)) for name in names]
 
@@ -60,8 +58,9 @@ def references_of(
         ValueError, FileNotFoundError: there is nothing of the kind, or it does not compare.
     """
     if any(map(is_statistics, settings.reference)):
-        filed = [statistics_in(path, features, settings, accelerator) for path in settings.reference]
-        found = [next((it for it in filed if it.origin.features == each.features), filed[0]) for each in origins]
+        filed = [statistics_in(path, features, settings, accelerator, REAL) for path in settings.reference]
+        kinds = [kind_of(each.origin.features) for each in filed]
+        found = [filed[kinds.index(kind) if (kind := kind_of(each.features)) in kinds else 0] for each in origins]
     else:
         if len(settings.reference) > 1:
             raise ValueError(f"--reference {settings.reference[1]}: several files are statistics; images are one set")
@@ -69,17 +68,24 @@ def references_of(
         images = real_images(settings, next(iter(settings.reference), None), dataset, resolution, classes)
         if images.resolution != resolution and any(each.name == "pixels" for each in features):
             raise ValueError(f"pixels compare at one resolution only, not {resolution} with {images.resolution}")
-        found = measure(images, features, settings.batch_size, accelerator, **needs(settings.metrics))
+        needs = needed(settings.metrics)
+        found = measure(images, features, settings.batch_size, accelerator, REAL in needs, SPATIAL in needs)
     for origin, reference in zip(origins, found, strict=True):
         origin.check_comparable(reference.origin)
     return found
 
 
-def statistics_in(path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator) -> Measured:
-    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are looked at."""
-    keep = needs(settings.metrics)["keep"]
+def statistics_in(
+    path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator, one_by_one: str
+) -> Measured:
+    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are looked at.
+
+    Args:
+        one_by_one: GENERATED or REAL, whichever of the two sets the file is.
+    """
+    keep = one_by_one in needed(settings.metrics)
     filed = load_statistics(path, keep)
-    looking = [each for each in features if each and each.name == filed.origin.features]
+    looking = [each for each in features if each and kind_of(each.name) == kind_of(filed.origin.features)]
     if keep and filed.kept is None and looking and path.suffix == ".npz" and "arr_0" in read_headers(path):
         (seen,) = measure(NpzImages(path), looking, settings.batch_size, accelerator, keep=True)
         return replace(filed, kept=seen.kept)

@@ -2,21 +2,22 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from onelora_diffusion.command_line import with_switches
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings
+from onelora_diffusion.evaluation.features import FEATURES
+from onelora_diffusion.evaluation.labels import LabelOrder
+from onelora_diffusion.evaluation.metrics import MetricSettings
 from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
-
-Metric = Literal["sfid", "kid", "precision-recall", "density-coverage", "inception-score", "limit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    features: tuple[Literal["pixels", "inception", "dinov2", "fashion-mnist"], ...] = ()
+    features: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{{{','.join(FEATURES)}}} [...]]")] = ()
     """What is compared, several in one pass. Only inception gives FID. None: what the reference has, where it is
     statistics; else pixels for digits, inception for others."""
     inception_weights: Path | None = None
@@ -41,7 +42,7 @@ class DatasetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(SamplerSettings, ComputeSettings, FeatureSettings, DatasetSettings):
+class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings, DatasetSettings):
     """Generate images from an adapter and its base, and measure them against real ones."""
 
     adapter: Path | None = Path("runs/digits")
@@ -54,11 +55,11 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, DatasetSetting
     reference: tuple[Path, ...] = ()
     """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. None: computed from the
     data set."""
-    metrics: tuple[Metric, ...] = ()
-    """Further metrics; all but sfid keep all features in memory. `limit` is the distance at several numbers of images
-    and its extrapolation to infinitely many."""
     num_images: int | None = None
-    """Images to generate, the classes taking turns. None: 500 for digits, else 10,000."""
+    """Images to generate. None: 500 for digits, else 10,000."""
+    labels: LabelOrder = "turns"
+    """Their classes: one after the other (turns); drawn at random, all as likely (random, as DiT's and SiT's scripts
+    do); or drawn as often as --dataset has them in --split (dataset)."""
     num_inference_steps: int | None = None
     """Steps of the sampler. None: 25 for digits, else 50."""
     guidance_scale: float | None = None
@@ -97,7 +98,7 @@ class Sweep(Generate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calculate(FeatureSettings, DatasetSettings):
+class Calculate(FeatureSettings, MetricSettings, DatasetSettings):
     """Measure images on disk: a folder of PNG files, an .npz (arr_0, uint8 NHWC), or statistics (.safetensors, or an
     .npz with mu and sigma)."""
 
@@ -105,8 +106,6 @@ class Calculate(FeatureSettings, DatasetSettings):
     """What to measure."""
     reference: tuple[Path, ...] = ()
     """What to compare it with, any of the three; a file of statistics for each of --features. None: --dataset."""
-    metrics: tuple[Metric, ...] = ()
-    """Further metrics; all but sfid keep all features in memory."""
     output: Path | None = None
     """JSON file. None: the table only."""
 

@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
-from onelora_diffusion.evaluation.features import UNTOLD, distance_name
+from onelora_diffusion.evaluation.features import UNTOLD, distance_name, kind_of, what_widths_are
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
 
@@ -55,10 +55,11 @@ class Origin:
     def check_comparable(self, other: "Origin") -> None:
         """ValueError unless both sets have the same features, by name where a file does not tell their weights."""
         if not (self.is_told and other.is_told):
-            if self.features != other.features:
+            if kind_of(self.features) != kind_of(other.features):
+                untold = other if self.is_told else self
                 raise ValueError(
-                    f"'{self.dataset}' has features {self.features}, but '{other.dataset}' {other.features}: "
-                    "statistics in an .npz are Inception's, choose --features inception"
+                    f"'{self.dataset}' has features {self.features}, but '{other.dataset}' {other.features} "
+                    f"({what_widths_are()}): choose --features {untold.features}"
                 )
             return
         if (self.extractor, self.resize) != (other.extractor, other.resize):
@@ -92,12 +93,14 @@ class Measured:
     Attributes:
         kept: (images, d) float32, the features one by one, where a metric needs them.
         spatial: statistics of the spatial features, where sFID needs them.
+        notes: sentences that a report says of the images.
     """
 
     statistics: FeatureStatistics
     origin: Origin
     kept: Tensor | None = None
     spatial: FeatureStatistics | None = None
+    notes: tuple[str, ...] = ()
 
 
 class GivenFeatures(nn.Module):

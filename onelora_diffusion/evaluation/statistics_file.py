@@ -1,7 +1,8 @@
-"""Files of statistics: our own .safetensors, and the .npz of ADM's evaluator and of pytorch-fid.
+"""Files of statistics: our own .safetensors, and the .npz of other tools.
 
-The latter hold mu and sigma, ADM's mu_s and sigma_s as well. They do not tell what their numbers were made of; by
-their layout these are Inception's.
+Those of ADM's evaluator and of pytorch-fid hold mu and sigma, ADM's mu_s and sigma_s as well; dgm-eval's the features
+one by one (reps). They do not tell what their numbers were made of, and are taken for the published features of which
+there are as many: 2,048 for Inception's, 1,024 for DINOv2's.
 """
 
 import dataclasses
@@ -16,18 +17,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from onelora_diffusion.evaluation.features import UNTOLD
+from onelora_diffusion.evaluation.features import UNTOLD, kind_of_width
 from onelora_diffusion.evaluation.npz import Header, read_headers
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
 from onelora_diffusion.files import write_bytes
 
 LARGEST_WIDTH = 8192  # features; a covariance of more takes over half a gigabyte
-NUM_INCEPTION = 2048
+PICKLES = (".pkl", ".pickle")
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file holds statistics, by its suffix and, of an .npz, by what is in it."""
-    return path.suffix == ".safetensors" or (path.suffix == ".npz" and path.is_file() and "mu" in read_headers(path))
+    """Whether a file holds statistics, by its suffix and, of an .npz, by what is in it.
+
+    Raises:
+        ValueError: it is a pickle, which is not read, or a damaged .npz.
+    """
+    check_no_pickle(path)
+    if path.suffix == ".npz" and path.is_file():
+        return not read_headers(path).keys().isdisjoint(("mu", "reps"))
+    return path.suffix == ".safetensors"
+
+
+def check_no_pickle(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"'{path}' is a pickle, as EDM2 writes statistics, and is not read, for it may run anything: where you "
+            "trust it, save the mu and sigma in it by numpy.savez('NAME.npz', mu=..., sigma=...)"
+        )
 
 
 def save_statistics(path: str | Path, measured: Measured) -> Path:
@@ -48,7 +64,8 @@ def load_statistics(path: str | Path, keep: bool = False) -> Measured:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no statistics at '{path}': make them by `eval_fid.py ref --output {path}`")
-    return _from_npz(path) if path.suffix == ".npz" else _from_safetensors(path, keep)
+    check_no_pickle(path)
+    return _from_npz(path, keep) if path.suffix == ".npz" else _from_safetensors(path, keep)
 
 
 def _safetensors(measured: Measured) -> bytes:
@@ -99,10 +116,13 @@ def _npz(measured: Measured) -> bytes:
     return content.getvalue()
 
 
-def _from_npz(path: Path) -> Measured:
-    headers = read_headers(path)
-    mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
-    count = int(_array(path, headers, "count")) if "count" in headers else None
+def _from_npz(path: Path, keep: bool) -> Measured:
+    headers, kept = read_headers(path), None
+    if "reps" in headers and "mu" not in headers:
+        mean, covariance, count, kept = _of_rows(path, _array(path, headers, "reps"))
+    else:
+        mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
+        count = int(_array(path, headers, "count")) if "count" in headers else None
     statistics = FeatureStatistics(*_moments(path, mean, covariance), count)
     spatial = None
     if "mu_s" in headers:
@@ -111,10 +131,16 @@ def _from_npz(path: Path) -> Measured:
     if "origin" in headers:
         origin = _origin(path, _text(path, headers, "origin"))
     else:
-        is_last = statistics.num_features == NUM_INCEPTION
-        features = "inception" if is_last else f"inception-{statistics.num_features}"
-        origin = Origin(features, UNTOLD, UNTOLD, None, str(path), crop=UNTOLD)
-    return Measured(statistics, origin, spatial=spatial)
+        origin = Origin(kind_of_width(statistics.num_features), UNTOLD, UNTOLD, None, str(path), crop=UNTOLD)
+    return Measured(statistics, origin, kept if keep else None, spatial)
+
+
+def _of_rows(path: Path, features: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Mean, covariance and number of features (images, d), and themselves."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"'{path}': reps is {tuple(features.shape)}, not (images, d) of two images or more")
+    features = features.double()
+    return features.mean(0), torch.cov(features.T), len(features), features.float()
 
 
 def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:
@@ -122,7 +148,10 @@ def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:
     header = headers.get(name)
     if header is None or header.dtype.kind not in "fiu" or header.num_bytes > LARGEST_WIDTH**2 * 8:
         found = f"is {header.dtype} {header.shape}" if header else "is missing"
-        raise ValueError(f"'{path}': {name} {found}; statistics are mu (d,) and sigma (d, d), float, d up to 8192")
+        raise ValueError(
+            f"'{path}': {name} {found}; statistics are mu (d,) and sigma (d, d), float, d up to 8192, or features "
+            "one by one, reps (images, d), of up to 512 MiB"
+        )
     return torch.from_numpy(np.load(path, allow_pickle=False)[name])
 
 

@@ -4,15 +4,25 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from onelora_diffusion.devices import in_words
-from onelora_diffusion.evaluation.judge import Measured
+from onelora_diffusion.evaluation.metrics import METRICS, all_shown
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.evaluation.statistics import Origin, shortage
+from onelora_diffusion.evaluation.statistics import Measured, Origin, shortage
+
+LABELS = {"turns": "", "random": ", random labels", "dataset": ", labels as frequent as in the data set"}
 
 
 def section(measured: Measured, reference: Measured, results: dict[str, dict]) -> dict:
     """The numbers by one kind of features, what was compared with what, and what takes from their worth."""
     origin, sets = measured.origin, {"generated": measured.statistics, "reference": reference.statistics}
-    notes = [note for name, each in sets.items() if (note := shortage(each, name))]
+    notes = [*measured.notes, *reference.notes]
+    notes += [note for metric in METRICS.values() for result in results.values() if (note := metric.note_of(result))]
+    if None not in (sizes := (origin.resolution, reference.origin.resolution)) and sizes[0] != sizes[1]:
+        notes.append(
+            f"The images have {sizes[0]}x{sizes[0]} pixels, those of the reference {sizes[1]}x{sizes[1]}: the "
+            "distance is also one between sharper and blurrier images."
+        )
+    notes += [note for name, each in sets.items() if (note := shortage(each, name))]
+    notes = list(dict.fromkeys(notes))
     return {
         "distance_name": origin.distance_name,
         "features": {
@@ -52,10 +62,10 @@ def print_report(report: dict) -> None:
     title = "images of a file" if count is None else f"{count:,} images"
     if "sampler" in report:
         title += f" each, {report['sampler']}, {report['num_inference_steps']} steps, {describe_guidance(report)}"
-        title += f", seed {report['seed']}"
+        title += f", seed {report['seed']}" + LABELS[report["labels"]]
     rows = {}
     for each in sections:
-        rows |= result_rows(each["distance_name"], each["features"]["name"], list(each["results"].values()))
+        rows |= result_rows(each)
     if report.get("adapter"):
         blank = [""] * (len(results) - 1)
         rows["num_trainable_params"] = [*blank, f"{report['num_trainable_params']:,}"]
@@ -103,47 +113,19 @@ def describe_guidance(report: dict) -> str:
     return f"{domain}guidance {report['guidance_scale']:g}{channels}{interval}"
 
 
-def names_of(distance_name: str, features: str) -> dict[str, str]:
-    """What a table calls each metric: all but those of Inception-2015 carry the name of their features."""
-    own = "" if distance_name == "FID" else f"({features})"
-    return {
-        "distance": distance_name,
-        "sfid": f"sF{'I' if distance_name == 'FID' else ''}D{own}",
-        "kid": f"KID{own}",
-        "precision": f"precision{own}",
-        "recall": f"recall{own}",
-        "density": f"density{own}",
-        "coverage": f"coverage{own}",
-        "inception_score": f"Inception Score{own}",
-        "recognition": "recognition",
-    }
+def names_of(part: dict) -> dict[str, str]:
+    """What a table calls each number of a section's results, by its key."""
+    first = next(iter(part["results"].values()))
+    names = part["distance_name"], part["features"]["name"]
+    return {key: shown.titled(*names) for key, shown in all_shown().items() if key in first}
 
 
-FORMATS = {
-    "distance": "{distance:.4f}",
-    "sfid": "{sfid:.4f}",
-    "kid": "{kid:.5f} ± {kid_spread:.5f}",
-    "precision": "{precision:.3f}",
-    "recall": "{recall:.3f}",
-    "density": "{density:.3f}",
-    "coverage": "{coverage:.3f}",
-    "inception_score": "{inception_score:.3f} ± {inception_score_spread:.3f}",
-    "recognition": "{recognition:.1%}",
-}
-
-
-def result_rows(distance_name: str, features: str, results: list[dict]) -> dict[str, list[str]]:
-    """Rows of the table, a column for each set of images."""
-    names = names_of(distance_name, features)
+def result_rows(part: dict) -> dict[str, list[str]]:
+    """Rows of the table of a section, a column for each set of images."""
+    results = list(part["results"].values())
     rows = {
-        names[key]: [shape.format(**result) for result in results]
-        for key, shape in FORMATS.items()
-        if key in results[0]
+        name: [all_shown()[key].format.format(**result) for result in results] for key, name in names_of(part).items()
     }
-    if "limit" in results[0]:
-        limits = [result["limit"] for result in results]
-        for k, count in enumerate(limits[0]["counts"]):
-            rows[f"{distance_name}, N = {count:,}"] = [f"{limit['distances'][k]:.4f}" for limit in limits]
-        rows[f"{distance_name}, N -> infinity"] = [f"{limit['limit']:.4f}" for limit in limits]
-        rows["  R2 of its fit"] = [f"{limit['r_squared']:.4f}" for limit in limits]
+    for metric in METRICS.values():
+        rows |= metric.rows(results, part["distance_name"])
     return rows

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
+from onelora_diffusion.evaluation.metrics import all_shown
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.evaluation.summary import names_of, notes_of, result_rows, sections_of
+from onelora_diffusion.evaluation.summary import LABELS, names_of, notes_of, result_rows, sections_of
 from onelora_diffusion.files import write_bytes
-
-# Metrics of which more is better; of all others less is.
-MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score", "recognition")
 
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
@@ -15,9 +13,7 @@ def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
     found = {}
     for each in sections_of(report):
         results = list(each["results"].values())
-        for key, name in names_of(each["distance_name"], each["features"]["name"]).items():
-            if key in results[0]:
-                found[name] = (key, [result[key] for result in results])
+        found |= {name: (key, [result[key] for result in results]) for key, name in names_of(each).items()}
     return found
 
 
@@ -25,7 +21,7 @@ def best_scales(report: dict) -> dict[str, float]:
     """The strength at which each metric is best, by the metric's name."""
     scales = list(map(float, report["results"]))
     return {
-        name: scales[values.index(max(values) if key in MORE_IS_BETTER else min(values))]
+        name: scales[values.index(max(values) if all_shown()[key].more_is_better else min(values))]
         for name, (key, values) in curves(report).items()
     }
 
@@ -34,10 +30,9 @@ def print_sweep(report: dict) -> None:
     """A column for each strength, and where each metric is best."""
     rows = {}
     for each in sections_of(report):
-        cells = result_rows(each["distance_name"], each["features"]["name"], list(each["results"].values()))
-        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in cells.items()}
+        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in result_rows(each).items()}
     title = f"{report['num_images']:,} images at each guidance, {report['sampler']}, "
-    title += f"{report['num_inference_steps']} steps, seed {report['seed']}"
+    title += f"{report['num_inference_steps']} steps, seed {report['seed']}{LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
     for note in [f"Best: {best}.", *notes_of(report)]:
@@ -60,7 +55,7 @@ def plot_sweep(report: dict, picture: Path) -> None:
         best = report["best"][name]
         axes.plot(scales, values, marker="o")
         axes.plot(best, values[scales.index(best)], marker="o", markersize=10, color="tab:red", linestyle="")
-        better = "most" if key in MORE_IS_BETTER else "least"
+        better = "most" if all_shown()[key].more_is_better else "least"
         axes.set(title=name, ylabel=f"{better} at {best:g}")
         axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)

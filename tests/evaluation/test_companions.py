@@ -1,7 +1,9 @@
 """KID, precision and recall, Inception Score and the extrapolation where their values are known."""
 
+import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from onelora_diffusion.evaluation.companions import (
     density_coverage,
@@ -63,8 +65,37 @@ def test_density_and_coverage_by_all_distances_at_once():
 
 def test_inception_score_of_certain_and_of_even_guesses():
     certain = 100 * torch.eye(5).repeat(20, 1)
-    assert inception_score(certain, splits=1) == (pytest.approx(5), 0)
-    assert inception_score(torch.zeros(100, 5), splits=1) == (pytest.approx(1), 0)
+    assert inception_score(certain, split_size=100) == (pytest.approx(5), 0, 100)
+    assert inception_score(torch.zeros(100, 5), split_size=100) == (pytest.approx(1), 0, 100)
+
+
+def by_adms_evaluator(logits, size):
+    """exp of the mean divergence from the mean of each split in the order of the file, the last with what is left."""
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    splits = [probabilities[first : first + size] for first in range(0, len(logits), size)]
+    return [np.exp((split * np.log(split / split.mean(0))).sum(1).mean()) for split in splits]
+
+
+def test_inception_score_of_splits_in_the_given_order_is_that_of_adms_evaluator():
+    logits = np.random.default_rng(0).standard_normal((1100, 20))
+    logits[np.arange(1100), np.arange(1100) % 20] += 6
+    for size in (500, 90, 2000):
+        scores = by_adms_evaluator(logits, size)
+        expected = pytest.approx(np.mean(scores), rel=1e-9), pytest.approx(np.std(scores), abs=1e-9), min(size, 1100)
+        assert inception_score(torch.from_numpy(logits), size, "given") == expected
+
+
+def test_inception_score_of_sorted_classes_depends_on_the_order():
+    sorted_classes = 100 * torch.eye(10).repeat_interleave(10, 0)  # ten splits of one class each
+    assert inception_score(sorted_classes, order="given") == (pytest.approx(1), pytest.approx(0, abs=1e-9), 10)
+    assert inception_score(sorted_classes, order="shuffled")[0] > 4
+
+
+def test_inception_score_of_ten_shuffled_splits_is_torch_fidelitys():
+    logits = normal(1003, 12)
+    expected = isc_features_to_metric(logits, splits=10, rng_seed=0)
+    found = inception_score(logits)
+    assert found[:2] == pytest.approx(tuple(expected.values()), rel=1e-12) and found[2] == 100
 
 
 def test_extrapolation_takes_out_the_bias_of_few_images():

@@ -133,6 +133,20 @@ def test_guidance_of_channels_and_steps_is_taken_and_told(run_folder, tmp_path, 
     assert "guidance 1.5 of 3 channels" in printed and "guidance 1.5 from step 0 to 400" in printed
 
 
+def test_labels_are_drawn_as_asked_and_told(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_fid, "class_frequencies", lambda dataset, names: [1] + [0] * (len(names) - 1))
+    gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
+    found = {}
+    for labels in ("turns", "random", "dataset"):
+        run(*gen, "--labels", labels)
+        report = read(tmp_path / "gen.json")
+        assert report["labels"] == labels
+        found[labels] = report["results"]["adapted"]["distance"]
+    assert len(set(found.values())) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "seed 0, random labels" in printed and "seed 0, labels as frequent as in the data set" in printed
+
+
 def test_a_sweep_finds_the_best_guidance_of_each_metric(run_folder, tmp_path, capsys):
     sweep = ["sweep", "--adapter", run_folder, *SMALL[:4], "--guidance-scales", "3", "1", "1.5", "--metrics", "kid"]
     run(*sweep, "--output", tmp_path / "sweep.json")

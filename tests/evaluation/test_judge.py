@@ -6,6 +6,7 @@ import torch
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.judge import Judge, look
+from onelora_diffusion.evaluation.metrics import MetricSettings
 from onelora_diffusion.evaluation.recognition import Recognition
 
 
@@ -42,10 +43,19 @@ def test_two_kinds_of_features_and_a_classifier_see_one_pass():
     assert [measured.origin.resize for measured in seen.measured] == [each.resize for each in features]
 
 
+def test_the_classifier_is_asked_for_the_labels_that_were_drawn():
+    images = torch.zeros(6, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor([1, 1, 2, 2, 2, 1])
+    asked = Recognition(FirstPixel(), [1, 2])
+    for labels, expected in ((None, 2 / 6), ([0, 0, 1, 1, 1, 0], 1), ([0, 0, 0, 1, 1, 1], 4 / 6)):
+        found = look(batches(images), Source("made", 4), [PixelFeatures(4)], recognition=asked, labels=labels)
+        assert found.recognition == expected
+
+
 def test_features_are_kept_only_for_metrics_that_need_them():
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     (without,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)]).measured
     (kept,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)], keep=True).measured
     assert without.kept is None and torch.equal(kept.kept, PixelFeatures(4)(images).float())
     with pytest.raises(ValueError, match="'noise' is given as statistics: --metrics kid needs the images"):
-        Judge([PixelFeatures(4)], [without], ["kid"])
+        Judge([PixelFeatures(4)], [without], MetricSettings(metrics=("kid",)))

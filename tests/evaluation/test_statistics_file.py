@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import eval_fid
-from onelora_diffusion.evaluation.features import UNTOLD, load_features
-from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.features import FEATURES, UNTOLD, FeatureKind
+from onelora_diffusion.evaluation.features.base import DINOV2_PUBLISHED, Features
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.settings import parse
@@ -20,7 +20,7 @@ from onelora_diffusion.evaluation.statistics_file import is_statistics, load_sta
 class NarrowInception(Features):
     """Stands for Inception in these tests: 12 features and 7 spatial ones, which are means of pixels."""
 
-    name, extractor, resize = "inception-12", "narrow", "none"
+    name, extractor, resize = "inception", "narrow", "none"
     num_features, num_spatial = 12, 7
 
     def forward(self, images):
@@ -67,13 +67,8 @@ def results_of(path):
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
     """a.npz and b.npz hold images; adm.npz also b's statistics in ADM's layout, pytorch-fid.npz these alone."""
-    from onelora_diffusion.evaluation import measuring
-
-    monkeypatch.setattr(
-        measuring,
-        "load_features",
-        lambda name, *rest: NarrowInception() if name == "inception" else load_features(name, *rest),
-    )
+    kind = FeatureKind(lambda resolution, weights: NarrowInception(), "inception_weights", width=12)
+    monkeypatch.setitem(FEATURES, "inception", kind)
     a, b = make_images(60, 0), make_images(50, 1)
     np.savez(tmp_path / "a.npz", a)
     np.savez(tmp_path / "b.npz", b)
@@ -145,14 +140,16 @@ def error_of(*arguments):
 def test_statistics_of_inception_do_not_serve_other_features(sets):
     folder, *_ = sets
     calc = ["calc", "--images", folder / "a.npz", "--reference", folder / "adm.npz"]
-    assert "statistics in an .npz are Inception's" in error_of(*calc, "--features", "pixels")
+    assert "is taken at 12 for inception's and at 1,024 for dinov2's): choose --features inception" in error_of(
+        *calc, "--features", "pixels"
+    )
     assert "needs the images" in error_of(*calc[:3], "--reference", folder / "pytorch-fid.npz", "--metrics", "kid")
     assert "no spatial statistics" in error_of(
         *calc[:3], "--reference", folder / "pytorch-fid.npz", "--metrics", "sfid"
     )
     assert "give them by --reference" in error_of(*calc[:3])
     filed = ["calc", "--images", folder / "adm.npz", "--reference", folder / "b.npz"]
-    assert "is statistics of inception-12: leave --features out" in error_of(*filed, "--features", "pixels")
+    assert "is statistics of inception: leave --features out" in error_of(*filed, "--features", "pixels")
     assert "several files are statistics; images are one set" in error_of(*calc[:3], "--reference", *["b.npz"] * 2)
 
 
@@ -197,7 +194,7 @@ def test_several_features_in_one_pass_and_their_files(sets):
     )
     report = json.loads((folder / "calc.json").read_text())
     (pixels,) = report["further"]
-    assert report["distance_name"] == "FD(inception-12)" and pixels["distance_name"] == "FD(pixels)"
+    assert report["distance_name"] == "FD(inception)" and pixels["distance_name"] == "FD(pixels)"
     assert report["results"]["a.npz"]["distance"] == pytest.approx(frechet(a, b), rel=1e-6)
     assert "sfid" in report["results"]["a.npz"] and "sfid" not in pixels["results"]["a.npz"]
     run(
@@ -235,6 +232,58 @@ def test_arrays_that_are_no_statistics_are_refused(tmp_path):
     refused("not finite", mu=np.full(3, np.nan), sigma=np.eye(3))
     refused("its resolution is 'large'", mu=np.zeros(3), sigma=np.eye(3), origin=np.array('{"resolution": "large"}'))
     refused("newer version", mu=np.zeros(3), sigma=np.eye(3), origin=np.array('{"colour": "red"}'))
+
+
+def test_a_file_that_tells_nothing_is_taken_for_the_features_of_which_there_are_as_many(tmp_path):
+    names = {}
+    for width in (2048, 1024, 768):
+        np.savez(tmp_path / f"{width}.npz", mu=np.zeros(width), sigma=np.eye(width))
+        origin = load_statistics(tmp_path / f"{width}.npz").origin
+        names[width] = origin.features, origin.distance_name
+    unknown = "unknown-768", "FD(unknown-768)"
+    assert names == {2048: ("inception", "FID"), 1024: ("dinov2", "FD(dinov2)"), 768: unknown}
+
+    filed = load_statistics(tmp_path / "1024.npz").origin
+    for features, extractor in (("dinov2", DINOV2_PUBLISHED), ("dinov2-1024", "a folder's digest")):
+        Origin(features, extractor, "bicubic", 256, "images").check_comparable(filed)
+    for features in ("inception", "dinov2-768", "inception-random"):
+        with pytest.raises(
+            ValueError, match=f"features {features}, but .*1024.npz' dinov2 .*choose --features dinov2"
+        ):
+            Origin(features, "digest", "none", 256, "images").check_comparable(filed)
+
+
+def test_features_one_by_one_of_dgm_eval_are_statistics_and_serve_the_companions(tmp_path):
+    features = np.random.default_rng(0).standard_normal((9, 1024))
+    hparams = np.array({"nimages": 9}, dtype=object)  # its file has a pickled object beside them, which is not read
+    np.savez(tmp_path / "reps.npz", model="dinov2", reps=features, hparams=hparams)
+    assert is_statistics(tmp_path / "reps.npz")
+    found = load_statistics(tmp_path / "reps.npz", keep=True)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(0), atol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features, rowvar=False), atol=1e-12)
+    np.testing.assert_allclose(found.kept, features, rtol=1e-6)
+    assert found.statistics.count == 9 and found.origin.features == "dinov2"
+    assert load_statistics(tmp_path / "reps.npz").kept is None
+    np.savez(tmp_path / "reps.npz", reps=features[0])
+    with pytest.raises(ValueError, match=r"reps is \(1024,\), not \(images, d\)"):
+        load_statistics(tmp_path / "reps.npz")
+
+
+def test_pickles_are_refused_unread(sets):
+    folder, *_ = sets
+    (folder / "img512.pkl").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
+    calc = ["calc", "--images", folder / "a.npz", "--reference", folder / "img512.pkl", "--features", "inception"]
+    assert "img512.pkl' is a pickle, as EDM2 writes statistics, and is not read" in error_of(*calc)
+    assert "is a pickle" in error_of("calc", "--images", folder / "img512.pkl", "--reference", folder / "a.npz")
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_statistics(folder / "img512.pkl")
+
+
+def test_images_are_not_compared_with_features_that_nobody_knows(sets):
+    folder, *_ = sets
+    np.savez(folder / "wide.npz", mu=np.zeros(13), sigma=np.eye(13))
+    calc = ["calc", "--images", folder / "a.npz", "--reference", folder / "wide.npz"]
+    assert "statistics of 13 features, of which their file does not tell what they are" in error_of(*calc)
 
 
 def test_an_array_larger_than_its_file_is_refused_before_it_is_read(tmp_path):

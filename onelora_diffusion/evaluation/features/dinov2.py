@@ -89,6 +89,10 @@ def dinov2_in(folder: str | Path) -> DinoV2Features:
     return DinoV2Features(network, f"dinov2-{network.config.hidden_size}", digest)
 
 
+def load_dinov2(resolution: int, weights: str | Path | None = None) -> DinoV2Features:
+    return dinov2_published() if weights is None else dinov2_in(weights)
+
+
 def _model_class() -> type:
     try:
         from transformers import Dinov2Model

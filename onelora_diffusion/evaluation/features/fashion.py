@@ -79,6 +79,10 @@ class FashionFeatures(Features):
         return f"convolutional classifier of the ten classes, {self.accuracy:.1%} right on the test split"
 
 
+def load_fashion(resolution: int, weights: str | Path | None = None) -> FashionFeatures:
+    return FashionFeatures(weights)
+
+
 def train_fashion_classifier(
     path: Path, root: str | Path | None = None, epochs: int = 4, batch_size: int = 128, lr: float = 2e-3, seed: int = 0
 ) -> None:

@@ -95,6 +95,10 @@ def inception_2015(weights: str | Path | None = None) -> InceptionFeatures:
     return InceptionFeatures(torch.load(path, map_location="cpu", weights_only=True), INCEPTION_SHA256)
 
 
+def load_inception(resolution: int, weights: str | Path | None = None) -> InceptionFeatures:
+    return inception_2015(weights)
+
+
 def inception_random(seed: int = 0, layer: str = "2048") -> InceptionFeatures:
     """The same network with random weights, a function of `seed`: for tests and comparisons of tools, not for FID.
 

@@ -1,0 +1,53 @@
+"""Which class each generated image is of."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+LabelOrder = Literal["turns", "random", "dataset"]
+STREAM = 0x1ABE15  # keeps the draws of labels apart from other draws with the same seed
+
+
+def draw_labels(
+    order: LabelOrder, num_images: int, num_classes: int, seed: int, frequencies: Sequence[int] | None = None
+) -> list[int]:
+    """The label of each image; that of image i is a function of (seed, i), whatever the number of images.
+
+    Args:
+        order: `turns`, image i is of class i mod `num_classes`; `random`, every class is as likely; `dataset`, each
+            is as likely as `frequencies` say.
+    """
+    if order == "turns":
+        return [index % num_classes for index in range(num_images)]
+    weights = np.ones(num_classes) if order == "random" else np.array(frequencies, dtype=np.float64)
+    bounds = np.cumsum(weights) / weights.sum()
+    bounds[-1] = 1
+    draws = np.random.default_rng([seed % 2**64, STREAM]).random(num_images)
+    return np.searchsorted(bounds, draws, side="right").tolist()
+
+
+def class_frequencies(dataset: Dataset, names: Sequence[str]) -> list[int]:
+    """How many images of each of these classes a data set has.
+
+    Raises:
+        ValueError: it does not list its labels, or one of the names is none of its classes.
+    """
+    counts = np.bincount(_labels_of(dataset), minlength=dataset.num_classes)
+    known = {name: int(count) for name, count in zip(dataset.id2label.values(), counts, strict=True)}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"'{unknown[0]}' is no class of {dataset.name}: --labels dataset draws the classes of --dataset"
+        )
+    return [known[name] for name in names]
+
+
+def _labels_of(dataset: Dataset) -> np.ndarray:
+    source = getattr(dataset, "source", None)
+    for holder, attribute in ((dataset, "labels"), (source, "targets"), (source, "labels"), (source, "_labels")):
+        if (labels := getattr(holder, attribute, None)) is not None:
+            return np.asarray(labels).reshape(-1)
+    if hasattr(source, "label_column"):  # of Hugging Face's library
+        return np.asarray(source.rows[source.label_column])
+    raise ValueError(f"{dataset.name} does not list its labels: choose --labels turns or random")

@@ -1,0 +1,91 @@
+"""A feature and a metric more are a file and a row each: the rest of the command line follows the tables."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval_fid
+from onelora_diffusion.evaluation.features import FEATURES, FeatureKind
+from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.metrics import GENERATED, METRICS, REAL, Metric, MetricSettings, Shown
+from onelora_diffusion.evaluation.settings import parse
+
+
+class Brightness(Features):
+    """The mean of all pixels, and that of the first channel."""
+
+    name, extractor, resize, num_features = "brightness", "brightness", "none", 2
+
+    def forward(self, images):
+        images = images.double()
+        return torch.stack([images.mean((1, 2, 3)), images[:, 0].mean((1, 2))], dim=1)
+
+
+def largest_difference(generated, real, features, settings: MetricSettings) -> dict:
+    return {"gap": (generated.kept.mean(0) - real.kept.mean(0)).abs().max().item()}
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.setitem(FEATURES, "brightness", FeatureKind(lambda resolution, weights: Brightness()))
+    shown = {"gap": Shown("gap{own}", "{gap:.2f}")}
+    monkeypatch.setitem(METRICS, "gap", Metric((GENERATED, REAL), largest_difference, shown))
+
+
+def run(*arguments):
+    eval_fid.main(parse([str(argument) for argument in arguments], None))
+
+
+def test_a_row_is_all_that_a_feature_and_a_metric_need(tables, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, top, (40, 4, 4, 3), dtype=np.uint8) for top in (200, 256))
+    np.savez(tmp_path / "a.npz", a)
+    np.savez(tmp_path / "b.npz", b)
+    files = ["calc", "--images", tmp_path / "a.npz", "--reference", tmp_path / "b.npz"]
+    run(*files, "--features", "brightness", "--metrics", "gap", "limit", "--output", tmp_path / "calc.json")
+    report = json.loads((tmp_path / "calc.json").read_text())
+    assert report["distance_name"] == "FD(brightness)" and report["features"]["num_features"] == 2
+    expected = max(abs(a.mean() - b.mean()), abs(a[..., 0].mean() - b[..., 0].mean()))
+    assert report["results"]["a.npz"]["gap"] == pytest.approx(expected, rel=1e-6)
+    assert f"gap(brightness) {expected:.2f}" in " ".join(capsys.readouterr().out.split())
+    run("ref", "--images", tmp_path / "b.npz", "--features", "brightness", "--output", tmp_path / "b.safetensors")
+    files[-1] = tmp_path / "b.safetensors"
+    run(*files, "--output", tmp_path / "filed.json")  # the features that the file is of
+    filed = json.loads((tmp_path / "filed.json").read_text())
+    assert filed["results"]["a.npz"]["distance"] == pytest.approx(report["results"]["a.npz"]["distance"], rel=1e-9)
+    with pytest.raises(SystemExit, match="b.npz' is given as statistics: --metrics gap needs the images"):
+        run(*files, "--metrics", "gap")
+
+
+def test_names_that_no_table_has_are_refused_with_those_that_it_has(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((4, 4, 4, 3), np.uint8))
+    files = ["calc", "--images", tmp_path / "a.npz", "--reference", tmp_path / "a.npz"]
+    with pytest.raises(SystemExit, match="unknown features 'brightness': choose from pixels, inception, dinov2, fash"):
+        run(*files, "--features", "brightness")
+    with pytest.raises(SystemExit, match="--metrics gap is unknown: choose from sfid, kid, precision-recall, densi"):
+        run(*files, "--features", "pixels", "--metrics", "gap")
+    with pytest.raises(SystemExit, match="--inception-score-split is 0; it must be at least 1"):
+        run(*files, "--features", "pixels", "--inception-score-split", "0")
+
+
+def test_images_of_another_size_than_the_reference_and_what_is_passed_over_are_said(tables, tmp_path, capsys):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "folder").mkdir()
+    for index in range(3):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"folder/{index}.png")
+        Image.fromarray(pixels).save(tmp_path / f"folder/{index}.jpg")
+    (tmp_path / "folder/more").mkdir()
+    np.savez(tmp_path / "small.npz", rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8))
+    files = ["calc", "--images", tmp_path / "folder", "--reference", tmp_path / "small.npz"]
+    run(*files, "--features", "brightness")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The images have 8x8 pixels, those of the reference 4x4" in printed
+    assert "where PNG files are measured: 3 .jpg, 1 folders." in printed and "3 images" in printed
+    run("calc", "--images", tmp_path / "small.npz", "--reference", tmp_path / "small.npz", "--features", "brightness")
+    printed = capsys.readouterr().out
+    assert "those of the reference" not in printed and "Passed over" not in printed

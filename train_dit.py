@@ -26,6 +26,7 @@ from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
 from onelora_diffusion.data.latents import FlippableImages
+from onelora_diffusion.data.listing import describe
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Prompts
 from onelora_diffusion.launch import start_all_processes, started
@@ -54,6 +55,7 @@ class ClassTask:
                 download=settings.download,
                 broken=settings.broken_images,
             )
+        accelerator.print(describe(self.dataset))
         self.data = data_identity(self.dataset)
         if settings.method != "full" and settings.mixed_precision != "no":
             # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.

@@ -27,6 +27,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
+from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import Prompts, family_named, family_of
 from onelora_diffusion.launch import start_all_processes, started
@@ -63,6 +64,7 @@ class PromptTask:
             broken=settings.broken_images,
         )
         self.dataset = self.captioned.dataset
+        accelerator.print(describe(self.dataset))
         self.data = data_identity(self.dataset, self.captioned.captions)
         inject_adapter(self.pipeline.transformer, settings.adapter_config(targets=self.family.targets))
         for tensor in adapter_state_dict(self.pipeline.transformer).values():

@@ -22,6 +22,7 @@ from onelora_diffusion.data.decoding import BrokenImageError, decoded, opened, u
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
 from onelora_diffusion.data.images import SizedImages
 from onelora_diffusion.data.latents import FlippableImages
+from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.files import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -187,8 +188,11 @@ class Pictures(Dataset):
 
 
 class Files(Pictures):
-    def __init__(self, root: Path, paths: list[Path]):
-        self.root, self.paths = root, paths
+    """Images of a folder, by their names in its listing."""
+
+    def __init__(self, listing: Listing, names: list[str]):
+        self.root, self.listing = listing.root, listing
+        self.paths = [listing.root / name for name in names]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -251,15 +255,12 @@ def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str |
 
 
 def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_column: str):
-    from torchvision.datasets.folder import is_image_file
-
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    shown = [path for path in files if not any(part.startswith(".") for part in path.parts)]
-    images = {path.as_posix() for path in shown if is_image_file(path.name)}
+    listing = list_images(folder)
+    images = set(listing.images)
     metadata = [folder / name for name in METADATA if (folder / name).is_file()]
-    texts = {path.with_suffix("").as_posix() for path in shown if path.suffix == ".txt"}
+    texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
     texts &= {os.path.splitext(name)[0] for name in images}
 
     if not images and not metadata:
@@ -285,8 +286,8 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
             f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
         )
     names = sorted(captions)
-    root = folder.absolute()
-    return Files(root, [root / name for name in names]), [captions[name] for name in names]
+    listing.used = {f"{name}.txt" for name in texts} | {*METADATA, *captions}
+    return Files(listing, names), [captions[name] for name in names]
 
 
 def _text_beside(image: Path) -> str:

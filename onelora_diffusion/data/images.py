@@ -1,5 +1,6 @@
 """Photographs of a size: Food-101, any folder of one folder a class, and whatever else gives (PIL image, label)."""
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.data.decoding import UNREADABLE, BrokenImageError, decoded, read_image
+from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.files import printable
 
 MOST_PIXELS = 2**27  # of an image on its way to its size: 400 MB in bytes
@@ -125,30 +127,62 @@ def food101(
     return ClassifiedImages("food101", source, names, resolution, broken, split)
 
 
+class ClassFolders(Dataset):
+    """(PIL image, label) of the images in `listing.root/<class>/`, however deep.
+
+    Raises:
+        FileNotFoundError: there are none, or a class has none.
+    """
+
+    def __init__(self, listing: Listing, part: str = ""):
+        self.root, self.listing = str(listing.root / part), listing
+        prefix = f"{part}/" if part else ""
+        inside = [name.removeprefix(prefix) for name in listing.images if name.startswith(prefix)]
+        names = [name for name in inside if "/" in name]
+        names.sort(key=lambda name: (name.split("/")[0], *os.path.split(name)))
+        folders = [name.removeprefix(prefix) for name in listing.folders if name.startswith(prefix)]
+        self.classes = sorted(name for name in folders if "/" not in name)
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = [label_of[name.split("/")[0]] for name in names]
+        self.samples = [os.path.join(self.root, name) for name in names]
+        if not names:
+            raise FileNotFoundError(f"no images in {self.root}/<class>/: give a folder with one folder for each class")
+        empty = sorted(set(range(len(self.classes))) - set(self.labels))
+        if empty:
+            raise FileNotFoundError(
+                f"no images in {printable(os.path.join(self.root, self.classes[empty[0]]))}: a class needs some, or "
+                "take the folder out"
+            )
+        if len(inside) > len(names):
+            listing.left_out["images in no folder of a class"] += len(inside) - len(names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.samples[index]), self.labels[index]
+
+
 def image_folder(root: str | Path, split: str, resolution: int, broken: str = "fatal") -> ClassifiedImages:
     """Images in `root/<split>/<class>/`; or in `root/<class>/`, a set without parts, which is all for `train`.
 
-    Raises:
-        FileNotFoundError: there are no images, or not this split.
-    """
-    from torchvision.datasets import ImageFolder
+    A folder has parts if all folders with images in it have names of parts: `train` beside `bus` is a class.
 
-    root = Path(root)
-    splits = [name for name in dict.fromkeys((split, *SPLITS)) if (root / name).is_dir()]
-    if split not in splits:
-        if splits:
-            raise FileNotFoundError(f"no split '{split}' in {root}: there is {', '.join(splits)}")
-        if split != "train":
-            raise FileNotFoundError(
-                f"{root} has no split '{split}', nor any other: leave --split out to take all of it"
-            )
-    folder = root / split if splits else root
-    try:
-        source = ImageFolder(folder.absolute(), loader=read_image)
-    except FileNotFoundError as error:
-        reason = str(error).split("Supported extensions")[0].strip()
-        raise FileNotFoundError(f"no images in {folder}/<class>/: {reason}") from None
-    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken, split if splits else "")
+    Raises:
+        FileNotFoundError: there are no images, not this split, or a class has none.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no images in {root}: there is no such folder")
+    listing = list_images(root)
+    parts = sorted({name.split("/")[0] for name in listing.images if "/" in name})
+    has_parts = bool(parts) and set(parts) <= set(SPLITS)
+    if has_parts and split not in parts:
+        raise FileNotFoundError(f"no split '{split}' in {root}: there is {', '.join(parts)}")
+    if not has_parts and split != "train":
+        raise FileNotFoundError(f"{root} has no split '{split}', nor any other: leave --split out to take all of it")
+    part = split if has_parts else ""
+    source = ClassFolders(listing, part)
+    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken, part)
 
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:

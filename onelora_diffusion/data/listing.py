@@ -1,0 +1,134 @@
+"""The images in a folder and all folders inside, the same for every data set of files, and what is left out."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from onelora_diffusion.files import printable
+
+IMAGES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"),
+    *(".jp2", ".heic", ".heif", ".jxl"),
+}
+# What operating systems leave in folders, beside all names that begin with a dot.
+SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+# One of these is in the folder of a training run; and what such a folder holds that may have images in it.
+OF_A_RUN = {"clock.json", "clock.lock", "onelora_weights.safetensors"}
+RUN_OUTPUT = {"samples", "checkpoints", "latents", "lora", "wandb", "onelora-diffusion", "distance.png"}
+LABELS = ("labels", "targets", "_labels")  # where data sets keep them, in this package and in torchvision
+
+
+@dataclass
+class Listing:
+    """What is in a folder.
+
+    Hidden names (`.ipynb_checkpoints`, `._1.png`) and those of operating systems (`__MACOSX`, `Thumbs.db`) are no part
+    of it. Linked folders are.
+
+    Attributes:
+        root: absolute.
+        folders, images, others: names below `root`, with / between folders.
+        left_out: how often images were left out for each reason.
+        used: those of the others that are read, such as captions.
+    """
+
+    root: Path
+    folders: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    used: set[str] = field(default_factory=set)
+
+    def describe_left_out(self) -> str:
+        """What was left out and why, in a few words; "" where there is nothing of the kind."""
+        reasons = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
+        others = [name for name in self.others if name not in self.used]
+        kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
+        if kinds:
+            listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(5))
+            reasons.append(f"files of other kinds ({printable(listed, 200)}{', ...' if len(kinds) > 5 else ''})")
+        return "; ".join(reasons)
+
+
+def list_images(root: str | Path) -> Listing:
+    """The images below a folder, in the order of their folders' names and then their own.
+
+    Raises:
+        OSError: a folder cannot be read; it names the folder.
+    """
+    found, runs = Listing(Path(root).absolute()), []
+    extensions = Image.registered_extensions()
+    readable = {suffix for suffix in IMAGES if extensions.get(suffix) in Image.OPEN}
+    for name, entry in _entries(found, runs, str(found.root), "", ()):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if not entry.is_file():
+            found.left_out["links to nothing"] += 1
+        elif suffix in readable:
+            found.images.append(name)
+        elif suffix in IMAGES:
+            found.left_out[f"{suffix}, which this Pillow does not read"] += 1
+        else:
+            found.others.append(name)
+    found.images.sort(key=os.path.split)
+    for run in runs:  # a folder of nothing but runs and their caches is none of the data
+        parent = os.path.dirname(run)
+        if parent and not any(name.startswith(f"{parent}/") for name in found.images):
+            found.folders = [name for name in found.folders if not f"{name}/".startswith(f"{parent}/")]
+            found.others = [name for name in found.others if not name.startswith(f"{parent}/")]
+    return found
+
+
+def describe(dataset) -> str:
+    """One line on a data set: its images, as far as they are known those of each class, and what was left out."""
+    source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {len(dataset):,} images"
+    if names := getattr(dataset, "id2label", None):
+        words += f" of {len(names)} classes"
+        labels = next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
+        if labels is not None:
+            counts = Counter(map(int, labels))
+            each = [counts[label] for label in names]
+            if len(names) <= 10:
+                words += (
+                    f" ({', '.join(f'{name} {count:,}' for name, count in zip(names.values(), each, strict=True))})"
+                )
+            else:
+                words += f" ({min(each):,} to {max(each):,} images a class)"
+    listing = getattr(source, "listing", None)
+    left_out = listing.describe_left_out() if listing else ""
+    return f"{words}; left out: {left_out}" if left_out else words
+
+
+def _entries(
+    found: Listing, runs: list[str], folder: str, prefix: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, os.DirEntry]]:
+    """(name below the root, entry) of all but folders.
+
+    Args:
+        runs: to which the names of folders of training runs are added.
+        above: the folders on the way here, to which links may lead.
+    """
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as scanned:
+        entries = [each for each in scanned if each.name[0] != "." and each.name.lower() not in SYSTEM]
+    if OF_A_RUN & {each.name for each in entries}:
+        if prefix:
+            found.left_out["folders of training runs"] += 1
+            runs.append(prefix[:-1])
+            return
+        own = [each for each in entries if each.name in RUN_OUTPUT]
+        found.left_out.update(["outputs of a training run"] * len(own))
+        entries = [each for each in entries if each not in own]
+    if prefix:
+        found.folders.append(prefix[:-1])
+    for entry in entries:
+        if not entry.is_dir():
+            yield f"{prefix}{entry.name}", entry
+        elif (status := entry.stat()) and (status.st_dev, status.st_ino) in above:
+            found.left_out["links to a folder that they are in"] += 1
+        else:
+            yield from _entries(found, runs, entry.path, f"{prefix}{entry.name}/", above)

@@ -321,4 +321,6 @@ def num_base_classes(pipeline) -> int:
 if __name__ == "__main__":
     start_all_processes()
     quieten()
-    main(parse(sys.argv[1:], __doc__))
+    with one_line_errors("eval_fid.py", same_everywhere=True):
+        chosen = parse(sys.argv[1:], __doc__)
+    main(chosen)

@@ -47,8 +47,9 @@ from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_named, family_of
 from onelora_diffusion.files import check_place, printable, write_bytes, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
-from onelora_diffusion.launch import start_all_processes, told_by_main
+from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
 from onelora_diffusion.pipelines.base import load_base, load_text_to_image
+from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.sampling import (
     SamplerSettings,
     adapters_folded_in,
@@ -474,4 +475,6 @@ def read_image(path: Path) -> np.ndarray:
 if __name__ == "__main__":
     start_all_processes()
     quieten()
-    main(tyro.cli(Settings))
+    with one_line_errors("sample.py", same_everywhere=True):
+        asked = Settings(**precision_asked_by_launcher())
+    main(tyro.cli(Settings, default=asked))

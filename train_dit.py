@@ -31,6 +31,7 @@ from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Prompts
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base, resolution_of
+from onelora_diffusion.processes import among_sharers, first_on_each_machine
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.samples import sample_grid
 from onelora_diffusion.training.settings import Settings, parse_command_line
@@ -46,7 +47,7 @@ class ClassTask:
         self.settings, self.accelerator = settings, accelerator
         self.pipeline = load_base(settings.base)
         transformer = self.pipeline.transformer
-        with accelerator.main_process_first() if settings.download else nullcontext():
+        with first_on_each_machine(accelerator) if settings.download else nullcontext():
             self.dataset = load_dataset(
                 settings.dataset,
                 settings.data_root,
@@ -74,13 +75,15 @@ class ClassTask:
         size = cache_size(len(self.dataset), settings.flip, (config.in_channels, *[config.sample_size] * 2))
         if size > settings.latent_cache_gb * 1e9:
             return images, False, None
+        parent = settings.latent_cache or settings.output_dir.parent / "latents"
+        number, sharers = among_sharers(parent, self.accelerator)
         folder = build_cache(
-            settings.latent_cache or settings.output_dir.parent / "latents",
+            parent,
             self.dataset,
             self.pipeline.vae,
             settings.flip,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
+            process_index=number,
+            num_processes=sharers,
             num_workers=settings.num_workers,
             is_stopped=stop.asked,
             report=tqdm.write,

@@ -32,6 +32,7 @@ from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache,
 from onelora_diffusion.families import Prompts, family_named, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_text_to_image
+from onelora_diffusion.processes import among_sharers
 from onelora_diffusion.sampling import draw_prompt, image_generators
 from onelora_diffusion.storage.lora import lora_pairs
 from onelora_diffusion.training.loop import start
@@ -89,9 +90,10 @@ class PromptTask:
         """`[index, flip] -> (moments, number of the caption)`, encoded once. What encodes them leaves memory then."""
         settings, pipeline, device = self.settings, self.pipeline, self.accelerator.device
         parent = settings.latent_cache or settings.output_dir.parent / "latents"
+        number, sharers = among_sharers(parent, self.accelerator)
         share = {
-            "process_index": self.accelerator.process_index,
-            "num_processes": self.accelerator.num_processes,
+            "process_index": number,
+            "num_processes": sharers,
             "is_stopped": stop.asked,
             "report": tqdm.write,
         }

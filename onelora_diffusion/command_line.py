@@ -4,9 +4,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class Stopped(SystemExit):
@@ -19,12 +23,14 @@ def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[N
 
     Args:
         script: its name, with which the line begins.
-        same_everywhere: every process meets these errors (wrong flags, say), so that the first speaks for all.
+        same_everywhere: every process meets these errors (wrong flags, say), so that the first of a machine speaks for
+            all there.
 
     Raises:
         SystemExit: its code is the line of an error, or 128 + signal.
     """
     process = int(os.environ.get("RANK", "0"))
+    on_machine = int(os.environ.get("LOCAL_RANK", process))
     speaker = script if process == 0 else f"{script}, process {process}"
     # A script that was started with Ctrl-C ignored (by nohup, or in the background) goes on ignoring it.
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
@@ -45,7 +51,7 @@ def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[N
     except (ValueError, OSError, ModuleNotFoundError) as error:
         is_systems = isinstance(error, OSError) and error.filename
         said = f"{error.filename}: {error.strerror}" if is_systems else error
-        raise SystemExit(1 if same_everywhere and process else f"{speaker}: {said}") from error
+        raise SystemExit(1 if same_everywhere and on_machine else f"{speaker}: {said}") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -72,6 +78,19 @@ def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
         flag = word.split("=")[0]
         if flag.startswith("--") and (here := elsewhere.get(flag[2:].replace("-", "_"))):
             raise ValueError(f"{flag} is a name of diffusers' scripts; here there is {here}")
+
+
+def command(script: str, *words: object) -> str:
+    """What starts a script beside the one that runs, with this Python and from this folder, quoted for a shell."""
+    beside = Path(sys.argv[0]).parent / script
+    python = "python" if _is_this_python(shutil.which("python")) else sys.executable
+    listed = [python, str(beside if beside.is_file() else script), *map(str, words)]
+    return subprocess.list2cmdline(listed) if sys.platform == "win32" else shlex.join(listed)
+
+
+def _is_this_python(path: str | None) -> bool:
+    # Not by what links lead to: those of several environments lead to one file.
+    return path is not None and os.path.abspath(path) == os.path.abspath(sys.executable)
 
 
 def _dashed(name: str) -> str:

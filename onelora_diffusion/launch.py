@@ -1,7 +1,7 @@
 """Processes and what started them.
 
-`accelerate launch` on CPUs starts one process and leaves several to mpirun; here torchrun starts them. And a launcher
-that is gone takes its processes along.
+`accelerate launch` on CPUs starts one process and leaves several to mpirun; here torchrun starts them. A launcher that
+is gone takes its processes along. What accelerate's launcher asks for is read here.
 """
 
 import ctypes
@@ -9,21 +9,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
 from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 TORCHRUN = ("torchrun", "torch.distributed.run")
-T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
@@ -54,10 +50,7 @@ def launchers() -> list[psutil.Process]:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        return any(Path(word).name in LAUNCHERS + TORCHRUN for word in process.cmdline())
-    except psutil.Error:  # of another user, or gone
-        return False
+    return any(Path(word).name in LAUNCHERS + TORCHRUN for word in _command_line(process))
 
 
 def started() -> float:
@@ -91,10 +84,9 @@ def processes_asked_for(command_line: list[str]) -> tuple[int | None, int | None
 
     The number is None if it cannot be known, or if it is that of several machines.
     """
-    first = next((i for i, word in enumerate(command_line) if Path(word).name in LAUNCHERS), None)
-    if first is None:
+    flags = launch_flags(command_line)
+    if flags is None:
         return None, None
-    flags, _ = launch_command_parser().parse_known_args(command_line[first + 1 :])
     if flags.config_file or (Path(default_config_file).is_file() and not flags.cpu):
         config = load_config_from_file(flags.config_file)
         for name in ("num_processes", "num_machines", "main_process_port"):
@@ -103,15 +95,75 @@ def processes_asked_for(command_line: list[str]) -> tuple[int | None, int | None
     return (flags.num_processes if flags.num_machines in (None, 1) else None), flags.main_process_port
 
 
-def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
-    """What the main process finds out, on every process: an OSError or ValueError that it meets is raised on all."""
-    found: list = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [tell()]
-        except (OSError, ValueError) as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+def launch_flags(command_line: list[str]) -> Namespace | None:
+    """The flags of an `accelerate launch`; None for another command."""
+    first = next((i for i, word in enumerate(command_line) if Path(word).name in LAUNCHERS), None)
+    return None if first is None else launch_command_parser().parse_known_args(command_line[first + 1 :])[0]
+
+
+# Of accelerate's environment, what changes nothing that is computed, or what accelerate itself sees to.
+ACCELERATES_OWN = {
+    *("USE_CPU", "TORCH_DEVICE", "CPU_AFFINITY", "NUM_PROCESSES", "BYPASS_DEVICE_MAP", "LOG_LEVEL", "ENABLE_RICH"),
+    *("DISABLE_RICH", "DEBUG_MODE", "DEBUG_RDV_FILE", "DYNAMO_USE_REGIONAL_COMPILATION"),
+}
+NOTHING = ("", "0", "false", "no", "none", "default")
+INSTEAD = {
+    "USE_FSDP": "--engine fsdp2 shares out the base; start without FSDP",
+    "USE_DEEPSPEED": "--engine fsdp2 shares out the base; start without DeepSpeed",
+    "MIXED_PRECISION": "choose no, bf16 or fp16",
+    "DYNAMO_BACKEND": "choose no, or inductor, which is --compile",
+}
+
+
+def asked_by_launcher() -> dict[str, object]:
+    """What accelerate's launcher, its config file or ACCELERATE_* variables ask for, by the names of settings here.
+
+    They are of mixed_precision, compile, gradient_accumulation_steps and max_grad_norm. That a launcher asks for no
+    mixed precision cannot be told from its saying nothing, and counts as that.
+
+    Raises:
+        ValueError: it asks for something else; a later accelerate may have names that nobody here has heard of.
+    """
+    asked: dict[str, object] = {}
+    flags = next(filter(None, map(launch_flags, map(_command_line, launchers()))), Namespace())
+    for name, here, kind in (
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", int),
+        ("gradient_clipping", "max_grad_norm", float),  # which accelerate's launcher hands on to DeepSpeed alone
+    ):
+        value = os.environ.get(f"ACCELERATE_{name.upper()}") or getattr(flags, name, None)
+        if value is not None and str(value).lower() not in NOTHING:
+            try:
+                asked[here] = kind(value)
+            except ValueError:
+                raise ValueError(f"accelerate's launcher asks for {name} {value}, which is no number") from None
+
+    # Engines first: what is set up for one of them means nothing without it.
+    names = sorted(
+        (name for name in os.environ if name.startswith("ACCELERATE_")), key=lambda n: ("_USE_" not in n, n)
+    )
+    for variable in names:
+        name, value = variable.removeprefix("ACCELERATE_"), os.environ[variable].lower()
+        if value in NOTHING or name in ACCELERATES_OWN or name in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
+            continue
+        if name == "MIXED_PRECISION" and value in ("bf16", "fp16"):
+            asked["mixed_precision"] = value
+        elif name == "DYNAMO_BACKEND" and value == "inductor":
+            asked["compile"] = True
+        else:
+            raise ValueError(
+                f"accelerate's launcher, its config file or the environment asks by {variable} for "
+                f"{os.environ[variable]}, which cannot be had here: {INSTEAD.get(name, 'take it out')}"
+            )
+    return asked
+
+
+def precision_asked_by_launcher() -> dict[str, object]:
+    """Of the same, what concerns those that do not train: mixed_precision and compile."""
+    return {name: value for name, value in asked_by_launcher().items() if name in ("mixed_precision", "compile")}
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # of another user, or gone
+        return []

@@ -7,7 +7,7 @@ from tools.measure_house import BLIND, ROOT, kind_tests, sources
 
 # Each room may import from the ones before it. Rooms of one line stand beside each other.
 ORDER = (
-    {"config", "files", "remote", "devices", "launch", "command_line"},
+    {"config", "files", "remote", "devices", "launch", "processes", "command_line"},
     {"adapters"},
     {"injection"},
     {"storage"},

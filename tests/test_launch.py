@@ -146,3 +146,109 @@ def test_a_process_whose_launcher_is_gone_gets_sigterm(tmp_path, monkeypatch, nu
 
 def test_a_process_began_before_now_and_after_the_machine():
     assert 0 < launch.started() < time.monotonic()
+
+
+# What `accelerate launch` exports for a plain start, and with dynamo_backend no, on a CPU.
+PLAIN = {
+    **{
+        "USE_CPU": "True",
+        "MIXED_PRECISION": "no",
+        "DYNAMO_BACKEND": "NO",
+        "DYNAMO_MODE": "default",
+        "DEBUG_MODE": "true",
+    },
+    **{f"DYNAMO_USE_{name}": "False" for name in ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")},
+    **{"CPU_AFFINITY": "1", "USE_FSDP": "false", "LOG_LEVEL": "info"},
+}
+
+
+@pytest.fixture
+def accelerates(monkeypatch):
+    """Sets accelerate's environment, and a launcher's command line."""
+
+    def launched(words="", **environment):
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            monkeypatch.delenv(name)
+        for name, value in (PLAIN | environment).items():
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        monkeypatch.setattr(launch, "launchers", lambda: [ACCELERATE + words.split()] if words else [])
+        monkeypatch.setattr(launch, "_command_line", list)
+
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "asked"),
+    [
+        ("", {}, {}),
+        ("--num_processes 2 --mixed_precision no train.py --gradient_accumulation_steps 3", {}, {}),
+        ("--gradient_accumulation_steps 1 train.py", {}, {"gradient_accumulation_steps": 1}),
+        ("--gradient_accumulation_steps=4 train.py", {}, {"gradient_accumulation_steps": 4}),
+        ("", {"GRADIENT_ACCUMULATION_STEPS": "2"}, {"gradient_accumulation_steps": 2}),
+        ("--gradient_clipping 0.5 train.py", {}, {"max_grad_norm": 0.5}),
+        ("train.py", {"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}),
+        ("", {"MIXED_PRECISION": "fp16", "DYNAMO_BACKEND": "INDUCTOR"}, {"mixed_precision": "fp16", "compile": True}),
+    ],
+)
+def test_what_the_launcher_asks_for_is_read(accelerates, words, environment, asked):
+    accelerates(words, **environment)
+    assert launch.asked_by_launcher() == asked
+    assert launch.precision_asked_by_launcher().keys() == asked.keys() & {"mixed_precision", "compile"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("USE_FSDP", "true", "--engine fsdp2 shares out the base"),
+        ("USE_DEEPSPEED", "true", "--engine fsdp2 shares out the base"),
+        ("USE_MEGATRON_LM", "true", "take it out"),
+        ("USE_PARALLELISM_CONFIG", "true", "take it out"),
+        ("MIXED_PRECISION", "fp8", "choose no, bf16 or fp16"),
+        ("DYNAMO_BACKEND", "EAGER", "choose no, or inductor, which is --compile"),
+        ("DYNAMO_MODE", "max-autotune", "take it out"),
+        ("DYNAMO_USE_FULLGRAPH", "True", "take it out"),
+        ("DOWNCAST_BF16", "true", "take it out"),
+        ("NEXT_YEARS_SETTING", "7", "take it out"),
+    ],
+)
+def test_what_the_launcher_asks_for_and_cannot_be_had_is_refused_by_name(accelerates, name, value, remedy):
+    accelerates("train.py", **{name: value, "CONFIG_DS_FIELDS": "a,b"} if "DEEPSPEED" in name else {name: value})
+    with pytest.raises(ValueError, match=f"asks by ACCELERATE_{name} for {value}, which cannot be had here: {remedy}"):
+        launch.asked_by_launcher()
+
+
+def test_an_accelerate_launch_of_today_exports_what_is_understood(monkeypatch):
+    """Of all launchers but those of engines that are refused, whatever accelerate is installed."""
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    for prepare in (prepare_simple_launcher_cmd_env, prepare_multi_gpu_env):
+        words = ["--num_machines=1", "--num_processes=1", "--mixed_precision=bf16", "--dynamo_backend=inductor"]
+        arguments = launch.launch_command_parser().parse_args([*words, "--main_process_port=0", "train.py"])
+        arguments.use_cpu = arguments.debug = False
+        environment = prepare(arguments)
+        monkeypatch.setattr(os, "environ", environment[1] if isinstance(environment, tuple) else environment)
+        assert launch.asked_by_launcher() == {"mixed_precision": "bf16", "compile": True}
+
+
+def test_a_flag_goes_before_the_launcher_and_the_launcher_before_a_recipe(accelerates, tmp_path):
+    from onelora_diffusion.evaluation.settings import parse
+    from onelora_diffusion.training import prompt_settings, settings
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mixed_precision: bf16\ngradient_accumulation_steps: 2\nmax_grad_norm: 3.0\n")
+    accelerates("--gradient_accumulation_steps 4 train.py", MIXED_PRECISION="fp16")
+    read = settings.parse_command_line(["--config", str(recipe)], tmp_path)
+    assert (read.mixed_precision, read.gradient_accumulation_steps, read.max_grad_norm) == ("fp16", 4, 3.0)
+    read = settings.parse_command_line(["--config", str(recipe), "--mixed-precision", "no"], tmp_path)
+    assert (read.mixed_precision, read.gradient_accumulation_steps) == ("no", 4)
+    assert parse([], None).mixed_precision == "fp16" and parse(["sweep"], None).mixed_precision == "fp16"
+    with pytest.raises(ValueError, match="asks for mixed precision fp16: choose bf16 or no"):
+        prompt_settings.parse_command_line(["--base", "x", "--images", "y"], recipe)
+
+    accelerates("train.py", MIXED_PRECISION="bf16")
+    recipe.write_text("base_precision: fp32\n")
+    words = ["--base", "x", "--images", "y", "--config", str(recipe)]
+    assert prompt_settings.parse_command_line(words, recipe).base_precision == "bf16"
+    assert prompt_settings.parse_command_line([*words, "--base-precision", "int8"], recipe).base_precision == "int8"
+    accelerates()
+    assert prompt_settings.parse_command_line(words, recipe).base_precision == "fp32"

@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import tyro
 from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
@@ -20,11 +24,14 @@ from launching import REPOSITORY, launch
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 import train_dit
 from onelora_diffusion.data import latent_cache
+from onelora_diffusion.evaluation import settings as evaluation_settings
 from onelora_diffusion.storage.adapter_file import read_adapter
-from onelora_diffusion.training import loop, outputs
+from onelora_diffusion.training import loop, outputs, stopping
 from onelora_diffusion.training import settings as settings_module
+from onelora_diffusion.training.prompt_settings import PromptSettings
 from train_dit import RECIPES, main
 
 
@@ -215,6 +222,29 @@ def test_accelerate_launch_on_cpus_trains_with_two_processes_that_end_at_the_sam
     }
     assert read_adapter(run).training["num_processes"] == 2
     assert_same_run(train("one", max_steps=5), run, tolerance=ROUNDED)
+
+
+def test_two_machines_without_a_common_disk_go_on_as_one(train, base, defaults, tmp_path):
+    """The second sees neither the checkpoint nor the first one's latents; everything lies below its own folder."""
+    train("0/run", max_steps=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = []
+    for number in range(2):
+        flags = f"--max-steps 4 --batch-size 8 --log-every 1 --sample-every 0 --checkpoint-every 2 --config {defaults}"
+        environment = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+        command = [sys.executable, REPOSITORY / "train_dit.py", *flags.split(), "--base", base, "--output-dir", "run"]
+        kept = {"cwd": tmp_path / str(number), "env": os.environ | environment | {"PYTHONPATH": str(REPOSITORY)}}
+        machines.append(subprocess.Popen(command, **kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "resuming run/checkpoints/step-00000002" in said[0]
+    assert_same_run(train("whole"), tmp_path / "0" / "run", tolerance=ROUNDED)
+    latents = [sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")) for name in "01"]
+    assert [path for path in latents[0] if path.parts[0] == "latents"] == latents[1]  # all of them, and no run
 
 
 def test_a_base_that_two_processes_share_out_trains_what_one_does(train, base, defaults, tmp_path):
@@ -419,7 +449,7 @@ def test_a_finished_run_is_left_alone_goes_on_with_more_steps_or_starts_over(tra
     assert_same_run(run, train("short"))
 
 
-def test_the_time_budget_ends_a_run_and_counts_earlier_time(train, capsys):
+def test_the_time_budget_ends_a_run_and_counts_earlier_time(train, monkeypatch, capsys):
     run = train(max_steps=2)
     (run / "clock.json").write_text(json.dumps({"seconds": 3600}))
     train(max_train_time="1h")
@@ -427,9 +457,47 @@ def test_the_time_budget_ends_a_run_and_counts_earlier_time(train, capsys):
     train(max_train_time="2h")
     assert read_adapter(run).training["steps"] == 4 and 3600 < read_adapter(run).training["seconds"] < 7200
 
-    run = train("short", max_steps=None, max_train_time="0.1s")
-    assert "the time budget is used up at step" in capsys.readouterr().out
-    assert read_adapter(run).training["seconds"] >= 0.1
+    call_at_step(monkeypatch, 2, lambda: monkeypatch.setattr(stopping.Clock, "left", -1.0))
+    run = train("short", max_steps=None, max_train_time="1h")
+    assert "the time budget is used up at step 2" in capsys.readouterr().out
+    assert read_adapter(run).training["steps"] == 2
+
+
+def test_a_budget_that_ends_before_the_first_update_is_no_success(train, base, tmp_path, capsys):
+    run = train(max_train_time="0.1s", exit_code=1)
+    said = capsys.readouterr().out
+    assert "train_dit.py: no update was made within --max-train-time 0.1s" in said and "Next:" not in said
+    again = settings_of(base=str(base), output_dir=run, batch_size=8, max_train_time="0.1s", max_steps=4)
+    fails_with("no update was made within --max-train-time 0.1s: the same command with more goes on", again)
+    train()
+    assert read_adapter(run).training["steps"] == 4
+
+
+def test_the_next_commands_run_as_they_are_printed(train, tmp_path, monkeypatch, capsys):
+    """From the folder where they are printed, with the script beside the one that ran, quoted for a shell."""
+    monkeypatch.setattr(sys, "argv", [str(REPOSITORY / "train_dit.py")])
+    train("it's a run; rm -rf x", max_steps=1, data_root=tmp_path / "its data")
+    printed = capsys.readouterr().out.splitlines()
+    lines = printed[printed.index("Next:") + 1 :]
+    assert len(lines) == 2
+    python, script, *flags = shlex.split(lines[0])
+    assert Path(script) == REPOSITORY / "sample.py" and shutil.which(python)
+    settings = tyro.cli(sample.Settings, args=[*flags, "--per-class", "1", "--num-inference-steps", "2"])
+    sample.main(settings)
+    assert (tmp_path / "it's a run; rm -rf x" / "sample.png").exists()
+    python, script, *flags = shlex.split(lines[1])
+    read = evaluation_settings.parse(flags, None)
+    assert Path(script) == REPOSITORY / "eval_fid.py"
+    assert (read.adapter, read.data_root) == (tmp_path / "it's a run; rm -rf x", tmp_path / "its data")
+
+    assert [shlex.split(each)[1:] for each in settings_module.Settings().next_steps()] == [
+        [str(REPOSITORY / "sample.py")],
+        [str(REPOSITORY / "eval_fid.py")],
+    ]
+    prompted = PromptSettings(images="some", prompt='a "sks" dog', output_dir=Path("runs/a b"))
+    (line,) = prompted.next_steps()
+    read = tyro.cli(sample.Settings, args=shlex.split(line)[2:])
+    assert (read.adapter, read.prompts) == (Path("runs/a b"), ('a "sks" dog',))
 
 
 def test_changed_settings_are_listed_and_refused_unless_allowed(train, base, tmp_path):

@@ -17,6 +17,7 @@ from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
 from onelora_diffusion.evaluation.statistics import Measured, Origin
 from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics
+from onelora_diffusion.processes import first_on_each_machine
 
 
 def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
@@ -24,7 +25,7 @@ def features_of(settings: FeatureSettings, default: str, resolution: int, accele
     names = dict.fromkeys(settings.features or (default,))
     fields = {name: FEATURES[name].weights for name in names if name in FEATURES}
     weights = {name: getattr(settings, field) for name, field in fields.items() if field}
-    with accelerator.main_process_first():
+    with first_on_each_machine(accelerator):
         return [load_features(name, resolution, weights.get(name)) for name in names]
 
 

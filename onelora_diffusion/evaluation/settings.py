@@ -12,6 +12,7 @@ from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.evaluation.features import FEATURES
 from onelora_diffusion.evaluation.labels import LabelOrder
 from onelora_diffusion.evaluation.metrics import MetricSettings
+from onelora_diffusion.launch import precision_asked_by_launcher
 from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
 
 
@@ -128,9 +129,10 @@ def parse(arguments: list[str], description: str | None) -> Generate | Sweep | C
     """`ref`, `calc`, `sweep` or `gen`; `gen` where none is named."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["gen", *arguments]
+    asked = precision_asked_by_launcher()
     commands = (
-        Annotated[Generate, tyro.conf.subcommand("gen")]
-        | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+        Annotated[Generate, tyro.conf.subcommand("gen", default=Generate(**asked))]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep", default=Sweep(**asked))]
         | Annotated[Calculate, tyro.conf.subcommand("calc")]
         | Annotated[Reference, tyro.conf.subcommand("ref")]
     )

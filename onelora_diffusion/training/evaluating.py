@@ -15,6 +15,7 @@ from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
+from onelora_diffusion.processes import first_on_each_machine
 from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
 from onelora_diffusion.training.settings import Settings
 
@@ -32,7 +33,7 @@ class Evaluation:
 
         resolution = resolution_of(pipeline)
         name = settings.eval_features or defaults_of(settings.dataset).features
-        with accelerator.main_process_first():  # it may download
+        with first_on_each_machine(accelerator):  # it may download
             features = load_features(name, resolution, settings.eval_weights)
         self.source = Source(settings.dataset, resolution)
         origin = Origin.of(features, self.source)

@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from onelora_diffusion.launch import told_by_main
+from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.training.stopping import Clock
 
 CLOCK, LOCK = "clock.json", "clock.lock"

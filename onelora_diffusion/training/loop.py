@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -19,20 +19,21 @@ from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.data.row_cache import NotFiniteRowError
+from onelora_diffusion.data.row_cache import NotFiniteRowError, digest
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families.family import Family, Prompts
 from onelora_diffusion.injection.verbs import adapter_state_dict
+from onelora_diffusion.processes import check_equal, on_every_process
 from onelora_diffusion.training.holding import HeldFolder
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
-from onelora_diffusion.training.outputs import Outputs, diverged
+from onelora_diffusion.training.outputs import Outputs, diverged, no_update
 from onelora_diffusion.training.publishing import check_hub, publish
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step, micro_batches
-from onelora_diffusion.training.resuming import check_same_data, find_checkpoint, is_elsewhere, is_finished
+from onelora_diffusion.training.resuming import agree_on_checkpoint, check_same_data, is_elsewhere
 from onelora_diffusion.training.run import Run
 from onelora_diffusion.training.schedule import learning_rate_factor
-from onelora_diffusion.training.settings import RunSettings
+from onelora_diffusion.training.settings import OF_A_MACHINE, RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.state import check_same_adapter
 from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
@@ -137,9 +138,14 @@ def prepare(
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes without GPUs would not know of each other
         mixed_precision=settings.mixed_precision,
+        # What the launcher asks for is among the settings: accelerate must not see to it a second time.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if settings.track == "none" else settings.track,
         project_dir=settings.output_dir,
     )
+    shared = {name: value for name, value in settings.as_json().items() if name not in OF_A_MACHINE}
+    check_equal(accelerator, {f"--{name.replace('_', '-')}": value for name, value in shared.items()})
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")
     if settings.engine == "fsdp2" and accelerator.num_processes == 1:
@@ -154,14 +160,14 @@ def prepare(
     folder = held.enter_context(HeldFolder(settings.output_dir, accelerator))
     clock = Clock(None if settings.max_train_time is None else parse_duration(settings.max_train_time), since)
     clock.resume(0 if settings.fresh else folder.seconds)
-    checkpoint = find_checkpoint(settings, accelerator.print)
-    if checkpoint:
-        clock.resume(checkpoint.state["seconds"])
-    finished = is_finished(settings, checkpoint, clock, accelerator.print)
+    checkpoint, finished = agree_on_checkpoint(settings, clock, accelerator)
+    if finished and checkpoint.step == 0:
+        raise ValueError(no_update(settings))
     # The data of a finished run are looked at where another place is named.
     if not finished or is_elsewhere(settings, checkpoint):
         held.enter_context(folder.counting(clock))
-        task = make_task(settings, accelerator)
+        task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
+        check_equal(accelerator, {"the data set": f"{task.data.describe()}, {task.data.fingerprint[:12]}"})
         if checkpoint:
             check_same_data(settings, checkpoint, task.data, accelerator.print)
     if finished:
@@ -188,6 +194,9 @@ def prepare(
     if checkpoint:
         run.restore(checkpoint)
         accelerator.print(f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
+    if accelerator.num_processes > 1:
+        vae = digest(task.pipeline.vae.state_dict())  # every machine encodes for itself
+        check_equal(accelerator, {"the step": run.step, "the adapter": digest(trained), "the autoencoder": vae})
     return Job(settings, accelerator, task, rows, evaluation, run)
 
 

@@ -148,6 +148,9 @@ class Outputs:
     def say_end(self, ended: int) -> int:
         """How the run ended and what comes next; returns the exit code."""
         run, say = self.run, self.accelerator.print
+        if run.step == 0 and not Stop.is_signal(ended):
+            say(f"{self.settings.script}: {no_update(self.settings)}")
+            return 1
         reasons = {0: f"all {run.step} steps done", 1: f"the time budget is used up at step {run.step}"}
         reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {run.step}"
         time = format_duration(run.clock.seconds)
@@ -159,8 +162,13 @@ class Outputs:
         if Stop.is_signal(ended):
             say("The same command resumes.")
             return 128 + ended
-        say(f"Next:\n  {self.settings.next_steps()}")
+        say("\n  ".join(["Next:", *self.settings.next_steps()]))
         return 0
+
+
+def no_update(settings: RunSettings) -> str:
+    """What to say where the budget has ended before the first update."""
+    return f"no update was made within --max-train-time {settings.max_train_time}: the same command with more goes on"
 
 
 def last_checkpoint(settings: RunSettings) -> Path | None:

@@ -1,13 +1,14 @@
 """The settings of a text-to-image run: what train_text_to_image.py takes beside those of every run."""
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import tyro
 
-from onelora_diffusion.command_line import check_flags, with_switches
+from onelora_diffusion.command_line import check_flags, command, with_switches
+from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     RunSettings,
@@ -22,7 +23,8 @@ QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 @dataclass
 class PromptSettings(RunSettings):
-    """Fine-tune a frozen text-to-image transformer on images with captions."""
+    """Fine-tune a frozen text-to-image transformer on images with captions. What accelerate's launcher asks for
+    (precision, compilation, accumulation, clipping) goes before the defaults and --config, and a flag before that."""
 
     script: ClassVar[str] = "train_text_to_image.py"
     # The base computes in its own precision, as its pipeline does: a packed layer is not reached by autocast.
@@ -93,11 +95,20 @@ class PromptSettings(RunSettings):
         if package and self.engine == "fsdp2":
             raise ValueError(f"--engine fsdp2 cannot share out a base of --base-precision {self.base_precision}")
 
-    def next_steps(self) -> str:
-        """What can be done with the adapter of a run that has ended."""
-        if self.images is None:
-            return f"python sample.py --adapter {self.output_dir}"
-        return f'python sample.py --adapter {self.output_dir} --prompts "{self.prompt or "what is to be drawn"}"'
+    def as_launched(self) -> "PromptSettings":
+        """These settings, with what accelerate's launcher asks for in their place."""
+        asked = asked_by_launcher()
+        precision = asked.pop("mixed_precision", None)
+        if precision == "fp16":
+            raise ValueError("accelerate's launcher asks for mixed precision fp16: choose bf16 or no")
+        if precision == "bf16" and self.base_precision == "fp32":
+            asked["base_precision"] = "bf16"
+        return replace(self, **asked)
+
+    def next_steps(self) -> list[str]:
+        """Commands to be run with the adapter of a run that has ended."""
+        prompts = [] if self.images is None else ["--prompts", self.prompt or "what is to be drawn"]
+        return [command("sample.py", "--adapter", self.output_dir, *prompts)]
 
 
 # Flags of diffusers' training scripts that are called something else here.
@@ -124,4 +135,4 @@ def parse_command_line(arguments: list[str], embedded: Path) -> PromptSettings:
     chosen = first_flags(arguments, "config", "base", "images")
     recipe = chosen["config"] or (None if chosen["base"] or chosen["images"] else embedded)
     default = read_recipe(Path(recipe), PromptSettings) if recipe else PromptSettings()
-    return tyro.cli(PromptSettings, args=with_switches(arguments, PromptSettings), default=default)
+    return tyro.cli(PromptSettings, args=with_switches(arguments, PromptSettings), default=default.as_launched())

@@ -1,8 +1,13 @@
 """Which checkpoint a run goes on from, whether its settings allow it, and whether there is anything to do."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+
 from onelora_diffusion.data.identity import DataIdentity
+from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint
 from onelora_diffusion.training.run import STATE
@@ -21,6 +26,41 @@ def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
     if checkpoint and not settings.allow_changed_settings:
         check_same_settings(settings, checkpoint)
     return checkpoint
+
+
+def agree_on_checkpoint(
+    settings: RunSettings, clock: Clock, accelerator: Accelerator
+) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint that the main process finds, on every process, and whether the run is finished with it.
+
+    The others need not see its folder: they are sent what is in it. The clock has counted the checkpoint's seconds.
+
+    Raises:
+        OSError, ValueError: as `find_checkpoint`, on every process.
+    """
+    found: list[Checkpoint | None] = [None]
+
+    def look() -> tuple[Checkpoint | None, bool]:
+        found[0] = checkpoint = find_checkpoint(settings, print)
+        if checkpoint:
+            clock.resume(checkpoint.state["seconds"])
+            shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in checkpoint.tensors.items()}
+            checkpoint = replace(checkpoint, tensors=shapes)
+        return checkpoint, is_finished(settings, found[0], clock, print)
+
+    checkpoint, finished = told_by_main(accelerator, look)
+    if checkpoint is None or accelerator.num_processes == 1:
+        return found[0], finished
+    clock.resume(checkpoint.state["seconds"])
+    tensors = {}
+    for name, shape in checkpoint.tensors.items():
+        # One after the other: of a whole trained base they are several times its size.
+        tensor = torch.empty_like(shape, device=accelerator.device)
+        if found[0]:
+            tensor.copy_(found[0].tensors[name])
+        torch.distributed.broadcast(tensor, 0)
+        tensors[name] = tensor.cpu()
+    return replace(checkpoint, tensors=tensors), finished
 
 
 def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:

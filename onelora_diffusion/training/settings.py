@@ -14,10 +14,11 @@ from typing import ClassVar, Literal
 import tyro
 import yaml
 
-from onelora_diffusion.command_line import check_flags, with_switches
+from onelora_diffusion.command_line import check_flags, command, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data import check_name
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity
 from onelora_diffusion.training.stopping import parse_duration
 from onelora_diffusion.training.weighting import Weighting
@@ -154,13 +155,19 @@ class RunSettings:
     def density(self) -> TimestepDensity:
         return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
 
+    def as_launched(self) -> "RunSettings":
+        """These settings, with what accelerate's launcher asks for in their place."""
+        return dataclasses.replace(self, **asked_by_launcher())
+
     def as_json(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass
 class Settings(RunSettings):
-    """Fine-tune a frozen DiT on new classes. The defaults are those of the chosen --config or --dataset."""
+    """Fine-tune a frozen DiT on new classes. The defaults are those of the chosen --config or --dataset; what
+    accelerate's launcher asks for (precision, compilation, accumulation, clipping) goes before them, and a flag before
+    that."""
 
     script: ClassVar[str] = "train_dit.py"
 
@@ -207,10 +214,11 @@ class Settings(RunSettings):
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")
 
-    def next_steps(self) -> str:
-        """What can be done with the adapter of a run that has ended."""
-        where = "" if self.output_dir == Settings.output_dir else f" --adapter {self.output_dir}"
-        return f"python sample.py{where}\n  python eval_fid.py{where}"
+    def next_steps(self) -> list[str]:
+        """Commands to be run with the adapter of a run that has ended."""
+        adapter = [] if self.output_dir == Settings.output_dir else ["--adapter", self.output_dir]
+        data = [] if self.data_root is None else ["--data-root", self.data_root]
+        return [command("sample.py", *adapter), command("eval_fid.py", *adapter, *data)]
 
 
 # Settings that may change between a run and its resume: they do not alter what an update computes.
@@ -219,6 +227,12 @@ FREE_SETTINGS = {
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
     *("allow_changed_settings", "fresh", "validation_prompt", "export_lora", "push_to_hub"),
+}
+
+# Settings that may differ between the machines of one run: where things lie there, and how many processes load them.
+OF_A_MACHINE = {
+    *("config", "output_dir", "data_root", "images", "latent_cache", "eval_weights", "eval_reference"),
+    *("download", "num_workers"),
 }
 
 AT_LEAST = {
@@ -271,7 +285,7 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
         default = read_recipe(Path(chosen["config"]))
     else:
         default = recipe(chosen["dataset"] or EMBEDDED, recipes)
-    return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default)
+    return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default.as_launched())
 
 
 def first_flags(arguments: list[str], *names: str) -> dict[str, str | None]:

@@ -1,0 +1,97 @@
+"""What the processes of a run find out together, on one machine or on several that may share no disk."""
+
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+T = TypeVar("T")
+
+
+def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
+    """What the main process finds out, on every process: an OSError or ValueError that it meets is raised on all."""
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [tell()]
+        except (OSError, ValueError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def on_every_process(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What each process makes for itself, once all have: if one fails, all raise, and name it."""
+    made, error = None, None
+    try:
+        made = make()
+    except (OSError, ValueError, ModuleNotFoundError) as caught:
+        error = caught
+    said = gather_object([error and str(error)])
+    if error is not None and (accelerator.is_main_process or said[0] is not None):
+        raise error
+    for number, each in enumerate(said):
+        if each is not None:
+            raise ValueError(f"process {number} of {accelerator.num_processes}: {each}")
+    return made
+
+
+def check_equal(accelerator: Accelerator, facts: dict[str, object]) -> None:
+    """ValueError on every process if one of them has another value of a fact than the main process has."""
+    by_process = gather_object([facts])
+    for number, its in enumerate(by_process):
+        for name, value in by_process[0].items():
+            if its[name] != value:
+                raise ValueError(
+                    f"{name} is {value} on process 0 and {its[name]} on process {number}: all must have the same"
+                )
+
+
+@contextmanager
+def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
+    """Context manager: the main process goes first, then the first one of each other machine, then all others.
+
+    What they fetch is then there for all, on one disk or several, and is fetched by nobody at the same time. An error
+    inside keeps nobody waiting.
+    """
+    waits = [accelerator.is_main_process, accelerator.is_local_main_process]  # afterwards, else before
+    for is_first in waits:
+        if not is_first:
+            accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exc_info()[1], SystemExit | KeyboardInterrupt):  # a signal reaches all of them
+            for is_first in waits:
+                if is_first:
+                    accelerator.wait_for_everyone()
+
+
+def among_sharers(folder: Path, accelerator: Accelerator) -> tuple[int, int]:
+    """The number of this process among those that see the same folder, and how many those are; the folder is made.
+
+    So what all read from it is written once on each disk, whether machines share one or not. Every process calls it.
+    """
+    rank, number = accelerator.process_index, accelerator.num_processes
+    if number == 1:
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0, 1
+    token = told_by_main(accelerator, lambda: secrets.token_hex(8))
+    marks = [folder / f".{token}.{each}" for each in range(number)]
+    folder.mkdir(parents=True, exist_ok=True)
+    marks[rank].touch()
+    try:
+        accelerator.wait_for_everyone()
+        views = gather_object([[each for each in range(number) if marks[each].exists()]])
+    finally:
+        marks[rank].unlink(missing_ok=True)
+    # A network's disk may show late what another machine has written: who is not sure of it writes all.
+    seen = views[rank]
+    return (seen.index(rank), len(seen)) if all(views[each] == seen for each in seen) else (0, 1)

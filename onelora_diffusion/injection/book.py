@@ -60,6 +60,7 @@ class AdapterBook:
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}
+        self._state_before_merge = SERVING
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
@@ -298,7 +299,7 @@ class AdapterBook:
     # Merge
 
     def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
-        """Fold these adapters into the base's weights; `weights` of the book stay, to serve again after `unmerge`.
+        """Fold these adapters into the base's weights; those that serve now do so again after `unmerge`.
 
         Raises:
             ValueError: a layer cannot take them in, or would become NaN or infinite. Nothing is changed then.
@@ -320,16 +321,18 @@ class AdapterBook:
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
         self._hooks = [self.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
-        self.weights, self.folded, self.state = before, dict(weights), MERGED
+        self.weights, self.folded, self.state, self._state_before_merge = before, dict(weights), MERGED, state
 
     def unmerge(self) -> None:
-        """Restore the base's weights bit for bit."""
+        """Restore the base's weights bit for bit, and who served before the merge."""
         for seat in reversed(self._in_order_of_folding()):
             seat.unfold()
         self._step_aside()
         self._take_part()
         self.folded = {}
         self.activate(self.weights)
+        if self._state_before_merge == PAUSED:
+            self.pause()
 
     def _in_order_of_folding(self) -> list:
         """First what takes the place of tensors, then a fused q, k, v, and last the three that are its parts."""

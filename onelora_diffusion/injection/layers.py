@@ -145,7 +145,8 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
     class table is left out where a new one is trained.
     """
-    low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    low = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4}
     if low:
         raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
     if config.targets is not None:

@@ -18,7 +18,7 @@ from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
-from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
+from onelora_diffusion.injection.layers import added_paths, base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -542,10 +542,12 @@ def take_scale(kwargs: dict) -> tuple[float, dict]:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
 
-    A linear layer counts by its features, however a quantisation packs its weight.
+    A linear layer counts by its features, however a quantisation packs its weight. An IP-Adapter is no part of it.
     """
-    lines = []
+    lines, added = [], added_paths(model)
     for path, module in model.named_modules(remove_duplicate=False):
+        if path in added:
+            continue
         shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
         if isinstance(module, nn.Linear) and "weight" in shapes:
             shapes["weight"] = (module.out_features, module.in_features)

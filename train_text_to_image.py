@@ -98,8 +98,7 @@ class PromptTask:
             "report": tqdm.write,
         }
         encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
-        tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
-        identity = identity_of(encoders | tokenizers)
+        identity = identity_of(encoders)
         for encoder in encoders.values():
             if encoder is not None:
                 encoder.to(device)

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, Adapter
-from onelora_diffusion.adapters.weights import keeping_precision
 from onelora_diffusion.config import AdapterConfig
 
 CLASS_TABLE = "class_embedding"
@@ -29,6 +28,10 @@ class ClassTable(Adapter):
         null_row = base_table.weight.detach()[-1:].float()
         self.weight = nn.Parameter(torch.cat([rows.to(null_row.device), null_row]))
 
+    def forward(self) -> torch.Tensor:
+        """(num_classes + 1, width); a call, since accelerate brings an offloaded table for it."""
+        return self.weight
+
     def trained_tensors(self) -> dict[str, nn.Parameter]:
         return {"weight": self.weight}
 
@@ -47,9 +50,6 @@ class ClassTable(Adapter):
 
     def lora(self):
         raise ValueError("it trains a class table")
-
-    def _apply(self, fn, recurse=True):
-        return super()._apply(keeping_precision(fn), recurse)
 
 
 def serving_table(tables: nn.ModuleDict, active: dict[str, float]) -> str | None:

@@ -98,6 +98,7 @@ def groups(rank: int, features: int, device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # autograd may have to keep them another time
 def random_directions(seed: int, rank: int, in_features: int, device: torch.device) -> torch.Tensor:
     """(rank, in_features) of N(0, 1) in fp32; drawn anew from the seed wherever they are needed, and never stored."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.weights import keeping_precision
+
 # The seats of a model, which `injection` provides: beside a linear layer, whose output an adapter adds to; in the
 # place of a module's own tensors; or as the class table of a DiT.
 BESIDE_LINEAR, IN_PLACE, AS_CLASS_TABLE = "beside a linear layer", "in place of tensors", "as the class table"
@@ -48,3 +50,19 @@ class Adapter(nn.Module):
             ValueError: why a LoRA cannot carry it.
         """
         raise ValueError("it trains more than vectors")
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Called when tensors of the meta device, which have no values, were given memory.
+
+        Without a start that is known here they are NaN until values are loaded.
+        """
+        for parameter in self.parameters():
+            parameter.fill_(torch.nan)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(keeping_precision(fn), recurse)
+        if was_meta and not any(parameter.is_meta for parameter in self.parameters()):
+            self.start()
+        return self

@@ -24,7 +24,12 @@ class MoraAdapter(Adapter):
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, linear.in_features, linear.out_features
         rank = square_rank(linear.out_features, kind)
-        self.M = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32, device=linear.weight.device))
+        self.M = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=linear.weight.device))
+        self.start()
+
+    @torch.no_grad()
+    def start(self) -> None:
+        self.M.zero_()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """(..., in_features) and the base layer's (..., out_features) -> (..., out_features)."""
@@ -65,13 +70,18 @@ def repeat_to(x: torch.Tensor, length: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of (..., n, r̂) by the index of the group; feature i turns with feature i + r̂/2."""
-    angles = _angles.__wrapped__ if torch.compiler.is_compiling() else _angles  # a compiler keeps constants itself
+    angles = _angles if torch.compiler.is_compiling() else _kept_angles  # a compiler keeps constants itself
     cos, sin = angles(*x.shape[-2:], x.device, x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @functools.lru_cache
+def _kept_angles(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):  # autograd may have to keep them another time
+        return _angles(*args)
+
+
 def _angles(groups: int, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = ROPE_BASE ** -(torch.arange(0, rank, 2, dtype=torch.float32) / rank)
     angles = torch.outer(torch.arange(groups, dtype=torch.float32), frequencies).repeat(1, 2)

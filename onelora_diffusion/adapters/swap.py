@@ -1,5 +1,6 @@
 """Trained copies that take the place of the base's own tensors: norms, and full fine-tuning."""
 
+import torch
 from torch import nn
 
 from onelora_diffusion.adapters.contract import IN_PLACE, Adapter
@@ -23,6 +24,23 @@ class SwapAdapter(Adapter):
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().float().clone())
             self.register_parameter(name, copies[id(parameter)])
+        self.may_lack_values = False
+
+    def start(self) -> None:
+        super().start()
+        self.may_lack_values = True
+
+    @torch.no_grad()
+    def start_as(self, module: nn.Module) -> None:
+        """Start as the base does, where no values were loaded since `start`."""
+        for name, parameter in self._parameters.items():
+            if parameter.isnan().all():
+                parameter.copy_(module._parameters[name])
+        self.may_lack_values = False
+
+    def forward(self, name: str) -> torch.Tensor:
+        """The tensor in the place of the base's parameter of this name; accelerate brings offloaded ones for it."""
+        return getattr(self, name)
 
     def lora(self):
         raise ValueError("it trains norms")

@@ -127,9 +127,10 @@ class VectorAdapter(Adapter):
         shape, options = (linear.out_features,), {"dtype": torch.float32, "device": linear.weight.device}
         self.compression = compression_of(config)
         decompression = shape if config.rank == 1 else (config.rank, *shape)
-        self.b = nn.Parameter(torch.zeros(decompression, **options)) if config.sum else None
-        self.beta = nn.Parameter(torch.zeros(shape, **options)) if config.bias else None
-        self.gamma = nn.Parameter(torch.ones(shape, **options)) if config.scale else None
+        self.b = nn.Parameter(torch.empty(decompression, **options)) if config.sum else None
+        self.beta = nn.Parameter(torch.empty(shape, **options)) if config.bias else None
+        self.gamma = nn.Parameter(torch.empty(shape, **options)) if config.scale else None
+        self.start()
 
         self.register_buffer("of_bias", None, persistent=False)
 
@@ -137,6 +138,11 @@ class VectorAdapter(Adapter):
         object.__setattr__(self, "layer", layer)  # which is no child of its own adapter
         if self.b is not None and layer.bias is not None:
             self.of_bias = self.compression.of_bias(layer.bias.detach())
+
+    @torch.no_grad()
+    def start(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.fill_(name == "gamma")
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """y = γ ⊙ (out + β + B (C x)), in the memory of `out`."""

@@ -2,6 +2,8 @@
 
 import fnmatch
 
+import torch
+
 UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 Weight = float | dict[str, float]  # of an adapter: one number, or numbers by block
@@ -35,6 +37,12 @@ def scaled(weight: Weight, scale: float) -> Weight:
         # "*" is what no other key names, which weighs 1.
         return {"*": scale} | {block: value * scale for block, value in weight.items()}
     return weight * scale
+
+
+def as_tensor(weight: float) -> torch.Tensor:
+    """A tensor of its own: compiled code would take it for unchanging that two weights are one object."""
+    with torch.inference_mode(False):  # autograd may have to keep it
+        return torch.tensor(weight, dtype=torch.float32, device="cpu")
 
 
 def keeping_precision(fn):

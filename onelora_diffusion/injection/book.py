@@ -18,7 +18,7 @@ from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
-from onelora_diffusion.injection.layers import added_paths, base_modules, class_table_paths, is_dit
+from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -60,7 +60,6 @@ class AdapterBook:
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}
-        self._state_before_merge = SERVING
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
@@ -215,11 +214,13 @@ class AdapterBook:
     def _seat(self, kind: str, path: str, config: AdapterConfig):
         make = {
             BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self._reached),
-            IN_PLACE: lambda: SwapSeat(self.model.get_submodule(path), path),
+            IN_PLACE: lambda: SwapSeat(self.model, path, self._reached),
             AS_CLASS_TABLE: lambda: TableSeat(self.model, class_table_paths(self.model, config.class_table)),
         }
         if (kind, path) not in self.seats:
             self.seats[kind, path] = make[kind]()
+            if self.conditioning is not None:
+                self.seats[kind, path].other_places = self.conditioning.other_places(path)
         return self.seats[kind, path]
 
     def train(self, adapter_names: Iterable[str]) -> None:
@@ -299,7 +300,7 @@ class AdapterBook:
     # Merge
 
     def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
-        """Fold these adapters into the base's weights; those that serve now do so again after `unmerge`.
+        """Fold these adapters into the base's weights; `weights` of the book stay, to serve again after `unmerge`.
 
         Raises:
             ValueError: a layer cannot take them in, or would become NaN or infinite. Nothing is changed then.
@@ -321,18 +322,16 @@ class AdapterBook:
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
         self._hooks = [self.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
-        self.weights, self.folded, self.state, self._state_before_merge = before, dict(weights), MERGED, state
+        self.weights, self.folded, self.state = before, dict(weights), MERGED
 
     def unmerge(self) -> None:
-        """Restore the base's weights bit for bit, and who served before the merge."""
+        """Restore the base's weights bit for bit."""
         for seat in reversed(self._in_order_of_folding()):
             seat.unfold()
         self._step_aside()
         self._take_part()
         self.folded = {}
         self.activate(self.weights)
-        if self._state_before_merge == PAUSED:
-            self.pause()
 
     def _in_order_of_folding(self) -> list:
         """First what takes the place of tensors, then a fused q, k, v, and last the three that are its parts."""
@@ -452,13 +451,13 @@ class AdapterBook:
         """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""
         if _is_elsewhere(model):
             return
-        expected = [path for (kind, path), seat in self.seats.items() if kind == BESIDE_LINEAR and seat.is_in_use]
+        expected = {path: s for (kind, path), s in self.seats.items() if kind != AS_CLASS_TABLE and s.is_in_use}
         if len(self._reached) >= len(expected) and self._reached.issuperset(expected):
             return
-        for path in expected:
+        for path, seat in expected.items():
             if path in self._reached or _is_compiled(model, path):
                 continue
-            if not _is_at(model, path, self.seats[BESIDE_LINEAR, path].layer):
+            if not _is_at(model, path, seat.layer):
                 raise ValueError(
                     f"{path} was replaced after its adapter was attached (by a quantisation?), so that the adapter is "
                     "lost there: attach adapters after all that changes the base's layers"
@@ -542,12 +541,10 @@ def take_scale(kwargs: dict) -> tuple[float, dict]:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
 
-    A linear layer counts by its features, however a quantisation packs its weight. An IP-Adapter is no part of it.
+    A linear layer counts by its features, however a quantisation packs its weight.
     """
-    lines, added = [], added_paths(model)
+    lines = []
     for path, module in model.named_modules(remove_duplicate=False):
-        if path in added:
-            continue
         shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
         if isinstance(module, nn.Linear) and "weight" in shapes:
             shapes["weight"] = (module.out_features, module.in_features)

@@ -31,6 +31,7 @@ class TableSeat(Seat):
         owners = dict.fromkeys(model.get_submodule(path.rpartition(".")[0]) for path in paths)
         counts = {owner: owner.num_classes for owner in owners if hasattr(owner, "num_classes")}
         self.paths, self.bases, self.counts = paths, bases, counts
+        self.layer = bases[0]
         self.num_rows = bases[0].num_embeddings
         self.active: str | None = None
         self._table: Adapter | None = None  # the same without its name, which compiled code would take for unchanging
@@ -64,7 +65,7 @@ class TableSeat(Seat):
             return self.open_route(labels, rows).to(rows.dtype)
         if self._table is None or self.originals is not None:  # the rows are the base's, or merged ones
             return rows
-        table = self._table.weight.to(labels.device)
+        table = self._table().to(labels.device)
         return nn.functional.embedding(labels.clamp(max=len(table) - 1), table).to(rows.dtype)
 
     def active_table(self) -> torch.Tensor | None:

@@ -79,12 +79,20 @@ class DiTConditioning:
         self.hook = None
         self.table_seat: TableSeat
 
+    def other_places(self, path: str) -> list[str]:
+        """Where the other blocks have the layer at this path of the first, which they share."""
+        first = "transformer_blocks.0.norm1.emb."
+        if not self.is_shared or not path.startswith(first):
+            return []
+        return [first.replace("0", str(index)) + path.removeprefix(first) for index in range(1, len(self.norms))]
+
     def install(self) -> "DiTConditioning":
         """Put it into the model."""
         name_repeated_blocks(self.transformer)
         self.stock = [norm.emb for norm in self.norms]
         if equal_copies(self.stock):
-            del self.stock[1:]
+            if not any(parameter.is_meta for parameter in self.stock[-1].parameters()):
+                del self.stock[1:]  # offloaded, they take no memory
             shared = SharedConditioning(self.stock[0]).train(self.stock[0].training)
             for norm in self.norms:
                 norm.emb = shared
@@ -106,9 +114,11 @@ class DiTConditioning:
         """Give every block its own stock embedding again; the copies are equal to what they were."""
         self.table_seat.leave()
         if self.is_shared:
-            # What a quantisation has packed since then cannot be copied: the blocks go on sharing it.
-            another = (lambda stock: stock) if is_packed(self.stock[0]) else copy.deepcopy
-            own = [self.stock[0], *(another(self.stock[0]) for _ in self.norms[1:])]
+            # What was packed or offloaded since then cannot be copied: the blocks go on sharing it.
+            stays = is_packed(self.stock[0]) or any(hasattr(part, "_hf_hook") for part in self.stock[0].modules())
+            another = (lambda stock: stock) if stays else copy.deepcopy
+            others = self.stock[1:] or [another(self.stock[0]) for _ in self.norms[1:]]
+            own = [self.stock[0], *others]
             self.hook.remove()
             for norm, embedding in zip(self.norms, own, strict=True):
                 norm.emb = embedding

@@ -1,5 +1,6 @@
 """Which layers an adapter serves."""
 
+import contextlib
 import fnmatch
 import logging
 from collections.abc import Iterator
@@ -64,22 +65,12 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
     return found
 
 
-def added_paths(model: nn.Module) -> set[str]:
-    """What diffusers puts into a model beside the base's own modules: an IP-Adapter's, which comes and goes."""
-    tops = [path for path, module in base_modules(model) if "IPAdapter" in type(module).__name__]
-    return (
-        {p for p, _ in base_modules(model) if any(p == top or p.startswith(f"{top}.") for top in tops)}
-        if tops
-        else set()
-    )
-
-
 def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
     """The linear layers that an adapter serves, by path.
 
     `targets=None` on a DiT, diffusers' or one in its authors' code, is the paper's set, found from its parameter
     counts: per block adaLN, q, k, v, attention output and both MLP linears, and both output linears; the timestep
-    embedder is left out. Elsewhere it is every linear but the output head, and an IP-Adapter's.
+    embedder is left out. Elsewhere it is every linear but the output head.
     """
     linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
     unreached = {
@@ -89,8 +80,7 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
         if unreached:
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
         is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
-        left_out = unreached | added_paths(model)
-        return {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
+        return {path: linear for path, linear in linears.items() if path not in unreached and is_target(path)}
 
     chosen = {path for target in targets for path in linears if _matches(path, target)}
     for target in targets:
@@ -156,17 +146,13 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
     class table is left out where a new one is trained.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    low = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4}
+    low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
     if low:
         raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
     if config.targets is not None:
         return dict(target_layers(model, config.targets))
-    added = added_paths(model)
     layers = {
-        path: module
-        for path, module in base_modules(model)
-        if path not in added and any(True for _ in module.parameters(recurse=False))
+        path: module for path, module in base_modules(model) if any(True for _ in module.parameters(recurse=False))
     }
     if is_dit(model):
         layers = _without_copies(model, layers)
@@ -178,13 +164,10 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers that have weights of their own, by path. A DiT's have none."""
-    added = added_paths(model)
     return {
         path: module
         for path, module in base_modules(model)
-        if "Norm" in type(module).__name__
-        and path not in added
-        and any(True for _ in module.parameters(recurse=False))
+        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
     }
 
 
@@ -206,13 +189,29 @@ def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def equal_copies(embeddings: list[nn.Module]) -> bool:
     """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
-    first = list(embeddings[0].parameters())
-    if is_packed(embeddings[0]) or first[0].is_meta:  # no values to compare: each block keeps its own
-        return False
-    first = [_words(parameter) for parameter in first]
-    return all(
-        torch.equal(a, _words(b)) for emb in embeddings[1:] for a, b in zip(first, emb.parameters(), strict=True)
-    )
+    with weights_present(embeddings[0]):
+        first = list(embeddings[0].parameters())
+        if is_packed(embeddings[0]) or first[0].is_meta:  # no values to compare: each block keeps its own
+            return False
+        first = [_words(parameter) for parameter in first]
+        return all(_have_words(embedding, first) for embedding in embeddings[1:])
+
+
+def _have_words(module: nn.Module, words: list[torch.Tensor]) -> bool:
+    with weights_present(module):
+        return all(torch.equal(a, _words(b)) for a, b in zip(words, module.parameters(), strict=True))
+
+
+@contextlib.contextmanager
+def weights_present(module: nn.Module) -> Iterator[None]:
+    """Context manager: inside, parts of a module that accelerate has offloaded have their weights."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            if getattr(getattr(part, "_hf_hook", None), "offload", False):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+        yield
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -1,19 +1,19 @@
 """The seat beside a linear layer: its adapters, and the hook through which they serve it."""
 
-import contextlib
-
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-from onelora_diffusion.adapters.base_layer import is_plain_linear, offload_group, why_not_its_product
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.vector import Vectors
-from onelora_diffusion.adapters.weights import keeping_precision, weight_at
+from onelora_diffusion.adapters.weights import as_tensor, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
+from onelora_diffusion.injection.layers import weights_present
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
+
+LINEAR_FORWARD = nn.Linear.forward
 
 
 class LinearSeat(Seat):
@@ -38,7 +38,6 @@ class LinearSeat(Seat):
         self.open_route: _LinearRoute | None = None
         self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._hook = None
-        self._cached_vectors = None
         self.layer.onelora = self
         self.hook()
 
@@ -70,25 +69,9 @@ class LinearSeat(Seat):
         return self.vectors().serve(x, out, base, sums)
 
     def vectors(self) -> Vectors:
-        """The weighted sum of the active adapters that are vectors.
-
-        Without gradients it is taken once and kept until a vector or a weight changes.
-        """
+        """The weighted sum of the active adapters that are vectors, taken anew, whoever writes their values."""
         if self._alone is not None:
             return self._alone.vectors()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._summed()
-        parts = [(part, part.data) for adapter, _ in self._weighted for part in adapter.parameters()]
-        state = [(memory_of(part), part._version) for part, _ in parts]
-        if self._cached_vectors is None or self._cached_vectors[0] != state:
-            self._cached_vectors = (
-                state,
-                parts,
-                self._summed(),
-            )  # parts are kept, so that nothing takes their addresses
-        return self._cached_vectors[-1]
-
-    def _summed(self) -> Vectors:
         return Vectors.combined([(adapter.vectors(), weight) for adapter, weight in self._weighted])
 
     def hook(self) -> None:
@@ -111,7 +94,7 @@ class LinearSeat(Seat):
     @property
     def taken_by(self) -> str | None:
         """The offloading that took the adapters along, to where they are not found when they serve; or None."""
-        on_disk = getattr(offload_group(self.layer), "tensor_to_key", ())
+        on_disk = getattr(_offload_group(self.layer), "tensor_to_key", ())
         if on_disk and any(parameter in on_disk for parameter in self.parameters()):
             return "enable_group_offload"
         # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
@@ -143,8 +126,7 @@ class LinearSeat(Seat):
             (self._others if adapter.vectors() is None else vectors).append((adapter, weight))
         is_alone = len(vectors) == 1 and vectors[0][1] == 1
         self._alone = vectors[0][0] if is_alone else None
-        self._weighted = [] if is_alone else [(adapter, _as_tensor(weight)) for adapter, weight in vectors]
-        self._cached_vectors = None
+        self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in vectors]
 
     @torch.no_grad()
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,11 +137,10 @@ class LinearSeat(Seat):
         weight = self.layer.weight.float()
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
-        with torch.autocast(weight.device.type, enabled=False):  # it would round the products
-            for adapter, scale in self._others:
-                adapted = adapter.merged(*base)
-                weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-            return self.vectors().merged(weight, bias, base)
+        for adapter, scale in self._others:
+            adapted = adapter.merged(*base)
+            weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
+        return self.vectors().merged(weight, bias, base)
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         weight = self.layer._parameters.get("weight")
@@ -171,8 +152,6 @@ class LinearSeat(Seat):
             return reason
         if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
             return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
-        if reason := why_not_its_product(self.layer):
-            return f"{reason}: serve adapters unmerged"
         return None
 
     def fold(self, check: bool) -> None:
@@ -209,10 +188,6 @@ class LinearSeat(Seat):
 
     def route(self, route: Route | None) -> None:
         self.open_route = None if route is None else _LinearRoute(self, route)
-
-    def _apply(self, fn, recurse=True):
-        self._cached_vectors = None  # the vectors move to another device
-        return super()._apply(keeping_precision(fn), recurse)
 
 
 class _LinearRoute:
@@ -292,6 +267,11 @@ def _only_devices_are_set() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer's forward is `nn.Linear`'s own."""
+    return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
+
+
 def has_foreign_hooks(layer: nn.Module) -> bool:
     """Whether a call of the layer does more than its forward and its adapters."""
     return bool(
@@ -303,33 +283,24 @@ def has_foreign_hooks(layer: nn.Module) -> bool:
     )
 
 
-def _as_tensor(weight: float) -> torch.Tensor:
-    """A tensor of its own: compiled code would take it for unchanging that two weights are one object."""
-    with torch.inference_mode(False):  # autograd may have to keep it
-        return torch.tensor(weight, dtype=torch.float32, device="cpu")
-
-
 def why_not_writable(layer: nn.Module) -> str | None:
     """Why other values cannot be put in the place of a layer's weight, or None if they can."""
     weight = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
-    if weight.dtype.itemsize == 1:
-        return f"holds its weight in {weight.dtype}, whose rounding is larger than an adapter: serve adapters unmerged"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made under torch.inference_mode(): merge there too"
     if weight.is_meta:
         return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
-    if offload_group(layer) is not None:  # between calls it is a copy, or on the disk
+    if _offload_group(layer) is not None:  # between calls it is a copy, or on the disk
         return "and other weights are offloaded: fuse before enable_group_offload"
     return None
 
 
-def weights_present(layer: nn.Module):
-    """Context manager: inside, a layer that accelerate has offloaded has its weights."""
-    if not getattr(getattr(layer, "_hf_hook", None), "offload", False):
-        return contextlib.nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(layer)
+def _offload_group(layer: nn.Module):
+    """What diffusers' group offload moves a layer with, or None."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
 def memory_of(parameter: nn.Parameter) -> tuple:

@@ -13,9 +13,13 @@ class Seat(nn.ModuleDict):
     """The named adapters of one place in a model, where it is a child of what they serve.
 
     Attributes:
+        layer: the module of the base that is served; the adapters train or evaluate as it does when they are added.
+        other_places: paths at which the model has the same layer again.
         has_new_bias: a layer that has none of its own was given one by `fold`.
     """
 
+    layer: nn.Module
+    other_places: list[str] = []
     has_new_bias = False
     _is_replica = False  # torch sets it on the copy that DataParallel makes for a device, where children are others
     __setattr__ = object.__setattr__  # adapters are its only children, and may be called as its attributes are
@@ -28,7 +32,7 @@ class Seat(nn.ModuleDict):
     @property
     def places(self) -> list[str]:
         """The paths in the model of what it serves."""
-        return [self.path]
+        return [self.path, *self.other_places]
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """Its adapters' tensors belong to the model as a whole; the state of a part of the model has none of them.
@@ -46,11 +50,13 @@ class Seat(nn.ModuleDict):
     def _is_in_part(self, prefix: str) -> bool:
         """Whether the seat's names in a state dict, which begin so, are counted from below the model."""
         found = [name for name in prefix.split(".")[:-2] if name not in WRAPPERS]
-        own = [[name for name in path.split(".") if name not in WRAPPERS] for path in self.places]
+        own = [[name for name in path.split(".") if name and name not in WRAPPERS] for path in self.places]
         return not any(found[max(0, len(found) - len(names)) :] == names for names in own)
 
     def add(self, name: str, adapter: Adapter) -> None:
         self._modules[name] = adapter
+        self.training = self.layer.training
+        adapter.train(self.training)
 
     def remove(self, name: str) -> None:
         del self._modules[name]

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.verbs import unload_adapter
 from onelora_diffusion.serving.library import AdapterEntry, FileKey, without_path
-from onelora_diffusion.storage.reading import load_adapter
+from onelora_diffusion.storage.adapter_file import load_adapter
 
 
 class Residents:
@@ -49,8 +48,6 @@ class Residents:
             except (ValueError, OSError) as error:
                 problems[key] = without_path(entry.path, str(error))
                 continue
-            for module in adapters_of(self.transformer).adapters[f"file {self.num_reads}"].values():
-                module.eval()
             self._by_file[key] = (f"file {self.num_reads}", entry.num_bytes)
             self.num_bytes += entry.num_bytes
             self.num_reads += 1

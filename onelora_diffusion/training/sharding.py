@@ -26,6 +26,9 @@ def shard_base(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     ignored = set(trained.values())
+    for module in transformer.modules():  # nobody reads the base's tensors where trained ones are in their place
+        if hasattr(module, "onelora_swap"):
+            ignored.update(module.parameters(recurse=False))
     embeddings = {id(block.norm1.emb): block.norm1.emb for block in blocks} if is_dit(transformer) else {}
     for embedding in embeddings.values():
         fully_shard(embedding, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)

@@ -58,7 +58,8 @@ from onelora_diffusion.sampling import (
     image_generators,
     progress_bar,
 )
-from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter
+from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.reading import load_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
 HEADER = 18  # pixels above a grid of two sides

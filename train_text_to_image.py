@@ -98,7 +98,8 @@ class PromptTask:
             "report": tqdm.write,
         }
         encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
-        identity = identity_of(encoders)
+        tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
+        identity = identity_of(encoders | tokenizers)
         for encoder in encoders.values():
             if encoder is not None:
                 encoder.to(device)

@@ -35,7 +35,8 @@ from onelora_diffusion.serving.drawing import ClassDrawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
 from onelora_diffusion.serving.residents import Residents
-from onelora_diffusion.storage.adapter_file import load_adapter, save_adapter
+from onelora_diffusion.storage.adapter_file import save_adapter
+from onelora_diffusion.storage.reading import load_adapter
 
 BATCHED, ALONE, SWITCHED = "1LoRA, batched across adapters", "1LoRA, one at a time", "PEFT LoRA, switched by request"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -21,9 +21,10 @@ from onelora_diffusion.injection.verbs import (
     unload_adapter,
 )
 from onelora_diffusion.pipelines.base import miniature_path
-from onelora_diffusion.storage.adapter_file import load_adapter, read_adapter, save_adapter
+from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
 from onelora_diffusion.storage.hub import push_to_hub
 from onelora_diffusion.storage.lora import export_lora
+from onelora_diffusion.storage.reading import load_adapter
 
 __version__ = version("onelora-diffusion")  # pyproject.toml's
 

@@ -87,9 +87,10 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
 def _beside(path: Path) -> Iterator[Path]:
     """A name beside `path` that no other process takes; what has it at the end is removed.
 
-    So is what processes that were killed left in that folder: on this machine, their numbers are nobody's.
+    So is what processes that were killed left in that folder: their numbers are nobody's among the processes that this
+    one can see, which are those of this machine or, in a container, of the container.
     """
-    machine = platform.node()
+    machine = f"{platform.node()}-{process_space()}"
     for left in path.parent.glob(f".*.{glob.escape(machine)}.*.part"):
         process = left.name.split(".")[-2]
         if process.isdigit() and not psutil.pid_exists(int(process)):
@@ -107,6 +108,17 @@ def _beside(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(part)
+
+
+def process_space() -> int:
+    """What tells containers with one machine's name apart, each of which numbers its own processes; 0 where none can.
+
+    It is the PID namespace of Linux, which outside of containers is the same after every start of the machine.
+    """
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def _remove(path: Path) -> None:

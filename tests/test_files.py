@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from onelora_diffusion import files
 from onelora_diffusion.files import check_place, folder_written_beside, write_bytes, written_beside
 
 
@@ -54,10 +55,28 @@ def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    living, foreign = (left.with_name(f".a.bin.{where}.part") for where in (f"{platform.node()}.1", "elsewhere.99"))
-    living.touch(), foreign.touch()
+    living = f"{platform.node()}-{files.process_space()}.1"
+    foreign = [
+        left.with_name(f".a.bin.{where}.part") for where in (living, "elsewhere.99", f"{platform.node()}.99999999")
+    ]
+    for each in foreign:
+        each.touch()
     write_bytes(path, b"whole")
-    assert set(tmp_path.iterdir()) == {path, living, foreign}
+    assert set(tmp_path.iterdir()) == {path, *foreign}
+
+
+def test_containers_of_one_name_leave_each_others_files_alone(tmp_path, monkeypatch):
+    """Each numbers its own processes: the other's number may be nobody's here, or this process's own."""
+    path = tmp_path / "a.bin"
+    with written_beside(path) as part:
+        part.write_bytes(b"one")
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "process_space", lambda: 1)
+            for process in (os.getpid(), 2**22 + 1):
+                patch.setattr(os, "getpid", lambda process=process: process)
+                write_bytes(path, b"other")
+                assert path.read_bytes() == b"other" and part.read_bytes() == b"one"
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
 
 
 def busy(*arguments):

@@ -31,6 +31,7 @@ from onelora_diffusion.evaluation import settings as evaluation_settings
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training import loop, outputs, stopping
 from onelora_diffusion.training import settings as settings_module
+from onelora_diffusion.training.checkpoints import read_checkpoint
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from train_dit import RECIPES, main
 
@@ -141,8 +142,8 @@ def test_a_run_writes_what_sampling_and_evaluation_need(train, base):
     assert line["loss"] == pytest.approx(line["mse"] + line["vb"], rel=1e-5)
 
     # What is saved is the average of the values after each update.
-    stored = load_file(run / "checkpoints/step-00000004/tensors.safetensors")
-    halfway = load_file(run / "checkpoints/step-00000002/tensors.safetensors")
+    stored = load_file(run / "checkpoints/step-00000004.safetensors")
+    halfway = load_file(run / "checkpoints/step-00000002.safetensors")
     name = "transformer_blocks.0.ff.net.2.onelora_b"
     assert torch.equal(adapter.tensors[name], stored[f"ema.{name}"])
     assert not torch.equal(stored[f"ema.{name}"], stored[f"trained.{name}"])
@@ -285,7 +286,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(tr
     with monkeypatch.context() as patch:
         call_at_step(patch, 3, lambda: signal.raise_signal(number))
         run = train(exit_code=128 + number)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000002.safetensors",
+        "step-00000003.safetensors",
+    ]
     assert read_adapter(run).training["steps"] == 3
     train()
     assert_same_run(train("whole"), run)
@@ -316,8 +320,8 @@ def test_a_run_that_was_killed_goes_on_from_its_newest_whole_checkpoint(train, t
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at_step(patch, 6, kill)
         train(max_steps=8)
-    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
-    (newest / "tensors.safetensors").write_bytes(b"cut")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004.safetensors"
+    newest.write_bytes(b"cut")
     run = train(max_steps=8)
     said = capsys.readouterr().out
     assert f"{newest} is damaged" in said and "step-00000002" in said.split("resuming")[1]
@@ -330,8 +334,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(train, base,
     settings = settings_of(base=str(base), output_dir=tmp_path / "run", batch_size=8, learning_rate=1e30)
     settings.log_every, settings.checkpoint_every = log_every, 3
     message = fails_with("loss is nan at step 2, with learning rate 1e+30", settings)
-    assert "step-00000001. Go on" in message
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert "step-00000001.safetensors. Go on" in message
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint_is_no_advice_to_go_on(base, tmp_path):
@@ -426,7 +430,7 @@ def test_processes_whose_launcher_is_killed_stop_at_one_step_with_a_checkpoint(b
         gone, alive = psutil.wait_procs(processes, timeout=100)
     assert not alive
     step = read_adapter(run).training["steps"]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:08}"]
+    assert [path.stem for path in (run / "checkpoints").iterdir()] == [f"step-{step:08}"]
     assert f"stopped by SIGTERM at step {step}" in (tmp_path / "said").read_text()
 
 
@@ -522,7 +526,7 @@ def test_other_data_are_refused_by_name_unless_allowed_and_the_same_data_elsewhe
 ):
     pets, fruit = write_classes(tmp_path / "pets", "cat", "dog"), write_classes(tmp_path / "fruit", "apple", "pear")
     run = train(dataset="imagefolder", data_root=pets, max_steps=1)
-    state = json.loads((run / "checkpoints/step-00000001/state.json").read_text())
+    state = read_checkpoint(run / "checkpoints/step-00000001.safetensors").state
     assert state["data"]["classes"] == ["cat", "dog"] and json.loads((run / "data.json").read_text()) == state["data"]
 
     changed = dict(base=str(base), dataset="imagefolder", output_dir=run, batch_size=8, log_every=1, sample_every=0)
@@ -592,8 +596,8 @@ def test_evaluations_are_logged_and_plotted_and_the_best_adapter_is_kept(train, 
     adapter, last = read_adapter(run), read_adapter(run / "onelora_weights_last.safetensors")
     assert (adapter.training["steps"], adapter.training["best"]["step"]) == (6, 4)
     assert adapter.training["best"]["distance"] == 1.0 and 0 <= adapter.training["best"]["recognition"] <= 1
-    stored = load_file(run / "checkpoints/step-00000004/tensors.safetensors")
-    final = load_file(run / "checkpoints/step-00000006/tensors.safetensors")
+    stored = load_file(run / "checkpoints/step-00000004.safetensors")
+    final = load_file(run / "checkpoints/step-00000006.safetensors")
     for name, tensor in adapter.tensors.items():
         assert torch.equal(tensor, stored[f"ema.{name}"]) and torch.equal(last.tensors[name], final[f"ema.{name}"])
     assert np.array(Image.open(run / "distance.png")).std() > 10
@@ -627,10 +631,8 @@ def test_an_evaluation_that_cannot_be_made_fails_at_the_start(base, tmp_path, ch
 
 def test_vectors_and_class_table_have_their_own_learning_rates(train):
     run = train(max_steps=1, learning_rate=1e-3, class_learning_rate=1e-2, warmup_steps=2)
-    stored = load_file(run / "checkpoints/step-00000001/tensors.safetensors")
-    start = load_file(
-        train("start", max_steps=1, learning_rate=1e-30) / "checkpoints/step-00000001/tensors.safetensors"
-    )
+    stored = load_file(run / "checkpoints/step-00000001.safetensors")
+    start = load_file(train("start", max_steps=1, learning_rate=1e-30) / "checkpoints/step-00000001.safetensors")
     moved = {n: (stored[n] - start[n]).abs().max().item() for n in stored if n.startswith("trained.")}
     # Adam's first step is the learning rate; half of it at the first of two warm-up steps.
     assert moved.pop("trained.class_embedding.weight") == pytest.approx(5e-3, rel=1e-3)
@@ -640,7 +642,7 @@ def test_vectors_and_class_table_have_their_own_learning_rates(train):
 @pytest.mark.parametrize("label_drop", [0.0, 1.0])
 def test_dropped_labels_train_the_null_row_and_no_other(train, label_drop):
     run = train(max_steps=1, batch_size=128, label_drop=label_drop)
-    gradient = load_file(run / "checkpoints/step-00000001/tensors.safetensors")["exp_avg.class_embedding.weight"]
+    gradient = load_file(run / "checkpoints/step-00000001.safetensors")["exp_avg.class_embedding.weight"]
     assert gradient.any(1).tolist() == [label_drop == 0] * 10 + [label_drop == 1]
 
 

@@ -11,6 +11,10 @@ writes 1e-6 into the folder; the frequencies stand in diffusers' code, so that w
 
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
+
+SiT's checkpoints have the same names and shapes, and are other models: they predict a velocity, at times from 0
+(noise) to 1 (image). They are refused where they can be told: by the settings in the file, by its name, or by an
+output without variance, as SiT's train.py makes it. A copy of the released SiT-XL/2 under another name cannot be told.
 """
 
 import argparse
@@ -132,15 +136,35 @@ def to_meta(model: DiTTransformer2DModel) -> dict[str, Tensor]:
 def read_meta(file: Path) -> dict[str, Tensor]:
     """The weights in a file of Meta's, of which train.py's holds several: those of the moving average.
 
-    Nothing but tensors and train.py's own settings is unpickled.
+    Nothing but tensors and train.py's own settings is unpickled. ValueError if it is no such file, or one of SiT's.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the zip reader and the unpickler raise
         raise ValueError(f"{file}: is no file of weights alone ({str(error).splitlines()[0][:200]})") from error
-    contents = contents.get("ema", contents) if isinstance(contents, dict) else {}
-    return {name: tensor for name, tensor in contents.items() if isinstance(tensor, Tensor)}
+    contents = contents if isinstance(contents, dict) else {}
+    weights = contents.get("ema", contents)
+    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    if sign := sign_of_sit(file, str(getattr(contents.get("args"), "model", "")), weights):
+        raise ValueError(
+            f"{file} is a SiT ({sign}), which has DiT's layers, predicts a velocity, and would draw noise as a DiT: "
+            "load it by SiT's own code and adapt that (docs/research_models.md)"
+        )
+    return weights
+
+
+def sign_of_sit(file: Path, model: str, weights: dict[str, Tensor]) -> str | None:
+    """What tells that weights of DiT's names are a SiT's; None if nothing does."""
+    if model.startswith("SiT"):
+        return f"its settings say {model}"
+    if file.name.startswith("SiT"):
+        return "by its name"
+    output, embedder = weights.get("final_layer.linear.weight"), weights.get("x_embedder.proj.weight")
+    if output is None or embedder is None or embedder.ndim != 4:
+        return None
+    _, channels, patch, _ = embedder.shape
+    return "it predicts no variance" if len(output) == channels * patch**2 else None
 
 
 @one_line_errors("convert_dit.py")

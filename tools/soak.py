@@ -202,7 +202,7 @@ def kill_often(settings: Kills, folder: Path) -> list[str]:
         process.join()
         alive += time.time() - began
         num_inside += not half_written(checkpoints) <= left
-        newest = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
+        newest = max((int(path.stem.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
         killed_at.append(newest)
     alive += finish(start(killed, log), log)
 
@@ -240,7 +240,7 @@ def differences(whole: Path, other: Path) -> list[str]:
     """What is not the same, bit for bit, in two runs: adapters, the last checkpoint's tensors, losses."""
     problems = []
     last = sorted((whole / "checkpoints").glob("step-*"))[-1].name
-    files = [path.name for path in whole.glob("*.safetensors")] + [f"checkpoints/{last}/tensors.safetensors"]
+    files = [path.name for path in whole.glob("*.safetensors")] + [f"checkpoints/{last}"]
     for name in files:
         ours, theirs = load_file(whole / name), load_file(other / name)
         wrong = [key for key in ours if key not in theirs or not torch.equal(ours[key], theirs[key])]
@@ -297,7 +297,7 @@ def kill_launcher(launcher: str, end: signal.Signals, folder: Path, run: Path) -
     _, alive = psutil.wait_procs(started_by_it, timeout=120)
     for each in alive:
         each.kill()
-    steps = [path.name for path in (run / "checkpoints").glob("step-*")]
+    steps = [path.stem for path in (run / "checkpoints").glob("step-*")]
     if alive or len(steps) != 1 or read_adapter(run).training["steps"] != int(steps[0].removeprefix("step-")):
         return f"{len(alive)} of {len(started_by_it)} processes went on; checkpoints: {steps}"
     return f"stopped {len(started_by_it)} processes in {time.monotonic() - began:.1f} s, with checkpoint {steps[0]}"
@@ -348,11 +348,11 @@ def train_long(settings: Steps, folder: Path) -> list[str]:
 
     shutil.copytree(folder / "whole", folder / "resumed")
     for path in (folder / "resumed/checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > middle:
-            shutil.rmtree(path)
+        if int(path.stem.removeprefix("step-")) > middle:
+            path.unlink()
     (folder / "resumed" / ADAPTER).unlink()
     finish(start(settings_of(folder, "resumed", **changes), log), log)
-    if f"resumed/checkpoints/step-{middle:08} after" not in log.read_text():
+    if f"resumed/checkpoints/step-{middle:08}.safetensors after" not in log.read_text():
         problems.append(f"the copy was not resumed from step {middle}")
     print(f"resumed from step {middle} and trained to step {settings.max_steps}")
     return problems + differences(folder / "whole", folder / "resumed")

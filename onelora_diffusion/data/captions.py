@@ -259,7 +259,8 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
     listing = list_images(folder)
     images = set(listing.images)
-    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
+    found = sorted(name for name in listing.others if os.path.basename(name) in METADATA)
+    metadata = [name for name in found if name in METADATA] or found  # at the top, else in a folder such as train/
     texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
     texts &= {os.path.splitext(name)[0] for name in images}
 
@@ -268,10 +269,12 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
     if prompt is not None:
         captions = dict.fromkeys(images, prompt)
     elif len(metadata) + bool(texts) > 1:
-        found = " and ".join([path.name for path in metadata] + ["text files beside images"] * bool(texts))
-        raise ValueError(f"{folder} has captions in {found}: leave one of them there, or give one --prompt for all")
+        places = " and ".join(metadata + ["text files beside images"] * bool(texts))
+        raise ValueError(f"{folder} has captions in {places}: leave one of them there, or give one --prompt for all")
     elif metadata:
-        captions = captions_of_metadata(metadata[0], file_column, caption_column)
+        captions = captions_of_metadata(folder / metadata[0], file_column, caption_column)
+        inside = os.path.dirname(metadata[0])
+        captions = {os.path.join(inside, name): caption for name, caption in captions.items()}
     elif texts:
         captions = {name: _text_beside(folder / name) for name in images if os.path.splitext(name)[0] in texts}
     else:
@@ -286,7 +289,7 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
             f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
         )
     names = sorted(captions)
-    listing.used = {f"{name}.txt" for name in texts} | {*METADATA, *captions}
+    listing.used = {f"{name}.txt" for name in texts} | {*found, *captions}
     return Files(listing, names), [captions[name] for name in names]
 
 

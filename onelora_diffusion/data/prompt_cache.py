@@ -5,6 +5,7 @@ A caption that several images have is one row. The text encoders can leave memor
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split, weights_digest
 
 SHARD_SIZE = 64  # prompts: a few megabytes each
+# Of what a tokenizer is saved with: where it came from, and the padding and truncation of its last call.
+NOT_OF_A_TOKENIZER = {"name_or_path", "is_local", "local_files_only", "transformers_version", "padding", "truncation"}
 
 
 class PromptCache(RowCache):
@@ -54,7 +57,7 @@ def build_prompt_cache(
 
     Args:
         encode: from prompts to tensors `(prompts, ...)` by name, of the same shapes for all.
-        encoders: the text encoders, as `identity_of` has them.
+        encoders: the text encoders and their tokenizers, as `identity_of` has them.
         kind: what `encode` does with them, in words, such as the family's name and its number of tokens: other words
             make another cache.
     """
@@ -86,17 +89,34 @@ def build_prompt_cache(
     )
 
 
-def identity_of(encoders: dict[str, nn.Module | None]) -> dict:
-    """What tells text encoders from others, as JSON: by name their configuration and a hash of their weights.
+def identity_of(parts: dict[str, object]) -> dict:
+    """What tells text encoders and tokenizers from others, as JSON by name: configurations and hashes.
 
     Args:
-        encoders: None for one that the pipeline goes without.
+        parts: models and tokenizers of transformers; None for one that the pipeline goes without.
     """
     return {
-        name: {"weights": weights_digest(encoder), "config": config_of(encoder)}
-        for name, encoder in encoders.items()
-        if encoder is not None
+        name: {"weights": weights_digest(part), "config": config_of(part)}
+        if isinstance(part, nn.Module)
+        else {"tokenizer": tokenizer_digest(part)}
+        for name, part in parts.items()
+        if part is not None
     }
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """sha256 of a tokenizer's files, without where it was loaded from and how it was last called."""
+    sha256 = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if path.name in ("tokenizer.json", "tokenizer_config.json"):
+                saved = json.loads(content)
+                saved = {key: value for key, value in saved.items() if key not in NOT_OF_A_TOKENIZER}
+                content = json.dumps(saved, sort_keys=True).encode()
+            sha256.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+    return sha256.hexdigest()
 
 
 def distinct(captions: Sequence[str]) -> list[str]:

@@ -57,11 +57,15 @@ class AdapterFile:
 
 
 @torch.inference_mode(False)  # tensors that are made inside of it cannot train outside
-def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, Adapter]:
+def build_adapter(
+    model: nn.Module, config: AdapterConfig, as_shapes: bool = False, own: set[str] | None = None
+) -> dict[str, Adapter]:
     """The modules of a new adapter by the path of the layer each serves; the model is not touched.
 
     Args:
         as_shapes: on the meta device, where tensors take no memory.
+        own: paths of what a file has tensors for: the layers of a vector adapter that names no targets, of those
+            that there are by now.
     """
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
@@ -69,7 +73,10 @@ def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = Fal
     table = None if config.num_classes is None else _base_table(model, config)
     # Trained tensors that are in the base's place are no start for a new adapter.
     with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
-        layers = served(_layers_of(model, config))
+        layers = _layers_of(model, config)
+        if own is not None and config.targets is None and config.recipe.parts:
+            layers = {path: layer for path, layer in layers.items() if path in own}
+        layers = served(layers)
         with torch.device("meta") if as_shapes else contextlib.nullcontext():
             adapter = dict(config.recipe.build(layers, config))
         if config.norms:
@@ -171,7 +178,7 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
 def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = False) -> dict[str, nn.Module] | None:
     """`build_adapter` by the settings of a file; None for a tuner without shapes but by computing."""
     try:
-        return build_adapter(model, file.config, as_shapes)
+        return build_adapter(model, file.config, as_shapes, {name.split(".onelora_")[0] for name in file.tensors})
     except (NotImplementedError, RuntimeError) as error:
         sizes = [value for value in (file.config.peft_config or {}).values() if isinstance(value, int)]
         if as_shapes and max([file.config.rank, *sizes]) <= MAX_UNSEEN_SIZE:

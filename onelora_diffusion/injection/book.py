@@ -18,7 +18,7 @@ from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
-from onelora_diffusion.injection.layers import base_modules, class_table_paths, is_dit
+from onelora_diffusion.injection.layers import added_paths, base_modules, class_table_paths, is_dit
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -60,6 +60,7 @@ class AdapterBook:
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
         self.folded: dict[str, Weight] = {}
+        self._state_before_merge = SERVING
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
@@ -300,7 +301,7 @@ class AdapterBook:
     # Merge
 
     def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
-        """Fold these adapters into the base's weights; `weights` of the book stay, to serve again after `unmerge`.
+        """Fold these adapters into the base's weights; those that serve now do so again after `unmerge`.
 
         Raises:
             ValueError: a layer cannot take them in, or would become NaN or infinite. Nothing is changed then.
@@ -322,16 +323,18 @@ class AdapterBook:
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
         self._hooks = [self.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
-        self.weights, self.folded, self.state = before, dict(weights), MERGED
+        self.weights, self.folded, self.state, self._state_before_merge = before, dict(weights), MERGED, state
 
     def unmerge(self) -> None:
-        """Restore the base's weights bit for bit."""
+        """Restore the base's weights bit for bit, and who served before the merge."""
         for seat in reversed(self._in_order_of_folding()):
             seat.unfold()
         self._step_aside()
         self._take_part()
         self.folded = {}
         self.activate(self.weights)
+        if self._state_before_merge == PAUSED:
+            self.pause()
 
     def _in_order_of_folding(self) -> list:
         """First what takes the place of tensors, then a fused q, k, v, and last the three that are its parts."""
@@ -541,10 +544,12 @@ def take_scale(kwargs: dict) -> tuple[float, dict]:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
 
-    A linear layer counts by its features, however a quantisation packs its weight.
+    A linear layer counts by its features, however a quantisation packs its weight. An IP-Adapter is no part of it.
     """
-    lines = []
+    lines, added = [], added_paths(model)
     for path, module in model.named_modules(remove_duplicate=False):
+        if path in added:
+            continue
         shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
         if isinstance(module, nn.Linear) and "weight" in shapes:
             shapes["weight"] = (module.out_features, module.in_features)

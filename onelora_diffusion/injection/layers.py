@@ -65,12 +65,22 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
     return found
 
 
+def added_paths(model: nn.Module) -> set[str]:
+    """What diffusers puts into a model beside the base's own modules: an IP-Adapter's, which comes and goes."""
+    tops = [path for path, module in base_modules(model) if "IPAdapter" in type(module).__name__]
+    return (
+        {p for p, _ in base_modules(model) if any(p == top or p.startswith(f"{top}.") for top in tops)}
+        if tops
+        else set()
+    )
+
+
 def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
     """The linear layers that an adapter serves, by path.
 
     `targets=None` on a DiT, diffusers' or one in its authors' code, is the paper's set, found from its parameter
     counts: per block adaLN, q, k, v, attention output and both MLP linears, and both output linears; the timestep
-    embedder is left out. Elsewhere it is every linear but the output head.
+    embedder is left out. Elsewhere it is every linear but the output head, and an IP-Adapter's.
     """
     linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
     unreached = {
@@ -80,7 +90,8 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
         if unreached:
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
         is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
-        return {path: linear for path, linear in linears.items() if path not in unreached and is_target(path)}
+        left_out = unreached | added_paths(model)
+        return {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
 
     chosen = {path for target in targets for path in linears if _matches(path, target)}
     for target in targets:
@@ -146,13 +157,17 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
     class table is left out where a new one is trained.
     """
-    low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    low = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4}
     if low:
         raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
     if config.targets is not None:
         return dict(target_layers(model, config.targets))
+    added = added_paths(model)
     layers = {
-        path: module for path, module in base_modules(model) if any(True for _ in module.parameters(recurse=False))
+        path: module
+        for path, module in base_modules(model)
+        if path not in added and any(True for _ in module.parameters(recurse=False))
     }
     if is_dit(model):
         layers = _without_copies(model, layers)
@@ -164,10 +179,13 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers that have weights of their own, by path. A DiT's have none."""
+    added = added_paths(model)
     return {
         path: module
         for path, module in base_modules(model)
-        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+        if "Norm" in type(module).__name__
+        and path not in added
+        and any(True for _ in module.parameters(recurse=False))
     }
 
 

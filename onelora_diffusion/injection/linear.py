@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
+from onelora_diffusion.adapters.base_layer import is_plain_linear, offload_group, why_not_its_product
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import as_tensor, weight_at
@@ -12,8 +13,6 @@ from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.layers import weights_present
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
-
-LINEAR_FORWARD = nn.Linear.forward
 
 
 class LinearSeat(Seat):
@@ -94,7 +93,7 @@ class LinearSeat(Seat):
     @property
     def taken_by(self) -> str | None:
         """The offloading that took the adapters along, to where they are not found when they serve; or None."""
-        on_disk = getattr(_offload_group(self.layer), "tensor_to_key", ())
+        on_disk = getattr(offload_group(self.layer), "tensor_to_key", ())
         if on_disk and any(parameter in on_disk for parameter in self.parameters()):
             return "enable_group_offload"
         # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
@@ -137,10 +136,11 @@ class LinearSeat(Seat):
         weight = self.layer.weight.float()
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
-        for adapter, scale in self._others:
-            adapted = adapter.merged(*base)
-            weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-        return self.vectors().merged(weight, bias, base)
+        with torch.autocast(weight.device.type, enabled=False):  # it would round the products
+            for adapter, scale in self._others:
+                adapted = adapter.merged(*base)
+                weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
+            return self.vectors().merged(weight, bias, base)
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         weight = self.layer._parameters.get("weight")
@@ -152,6 +152,8 @@ class LinearSeat(Seat):
             return reason
         if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
             return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
+        if reason := why_not_its_product(self.layer):
+            return f"{reason}: serve adapters unmerged"
         return None
 
     def fold(self, check: bool) -> None:
@@ -267,11 +269,6 @@ def _only_devices_are_set() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer's forward is `nn.Linear`'s own."""
-    return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
-
-
 def has_foreign_hooks(layer: nn.Module) -> bool:
     """Whether a call of the layer does more than its forward and its adapters."""
     return bool(
@@ -288,19 +285,15 @@ def why_not_writable(layer: nn.Module) -> str | None:
     weight = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
+    if weight.dtype.itemsize == 1:
+        return f"holds its weight in {weight.dtype}, whose rounding is larger than an adapter: serve adapters unmerged"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode(): merge there too"
     if weight.is_meta:
         return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
-    if _offload_group(layer) is not None:  # between calls it is a copy, or on the disk
+    if offload_group(layer) is not None:  # between calls it is a copy, or on the disk
         return "and other weights are offloaded: fuse before enable_group_offload"
     return None
-
-
-def _offload_group(layer: nn.Module):
-    """What diffusers' group offload moves a layer with, or None."""
-    registry = getattr(layer, "_diffusers_hook", None)
-    return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
 def memory_of(parameter: nn.Parameter) -> tuple:

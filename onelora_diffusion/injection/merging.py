@@ -22,7 +22,8 @@ def merge_adapter(
 
     Raises:
         ValueError: unknown name, already merged, nothing to merge, weights that are not finite, or a layer whose
-            weight cannot take an adapter in: quantised, tied to another's, or computed from other tensors.
+            weight cannot take an adapter in: quantised, in eight bits, tied to another's, computed from other tensors,
+            or not all that the layer computes with. Nothing is changed then.
     """
     book = adapters_of(model)
     with book.turn:
@@ -33,12 +34,11 @@ def merge_adapter(
         if not weights:
             raise ValueError("no adapter is active: name the adapters to merge")
         book.merge(weights, safe_merging)
-        book.weights = dict(weights)
     return model
 
 
 def unmerge_adapter(model: nn.Module) -> nn.Module:
-    """Restore the base weights bit for bit; the adapters that were merged serve again."""
+    """Restore the base weights bit for bit; the adapters that served before the merge serve again."""
     book = adapters_of(model)
     with book.turn:
         if book.merged is None:
@@ -55,8 +55,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     without a merge), and where there are none or they are merged already, the model is left as it is.
     """
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):  # it would merge by rounded products
-            merge_adapter(model)
+        merge_adapter(model)
         is_merged = True
     except ValueError:
         is_merged = False

@@ -1,6 +1,5 @@
 """Which tensors of a LoRA are for the denoiser of a pipeline, under the names that diffusers has for its layers."""
 
-import logging
 import re
 
 import torch
@@ -8,9 +7,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
 
-from onelora_diffusion.storage.lora import FOREIGN_KEY, TEXT_ENCODER_KEY, paths_by_name
-
-logger = logging.getLogger(__name__)
+from onelora_diffusion.storage.lora import (
+    COMFYUI,
+    FOREIGN_KEY,
+    paths_by_name,
+    refuse_other_kinds,
+    without_text_encoders,
+)
 
 LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha)")
 LORA_B = re.compile(r".*[._](B|up)(\.default)?\.weight")
@@ -31,15 +34,14 @@ def denoiser_tensors(
     Raises:
         ValueError: all are for text encoders, or the conversion fails or would lose some.
     """
-    own = {key: tensor for key, tensor in tensors.items() if not TEXT_ENCODER_KEY.fullmatch(key)}
-    if tensors and not own:
-        raise ValueError(f"{source} is for text encoders only ({next(iter(tensors))}), which are not adapted here")
-    if len(own) < len(tensors):
-        left = len(tensors) - len(own)
-        logger.warning("%s: %d of %d tensors are for text encoders, and are left out", source, left, len(tensors))
+    own = without_text_encoders(tensors, source)
+    refuse_other_kinds(own, source)
     paths = paths_by_name(model)
     names = [match["name"] for key in own if (match := FOREIGN_KEY.fullmatch(key))]
-    if not own or any(name in paths for name in names) or not hasattr(pipeline_class, "lora_state_dict"):
+    known = [name for name in names if name in paths]
+    # Native names are the same as diffusers' for some of the layers.
+    is_own = len(known) == len(names) or not all(name.startswith(COMFYUI) for name in known)
+    if not own or known and is_own or not hasattr(pipeline_class, "lora_state_dict"):
         return own
     return _converted(pipeline_class, model, own, source)
 

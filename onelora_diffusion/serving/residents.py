@@ -7,7 +7,7 @@ from torch import nn
 
 from onelora_diffusion.injection.verbs import unload_adapter
 from onelora_diffusion.serving.library import AdapterEntry, FileKey, without_path
-from onelora_diffusion.storage.adapter_file import load_adapter
+from onelora_diffusion.storage.reading import load_adapter
 
 
 class Residents:

@@ -18,8 +18,8 @@ from torch import nn
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
-from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file, check_fits, state_dict_of
-from onelora_diffusion.injection.book import adapters_of, check_name, unwrapped
+from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, check_fits, state_dict_of
+from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)
@@ -169,23 +169,6 @@ def checksum(settings: str, tensors: dict[str, torch.Tensor]) -> str:
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return sha256.hexdigest()
-
-
-def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Load an adapter file into its base model, make it the active one, and return the model.
-
-    What trains beside it goes on training (`train_adapters`).
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_adapter`; or a base, a key or a shape does not fit.
-            The model is left exactly as it was.
-    """
-    check_name(model, adapter_name)
-    inner = unwrapped(model)
-    with opened(_file_of(path)) as file:
-        adapter = read_opened(file, inner)
-    attach_adapter_file(inner, adapter, adapter_name, source=str(path))
-    return model
 
 
 def _file_of(path: str | os.PathLike) -> Path:

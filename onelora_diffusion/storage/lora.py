@@ -1,6 +1,7 @@
 """To LoRA and back: 1LoRA is the LoRA whose A says which inputs are summed up together, and MiSS of the same rank."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
+logger = logging.getLogger(__name__)
+
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 PEFT_LORA = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -25,10 +28,25 @@ PEFT_CONFIG = "adapter_config.json"
 FOREIGN_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)\."
     r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|alpha|miss_block)"
-    r"(?:\.default)?(?:\.(?P<kind>weight|bias))?"
+    r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's own state has the adapter's name in its keys
 )
 TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
 BIASES = ("beta", "lora_B.bias")
+
+# What else files of adapters hold, told by a key.
+OTHER_KINDS = {
+    r".+\.lokr_w[12](_[ab])?|.+\.lokr_t2": "LoKr",
+    r".+\.hada_(w[12]_[ab]|t[12])": "LoHa",
+    r".+\.dora_scale": "a DoRA as kohya's scripts and LyCORIS write it, which diffusers does not read either",
+    r".+\.(oft_.+|boft_.+)": "OFT or BOFT",
+    r".+\.(on_input|ia3_l(\..+)?)": "IA3",
+    r".+\.(lora_mid|lora[._]mid)\.weight": "a LoRA of convolutions (LoCon)",
+    r".+\.(diff|diff_b|w_norm|b_norm|set_weight)": "changes of whole weights beside a LoRA",
+    r".+\.(a1|a2|b1|b2|bm)\.weight": "GLoRA",
+    r".+\.(vera_lambda|hra_u|fourierft|randlora|shira|road|c3a|waveft|delora|lora_E).*": "another tuner",
+    r"(emb_params|clip_[lg]|string_to_param.*)": "a textual inversion",
+}
+COMFYUI = "diffusion_model."  # before a model's native names, or before diffusers' where those are the same
 PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 
 
@@ -118,6 +136,34 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[torch.Ten
 # From LoRA, DoRA and MiSS
 
 
+def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
+    """ValueError for a file of a kind that is not read, which names it."""
+    for key, tensor in tensors.items():
+        kind = next((kind for pattern, kind in OTHER_KINDS.items() if re.fullmatch(pattern, key)), None)
+        if kind is None and tensor.ndim == 4 and FOREIGN_KEY.fullmatch(key):
+            kind = "a LoRA of convolutions"
+        if kind is not None:
+            raise ValueError(
+                f"{source}: {key} with shape {tuple(tensor.shape)} is part of {kind}; what is read is 1LoRA, LoRA and "
+                "DoRA of linear layers, and MiSS"
+            )
+
+
+def without_text_encoders(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The tensors that are not for text encoders, of which a warning tells.
+
+    Raises:
+        ValueError: all are for text encoders.
+    """
+    own = {key: tensor for key, tensor in tensors.items() if not TEXT_ENCODER_KEY.fullmatch(key)}
+    if tensors and not own:
+        raise ValueError(f"{source} is for text encoders only ({next(iter(tensors))}), which are not adapted here")
+    if len(own) < len(tensors):
+        left = len(tensors) - len(own)
+        logger.warning("%s: %d of %d tensors are for text encoders, and are left out", source, left, len(tensors))
+    return own
+
+
 def is_foreign(tensors: dict[str, torch.Tensor]) -> bool:
     """Whether any key is one of LoRA's, DoRA's or MiSS's."""
     return any(FOREIGN_KEY.fullmatch(key) for key in tensors)
@@ -139,12 +185,6 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     """
     _check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
-    kept = {"bias": (None, "none"), "modules_to_save": (None, []), "layer_replication": (None, [])}
-    for name, neutral in kept.items():
-        if settings.get(name) not in neutral:
-            value = printable(repr(settings[name]), 80)
-            raise ValueError(f"{source}: its {name} is {value}, which an adapter here cannot carry; leave it out")
-
     kinds = {frozenset(parts) - {"alpha", "lora_B.bias"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
         values = {path: {"b": _miss(model, path, p, settings, source)} for path, p in layers.items()}
@@ -184,8 +224,10 @@ def paths_by_name(model: nn.Module) -> dict[str, str]:
     names = {path: path for path, _ in model.named_modules()}
     for path in list(names):
         flat = path.replace(".", "_")  # as kohya's scripts and OneTrainer write it
-        for name in (f"transformer.{path}", f"unet.{path}", f"lora_transformer_{flat}", f"lora_unet_{flat}"):
-            names.setdefault(name, path)
+        for prefix in ("transformer.", "unet.", COMFYUI):
+            names.setdefault(f"{prefix}{path}", path)
+        for prefix in ("lora_transformer_", "lora_unet_", "lycoris_"):
+            names.setdefault(f"{prefix}{flat}", path)
     return names
 
 
@@ -199,8 +241,10 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         if match is None or part.endswith(".bias") and part != "lora_B.bias":
             raise ValueError(f"{source}: {key} with shape {tuple(tensor.shape)} is no part of a LoRA, DoRA or MiSS")
         path = paths.get(match["name"])
-        if path is None or not isinstance(model.get_submodule(path), nn.Linear):
-            raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}")
+        layer = None if path is None else model.get_submodule(path)
+        if not isinstance(layer, nn.Linear):
+            found = "" if layer is None else f", but {path}, a {type(layer).__name__}, which no adapter here serves"
+            raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}{found}")
         parts = layers.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
@@ -213,7 +257,7 @@ def _miss(model: nn.Module, path: str, parts: dict[str, torch.Tensor], settings:
     block, init = parts["miss_block"], settings.get("init_weights", True)
     features = model.get_submodule(path).out_features
     is_narrow = init == "mini" and block.ndim == 2 and block.shape[1] and features % block.shape[1] == 0
-    if init == "bat" or block.ndim != 2 or not (is_narrow or block.shape[1] == features):
+    if init not in (True, False, None, "mini") or block.ndim != 2 or not (is_narrow or block.shape[1] == features):
         raise ValueError(
             f"{source}: {path} is MiSS of shape {tuple(block.shape)} (init_weights={printable(repr(init), 80)}); only "
             "the plain one and 'mini' are 1LoRA, of as many numbers as the layer has outputs"
@@ -224,6 +268,8 @@ def _miss(model: nn.Module, path: str, parts: dict[str, torch.Tensor], settings:
 def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
     """Values by path; the scale α/r is multiplied into B and its bias."""
     is_dora = any("lora_magnitude_vector" in parts for parts in layers.values())
+    if settings.get("use_dora") and not is_dora:
+        raise ValueError(f"{source}: its use_dora is true, and it has no lora_magnitude_vector; save it again, whole")
     has_bias = any("lora_B.bias" in parts for parts in layers.values())
     if is_dora and has_bias:
         raise ValueError(f"{source}: its lora_bias goes with LoRA, not with a DoRA")
@@ -285,8 +331,47 @@ def _plain_name(pattern: str) -> str:
     return pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".")
 
 
+# PEFT's settings that are read, or say nothing of what the tensors compute: these may have any value.
+READ = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),  # the tensors' names say it
+    *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
+    *("lora_bias", "use_dora"),  # the tensors show it
+    *("lora_dropout", "miss_dropout"),  # of training
+    *("init_weights", "mini_r"),  # of MiSS, where its shape is checked
+    *("megatron_core", "qalora_group_size", "runtime_config"),  # how others compute, once they are asked to
+}
+VALUES = {
+    "peft_type": ("LORA", "MISS", None),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others change the base, or want to be redone
+}
+NEUTRAL = (None, False, "", [], {}, "none")  # what a setting is that nobody has set
+
+
+def _check_values(settings: dict, source: str) -> None:
+    """ValueError for a setting of PEFT that is not known to leave alone what the tensors and the base compute."""
+    for name, value in settings.items():
+        is_known = name in READ or value in VALUES.get(name, NEUTRAL)
+        if not is_known and not (name not in VALUES and _is_default(name, value)):
+            raise ValueError(
+                f"{source}: its {printable(str(name), 40)} is {printable(repr(value), 80)}, and it is not known here "
+                "what an adapter with that computes; have it saved as a plain LoRA"
+            )
+
+
+def _is_default(name: str, value) -> bool:
+    """Whether the installed PEFT gives a setting this value where nobody has set it."""
+    try:
+        from peft import LoraConfig, MissConfig
+    except ImportError:
+        return False
+    return any(name in own and own[name] == value for own in (LoraConfig().to_dict(), MissConfig().to_dict()))
+
+
 def _check_settings(settings: dict, source: str) -> None:
-    """ValueError for settings, of those that count here, which are of another type or no finite number."""
+    """ValueError for settings that are not understood, of another type or no finite number."""
+    _check_values(settings, source)
     alphas = {"lora_alpha": settings.get("lora_alpha", 1)}
     if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
         raise ValueError(f"{source}: its alpha_pattern is {type(patterns).__name__}; it must be numbers by layer")

@@ -1,6 +1,7 @@
 """Read whatever adapter a file holds."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,39 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.attaching import PREFIX, AdapterFile
+from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file
+from onelora_diffusion.injection.book import check_name, unwrapped
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_opened
-from onelora_diffusion.storage.lora import PEFT_CONFIG, TEXT_ENCODER_KEY, import_foreign, is_foreign
+from onelora_diffusion.storage.finding import find_weights
+from onelora_diffusion.storage.lora import (
+    PEFT_CONFIG,
+    TEXT_ENCODER_KEY,
+    import_foreign,
+    is_foreign,
+    refuse_other_kinds,
+    without_text_encoders,
+)
 from onelora_diffusion.storage.opening import check_state_dict, opened, read_bytes, strict_json
 
 Translate = Callable[[dict[str, torch.Tensor], str], dict[str, torch.Tensor]]
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
+    """Load an adapter into its base model, make it the active one, and return the model.
+
+    Reads what a pipeline's `load_lora_weights` reads: a file of this library, a LoRA or DoRA of linear layers, or
+    MiSS; as a file, a folder or a hub id. Names have to be the model's, or kohya's for them: another program's tree
+    is converted by the pipeline's verb alone. What trains beside it goes on training (`train_adapters`).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`; or a base, a key or a shape does not fit.
+            The model is left exactly as it was.
+    """
+    check_name(model, adapter_name)
+    inner, path = unwrapped(model), find_weights(path)
+    attach_adapter_file(inner, read_file(inner, path, without_text_encoders), adapter_name, source=str(path))
+    return model
 
 
 def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:
@@ -26,12 +53,19 @@ def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile
         settings = {}
         config = path.with_name(PEFT_CONFIG)
         if "lora_adapter_metadata" in file.metadata:
-            flat = _settings(file.metadata["lora_adapter_metadata"], file.source)
-            own = [name for name in flat if "." in name and not TEXT_ENCODER_KEY.fullmatch(name)]
-            settings = {name.split(".", 1)[1]: flat[name] for name in own}
+            settings = _of_denoiser(_settings(file.metadata["lora_adapter_metadata"], file.source))
         elif config.is_file():
             settings = _settings(read_bytes(config), str(config))
         return read_dict(model, file.tensors(), settings, file.source, translate)
+
+
+def _of_denoiser(settings: dict) -> dict:
+    """PEFT's settings of the denoiser, from a header that may have those of several components.
+
+    A pipeline's `save_lora_weights` writes `transformer.lora_alpha`, a model's `save_lora_adapter` `lora_alpha`.
+    """
+    own = {name: value for name, value in settings.items() if not TEXT_ENCODER_KEY.fullmatch(name)}
+    return {name.split(".", 1)[-1]: value for name, value in own.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -61,6 +95,7 @@ def read_dict(
     if own:
         return _read_own(model, tensors, source)
     tensors = translate(tensors, source)
+    refuse_other_kinds(tensors, source)
     if not is_foreign(tensors):
         found = ", ".join(list(tensors)[:3]) or "no keys at all"
         raise ValueError(

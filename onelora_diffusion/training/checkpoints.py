@@ -1,10 +1,8 @@
-"""Checkpoints of a run: tensors in safetensors, all else in JSON, whole or not there at all.
+"""Checkpoints of a run: one safetensors file each, `checkpoints/step-00000500.safetensors`.
 
-    checkpoints/step-00000500/
-        tensors.safetensors
-        state.json             sha256 of both files, the step, and what the caller gave
-
-A checkpoint is written into a folder beside, flushed to the disk and renamed; older ones are removed afterwards.
+Its header holds the step, what the caller gave as JSON, and a SHA-256 of the whole file. A checkpoint is written
+beside, flushed to the disk and renamed; older ones are removed afterwards. Version 0.1 wrote a folder for each, with
+`tensors.safetensors` and `state.json`, which is read as well.
 """
 
 import hashlib
@@ -21,10 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from onelora_diffusion.files import folder_written_beside, write_bytes
+from onelora_diffusion.files import write_bytes
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
-CHECKSUM = re.compile(rb'"sha256": "([0-9a-f]{64})"')
+# The digits of the checksum, which it leaves out, in a file's header or in a `state.json`. Quotes inside the header's
+# other values are escaped.
+CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
+NAME = re.compile(r"step-[0-9]{8,}(\.safetensors)?")
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,30 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
-    """Writes `folder/step-<step>`, then removes all but the `keep` newest up to it; returns its path.
+    """Write `folder/step-<step>.safetensors`, then remove all but the `keep` newest up to it; return its path.
 
-    OSError (a full disk, for one) leaves the checkpoints that were there, and no rest of this one.
+    Raises:
+        OSError: the disk is full, for one. The checkpoints that were there are still there, and no rest of this one.
     """
     path = checkpoint_path(folder, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"state": json.dumps({"step": step, **state}), "sha256": "0" * 64}
     # Bytes written by Python: safetensors' own writer hides a full disk in an error that is no OSError.
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    text = json.dumps({"sha256": "0" * 64, "step": step, **state}, indent=2).encode() + b"\n"
-    text = text.replace(b"0" * 64, checksum(content, text).encode(), 1)
-    if (path / TENSORS).exists() and (path / TENSORS).read_bytes() == content:  # only time has passed
-        write_bytes(path / STATE, text)
-        return path
-    with folder_written_beside(path) as beside:  # `path` is there where the run comes by a damaged one again
-        (beside / TENSORS).write_bytes(content)
-        (beside / STATE).write_bytes(text)
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    write_bytes(path, sealed(content))
     for old in [p for p in checkpoint_paths(folder) if p <= path][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     return path
 
 
-def checksum(tensors: bytes, state: bytes) -> str:
-    """sha256 of both files of a checkpoint, but for the 64 digits that it takes in the state's."""
-    return hashlib.sha256(tensors + CHECKSUM.sub(b"", state, count=1)).hexdigest()
+def sealed(content: bytes) -> bytes:
+    """A checkpoint's bytes with the checksum that fits in its place."""
+    return CHECKSUM.sub(b'"sha256":"' + checksum(content).encode() + b'"', content, count=1)
+
+
+def checksum(*contents: bytes) -> str:
+    """SHA-256 of a checkpoint's files one after another, without the digits of the checksum itself."""
+    return hashlib.sha256(b"".join(CHECKSUM.sub(b"", content, count=1) for content in contents)).hexdigest()
 
 
 def load_newest_checkpoint(
@@ -83,32 +84,47 @@ def load_newest_checkpoint(
 
 def read_checkpoint(path: Path, kinds: Mapping[str, type | UnionType] = MappingProxyType({})) -> Checkpoint:
     """ValueError or OSError if anything in it is missing, cut or changed, or is not of these kinds."""
-    content, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
-    written = CHECKSUM.search(text)
-    # Version 0.1 counted the tensors alone.
-    if not written or written[1].decode() not in (checksum(content, text), hashlib.sha256(content).hexdigest()):
-        raise ValueError(f"{TENSORS} and {STATE} are not what was written")
     try:
+        content, text = _contents_of_0_1(path) if path.is_dir() else _contents(path)
         state, tensors = json.loads(text), load(content)
-    except (RecursionError, SafetensorError) as error:
+    except (KeyError, RecursionError, SafetensorError, TypeError) as error:
         raise ValueError(str(error)) from error
-    for key, kind in {"sha256": str, "step": int, **kinds}.items():
+    for key, kind in {"step": int, **kinds}.items():
         if not isinstance(state, dict) or key not in state:
-            raise ValueError(f"{STATE} has no {key}")
+            raise ValueError(f"its state has no {key}")
         if not isinstance(state[key], kind):
-            raise ValueError(f"{key} in {STATE} is {type(state[key]).__name__}")
+            raise ValueError(f"{key} in its state is {type(state[key]).__name__}")
         if isinstance(state[key], float) and not math.isfinite(state[key]):
-            raise ValueError(f"{key} in {STATE} is {state[key]}")
-    if checkpoint_path(path.parent, state["step"]) != path:
-        raise ValueError(f"{STATE} is of another step")
-    del state["sha256"]
+            raise ValueError(f"{key} in its state is {state[key]}")
+    if path.stem != checkpoint_path(path.parent, state["step"]).stem:
+        raise ValueError("its state is of another step")
+    state.pop("sha256", None)  # of version 0.1
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
+def _contents(path: Path) -> tuple[bytes, str]:
+    """A checkpoint's bytes, and its state as JSON."""
+    content = path.read_bytes()
+    written = CHECKSUM.search(content)
+    if not written or written[1].decode() != checksum(content):
+        raise ValueError("it is not what was written")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return content, header["__metadata__"]["state"]
+
+
+def _contents_of_0_1(folder: Path) -> tuple[bytes, bytes]:
+    content, text = (folder / "tensors.safetensors").read_bytes(), (folder / "state.json").read_bytes()
+    written = CHECKSUM.search(text)
+    # The first ones counted the tensors alone.
+    if not written or written[1].decode() not in (checksum(content, text), hashlib.sha256(content).hexdigest()):
+        raise ValueError("it is not what was written")
+    return content, text
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08}"
+    return folder / f"step-{step:08}.safetensors"
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name))
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))

@@ -308,21 +308,28 @@ def recipe(dataset: str, recipes: Path) -> Settings:
 def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettings:
     """The settings in a YAML file, over the defaults; they have the names of the flags, with _ for -."""
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"no recipe {path}: give one by --config") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a list of `name: value`")
-    names = [field.name for field in dataclasses.fields(settings)]
+    fields = {field.name: field for field in dataclasses.fields(settings)}
     for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ValueError(f"{path}: unknown setting {name}{hint}")
-    # As flags, so that values are read in one way; YAML takes 1e-3 for a string.
-    flags = [word for name, value in values.items() for word in _as_flag(name, value)]
+    if "config" in values:
+        raise ValueError(f"{path}: config names a recipe from outside; write the settings of both into one file")
+    # As flags, so that values are read in one way.
+    try:
+        flags = [word for name, value in values.items() for word in _as_flag(fields[name], value)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     try:
         return tyro.cli(settings, args=with_switches(flags, settings))
     except SystemExit:
@@ -330,11 +337,41 @@ def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettin
         raise
 
 
-def _as_flag(name: str, value) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *(str(each) for each in (value if isinstance(value, list) else [value]))]
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML whose values are texts, or null, as they are written: a setting's own type says what a value means.
+
+    By YAML's own rules 0123 is 83, 12:30:45 is 45045, and `no` is false.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+SWITCH = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
+
+
+def _as_flag(field: dataclasses.Field, value) -> list[str]:
+    name, flag = field.name, f"--{field.name.replace('_', '-')}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return [flag, *value]
+    if value is None:
+        return [flag, "None"]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is neither a value nor a list of values: put what is one text into quotes")
+    if field.type in (bool, bool | None):
+        if value.lower() not in SWITCH:
+            raise ValueError(f"{name} is true or false, not {value}")
+        return [flag if SWITCH[value.lower()] else f"--no-{flag[2:]}"]
+    return [f"{flag}={value}"]
 
 
 def check_settings(settings: RunSettings) -> None:

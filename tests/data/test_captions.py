@@ -73,6 +73,15 @@ def test_metadata_csv_text_files_and_other_columns_say_the_same(folder):
     assert load(folder, image_column="path", caption_column="what it is").captions == CAPTIONS
 
 
+def test_metadata_may_lie_in_a_folder_such_as_train(tmp_path):
+    write_metadata(write_images(tmp_path / "signs/train", b=BLUE, a=RED, more__c=GREEN), ROWS)
+    dataset = load(tmp_path / "signs")
+    assert dataset.captions == CAPTIONS and dataset[0, False][0][:, 0, 0].tolist() == list(RED)
+    write_metadata(write_images(tmp_path / "signs/test", d=RED), [])
+    with pytest.raises(ValueError, match="captions in test/metadata.jsonl and train/metadata.jsonl: leave one"):
+        load(tmp_path / "signs")
+
+
 def test_one_prompt_is_the_caption_of_all(folder):
     (folder / ".hidden.png").write_bytes(b"")
     assert load(folder, prompt="a photo of sks dog").captions == ["a photo of sks dog"] * 3

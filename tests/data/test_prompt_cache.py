@@ -1,9 +1,12 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
+from text_pipelines import make_tokenizer
 from torch import nn
+from transformers import AutoTokenizer
 
 from onelora_diffusion.data import prompt_cache
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
@@ -89,6 +92,21 @@ def test_other_captions_encoders_or_ways_to_encode_make_another_cache(tmp_path):
         build(tmp_path, kind="codes of 8, twice"),
     }
     assert len(others | {folder}) == 5
+
+
+def test_a_tokenizer_is_known_by_what_it_does_and_not_by_where_it_lies(tmp_path):
+    tokenizer = make_tokenizer(24)
+    tokenizer.save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    content = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(content))
+    before = identity_of({"tokenizer": tokenizer, "tokenizer_2": None})
+    tokenizer("a call pads", padding="max_length", truncation=True, max_length=7)
+    same, other = (AutoTokenizer.from_pretrained(tmp_path / name) for name in "ab")
+    assert list(before) == ["tokenizer"] and before == identity_of({"tokenizer": tokenizer})
+    assert before == identity_of({"tokenizer": same}) != identity_of({"tokenizer": other})
 
 
 def test_the_key_is_a_hash_of_what_is_written_beside_the_rows(tmp_path):

@@ -1,5 +1,7 @@
 """The paper's numbers of trained weights, exactly: on DiT-XL/2 with 101 classes, LLaMA-2 and ViT-L."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,62 @@ def test_vit_l_with_one_linear_layer_for_q_k_and_v(method, trainable):
     with torch.device("meta"):
         blocks = [nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()}) for _ in range(24)]
     assert count_trainable(inject_adapter(nn.ModuleList(blocks), AdapterConfig(method))) == trainable
+
+
+# ---------------------------------------------------------------------------------------------------
+# What else the tables count
+
+
+def vit_b():
+    from transformers import ViTConfig, ViTModel
+
+    with torch.device("meta"):
+        return ViTModel(ViTConfig(), add_pooling_layer=False)
+
+
+@pytest.mark.parametrize(
+    "config, table",
+    [
+        (AdapterConfig("mora1"), 333_360),  # 333.36K
+        (AdapterConfig("mora6"), 328_128),  # 328.13K
+        (AdapterConfig("bitfit"), 331_776),  # 331.78K
+        (AdapterConfig("difffit"), 817_152),  # 817.15K
+        (AdapterConfig("lora"), 663_552),  # 663.55K
+        (AdapterConfig("vera"), 332_064),  # 332.06K
+        (AdapterConfig("dora"), 995_328),  # 995.33K
+        (AdapterConfig("1lora"), 331_776),  # 331.78K
+        (AdapterConfig("1lora", norms=True), 485_376),  # 485.38K
+        (AdapterConfig("1lora", sum=False, norms=True), 153_600),  # S12's norms: 153.60K
+        (AdapterConfig("1lora", bias=True, scale=True), 995_328),  # S12: 995.33K
+        (AdapterConfig("1lora", bias=True, scale=True, norms=True), 1_148_928),  # S12: 1.15M
+    ],
+)
+def test_tables_s9_s10_and_s12_are_four_times_vit_base(config, table):
+    """With separate q, k and v; `All` of S9 and S10, 343.19M, is four times the whole model too."""
+    model = vit_b()
+    assert round(4 * sum(parameter.numel() for parameter in model.parameters()) / 1e4) == 34_319
+    assert 4 * count_trainable(inject_adapter(model, config)) == table
+
+
+class Block(nn.Module):
+    """What counts of a block of Depth Anything's ViT-L: four linear layers and two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(1024), nn.LayerNorm(1024)
+        self.qkv, self.proj = nn.Linear(1024, 3072), nn.Linear(1024, 1024)
+        self.fc1, self.fc2 = nn.Linear(1024, 4096), nn.Linear(4096, 1024)
+
+
+def test_difffit_has_no_scales_in_tables_s2_to_s7_and_s11():
+    with torch.device("meta"):
+        vit_l = nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(24)), "norm": nn.LayerNorm(1024)})
+    counts = {}
+    for scale in (False, True):
+        model = deepcopy(vit_l)
+        counts[scale] = count_trainable(inject_adapter(model, AdapterConfig("difffit", scale=scale)))
+    assert counts == {False: 321_536, True: 542_720}  # S2 to S5 and S11: 321.54K
+
+    # S6 and S7 (1.66M, 2.58M) count one number more for each of the 32,000 outputs of the head.
+    for size, table in (("7b", 1_658_112), ("13b", 2_576_640)):
+        assert count_trainable(inject_adapter(llama2(size), AdapterConfig("difffit", scale=False))) + 32_000 == table

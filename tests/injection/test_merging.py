@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import make_dit, randomize
 from rounding import assert_rounded
+from torch import nn
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -164,3 +165,106 @@ def test_what_cannot_be_merged_serves_unmerged(dit, inputs):
         set_adapters(dit, [])
         with merged(dit):  # none that serves
             assert dit(**inputs).sample.shape == expected.shape
+
+
+def test_unmerging_leaves_who_served_before(dit, inputs):
+    for seed, name in enumerate(("a", "b", "c")):
+        randomize(inject_adapter(dit, AdapterConfig(), name), seed=seed)
+    set_adapters(dit, ["a", "b"], [0.5, 2])
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        for names in (["a"], ["a", "a"], "c", None):
+            merge_adapter(dit, names)
+            unmerge_adapter(dit)
+            assert dit._onelora.serving == {"a": 0.5, "b": 2.0}
+            assert torch.equal(dit(**inputs).sample, expected)
+        dit._onelora.pause()
+        paused = dit(**inputs).sample
+        merge_adapter(dit, ["a"])
+        unmerge_adapter(dit)
+        assert dit._onelora.serving == {}
+        assert torch.equal(dit(**inputs).sample, paused)
+        dit._onelora.resume()
+        assert torch.equal(dit(**inputs).sample, expected)
+
+
+class Codes(nn.Linear):
+    """A linear layer of numbers that a scale beside them makes weights of."""
+
+    def __init__(self, linear: nn.Linear, dtype, scale: float):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = nn.Parameter((linear.weight / scale).to(dtype), requires_grad=False)
+        self.bias, self.scale = linear.bias, scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class Refusing(nn.Linear):
+    def forward(self, x):
+        raise NotImplementedError("no kernel\nfor this machine")
+
+
+def replaced_forward(linear):
+    own = linear.forward
+    linear.forward = lambda x: 2 * own(x)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda linear: Codes(linear, torch.float8_e4m3fn, 0.5), "0 holds its weight in torch.float8_e4m3fn"),
+        (lambda linear: Codes(linear, torch.float32, 0.5), "0 does not compute with its weight alone .*Codes"),
+        (lambda linear: Codes(linear, torch.bfloat16, 0.98), "0 does not compute with its weight alone .*Codes"),
+        (replaced_forward, "0 does not compute with its weight alone .*Linear"),
+        (lambda linear: Refusing(8, 8), "0 does not compute on one input, .*Refusing: no kernel"),
+    ],
+)
+def test_a_layer_that_is_more_than_its_weight_takes_no_adapter_in(make, reason):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(nn.Linear(8, 8)), nn.Linear(8, 8))
+    randomize(inject_adapter(model, AdapterConfig()))
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^{reason}.*: serve adapters unmerged: nothing was merged$"):
+        merge_adapter(model)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert model._onelora.serving == {"default": 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_of_another_class_that_computes_with_its_weight_is_merged(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(Codes(nn.Linear(512, 512), dtype, 1.0))
+    randomize(inject_adapter(model, AdapterConfig("difffit", sum=True)), scale=0.01)
+    x = torch.randn(4, 512)
+    with torch.no_grad():
+        expected = model(x)
+        merge_adapter(model)
+        assert (model(x) - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_layerwise_casting_is_served_unmerged():
+    from denoisers import sd3
+
+    model, inputs = sd3()
+    randomize(inject_adapter(model, AdapterConfig()))
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        with pytest.raises(ValueError, match="holds its weight in torch.float8_e4m3fn, whose rounding is larger"):
+            merge_adapter(model)
+        with merged(model):
+            assert torch.equal(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("method", ["1lora", "lora", "dora", "mora6", "vera"])
+def test_a_merge_under_autocast_is_not_rounded(method):
+    model = randomize(inject_adapter(make_dit(), AdapterConfig(method)))
+    weights = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            merge_adapter(model)
+        weights.append(model.proj_out_2.weight.clone())
+        unmerge_adapter(model)
+    assert torch.equal(*weights)

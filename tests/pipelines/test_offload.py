@@ -151,6 +151,54 @@ def test_what_is_loaded_into_offloaded_weights_is_where_they_compute(tmp_path, m
         assert base(**inputs).sample.is_meta
 
 
+def offloaded_by_accelerate(base, folder):
+    from accelerate import cpu_offload
+
+    cpu_offload(base, CPU)
+
+
+def offloaded_by_groups(base, folder):
+    base.enable_group_offload(CPU, CPU, "leaf_level")
+
+
+def offloaded_to_the_disk(base, folder):
+    base.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=str(folder))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "peft:hra"])
+@pytest.mark.parametrize("offload", [offloaded_by_accelerate, offloaded_by_groups, offloaded_to_the_disk])
+def test_tuners_that_read_the_layers_weight(tmp_path, method, offload):
+    """DoRA divides by the norm of the layer's rows; HRA turns its columns. LoRA needs the output alone."""
+    torch.manual_seed(0)
+    base, inputs = sd3()
+    model = randomize(inject_adapter(copy.deepcopy(base), AdapterConfig(method)))
+    file = save_adapter(model, tmp_path / "adapter")
+    offload(base, tmp_path / "offloaded")
+    load_adapter(base, file)
+    with torch.no_grad():
+        if method == "lora" or offload is offloaded_by_groups:
+            assert_rounded(base(**inputs).sample, model(**inputs).sample, base)
+        else:
+            with pytest.raises(
+                ValueError, match="whose forward reads a layer's weight, serves a layer that is offload"
+            ):
+                base(**inputs)
+
+
+@pytest.mark.parametrize("method", ["1lora", "lora", "dora"])
+def test_layerwise_casting_computes_with_the_rounded_base(method):
+    torch.manual_seed(0)
+    model, inputs = sd3()
+    with torch.no_grad():
+        for parameter in model.parameters():  # values that eight bits hold
+            parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
+        randomize(inject_adapter(model, AdapterConfig(method)))
+        expected = model(**inputs).sample
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+        assert_rounded(model(**inputs).sample, expected, model)
+
+
 @pytest.mark.parametrize("options", [{"targets": ("*",)}, {"method": "full"}])
 def test_an_offloaded_dit_shares_its_embedding_as_another_does_and_gives_it_back(options, tmp_path):
     from accelerate import cpu_offload

@@ -12,7 +12,7 @@ from onelora_diffusion.injection.book import adapters_of, fingerprint
 from onelora_diffusion.serving import library as library_module
 from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
 from onelora_diffusion.serving.residents import Residents
-from onelora_diffusion.storage.adapter_file import load_adapter
+from onelora_diffusion.storage.reading import load_adapter
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_truncated_foreign_and_missing_files(dit, saved, tmp_path):
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         load_adapter(make_dit(), saved)
     save_file({"b": torch.zeros(2)}, saved)
-    with pytest.raises(ValueError, match="is no onelora adapter"):
+    with pytest.raises(ValueError, match="holds no adapter: none of its 1 keys"):
         load_adapter(make_dit(), saved)
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         load_adapter(make_dit(), tmp_path / "nothing")
@@ -136,7 +136,7 @@ def test_foreign_base(saved):
         sample_size=8,
         num_embeds_ada_norm=10,
     )
-    with pytest.raises(ValueError, match="transformer_blocks.2.* is missing"):
+    with pytest.raises(ValueError, match="was made for another base"):
         load_adapter(deeper, saved)
     with pytest.raises(ValueError, match="made for another base \\(facebook/DiT-XL-2-256\\)"):
         load_adapter(make_dit(num_classes=12), saved)

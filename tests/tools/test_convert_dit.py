@@ -75,6 +75,23 @@ def test_a_whole_pipeline_with_a_vae(tool, tmp_path):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.transformer.state_dict().items())
 
 
+def test_a_sit_is_named_as_such(tool, tmp_path):
+    """By its file's name, by what its train.py wrote beside the weights, or by an output without variance."""
+    state = make_model("DiT", **XS).state_dict()
+    without_variance = state | {name: tensor[::2] for name, tensor in state.items() if "final_layer.linear" in name}
+    of_training = {"ema": state, "opt": {}, "args": argparse.Namespace(model="SiT-XL/2", path_type="Linear")}
+    cases = (
+        ("SiT-XL-2-256x256.pt", state, "by its name"),
+        ("0050000.pt", of_training, "its settings say SiT-XL/2"),
+        ("last.pt", {"ema": without_variance}, "it predicts no variance"),
+    )
+    for name, contents, sign in cases:
+        torch.save(contents, tmp_path / name)
+        with pytest.raises(SystemExit, match=f"{name} is a SiT \\({sign}\\), .* by SiT's own code"):
+            tool.main(tool.Settings(tmp_path / name, tmp_path / "folder", heads=4))
+    assert not (tmp_path / "folder").exists()
+
+
 def test_what_is_no_dit_of_theirs_is_one_line(tool, tmp_path):
     state = make_model("DiT", **XS).state_dict()
     with pytest.raises(ValueError, match="a width of 48 has is not in the file: give --heads"):

@@ -50,7 +50,7 @@ def test_a_checkpoint_of_the_version_before_goes_on_as_it_did_there(tmp_path, mo
     )
 
     found, expected = (
-        load_file(run / "checkpoints/step-00000006/tensors.safetensors"),
+        load_file(run / "checkpoints/step-00000006.safetensors"),
         load_file(FIXTURE / "six-steps.safetensors"),
     )
     assert found.keys() == expected.keys()

@@ -62,7 +62,7 @@ def test_a_damaged_record_of_version_0_1_is_named_and_the_one_before_used(tmp_pa
         (folder / "state.json").write_text(text.replace("seconds", "sec0nds", 1) if step == 3 else text)
     said = []
     assert load_newest_checkpoint(tmp_path, said.append, STATE).step == 2
-    assert said == [f"{folder} is damaged (state.json has no seconds): using the one before it"]
+    assert said == [f"{folder} is damaged (its state has no seconds): using the one before it"]
 
 
 def test_the_best_is_dropped_where_nothing_is_measured_any_more(accelerator):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     Settings,
@@ -65,6 +66,15 @@ def test_a_file_sets_the_defaults_and_flags_override_it(tmp_path):
         ("data-root: here", "unknown setting data-root: did you mean data_root?"),
         ("max_steps: [1", "is no YAML: "),
         ("- 1", "a recipe is a list of `name: value`"),
+        ("rank: 2\nseed: 1\nrank: 3", "rank stands there twice"),
+        ("config: other.yaml", "config names a recipe from outside"),
+        ("flip: maybe", "flip is true or false, not maybe"),
+        ("peft_config: {n_frequency: 50}", "peft_config is neither a value nor a list of values"),
+        ("targets: [[to_q]]", "targets is neither a value nor a list of values"),
+        ("rank: !!int 2", "rank is neither a value nor a list of values"),
+        ("rank: !!python/name:os.system", "is no YAML: could not determine a constructor"),
+        ("<<: {rank: 2}", "unknown setting <<"),
+        ("seed: 1\n? [rank]\n: 2", "is no YAML: while constructing a mapping"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_with_the_file(tmp_path, text, message):
@@ -72,6 +82,48 @@ def test_what_is_wrong_in_a_file_is_named_with_the_file(tmp_path, text, message)
     with pytest.raises(ValueError) as caught:
         read_recipe(path)
     assert str(path) in str(caught.value) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("0123", "0123"),
+        ("12:30:45", "12:30:45"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("1e3", "1e3"),
+        ("2026-11-30", "2026-11-30"),
+        ("0x10", "0x10"),
+        ("-5", "-5"),
+        ("--flip", "--flip"),
+        ("'null'", "null"),
+        ("''", ""),
+        ("a = b: c", "is no YAML"),
+        ("a=b", "a=b"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+    ],
+)
+def test_a_text_stays_the_text_that_is_written(tmp_path, written, value):
+    path = write(tmp_path, f"prompt: {written}\n")
+    if value == "is no YAML":
+        with pytest.raises(ValueError, match=value):
+            read_recipe(path, PromptSettings)
+    else:
+        assert read_recipe(path, PromptSettings).prompt == value
+
+
+def test_numbers_switches_and_lists_are_what_their_settings_are(tmp_path):
+    path = write(
+        tmp_path,
+        "seed: 0123\nlearning_rate: 1e-3\nflip: yes\nbias: OFF\ncompile: True\nmax_steps: 1_000\n"
+        "ema_decay: [0.9, .99]\ntargets: [no, '0123']\nlatent_cache: 0123\n",
+    )
+    found = read_recipe(path)
+    assert (found.seed, found.learning_rate, found.max_steps, found.ema_decay) == (123, 1e-3, 1000, (0.9, 0.99))
+    assert (found.flip, found.bias, found.compile, found.norms) == (True, False, True, None)
+    assert (found.targets, found.latent_cache) == (("no", "0123"), Path("0123"))
 
 
 def test_a_value_of_the_wrong_kind_is_named_with_the_file(tmp_path, capsys):

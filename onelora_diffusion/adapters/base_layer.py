@@ -1,0 +1,55 @@
+"""What a base's linear layer computes, and whether its weight says so."""
+
+import torch
+from torch import nn
+
+from onelora_diffusion.files import first_line
+
+LINEAR_FORWARD = nn.Linear.forward
+TF32_ROUNDING = 1e-3  # of a product whose fp32 factors are rounded to ten bits, at most
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer's forward is `nn.Linear`'s own."""
+    return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
+
+
+@torch.no_grad()
+def why_not_its_product(layer: nn.Module) -> str | None:
+    """Why a layer does not compute W x + bias with its `weight` and `bias` read as floats, or None if it does.
+
+    PyTorch's own linear layer does. Of any other, with a scale beside its codes or a method in the place of its
+    `forward`, it is tried by value, on one input.
+    """
+    weight, kind = layer.weight, type(layer).__name__
+    hooked = not {"_diffusers_hook", "_hf_hook"}.isdisjoint(layer.__dict__)  # they wrap the forward, and keep outputs
+    forward = type(layer).forward.__get__(layer) if hooked else layer.forward
+    if getattr(forward, "__func__", None) is LINEAR_FORWARD:
+        return None
+    dtype = weight.dtype if layer.bias is None else layer.bias.dtype
+    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, dtype if dtype.itemsize > 1 else torch.float32)
+    bias = None if layer.bias is None else layer.bias.float()
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            expected, own = nn.functional.linear(x.float(), weight.float(), bias), forward(x)
+            error, size = (own.float() - expected).norm(), expected.norm()
+    except Exception as error:  # the layer is another's, and may raise anything
+        return f"does not compute on one input, which would show what its weight is ({kind}: {first_line(error)})"
+    tolerance = max(TF32_ROUNDING, torch.finfo(own.dtype).eps)
+    return None if error <= tolerance * size else f"does not compute with its weight alone ({kind}'s own forward)"
+
+
+def offload_group(layer: nn.Module):
+    """What diffusers' group offload moves a layer with, or None."""
+    registry = layer.__dict__.get("_diffusers_hook")
+    return getattr(registry and registry.get_hook("group_offloading"), "group", None)
+
+
+def why_not_readable(layer: nn.Module) -> str | None:
+    """Why a layer's weight has no values between its forwards, or None if it has."""
+    if layer.weight.is_meta:
+        return "is offloaded by enable_sequential_cpu_offload"
+    if getattr(offload_group(layer), "offload_to_disk_path", None):
+        return "is offloaded to the disk by enable_group_offload"
+    return None

@@ -1,0 +1,284 @@
+"""What PEFT, diffusers, kohya's scripts and LyCORIS write: read to the same outputs, or refused by the name of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import dit_inputs, make_dit
+from denoisers import flux, sd3, unet
+from rounding import assert_rounded
+from safetensors.torch import load_file, save_file
+
+from onelora_diffusion import (
+    AdapterConfig,
+    OneLoRALoaderMixin,
+    adapter_state_dict,
+    export_lora,
+    inject_adapter,
+    load_adapter,
+    save_adapter,
+)
+from onelora_diffusion.storage.reading import read_dict
+
+LAYERS = ["to_q", "to_k", "ff.net.2"]
+PATH = "transformer_blocks.0.attn1.to_q"
+PAIR = {f"{PATH}.lora_A.weight": torch.eye(2, 32), f"{PATH}.lora_B.weight": torch.full((32, 2), 0.1)}
+
+
+def small_flux():
+    torch.manual_seed(0)
+    model, inputs = flux()
+    return model.eval(), inputs
+
+
+def trained(model, scale=0.2):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return model(**inputs).sample
+
+
+def by_each_verb(base, inputs, source):
+    """What the base computes with the adapter that `load_adapter`, and a pipeline's verb, read."""
+    from diffusers import FluxPipeline
+
+    by_pipeline = copy.deepcopy(base)
+    pipe = OneLoRALoaderMixin.from_pipe(FluxPipeline(None, None, None, None, None, None, transformer=by_pipeline))
+    pipe.load_lora_weights(source)
+    return run(load_adapter(copy.deepcopy(base), source), inputs), run(by_pipeline, inputs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What its settings say
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 8, "lora_alpha": 2},
+        {"r": 4, "lora_alpha": 4, "use_rslora": True},
+        {"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 16}, "rank_pattern": {"to_k": 2}},
+        {"r": 4, "lora_alpha": 8, "use_dora": True},
+    ],
+)
+def test_what_a_model_of_diffusers_saves_has_the_scale_it_had_there(settings, tmp_path):
+    """Its header names no component, as that of a pipeline's file does."""
+    from peft import LoraConfig
+
+    base, inputs = small_flux()
+    model = copy.deepcopy(base)
+    model.add_adapter(LoraConfig(target_modules=LAYERS, **settings), "it")
+    expected = run(trained(model), inputs)
+    model.save_lora_adapter(tmp_path, "it")
+    assert (expected - run(base, inputs)).abs().max() > 0.05
+    for found in by_each_verb(base, inputs, tmp_path):
+        assert_rounded(found, expected, base)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_read(init, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base, inputs = small_flux()
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, target_modules=LAYERS, init_lora_weights=init)
+    )
+    expected = run(trained(model), inputs)
+    model.save_pretrained(tmp_path)
+    for found in by_each_verb(base, inputs, tmp_path):
+        assert_rounded(found, expected, base)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_is_refused(init, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base, inputs = small_flux()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=LAYERS, init_lora_weights=init))
+    trained(model).save_pretrained(tmp_path)
+    before = run(base, inputs)
+    with pytest.raises(ValueError, match=f"its init_lora_weights is '{init}', and it is not known here what"):
+        load_adapter(base, tmp_path)
+    assert torch.equal(run(base, inputs), before) and not hasattr(base, "_onelora")
+
+
+REFUSED = [
+    *({"init_lora_weights": name} for name in ("pissa_niter_4", "corda", "loftq", "lora_ga", "eva", "next_years")),
+    {"bias": "lora_only"},
+    {"modules_to_save": ["proj_out"]},
+    {"layer_replication": [[0, 2]]},
+    {"fan_in_fan_out": True},
+    {"use_qalora": True},
+    {"use_bdlora": {"nblocks": 2}},
+    {"alora_invocation_tokens": [1, 2]},
+    {"trainable_token_indices": [3]},
+    {"target_parameters": ["weight"]},
+    {"loftq_config": {"loftq_bits": 4}},
+    {"a_setting_of_next_year": 0.5},
+    {"another_of_next_year": ["a"]},
+    {"peft_type": "LOHA"},
+]
+
+
+@pytest.mark.parametrize("setting", REFUSED, ids=lambda setting: str(*setting.items()))
+def test_a_setting_that_is_not_known_to_be_right_is_refused_by_name(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"it: its {name} is .*{str(value)[:5].strip('[{')}"):
+        read_dict(make_dit(), PAIR, {"lora_alpha": 2, **setting}, "it", lambda tensors, source: tensors)
+
+
+def test_settings_that_nobody_has_set_are_no_obstacle():
+    """Those of today's PEFT, and whatever comes next at a value that says nothing."""
+    from peft import LoraConfig
+
+    settings = json.loads(json.dumps(LoraConfig(r=2, lora_alpha=4).to_dict(), default=list))
+    settings |= {"next_year": None, "next_years_switch": False, "next_years_table": {}, "next_years_list": []}
+    file = read_dict(make_dit(), PAIR, settings, "it", lambda tensors, source: tensors)
+    (b,) = (tensor for name, tensor in file.tensors.items() if "lora_B" in name)
+    assert torch.equal(b, 2 * PAIR[f"{PATH}.lora_B.weight"])
+
+
+def test_a_dora_that_lost_its_magnitudes_is_refused():
+    with pytest.raises(ValueError, match="its use_dora is true, and it has no lora_magnitude_vector"):
+        read_dict(make_dit(), PAIR, {"use_dora": True}, "it", lambda tensors, source: tensors)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Names
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"transformer.{key}",
+        lambda key: f"base_model.model.{key}",
+        lambda key: f"diffusion_model.{key}",
+        lambda key: key.replace(".weight", ".mine.weight"),  # as PEFT's state dict has it, with the adapter's name
+        lambda key: f"transformer.{key}".replace(".weight", ".default.weight"),
+        lambda key: f"lora_unet_{PATH.replace('.', '_')}{key.removeprefix(PATH)}",
+        lambda key: f"lycoris_{PATH.replace('.', '_')}{key.removeprefix(PATH)}".replace("lora_A", "lora_down").replace(
+            "lora_B", "lora_up"
+        ),
+    ],
+)
+def test_every_spelling_of_a_layers_name_is_read(rename, tmp_path):
+    save_file({rename(key): tensor for key, tensor in PAIR.items()}, tmp_path / "it.safetensors")
+    own = adapter_state_dict(load_adapter(make_dit(), tmp_path / "it.safetensors"))
+    assert {name: tuple(tensor.shape) for name, tensor in own.items()} == {
+        f"{PATH}.onelora_lora_A.weight": (2, 32),
+        f"{PATH}.onelora_lora_B.weight": (32, 2),
+    }
+    assert torch.equal(own[f"{PATH}.onelora_lora_B.weight"], PAIR[f"{PATH}.lora_B.weight"])
+
+
+def test_two_adapters_in_one_file_are_refused():
+    twice = {key.replace(".weight", f".{name}.weight"): t for name in ("one", "two") for key, t in PAIR.items()}
+    with pytest.raises(ValueError, match="which is there twice"):
+        read_dict(make_dit(), twice, {}, "it", lambda tensors, source: tensors)
+
+
+def test_load_adapter_reads_what_was_exported_and_leaves_text_encoders(tmp_path, caplog):
+    model, inputs = make_dit(), dit_inputs()
+    with torch.no_grad():
+        for vector in adapter_state_dict(inject_adapter(model, AdapterConfig())).values():
+            vector += 0.05 * torch.randn_like(vector)
+        expected = model(**inputs).sample
+        export_lora(model, tmp_path)
+        for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+            assert torch.equal(load_adapter(make_dit(), source)(**inputs).sample, expected)
+        tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+        tensors["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(1, 4)
+        save_file(tensors, tmp_path / "both.safetensors")
+        assert torch.equal(load_adapter(make_dit(), tmp_path / "both.safetensors")(**inputs).sample, expected)
+    assert "1 of 33 tensors are for text encoders" in caplog.text
+
+
+FIRST = f"lora_unet_{PATH.replace('.', '_')}"
+KINDS = [
+    ({f"{FIRST}.lokr_w1": (4, 4), f"{FIRST}.lokr_w2": (8, 8)}, "LoKr"),
+    ({f"{FIRST}.hada_w1_a": (32, 2), f"{FIRST}.hada_w1_b": (2, 32)}, "LoHa"),
+    ({f"{FIRST}.dora_scale": (32, 1)}, "a DoRA as kohya's scripts"),
+    ({f"{FIRST}.diff_b": (32,)}, "changes of whole weights"),
+    ({"lora_unet_norm.w_norm": (32,)}, "changes of whole weights"),
+    ({f"{FIRST}.on_input": (32,)}, "IA3"),
+    ({f"{FIRST}.oft_blocks": (4, 8, 8)}, "OFT"),
+    ({f"{FIRST}.lora_mid.weight": (2, 2, 3, 3)}, "a LoRA of convolutions"),
+    ({"lora_unet_proj_in.lora_down.weight": (2, 8, 1, 1)}, "a LoRA of convolutions"),
+    ({f"base_model.model.{PATH}.vera_lambda_b": (32,)}, "another tuner"),
+    ({"emb_params": (2, 8)}, "a textual inversion"),
+]
+
+
+@pytest.mark.parametrize("shapes, kind", KINDS, ids=[kind for _, kind in KINDS])
+def test_a_file_of_another_kind_is_named(shapes, kind, tmp_path):
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    for own in ({}, PAIR):
+        save_file(tensors | own, tmp_path / "it.safetensors")
+        with pytest.raises(ValueError, match=f"^[^:]*it.safetensors: {next(iter(shapes))} .* is part of {kind}"):
+            load_adapter(make_dit(), tmp_path / "it.safetensors")
+
+
+def test_a_layer_of_another_kind_is_named(tmp_path):
+    save_file(
+        {"pos_embed.proj.lora_A.weight": torch.ones(1, 4), "pos_embed.proj.lora_B.weight": torch.ones(32, 1)},
+        tmp_path / "it.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match="serves no linear layer of DiTTransformer2DModel, but pos_embed.proj, a Conv2d"
+    ):
+        load_adapter(make_dit(), tmp_path / "it.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------
+# A base that has an IP-Adapter
+
+
+def with_ip_adapter(model, kind):
+    """The model with the modules that diffusers' `load_ip_adapter` puts into it."""
+    from diffusers.models import attention_processor as processors
+    from diffusers.models import embeddings
+
+    if kind == "sd3":
+        model.image_proj = embeddings.IPAdapterTimeImageProjection(
+            embed_dim=8, output_dim=16, hidden_dim=8, depth=1, dim_head=4, heads=2, num_queries=2, timestep_in_dim=8
+        )
+    else:
+        model.encoder_hid_proj = embeddings.MultiIPAdapterImageProjection([embeddings.ImageProjection(8, 8, 2)])
+    makers = {
+        "sd3": lambda: processors.SD3IPAdapterJointAttnProcessor2_0(32, 16, 8, timesteps_emb_dim=32),
+        "flux": lambda: processors.FluxIPAdapterJointAttnProcessor2_0(32, 8),
+        "unet": lambda: processors.IPAdapterAttnProcessor2_0(16, 8),
+    }
+    model.set_attn_processor({name: makers[kind]() for name in model.attn_processors})
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, make, config",
+    [
+        ("sd3", sd3, AdapterConfig(norms=True)),
+        ("sd3", sd3, AdapterConfig("lora")),
+        ("flux", flux, AdapterConfig()),
+        ("unet", unet, AdapterConfig(norms=True)),
+    ],
+)
+def test_an_adapter_fits_a_base_with_an_ip_adapter_and_one_without(kind, make, config, tmp_path):
+    base = inject_adapter(make()[0], config)
+    files = [save_adapter(base, tmp_path / "base")]
+    adapted = with_ip_adapter(make()[0], kind)
+    assert any("IPAdapter" in type(module).__name__ for module in adapted.modules())
+    files.append(save_adapter(inject_adapter(adapted, config), tmp_path / "adapted"))
+    names = set(adapter_state_dict(base))
+    assert set(adapter_state_dict(adapted)) == names
+    for file in files:
+        for model in (make()[0], with_ip_adapter(make()[0], kind)):
+            assert set(adapter_state_dict(load_adapter(model, file))) == names

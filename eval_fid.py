@@ -23,6 +23,7 @@ from onelora_diffusion import OneLoRADiTPipeline, count_trainable, disable_adapt
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.images import Source, open_images, share
 from onelora_diffusion.evaluation.judge import Judge, check_material, compare, metrics_of_each
@@ -120,7 +121,7 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     default = default_for(dataset, settings.reference)
     features = features_of(settings, default, source.resolution, accelerator)
     numbers = class_numbers(dataset, names)
-    if dataset in ("digits", "fashion-mnist") and not (numbers or settings.reference):
+    if classes_of(dataset) and not (numbers or settings.reference):
         raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
     frequencies = None
     if settings.labels == "dataset":

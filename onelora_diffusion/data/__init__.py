@@ -1,11 +1,10 @@
 """Data sets of (image, label) with their class names, and the latents that a VAE makes of them."""
 
-import difflib
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-DATASETS = ("digits", "fashion-mnist", "food101", "imagefolder")
+from onelora_diffusion.data.table import Request, kind_of
 
 
 def load_dataset(
@@ -22,8 +21,8 @@ def load_dataset(
     It has the attributes `name`, `num_classes` and `id2label: dict[int, str]`.
 
     Args:
-        name: one of `DATASETS`; or `torchvision:CLASS`, any of torchvision's classification data sets; or `hf:NAME`,
-            one of the Hugging Face hub or a folder that its library `datasets` reads.
+        name: one of `data.table.DATASETS`; so `torchvision:CLASS`, any of torchvision's classification data sets, and
+            `hf:NAME`, one of the Hugging Face hub or a folder that its library `datasets` reads.
         root: where the files lie: for `food101` the folder that holds `food-101/` (default `data`), for
             `imagefolder` the folder of one folder a class, or of `train/` and `test/` with those inside, for
             `fashion-mnist` see `data.fashion`.
@@ -37,47 +36,7 @@ def load_dataset(
         ValueError: an unknown name, or `classes` for a data set that cannot choose.
         FileNotFoundError: there is no such data, with what to do about it.
     """
-    check_name(name)
-    if classes is not None and name not in ("digits", "fashion-mnist"):
-        raise ValueError(f"classes can be chosen for digits and fashion-mnist only, not for {name!r}")
-    chosen = {} if classes is None else {"classes": classes}
-    if name == "digits":
-        from onelora_diffusion.data.digits import Digits
-
-        return Digits(split=split, resolution=resolution, **chosen)
-    if name == "fashion-mnist":
-        from onelora_diffusion.data.fashion import FashionMNIST
-
-        return FashionMNIST(root, split, resolution, download=download, **chosen)
-    if name == "food101":
-        from onelora_diffusion.data.images import food101
-
-        return food101(root or "data", split, resolution, download, broken)
-    if name == "imagefolder":
-        from onelora_diffusion.data.images import image_folder
-
-        if root is None:
-            raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
-        return image_folder(root, split, resolution, broken)
-    kind, _, rest = name.partition(":")
-    if kind == "torchvision":
-        from onelora_diffusion.data.from_torchvision import torchvision_images
-
-        return torchvision_images(rest, root or "data", split, resolution, download, broken)
-    from onelora_diffusion.data.from_hub import hub_images
-
-    return hub_images(rest, root, split, resolution, broken)
-
-
-def check_name(name: str) -> None:
-    """ValueError for a name that `load_dataset` does not know."""
-    kind, _, rest = name.partition(":")
-    if kind == "torchvision" and rest:
-        from onelora_diffusion.data.from_torchvision import class_of
-
-        class_of(rest)
-    elif name not in DATASETS and not (kind == "hf" and rest):
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        known = ", ".join(DATASETS)
-        raise ValueError(f"unknown dataset {name!r}: choose one of {known}, torchvision:CLASS, hf:NAME{hint}")
+    kind, rest = kind_of(name)
+    if classes is not None and not kind.classes:
+        raise ValueError(f"classes of {name!r} cannot be chosen: it is read as a whole")
+    return kind.load(Request(rest, root, split, resolution, classes, download, broken))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.fashion import CLASSES as FASHION_CLASSES
+from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.evaluation.images import to_uint8
 
 
@@ -39,9 +39,12 @@ class DigitClassifier:
         )
 
 
+CLASSIFIERS = {"digits": DigitClassifier}  # by the data set: made for a resolution
+
+
 def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
-    """Which class of the data set each name is; None if one is none of them, or the data set has no classifier."""
-    classes = {"digits": "0123456789", "fashion-mnist": FASHION_CLASSES}.get(dataset, ())
+    """Which class of the data set each name is; None if one is none of them, or its classes cannot be chosen."""
+    classes = classes_of(dataset)
     return tuple(map(classes.index, names)) if set(names) <= set(classes) else None
 
 
@@ -64,11 +67,11 @@ class Recognition:
 def recognition_of(dataset: str, names: Sequence[str], features, resolution: int) -> Recognition | None:
     """For labels with these names; None where nothing reads them.
 
-    Digits have a classifier of their own; Fashion-MNIST that whose features are compared, where those are.
+    A data set may have a classifier of its own, or be read by that whose features are compared.
     """
     numbers = class_numbers(dataset, names)
-    if numbers and dataset == "digits":
-        return Recognition(DigitClassifier(resolution), numbers)
+    if numbers and dataset in CLASSIFIERS:
+        return Recognition(CLASSIFIERS[dataset](resolution), numbers)
     if numbers and dataset == features.name:
         return Recognition(features, numbers)
     return None

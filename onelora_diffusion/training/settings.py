@@ -16,8 +16,8 @@ import yaml
 
 from onelora_diffusion.command_line import check_flags, command, with_switches
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.data import check_name
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.data.table import kind_of
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity
 from onelora_diffusion.training.stopping import parse_duration
@@ -209,7 +209,7 @@ class Settings(RunSettings):
 
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""
-        check_name(self.dataset)
+        kind_of(self.dataset)
         check_settings(self)
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")

@@ -1,16 +1,22 @@
-"""A feature and a metric more are a file and a row each: the rest of the command line follows the tables."""
+"""A feature, a metric and a data set more are a file and a row each: the command lines follow the tables."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import eval_fid
+from onelora_diffusion.data import load_dataset
+from onelora_diffusion.data.table import DATASETS, DatasetKind, Defaults
 from onelora_diffusion.evaluation.features import FEATURES, FeatureKind
 from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.labels import class_frequencies
 from onelora_diffusion.evaluation.metrics import GENERATED, METRICS, REAL, Metric, MetricSettings, Shown
 from onelora_diffusion.evaluation.settings import parse
+from onelora_diffusion.evaluation.statistics_file import load_statistics
+from onelora_diffusion.training.settings import parse_command_line
 
 
 class Brightness(Features):
@@ -57,6 +63,41 @@ def test_a_row_is_all_that_a_feature_and_a_metric_need(tables, tmp_path, capsys)
     assert filed["results"]["a.npz"]["distance"] == pytest.approx(report["results"]["a.npz"]["distance"], rel=1e-9)
     with pytest.raises(SystemExit, match="b.npz' is given as statistics: --metrics gap needs the images"):
         run(*files, "--metrics", "gap")
+
+
+class Shades(torch.utils.data.Dataset):
+    """Two classes of grey squares, bright ones three times as often."""
+
+    name, crop, num_classes, id2label = "shades", "none", 2, {0: "dark", 1: "bright"}
+
+    def __init__(self, request):
+        self.split, self.resolution, self.labels = request.split, request.resolution, [0, 1, 1, 1] * 5
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        value = self.labels[index] * 0.9 - 0.8 + index / 100
+        return torch.full((3, self.resolution, self.resolution), value), self.labels[index]
+
+
+def test_a_row_is_all_that_a_data_set_needs(tables, tmp_path, monkeypatch):
+    own = Defaults(recipe="digits.yaml", resolution=8, features="brightness")
+    monkeypatch.setitem(DATASETS, "shades", DatasetKind(Shades, own))
+    dataset = load_dataset("shades", split="test", resolution=4)
+    assert len(dataset) == 20 and dataset.split == "test" and dataset[0][0].shape == (3, 4, 4)
+    run("ref", "--dataset", "shades", "--output", tmp_path / "shades.safetensors")
+    filed = load_statistics(tmp_path / "shades.safetensors")
+    assert (filed.origin.features, filed.origin.dataset, filed.origin.resolution) == ("brightness", "shades", 8)
+    assert filed.statistics.count == 20
+    assert class_frequencies(dataset, ["bright", "dark"]) == [15, 5]
+    settings = parse_command_line(["--dataset", "shades"], Path(__file__).parents[2] / "configs")
+    settings.check()
+    assert settings.dataset == "shades" and settings.output_dir.name == "shades"
+    with pytest.raises(ValueError, match="classes of 'shades' cannot be chosen"):
+        load_dataset("shades", classes=(1,))
+    with pytest.raises(ValueError, match="unknown dataset 'shade': choose .* .did you mean shades"):
+        load_dataset("shade")
 
 
 def test_names_that_no_table_has_are_refused_with_those_that_it_has(tmp_path):

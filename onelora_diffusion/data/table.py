@@ -1,0 +1,148 @@
+"""The data sets by name, a row each: what reads one, and what suits it where nothing is chosen."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from onelora_diffusion.data.fashion import CLASSES
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The values of a data set; those written here are for photographs."""
+
+    recipe: str = "food101.yaml"
+    """Of training, in configs/."""
+    resolution: int = 256
+    """Pixels a side of the real images."""
+    features: str = "inception"
+    """What generated and real images are compared by."""
+    guidance_scale: float = 4.0
+    """Of pictures to look at."""
+    eval_guidance_scale: float = 1.5
+    """Of images to measure: a distance likes less of it."""
+    eval_images: int = 10_000
+    eval_steps: int = 50
+    compares_base: bool = False
+    """Whether the base is measured beside the adapter."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a data set: see `load_dataset`. `name` is what follows the colon, as in `hf:NAME`."""
+
+    name: str
+    root: Path | str | None
+    split: str
+    resolution: int
+    classes: tuple[int, ...] | None
+    download: bool
+    broken: str
+
+    @property
+    def chosen(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.classes is None else {"classes": self.classes}
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """A row of `DATASETS`.
+
+    Attributes:
+        load: what is asked for -> the data set.
+        defaults: what suits it.
+        classes: the names of all its classes, where some of them can be chosen by their numbers.
+        of_many: what a name has after a colon, where the row stands for many data sets.
+        check_name: ValueError for such a name that is known to be wrong.
+    """
+
+    load: Callable[[Request], Dataset]
+    defaults: Defaults = field(default_factory=Defaults)
+    classes: tuple[str, ...] = ()
+    of_many: str = ""
+    check_name: Callable[[str], object] = lambda name: None
+
+
+def _digits(request: Request) -> Dataset:
+    from onelora_diffusion.data.digits import Digits
+
+    return Digits(split=request.split, resolution=request.resolution, **request.chosen)
+
+
+def _fashion_mnist(request: Request) -> Dataset:
+    from onelora_diffusion.data.fashion import FashionMNIST
+
+    asked = request.root, request.split, request.resolution
+    return FashionMNIST(*asked, download=request.download, **request.chosen)
+
+
+def _food101(request: Request) -> Dataset:
+    from onelora_diffusion.data.images import food101
+
+    return food101(request.root or "data", request.split, request.resolution, request.download, request.broken)
+
+
+def _imagefolder(request: Request) -> Dataset:
+    from onelora_diffusion.data.images import image_folder
+
+    if request.root is None:
+        raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
+    return image_folder(request.root, request.split, request.resolution, request.broken)
+
+
+def _torchvision(request: Request) -> Dataset:
+    from onelora_diffusion.data.from_torchvision import torchvision_images
+
+    asked = request.root or "data", request.split, request.resolution, request.download, request.broken
+    return torchvision_images(request.name, *asked)
+
+
+def _check_torchvision(name: str) -> None:
+    from onelora_diffusion.data.from_torchvision import class_of
+
+    class_of(name)
+
+
+def _hub(request: Request) -> Dataset:
+    from onelora_diffusion.data.from_hub import hub_images
+
+    return hub_images(request.name, request.root, request.split, request.resolution, request.broken)
+
+
+DATASETS = {
+    "digits": DatasetKind(
+        _digits,
+        Defaults("digits.yaml", 16, "pixels", 2.0, 2.0, 500, 25, compares_base=True),
+        classes=tuple("0123456789"),
+    ),
+    "fashion-mnist": DatasetKind(_fashion_mnist, Defaults("fashion_mnist.yaml"), classes=CLASSES),
+    "food101": DatasetKind(_food101),
+    "imagefolder": DatasetKind(_imagefolder),
+    "torchvision": DatasetKind(_torchvision, of_many="CLASS", check_name=_check_torchvision),
+    "hf": DatasetKind(_hub, of_many="NAME"),
+}
+
+
+def kind_of(name: str) -> tuple[DatasetKind, str]:
+    """The row of a data set, and what follows the colon in its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    row, _, rest = name.partition(":")
+    kind = DATASETS.get(row)
+    if kind is None or bool(rest) != bool(kind.of_many):
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join(f"{row}:{kind.of_many}" if kind.of_many else row for row, kind in DATASETS.items())
+        raise ValueError(f"unknown dataset {name!r}: choose one of {known}{hint}")
+    kind.check_name(rest)
+    return kind, rest
+
+
+def classes_of(name: str) -> tuple[str, ...]:
+    """The names of all classes of a data set of which some can be chosen; none of any other."""
+    return DATASETS[name].classes if name in DATASETS else ()

@@ -42,10 +42,9 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
-from onelora_diffusion.data.row_cache import digest
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_named, family_of
-from onelora_diffusion.files import check_place, printable, write_bytes, written_beside
+from onelora_diffusion.files import check_place, digest, printable, write_bytes, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
 from onelora_diffusion.pipelines.base import load_base, load_text_to_image

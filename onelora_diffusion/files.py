@@ -3,15 +3,18 @@
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -139,6 +142,15 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of names, types, shapes and bytes of tensors, in the order of their names."""
+    sha256 = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def first_line(error: Exception, limit: int = 400) -> str:

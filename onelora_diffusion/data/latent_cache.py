@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from onelora_diffusion.data.buckets import Buckets
 from onelora_diffusion.data.identity import fingerprint
 from onelora_diffusion.data.latents import encode_moments
-from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, digest, split
+from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split
+from onelora_diffusion.files import digest
 
 SHARD_SIZE = 1024  # images
 BUCKET_SHARD_SIZE = 64  # of images in buckets, which may be of any size: a shard is put together in memory

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from onelora_diffusion.files import write_bytes
+from onelora_diffusion.files import digest, write_bytes
 
 
 class NotFiniteRowError(ValueError):
@@ -139,15 +139,6 @@ def is_whole(path: Path) -> bool:
         return digest(load_file(path)) == written
     except (SafetensorError, OSError):
         return False
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of tensors' names, shapes and bytes."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:

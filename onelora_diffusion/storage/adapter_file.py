@@ -1,7 +1,6 @@
 """Adapter files: one self-describing .safetensors, strictly checked."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.files import digest, printable, written_beside
 from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, check_fits, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
@@ -89,7 +88,7 @@ def save_adapter(
     text = json.dumps(header)
     path = _file_of(path)
     _described(strict_json(text, str(path)), own)  # what is written can be read
-    metadata = {"onelora": text, "sha256": checksum(text, tensors)}
+    metadata = {"onelora": text, "sha256": digest(tensors, text)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
         save_file(tensors, part, metadata=metadata)
@@ -138,7 +137,7 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
         check_fits(model, adapter, file.source)
     for name, tensor in tensors.items():
         check_values(name, tensor, file.source)
-    if header.get("format", 1) > 1 and file.metadata.get("sha256") != checksum(text, tensors):
+    if header.get("format", 1) > 1 and file.metadata.get("sha256") != digest(tensors, text):
         raise ValueError(f"{file.source}: is damaged, for it is not what was written; copy or download it again")
     if is_newer(adapter.version):
         logger.warning(
@@ -160,15 +159,6 @@ def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
         return _described(header, tensors), header
     except ValueError as error:
         raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
-
-
-def checksum(settings: str, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all that an adapter file holds: settings, and names, types, shapes and bytes of its tensors."""
-    sha256 = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
 
 
 def _file_of(path: str | os.PathLike) -> Path:

@@ -19,9 +19,10 @@ from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.data.row_cache import NotFiniteRowError, digest
+from onelora_diffusion.data.row_cache import NotFiniteRowError
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families.family import Family, Prompts
+from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.processes import check_equal, on_every_process
 from onelora_diffusion.training.holding import HeldFolder

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 
 from onelora_diffusion import OneLoRADiTPipeline, count_trainable, disable_adapter, load_adapter, read_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
-from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.devices import peak_memory_bytes
@@ -125,7 +124,7 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
         raise ValueError(f"'{names[-1]}' is no class of --dataset {dataset}: give a --reference")
     frequencies = None
     if settings.labels == "dataset":
-        real = load_dataset(dataset, settings.data_root, settings.split, source.resolution, classes=numbers)
+        real = settings.load(dataset, source.resolution, numbers)
         frequencies = class_frequencies(real, names)
     labels = draw_labels(settings.labels, settings.num_images, len(names), settings.seed, frequencies)
     origins = [Origin.of(each, source) for each in features]

@@ -55,6 +55,8 @@ class ClassTask:
                 resolution_of(self.pipeline),
                 download=settings.download,
                 broken=settings.broken_images,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
             )
         accelerator.print(describe(self.dataset))
         self.data = data_identity(self.dataset)

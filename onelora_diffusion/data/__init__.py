@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from onelora_diffusion.data.table import Request, kind_of
+from onelora_diffusion.data.table import Request, check_columns, kind_of
 
 
 def load_dataset(
@@ -15,6 +15,8 @@ def load_dataset(
     classes: tuple[int, ...] | None = None,
     download: bool = False,
     broken: str = "fatal",
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Dataset:
     """A data set of `(image, label)`: image float32 (3, resolution, resolution) in [-1, 1], label an int.
 
@@ -31,12 +33,15 @@ def load_dataset(
         download: for `food101` (5 GB), `fashion-mnist` (30 MB) and torchvision's, fetch the files where they are
             missing; `hf:` does without being asked.
         broken: what an unreadable photograph is: `fatal`, or `skip` (see `data.images.ClassifiedImages`).
+        image_column, label_column: of `hf:`, where there are several (see `data.from_hub.hub_images`).
 
     Raises:
-        ValueError: an unknown name, or `classes` for a data set that cannot choose.
+        ValueError: an unknown name, or `classes` or columns for a data set that cannot choose.
         FileNotFoundError: there is no such data, with what to do about it.
     """
     kind, rest = kind_of(name)
+    check_columns(name, image_column, label_column)
     if classes is not None and not kind.classes:
         raise ValueError(f"classes of {name!r} cannot be chosen: it is read as a whole")
-    return kind.load(Request(rest, root, split, resolution, classes, download, broken))
+    asked = root, split, resolution, classes, download, broken, image_column, label_column
+    return kind.load(Request(rest, *asked))

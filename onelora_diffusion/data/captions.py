@@ -235,12 +235,9 @@ class HubPictures(Pictures):
 
 def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str | None, caption_column: str):
     rows = hub_rows(name, root, split)
-    image_column = image_column or column_of_type(name, rows, "Image")
-    for column in [image_column] + [caption_column] * (prompt is None):
-        if column not in rows.features:
-            raise ValueError(f"hf:{name} has no column {column!r}: it has {printable(', '.join(rows.features))}")
-    if (stored := type(rows.features[image_column]).__name__) != "Image":
-        raise ValueError(f"hf:{name} has no images in its column {image_column!r}, but {stored}")
+    image_column = column_of_type(name, rows, "Image", image_column, "--image-column")
+    if prompt is None and caption_column not in rows.features:
+        raise ValueError(f"hf:{name} has no column {caption_column!r}: it has {printable(', '.join(rows.features))}")
     if not len(rows):
         raise ValueError(f"hf:{name}, split {split}, has no rows")
     if prompt is None:

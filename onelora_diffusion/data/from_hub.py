@@ -11,33 +11,68 @@ from onelora_diffusion.files import first_line, printable
 class HubImages(Dataset):
     """(PIL image, label) of the rows of a `datasets.Dataset`."""
 
-    def __init__(self, rows, image_column: str, label_column: str):
-        self.rows, self.image_column, self.label_column = rows, image_column, label_column
+    def __init__(self, rows, image_column: str, labels: list[int]):
+        self.rows, self.image_column, self.labels = rows, image_column, labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int):
-        row = self.rows[index]
-        return row[self.image_column], row[self.label_column]
+        image = self.rows[index][self.image_column]
+        if image is None:
+            raise ValueError("its row has no image")
+        return image, self.labels[index]
 
 
 def hub_images(
-    name: str, root: str | Path | None, split: str, resolution: int, broken: str = "fatal"
+    name: str,
+    root: str | Path | None,
+    split: str,
+    resolution: int,
+    broken: str = "fatal",
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ClassifiedImages:
-    """A data set with one column of images and one of class labels, by its name on the hub, or a local folder.
+    """A data set of images and labels, by its name on the hub, or a local folder.
 
     Args:
         root: where downloads are kept; None: the library's own cache.
+        image_column: None: the only column of images.
+        label_column: of class labels, or of texts or integers, which are then the classes in their order. None: the
+            only column of class labels.
 
     Raises:
-        ValueError: the library is missing, or there is no such data set, split or pair of columns.
+        ValueError: the library is missing, there is no such data set, split or column, or a row has no label.
     """
     rows = hub_rows(name, root, split)
-    columns = {kind: column_of_type(name, rows, kind) for kind in ("Image", "ClassLabel")}
-    names = rows.features[columns["ClassLabel"]].names
-    source = HubImages(rows, columns["Image"], columns["ClassLabel"])
+    image_column = column_of_type(name, rows, "Image", image_column, "--image-column")
+    label_column = column_of_type(name, rows, "ClassLabel", label_column, "--label-column")
+    labels, names = labels_of(name, rows, label_column)
+    source = HubImages(rows, image_column, labels)
     return ClassifiedImages(f"hf:{name}", source, names, resolution, broken, split)
+
+
+def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:
+    """The label of each row, and the names of the classes; ValueError if a row has none, or something else."""
+    values, names = values_of(rows, column), getattr(rows.features[column], "names", None)
+    kinds = str | int if names is None else int
+    missing = [row for row, value in enumerate(values) if value is None or names is not None and value == -1]
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of the {len(values):,} rows of hf:{name} have no label in the column {column!r} (row "
+            f"{missing[0]} has {values[missing[0]]}): save the others by the data set's own `filter`, or choose "
+            "another --label-column"
+        )
+    wrong = next((row for row, value in enumerate(values) if not isinstance(value, kinds)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"hf:{name} has no labels in its column {column!r}: row {wrong} has {printable(repr(values[wrong]), 60)}"
+        )
+    if names is not None:
+        return list(values), names
+    found = sorted(set(values))
+    label_of = {value: label for label, value in enumerate(found)}
+    return [label_of[value] for value in values], list(map(str, found))
 
 
 def hub_rows(name: str, root: str | Path | None, split: str):
@@ -52,10 +87,31 @@ def hub_rows(name: str, root: str | Path | None, split: str):
         raise ValueError(f"hf:{name}, split {split}, does not load: {first_line(error)}") from error
 
 
-def column_of_type(name: str, rows, kind: str) -> str:
-    """The one column whose feature is of a type, `Image` or `ClassLabel`; ValueError if there is not one."""
-    found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
-    if len(found) != 1:
-        listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
-        raise ValueError(f"hf:{name} has not one column of type {kind}: {printable(listed, 400)}")
-    return found[0]
+def values_of(rows, column: str) -> list:
+    """All values of a column."""
+    try:
+        return list(rows[column])
+    except TypeError:  # a plain list of rows
+        return [row[column] for row in rows]
+
+
+def column_of_type(name: str, rows, kind: str, chosen: str | None, flag: str) -> str:
+    """The column that is chosen, or the one whose feature is of a type, `Image` or `ClassLabel`.
+
+    Raises:
+        ValueError: there is no such column, or not one alone of the type; or what is chosen for images has none.
+    """
+    listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+    if chosen is None:
+        found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]
+        if len(found) != 1:
+            raise ValueError(
+                f"hf:{name} has not one column of type {kind}: {printable(listed, 400)}; choose one by {flag}"
+            )
+        return found[0]
+    if chosen not in rows.features:
+        raise ValueError(f"hf:{name} has no column {chosen!r}: it has {printable(listed, 400)}")
+    stored = type(rows.features[chosen]).__name__
+    if kind == "Image" != stored:
+        raise ValueError(f"hf:{name} has no images in its column {chosen!r}, but {stored}")
+    return chosen

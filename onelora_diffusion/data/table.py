@@ -41,6 +41,8 @@ class Request:
     classes: tuple[int, ...] | None
     download: bool
     broken: str
+    image_column: str | None
+    label_column: str | None
 
     @property
     def chosen(self) -> dict[str, tuple[int, ...]]:
@@ -55,6 +57,7 @@ class DatasetKind:
         load: what is asked for -> the data set.
         defaults: what suits it.
         classes: the names of all its classes, where some of them can be chosen by their numbers.
+        has_columns: whether the columns of images and labels can be chosen.
         of_many: what a name has after a colon, where the row stands for many data sets.
         check_name: ValueError for such a name that is known to be wrong.
     """
@@ -62,6 +65,7 @@ class DatasetKind:
     load: Callable[[Request], Dataset]
     defaults: Defaults = field(default_factory=Defaults)
     classes: tuple[str, ...] = ()
+    has_columns: bool = False
     of_many: str = ""
     check_name: Callable[[str], object] = lambda name: None
 
@@ -109,7 +113,8 @@ def _check_torchvision(name: str) -> None:
 def _hub(request: Request) -> Dataset:
     from onelora_diffusion.data.from_hub import hub_images
 
-    return hub_images(request.name, request.root, request.split, request.resolution, request.broken)
+    columns = request.image_column, request.label_column
+    return hub_images(request.name, request.root, request.split, request.resolution, request.broken, *columns)
 
 
 DATASETS = {
@@ -122,7 +127,7 @@ DATASETS = {
     "food101": DatasetKind(_food101),
     "imagefolder": DatasetKind(_imagefolder),
     "torchvision": DatasetKind(_torchvision, of_many="CLASS", check_name=_check_torchvision),
-    "hf": DatasetKind(_hub, of_many="NAME"),
+    "hf": DatasetKind(_hub, has_columns=True, of_many="NAME"),
 }
 
 
@@ -141,6 +146,13 @@ def kind_of(name: str) -> tuple[DatasetKind, str]:
         raise ValueError(f"unknown dataset {name!r}: choose one of {known}{hint}")
     kind.check_name(rest)
     return kind, rest
+
+
+def check_columns(name: str, image_column: str | None, label_column: str | None) -> None:
+    """ValueError for columns of a data set that has none."""
+    if not kind_of(name)[0].has_columns and (image_column or label_column):
+        flag = f"--image-column {image_column}" if image_column else f"--label-column {label_column}"
+        raise ValueError(f"{flag} is for hf:NAME, not for {name}")
 
 
 def classes_of(name: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
@@ -41,7 +40,7 @@ def real_images(settings, images: Path | None, dataset: str, resolution: int, cl
     """Images on disk where a path is given, else the data set (some classes of it)."""
     if images:
         return open_images(images)
-    real = load_dataset(dataset, settings.data_root, settings.split, resolution, classes=classes)
+    real = settings.load(dataset, resolution, classes)
     return DatasetImages(real, resolution)
 
 

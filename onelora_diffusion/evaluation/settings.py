@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from torch.utils.data import Dataset
 
 from onelora_diffusion.command_line import with_switches
+from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.evaluation.features import FEATURES
@@ -40,6 +42,15 @@ class DatasetSettings:
     """Where the data set lies."""
     split: str = "train"
     """Which part of it: train or test."""
+    image_column: str | None = None
+    """Of hf:NAME: where the image is. None: its only column of images."""
+    label_column: str | None = None
+    """Of hf:NAME: where the label is, a class, a text or an integer. None: its only column of class labels."""
+
+    def load(self, dataset: str, resolution: int, classes: tuple[int, ...] | None = None) -> Dataset:
+        """The data set of a name, some classes of it: see `data.load_dataset`."""
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        return load_dataset(dataset, self.data_root, self.split, resolution, classes=classes, **columns)
 
 
 @dataclass(frozen=True, kw_only=True)

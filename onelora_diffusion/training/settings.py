@@ -17,7 +17,7 @@ import yaml
 from onelora_diffusion.command_line import check_flags, command, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
-from onelora_diffusion.data.table import kind_of
+from onelora_diffusion.data.table import check_columns, kind_of
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity
 from onelora_diffusion.training.stopping import parse_duration
@@ -178,6 +178,10 @@ class Settings(RunSettings):
     its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
     data_root: Path | None = None
     """Where the data set lies: the folder that holds food-101/, or the one of one folder a class."""
+    image_column: str | None = None
+    """Of hf:NAME: where the image is. None: its only column of images."""
+    label_column: str | None = None
+    """Of hf:NAME: where the label is, a class, a text or an integer. None: its only column of class labels."""
     download: bool = False
     """Fetch the data set (Food-101: 5 GB) if it is not there."""
     base: str | None = None
@@ -210,6 +214,7 @@ class Settings(RunSettings):
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""
         kind_of(self.dataset)
+        check_columns(self.dataset, self.image_column, self.label_column)
         check_settings(self)
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")

@@ -116,3 +116,91 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="hf:pets/tiny needs a package that is missing: pip install datasets"):
         load_dataset("hf:pets/tiny", resolution=8)
+
+
+def hub_of(monkeypatch, features, **columns):
+    """A set of the hub with these columns; those of images are named."""
+    rows = Rows(dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True))
+    monkeypatch.setattr(Rows, "features", features)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows))
+
+
+WHITE, BLACK = Image.new("L", (8, 8), 255), Image.new("L", (8, 8), 0)
+
+
+def test_columns_of_the_hub_can_be_chosen_and_texts_and_integers_are_labels(monkeypatch):
+    features = {"image": Feature(), "mask": Feature(), "coarse": ClassLabel(), "fine": ClassLabel()}
+    features |= {"text": object(), "number": object()}
+    hub_of(
+        monkeypatch,
+        features,
+        image=[BLACK] * 3,
+        mask=[WHITE] * 3,
+        coarse=[0, 0, 1],
+        fine=[1, 0, 1],
+        text=["pear", "fig", "pear"],
+        number=[7, 7, 3],
+    )
+    for column, names, labels in (
+        ("coarse", {0: "cat", 1: "dog"}, [0, 0, 1]),
+        ("fine", {0: "cat", 1: "dog"}, [1, 0, 1]),
+        ("text", {0: "fig", 1: "pear"}, [1, 0, 1]),
+        ("number", {0: "3", 1: "7"}, [1, 1, 0]),
+    ):
+        dataset = load_dataset("hf:a/b", resolution=8, image_column="mask", label_column=column)
+        assert dataset.id2label == names and [dataset[index][1] for index in range(3)] == labels
+        assert torch.equal(dataset[0][0], torch.ones(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (dict(), "has not one column of type Image: image .Image., mask .Image., .*; choose one by --image-column"),
+        (dict(image_column="mask"), "has not one column of type ClassLabel: .*; choose one by --label-column"),
+        (dict(image_column="picture"), "has no column 'picture': it has image .Image., mask"),
+        (dict(image_column="minus"), "has no images in its column 'minus', but ClassLabel"),
+        (dict(image_column="mask", label_column="kind"), "has no column 'kind'"),
+        (
+            dict(image_column="mask", label_column="minus"),
+            "2 of the 3 rows .* have no label in the column 'minus' .row 1",
+        ),
+        (
+            dict(image_column="mask", label_column="null"),
+            "1 of the 3 rows .* in the column 'null' .row 2 has None.: save",
+        ),
+        (dict(image_column="mask", label_column="real"), "no labels in its column 'real': row 0 has 0.5"),
+        (dict(image_column="mask", label_column="several"), "no labels in its column 'several': row 0 has .'a', 'b'."),
+        (dict(image_column="mask", label_column="image"), "no labels in its column 'image': row 0 has <PIL"),
+    ],
+)
+def test_columns_that_are_no_images_or_labels_are_one_clear_line(monkeypatch, chosen, message):
+    features = {"image": Feature(), "mask": Feature(), "minus": ClassLabel(), "null": ClassLabel()}
+    features |= {"real": object(), "several": object()}
+    hub_of(
+        monkeypatch,
+        features,
+        image=[BLACK] * 3,
+        mask=[WHITE] * 3,
+        minus=[0, -1, -1],
+        null=[0, 1, None],
+        real=[0.5] * 3,
+        several=[["a", "b"]] * 3,
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        load_dataset("hf:a/b", resolution=8, **chosen)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_an_image_is_a_broken_image(monkeypatch):
+    hub_of(monkeypatch, {"image": Feature(), "label": ClassLabel()}, image=[BLACK, None, WHITE], label=[0, 0, 1])
+    with pytest.raises(BrokenImageError, match="image 1 of hf:a/b is not readable: its row has no image"):
+        load_dataset("hf:a/b", resolution=8)[1]
+    image, label = load_dataset("hf:a/b", resolution=8, broken="skip")[1]
+    assert label == 1 and torch.equal(image, torch.ones(3, 8, 8))
+
+
+def test_columns_are_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="--image-column x is for hf:NAME, not for digits"):
+        load_dataset("digits", image_column="x")
+    with pytest.raises(ValueError, match="--label-column y is for hf:NAME, not for torchvision:CIFAR10"):
+        load_dataset("torchvision:CIFAR10", label_column="y")

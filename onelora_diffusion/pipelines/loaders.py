@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from onelora_diffusion.injection import model_verbs
 from onelora_diffusion.injection.attaching import attach_adapter_file, swap_values
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, take_scale, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
-from onelora_diffusion.injection.verbs import set_adapters, unload_adapter
+from onelora_diffusion.injection.verbs import unload_adapter
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.finding import Place, find_weights
@@ -27,6 +27,7 @@ from onelora_diffusion.storage.reading import json_or_text, read_dict, read_file
 
 logger = logging.getLogger(__name__)
 
+DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two, one after the other
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 
 
@@ -42,6 +43,8 @@ class _on_the_class_too:
 
 class OneLoRALoaderMixin:
     """`load_lora_weights` and its family, over any diffusers pipeline with a `transformer` or a `unet`.
+
+    Of two transformers (Wan 2.2), each has adapters of its own, and a verb means those of both that it names.
 
         class OneLoRAFluxPipeline(OneLoRALoaderMixin, FluxPipeline): ...
         pipe = OneLoRALoaderMixin.from_pipe(pipe)     # the same for a pipeline that is in memory
@@ -92,6 +95,7 @@ class OneLoRALoaderMixin:
         hotswap: bool = False,
         *,
         low_cpu_mem_usage: bool = True,
+        load_into_transformer_2: bool = False,
         **place,
     ) -> None:
         """Load an adapter; it is the active one then, and what trains stays so (`train_adapters`).
@@ -106,13 +110,17 @@ class OneLoRALoaderMixin:
             hotswap: write the values into the present adapter `adapter_name` (None: the active one), which must be of
                 the same kind; who serves stays so, and a compiled model is not compiled again.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
+            load_into_transformer_2: into the second of two transformers.
             **place (Any): which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
 
         Raises:
             FileNotFoundError: no such file, folder, or repository in reach.
             ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
         """
-        model, place = self._adapted_model(), Place(**place)
+        models, place = self._models(), Place(**place)
+        if load_into_transformer_2 and "transformer_2" not in models:
+            raise ValueError(f"load_into_transformer_2: {type(self).__name__} has no second transformer; leave it out")
+        model = models["transformer_2"] if load_into_transformer_2 else self._adapted_model()
         if hotswap:
             adapter_name = adapters_of(model).choose(adapter_name)
         else:
@@ -174,6 +182,7 @@ class OneLoRALoaderMixin:
         text_encoder_lora_adapter_metadata: dict | None = None,
         text_encoder_2_lora_adapter_metadata: dict | None = None,
         adapter_name: str | None = None,
+        component: str | None = None,
         id2label: dict[int, str] | None = None,
         base: str | None = None,
         training: dict | None = None,
@@ -193,6 +202,7 @@ class OneLoRALoaderMixin:
             transformer_lora_adapter_metadata: PEFT's settings, for the file's header; so for the next three.
             weight_name: another name for the file.
             adapter_name: which adapter; None: the only one that is active.
+            component: whose, `transformer` or `transformer_2`; None: the only one that has it.
             id2label: as in `save_adapter`; None: what the adapter was loaded with; so for the next two.
             dtype: as in `save_adapter`.
         """
@@ -226,9 +236,20 @@ class OneLoRALoaderMixin:
                 f"{self.__name__}.save_lora_weights writes PEFT's LoRA layers alone: call it on the pipeline that has "
                 "the adapter, or save_adapter(model, path)"
             )
-        if other := [component for component in layers if component != self._component()]:
-            raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in '{self._component()}'")
-        book = adapters_of(self._adapted_model())
+        if other := [name for name in layers if name not in self._models()]:
+            raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {self._components()}")
+        books = {
+            name: book
+            for name, book in self._adapted().items()
+            if component in (name, None) and (adapter_name is None or adapter_name in book.adapters)
+        }
+        if len(books) > 1:
+            raise ValueError(f"adapters are in {' and '.join(books)}: give the component whose is to be saved")
+        if not books:
+            raise ValueError(
+                f"no adapter '{adapter_name}' in {component or self._components()}: there are {self.adapters}"
+            )
+        ((component, book),) = books.items()
         adapter_name = book.choose(adapter_name)
         origin = book.origins.get(adapter_name, {})
         base = base or origin.get("base") or getattr(self.config, "_name_or_path", None)
@@ -237,7 +258,7 @@ class OneLoRALoaderMixin:
                 book.model,
                 Path(save_directory) / (weight_name or WEIGHTS_NAME),
                 adapter_name,
-                state_dict=layers.get(self._component()),
+                state_dict=layers.get(component),
                 id2label=origin.get("id2label") if id2label is None else id2label,
                 base=str(base) if base else None,
                 training=origin.get("training") if training is None else training,
@@ -246,16 +267,16 @@ class OneLoRALoaderMixin:
 
     def unload_lora_weights(self) -> None:
         """Remove every adapter, fused or not; the model is the plain base again, bit for bit."""
-        if self._book() is not None:
-            unload_adapter(self._adapted_model())
+        for book in self._books().values():
+            unload_adapter(book.model)
 
     def delete_adapters(self, adapter_names: str | list[str] | None = None) -> None:
         """Remove the named adapters, or the one that is active; the others serve as before.
 
         Fused weights are unfused first.
         """
-        book = adapters_of(self._adapted_model())
-        book.unload(book.choose_all(adapter_names))
+        for book, names in self._chosen(adapter_names):
+            book.unload(names)
 
     # -----------------------------------------------------------------------------------------------
     # Which adapters serve
@@ -274,32 +295,49 @@ class OneLoRALoaderMixin:
                 `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well. What is for text encoders
                 is left out, with a warning.
         """
-        is_one_for_all = not isinstance(adapter_weights, list | tuple)
-        weights = [self._weight(weight) for weight in ([adapter_weights] if is_one_for_all else adapter_weights)]
-        set_adapters(self._adapted_model(), adapter_names, weights[0] if is_one_for_all else weights)
+        is_for_each = isinstance(adapter_weights, list | tuple)
+        chosen = dict.fromkeys(name for _, names in self._chosen(adapter_names) for name in names)
+        is_named_twice = is_for_each and not isinstance(adapter_names, str | None)
+        names = list(adapter_names) if is_named_twice else list(chosen)
+        weights = list(adapter_weights) if is_for_each else [adapter_weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
+        with self._turns() as books:
+            mixtures = []
+            for component, book in books.items():
+                book.require_unmerged("others are set")
+                own = [
+                    (n, self._weight(w, component)) for n, w in zip(names, weights, strict=True) if n in book.adapters
+                ]
+                mixtures.append(book.weighed([name for name, _ in own], [weight for _, weight in own]))
+            for book, mixture in zip(books.values(), mixtures, strict=True):
+                book.activate(mixture)
 
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that serve; fused ones too, and none while they are disabled."""
-        book = self._book()
-        return [] if book is None else list(book.merged or book.serving)
+        return list(dict.fromkeys(name for book in self._books().values() for name in book.merged or book.serving))
 
     @property
     def adapters(self) -> AdapterTable:
         """Its adapters, one a row: name, method, classes, size and weight. `print(pipe.adapters)` shows a table."""
-        return list_adapters(self._adapted_model())
+        return AdapterTable(row for model in self._models().values() for row in list_adapters(model))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> the names of its adapters, in the order of loading."""
-        book = self._book()
-        return {} if book is None else {self._component(): list(book.adapters)}
+        return {component: list(book.adapters) for component, book in self._books().items()}
 
     def disable_lora(self) -> None:
         """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
-        model_verbs.disable_lora(adapters_of(self._adapted_model()).model)
+        with self._turns() as books:
+            for book in books.values():
+                book.require_unmerged("they are disabled")
+            for book in books.values():
+                model_verbs.disable_lora(book.model)
 
     def enable_lora(self) -> None:
         """Bring back the adapters that `disable_lora` put out of service, with their weights."""
-        model_verbs.enable_lora(adapters_of(self._adapted_model()).model)
+        for book in self._adapted().values():
+            model_verbs.enable_lora(book.model)
 
     def set_lora_device(
         self, adapter_names: str | list[str] | None = None, device: torch.device | str | int = "cpu"
@@ -308,12 +346,11 @@ class OneLoRALoaderMixin:
 
         Such as the host's while others serve; before they serve again they have to be where the base is.
         """
-        book = adapters_of(self._adapted_model())
-        for name in book.choose_all(adapter_names):
-            for module in book.adapters[name].values():
+        for book, names in self._chosen(adapter_names):
+            for module in (module for name in names for module in book.adapters[name].values()):
                 module.to(device)
-        if book.serving:
-            book.activate(book.serving)  # sums of vectors that were kept are on the old device
+            if book.serving:
+                book.activate(book.serving)  # sums of vectors that were kept are on the old device
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
         """Nothing to prepare: vectors have no rank to pad, and are swapped in place in a compiled model too.
@@ -341,12 +378,31 @@ class OneLoRALoaderMixin:
             adapter_names: which adapters; None: those that serve. They count with the weights they have.
         """
         self._check_components(components)
-        model_verbs.fuse_lora(adapters_of(self._adapted_model()).model, lora_scale, safe_fusing, adapter_names)
+        if adapter_names is None:
+            chosen = [(book, None) for book in self._adapted().values() if book.serving or len(self._adapted()) == 1]
+        else:
+            chosen = self._chosen(adapter_names)
+        chosen = [(book, names) for book, names in chosen if self._is_among(book, components)]
+        if not chosen:
+            raise ValueError("no adapter is active: name the adapters to fuse")
+        done = []
+        try:
+            for book, names in chosen:
+                model_verbs.fuse_lora(book.model, lora_scale, safe_fusing, names)
+                done.append(book)
+        except ValueError:
+            for book in done:
+                model_verbs.unfuse_lora(book.model)
+            raise
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base weights bit for bit, and the adapters with the weights they had before."""
         self._check_components(components)
-        model_verbs.unfuse_lora(adapters_of(self._adapted_model()).model)
+        books = [book for book in self._adapted().values() if book.merged and self._is_among(book, components)]
+        if not books:
+            raise ValueError("no adapter is merged")
+        for book in books:
+            model_verbs.unfuse_lora(book.model)
 
     @property
     def num_fused_loras(self) -> int:
@@ -354,15 +410,14 @@ class OneLoRALoaderMixin:
 
     @property
     def fused_loras(self) -> set[str]:
-        book = self._book()
-        return set() if book is None else set(book.merged or ())
+        return {name for book in self._books().values() for name in book.merged or ()}
 
     # -----------------------------------------------------------------------------------------------
     # Call and write
 
     def __call__(self, *args, **kwargs):
         """The pipeline's own call; a `scale` in its attention kwargs weighs the adapters during it."""
-        scale, kwargs = take_scale(kwargs) if self._book() is not None else (1.0, kwargs)
+        scale, kwargs = take_scale(kwargs) if self._books() else (1.0, kwargs)
         with self._weighed(scale):
             return super().__call__(*args, **kwargs)
 
@@ -378,9 +433,9 @@ class OneLoRALoaderMixin:
         Raises:
             ValueError: adapters serve unfused, and would be lost.
         """
-        if (book := self._book()) is not None and book.serving:
+        if serving := dict.fromkeys(name for book in self._books().values() for name in book.serving):
             raise ValueError(
-                f"adapters {', '.join(book.serving)} serve unfused, which a plain pipeline cannot hold: fuse_lora() "
+                f"adapters {', '.join(serving)} serve unfused, which a plain pipeline cannot hold: fuse_lora() "
                 "writes them into its weights, disable_lora() leaves the base, save_lora_weights() writes an adapter"
             )
         self._stock().save_pretrained(
@@ -395,51 +450,94 @@ class OneLoRALoaderMixin:
 
     # -----------------------------------------------------------------------------------------------
 
-    def _component(self) -> str:
-        for name in ("transformer", "unet"):
-            if isinstance(getattr(self, name, None), nn.Module):
-                return name
+    def _models(self) -> dict[str, nn.Module]:
+        """Component -> its model, of all that can have adapters."""
+        parts = {name: getattr(self, name, None) for name in DENOISERS}
+        if models := {name: unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}:
+            return models
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to adapt")
 
+    def _books(self) -> dict[str, AdapterBook]:
+        """Component -> its adapters, of those that have any."""
+        return {name: model._onelora for name, model in self._models().items() if hasattr(model, "_onelora")}
+
+    def _adapted(self) -> dict[str, AdapterBook]:
+        """The same; an error if there is none."""
+        return self._books() or {self._component(): adapters_of(self._adapted_model())}
+
+    def _component(self) -> str:
+        return next(iter(self._models()))
+
+    def _components(self) -> str:
+        return " and ".join(f"'{name}'" for name in self._models())
+
     def _adapted_model(self) -> nn.Module:
-        return unwrapped(getattr(self, self._component()))
+        return self._models()[self._component()]
 
     def _book(self) -> AdapterBook | None:
         return getattr(self._adapted_model(), "_onelora", None)
 
+    def _chosen(self, adapter_names: str | Iterable[str] | None) -> list[tuple[AdapterBook, list[str]]]:
+        """(the adapters of a component, which of them are named), of each that has any; names as in `choose_all`."""
+        books = list(self._adapted().values())
+        if len(books) == 1:
+            return [(books[0], books[0].choose_all(adapter_names))]
+        present = dict.fromkeys(name for book in books for name in book.adapters)
+        if adapter_names is None:
+            names = dict.fromkeys(book.choose(None) for book in books)
+            if len(names) > 1:
+                raise ValueError(f"adapters {', '.join(names)} are there to choose from: give the adapter_name")
+        else:
+            names = dict.fromkeys([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        if unknown := next((name for name in names if name not in present), None):
+            raise ValueError(f"adapter '{unknown}' is not in the list of present adapters: {', '.join(present)}")
+        return [(book, own) for book in books if (own := [name for name in names if name in book.adapters])]
+
+    @contextlib.contextmanager
+    def _turns(self) -> Iterator[dict[str, AdapterBook]]:
+        """Inside, no other thread changes or runs what has adapters."""
+        books = self._adapted()
+        with contextlib.ExitStack() as turns:
+            for book in books.values():
+                turns.enter_context(book.turn)
+            yield books
+
+    def _is_among(self, book: AdapterBook, components: list[str] | None) -> bool:
+        return components is None or any(self._models().get(name) is book.model for name in components)
+
     def _check_components(self, components: list[str] | None) -> None:
-        own = self._component()
+        own = self._models()
         if components is None:
             return
         is_list = isinstance(components, list | tuple)
-        if not is_list or own not in components or any(c != own and not TEXT_ENCODER.fullmatch(c) for c in components):
+        if (
+            not is_list
+            or not any(name in own for name in components)
+            or not all(name in own or TEXT_ENCODER.fullmatch(name) for name in components)
+        ):
             raise ValueError(
-                f"components {components!r}: adapters are in '{own}' only; adapters are named by adapter_names, and "
-                "weighed by lora_scale"
+                f"components {components!r}: adapters are in {self._components()} only; adapters are named by "
+                "adapter_names, and weighed by lora_scale"
             )
 
-    def _weight(self, weight: float | dict | None) -> Weight:
-        """The weight of the transformer or UNet, where it is given by component."""
+    def _weight(self, weight: float | dict | None, component: str) -> Weight:
+        """The weight of a transformer or UNet, where it is given by component."""
         if isinstance(weight, dict):
             if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:
                 logger.warning("weights of %s are left out: adapters here have none for it", ", ".join(left))
             weight = {name: value for name, value in weight.items() if name not in left} or None
-        if isinstance(weight, dict) and set(weight) == {self._component()}:
-            weight = weight[self._component()]
+        if isinstance(weight, dict) and set(weight) <= set(self._models()):
+            weight = weight.get(component)
         return 1.0 if weight is None else by_path(weight) if isinstance(weight, dict) else weight
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):
         """Inside, the adapters that serve weigh `scale` times what they do; other threads wait until the end."""
-        book = self._book()
-        with contextlib.nullcontext() if book is None else book.turn:
-            if scale == 1:
-                yield
-                return
-            book = adapters_of(self._adapted_model())
-            before = book.scale(scale)
-            try:
-                yield
-            finally:
-                if before:
-                    book.activate(before)
+        if scale == 1 and not self._books():
+            yield
+            return
+        with self._turns() as books, contextlib.ExitStack() as scaled:
+            for book in books.values() if scale != 1 else ():
+                if before := book.scale(scale):
+                    scaled.callback(book.activate, before)
+            yield

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,12 +82,20 @@ def list_images(root: str | Path) -> Listing:
     return found
 
 
+def labels_of(dataset) -> Sequence[int] | None:
+    """The label of each image, where a data set or its source lists them; else None."""
+    source = getattr(dataset, "source", dataset)
+    if column := getattr(source, "label_column", None):  # of Hugging Face's library
+        return source.rows[column]
+    return next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
+
+
 def describe(dataset) -> str:
     """One line on a data set: its images, as far as they are known those of each class, and what was left out."""
     source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {len(dataset):,} images"
     if names := getattr(dataset, "id2label", None):
         words += f" of {len(names)} classes"
-        labels = next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
+        labels = labels_of(dataset)
         if labels is not None:
             counts = Counter(map(int, labels))
             each = [counts[label] for label in names]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from onelora_diffusion.data.decoding import UNREADABLE, decoded
+from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.evaluation.npz import read_header, read_headers
-from onelora_diffusion.files import first_line
+from onelora_diffusion.files import first_line, printable
 
 LARGEST = 4096  # pixels a side: no model here draws larger images, and a damaged file may say anything
 PIXELS_AT_ONCE = LARGEST**2  # of a batch, 50 MB in bytes
@@ -47,9 +48,10 @@ class FolderImages(Dataset):
 
     def __init__(self, folder: str | Path):
         self.name = str(folder)
-        entries = sorted(Path(folder).iterdir())
-        self.files = [path for path in entries if path.suffix.lower() == ".png" and not path.name.startswith(".")]
-        self.notes = _passed_over(folder, set(entries) - set(self.files))
+        listing = list_images(folder)
+        names = [name for name in listing.images if "/" not in name and name.lower().endswith(".png")]
+        self.files = [Path(folder) / name for name in names]
+        self.notes = _passed_over(folder, listing, names)
         if not self.files:
             raise FileNotFoundError(f"no .png in '{folder}': give a folder of PNG files, an .npz or statistics")
         self.resolution = _png_size(self.files[0])
@@ -176,14 +178,13 @@ def _at_once(batch_size: int, resolution: int) -> int:
     return max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
 
 
-def _passed_over(folder: str | Path, paths: Collection[Path]) -> tuple[str, ...]:
+def _passed_over(folder: str | Path, listing: Listing, measured: Collection[str]) -> tuple[str, ...]:
     """A sentence that counts what in a folder is no image to measure, by kind; none where there is nothing."""
-    kinds = Counter(
-        "hidden" if path.name.startswith(".") else "folders" if path.is_dir() else path.suffix or "without ending"
-        for path in paths
-    )
-    counts = [f"{count:,} {kind}" for kind, count in sorted(kinds.items())]
-    return (f"Passed over in '{folder}', where PNG files are measured: {', '.join(counts)}.",) if counts else ()
+    rest = sorted({*listing.images, *listing.others} - set(measured))
+    kinds = Counter("in folders" if "/" in name else Path(name).suffix or "without ending" for name in rest)
+    counts = [f"{count:,} {kind}" for kind, count in (kinds + listing.left_out).most_common()]
+    found = printable(", ".join(counts), 400)
+    return (f"Passed over in '{folder}', of which the PNG files are measured: {found}.",) if counts else ()
 
 
 def _check_size(path: str | Path, width: int, height: int) -> None:

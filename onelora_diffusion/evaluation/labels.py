@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import Dataset
 
+from onelora_diffusion.data.listing import labels_of
+
 LabelOrder = Literal["turns", "random", "dataset"]
 STREAM = 0x1ABE15  # keeps the draws of labels apart from other draws with the same seed
 
@@ -34,20 +36,13 @@ def class_frequencies(dataset: Dataset, names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: it does not list its labels, or one of the names is none of its classes.
     """
-    counts = np.bincount(_labels_of(dataset), minlength=dataset.num_classes)
+    labels = labels_of(dataset)
+    if labels is None:
+        raise ValueError(f"{dataset.name} does not list its labels: choose --labels turns or random")
+    counts = np.bincount(np.asarray(labels), minlength=dataset.num_classes)
     known = {name: int(count) for name, count in zip(dataset.id2label.values(), counts, strict=True)}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"'{unknown[0]}' is no class of {dataset.name}: --labels dataset draws the classes of --dataset"
         )
     return [known[name] for name in names]
-
-
-def _labels_of(dataset: Dataset) -> np.ndarray:
-    source = getattr(dataset, "source", None)
-    for holder, attribute in ((dataset, "labels"), (source, "targets"), (source, "labels"), (source, "_labels")):
-        if (labels := getattr(holder, attribute, None)) is not None:
-            return np.asarray(labels).reshape(-1)
-    if hasattr(source, "label_column"):  # of Hugging Face's library
-        return np.asarray(source.rows[source.label_column])
-    raise ValueError(f"{dataset.name} does not list its labels: choose --labels turns or random")

@@ -1,5 +1,7 @@
 """Which classes are drawn: in turns, at random, as often as in a data set."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ class Three(Dataset):
     name, num_classes, id2label = "three", 3, {0: "a", 1: "b", 2: "c"}
 
     def __init__(self, attribute, labels):
-        self.source = type("Source", (), {attribute: labels})()
+        self.source = SimpleNamespace(**{attribute: labels})
 
 
 def test_frequencies_are_counted_by_the_names_of_classes():
@@ -48,3 +50,6 @@ def test_frequencies_are_counted_by_the_names_of_classes():
         class_frequencies(Three("targets", [0]), ["a", "d"])
     with pytest.raises(ValueError, match="three does not list its labels: choose --labels turns or random"):
         class_frequencies(Three("attributes", [0]), ["a"])
+    of_hub = Three("rows", {"kind": [2, 1, 2]})
+    of_hub.source.label_column = "kind"
+    assert class_frequencies(of_hub, ["a", "c"]) == [0, 2]

@@ -121,12 +121,15 @@ def test_images_of_another_size_than_the_reference_and_what_is_passed_over_are_s
         Image.fromarray(pixels).save(tmp_path / f"folder/{index}.png")
         Image.fromarray(pixels).save(tmp_path / f"folder/{index}.jpg")
     (tmp_path / "folder/more").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "folder/more/3.png")
+    for name in ("notes.txt", "._0.png", "Thumbs.db"):  # the last two are what operating systems leave there
+        (tmp_path / "folder" / name).write_text("no image")
     np.savez(tmp_path / "small.npz", rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8))
     files = ["calc", "--images", tmp_path / "folder", "--reference", tmp_path / "small.npz"]
     run(*files, "--features", "brightness")
     printed = " ".join(capsys.readouterr().out.split())
     assert "The images have 8x8 pixels, those of the reference 4x4" in printed
-    assert "where PNG files are measured: 3 .jpg, 1 folders." in printed and "3 images" in printed
+    assert "of which the PNG files are measured: 3 .jpg, 1 in folders, 1 .txt." in printed and "3 images" in printed
     run("calc", "--images", tmp_path / "small.npz", "--reference", tmp_path / "small.npz", "--features", "brightness")
     printed = capsys.readouterr().out
     assert "those of the reference" not in printed and "Passed over" not in printed

@@ -1,5 +1,8 @@
 """What a base's linear layer computes, and whether its weight says so."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -46,10 +49,13 @@ def offload_group(layer: nn.Module):
     return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
-def why_not_readable(layer: nn.Module) -> str | None:
-    """Why a layer's weight has no values between its forwards, or None if it has."""
-    if layer.weight.is_meta:
-        return "is offloaded by enable_sequential_cpu_offload"
-    if getattr(offload_group(layer), "offload_to_disk_path", None):
-        return "is offloaded to the disk by enable_group_offload"
-    return None
+@contextlib.contextmanager
+def weights_present(module: nn.Module) -> Iterator[None]:
+    """Context manager: inside, parts of a module that accelerate has offloaded have their weights."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            if getattr(getattr(part, "_hf_hook", None), "offload", False):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+        yield

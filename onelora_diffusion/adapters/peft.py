@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import why_not_its_product, why_not_readable
+from onelora_diffusion.adapters.base_layer import offload_group, weights_present, why_not_its_product
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.config import AdapterConfig
 
@@ -15,6 +15,9 @@ TUNER_NAME = "default"  # what PEFT calls the one adapter of each of its layers
 
 # Tuners of layers that are not linear, or that want calls from the training loop or inputs of their own.
 OTHER_TUNERS = {"ADALORA", "ADAPTION_PROMPT", "LN_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS"}
+
+READING = "DoRA, or another tuner whose forward reads a layer's weight, serves a layer that"
+OTHER_METHODS = "serve adapters of another method there"
 
 
 class PeftAdapter(Adapter):
@@ -63,7 +66,7 @@ class BaseLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.given = self.own = None
-        self.is_read_rightly = None  # whether its weight is all that it computes with; None: not tried yet
+        self.is_read_rightly = False  # its weight is known to be all that it computes with
         self.is_built = False  # until then the weights are fp32, and with them all that a tuner derives from them
         self.serve(linear)
 
@@ -75,32 +78,29 @@ class BaseLinear(nn.Linear):
         if self.own is not None:
             return self.own[0]
         if self.is_built:
-            return self._values(self.linear.weight)
+            return self._values("weight")
         if self.linear.weight.is_meta:  # it has no values: the adapter's own are there all the same
             return torch.zeros(()).expand(self.out_features, self.in_features)
         return self.linear.weight.float()
 
-    def _values(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _values(self, name: str) -> torch.Tensor:
         """What the layer computes with, for a tuner whose forward reads it; a packed weight is unpacked by PEFT."""
-        if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
-            return tensor
-        reason = why_not_readable(self.linear)
-        if reason is None and self.is_read_rightly is None:
-            reason = why_not_its_product(self.linear)
-            self.is_read_rightly = reason is None or None
-        if reason:
-            raise ValueError(
-                f"DoRA, or another tuner whose forward reads a layer's weight, serves a layer that {reason}: serve "
-                "adapters of another method there"
-            )
+        if getattr(offload_group(self.linear), "offload_to_disk_path", None):
+            raise ValueError(f"{READING} is offloaded to the disk by enable_group_offload: {OTHER_METHODS}")
+        with weights_present(self.linear):
+            tensor = getattr(self.linear, name)
+            if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
+                return tensor
+            if not self.is_read_rightly and (reason := why_not_its_product(self.linear)):
+                raise ValueError(f"{READING} {reason}: {OTHER_METHODS}")
+        self.is_read_rightly = True
         return tensor if tensor.dtype.itemsize > 1 else tensor.float()
 
     @property
     def bias(self) -> torch.Tensor | None:
         if self.own is not None:
             return self.own[1]
-        is_bare = self.linear.bias is None or not self.is_built
-        return self.linear.bias if is_bare else self._values(self.linear.bias)
+        return self._values("bias") if self.is_built else self.linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.given is not None and x is self.given[0]:

@@ -1,6 +1,5 @@
 """Which layers an adapter serves."""
 
-import contextlib
 import fnmatch
 import logging
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import weights_present
 from onelora_diffusion.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -218,18 +218,6 @@ def equal_copies(embeddings: list[nn.Module]) -> bool:
 def _have_words(module: nn.Module, words: list[torch.Tensor]) -> bool:
     with weights_present(module):
         return all(torch.equal(a, _words(b)) for a, b in zip(words, module.parameters(), strict=True))
-
-
-@contextlib.contextmanager
-def weights_present(module: nn.Module) -> Iterator[None]:
-    """Context manager: inside, parts of a module that accelerate has offloaded have their weights."""
-    with contextlib.ExitStack() as stack:
-        for part in module.modules():
-            if getattr(getattr(part, "_hf_hook", None), "offload", False):
-                from accelerate.utils import align_module_device
-
-                stack.enter_context(align_module_device(part))
-        yield
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -5,12 +5,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-from onelora_diffusion.adapters.base_layer import is_plain_linear, offload_group, why_not_its_product
+from onelora_diffusion.adapters.base_layer import (
+    is_plain_linear,
+    offload_group,
+    weights_present,
+    why_not_its_product,
+)
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import as_tensor, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
-from onelora_diffusion.injection.layers import weights_present
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from onelora_diffusion.adapters.functional import parts_of
+from onelora_diffusion.injection.layers import copies_in_use, is_tuned
 from onelora_diffusion.injection.linear import has_foreign_hooks, makes_new_memory
 
 
@@ -79,6 +80,8 @@ def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn
             raise ValueError(f"fuse_qkv makes one layer of q, k and v, but of {parent} the targets have not all three")
         elif f"{parent}.to_qkv" not in fused:
             attn = model.get_submodule(parent)
+            if any(is_tuned(layer) for layer in (attn.to_q, attn.to_k, attn.to_v)):
+                raise ValueError(f"fuse_qkv would pass over PEFT's adapter in {parent}: unload or merge it first")
             fused[f"{parent}.to_qkv"] = attn.to_qkv if hasattr(attn, "to_qkv") else _joined(attn)
     return fused
 
@@ -93,10 +96,10 @@ def _joined(attn: nn.Module) -> nn.Linear:
 
 def fuse_in_place(attn: nn.Module) -> None:
     """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
-    if hasattr(attn, "to_qkv"):
-        return
-    attn.fuse_projections()
-    attn.to_qkv.requires_grad_(False)
+    if not hasattr(attn, "to_qkv"):
+        attn.fuse_projections()
+        attn.to_qkv.is_made_for_adapters = True
+        attn.to_qkv.requires_grad_(False)
     linears = (attn.to_q, attn.to_k, attn.to_v)
     for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
         linear.weight.data = weight
@@ -106,10 +109,12 @@ def fuse_in_place(attn: nn.Module) -> None:
 
 
 def is_fused_apart(model: nn.Module, path: str) -> bool:
-    """Whether a layer's attention computes with a fused copy of its weight, and not with the weight itself."""
-    attn = model.get_submodule(path.rpartition(".")[0])
-    if not getattr(attn, "fused_projections", False) or path.endswith(".to_qkv"):
-        return False
-    fused = [getattr(attn, name) for name in ("to_qkv", "to_kv", "to_added_qkv") if hasattr(attn, name)]
-    own = model.get_submodule(path).weight.untyped_storage().data_ptr()
-    return all(linear.weight.untyped_storage().data_ptr() != own for linear in fused)
+    """Whether a layer's attention computes with a fused copy of its weight, or it is such a copy."""
+    parent, _, name = path.rpartition(".")
+    attn = model.get_submodule(parent)
+    for copy, parts in copies_in_use(attn).items():
+        part = parts[0] if name == copy else name
+        if name in (copy, *parts):
+            memories = {attn.get_submodule(each).weight.untyped_storage().data_ptr() for each in (copy, part)}
+            return len(memories) > 1
+    return False

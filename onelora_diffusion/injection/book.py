@@ -18,7 +18,14 @@ from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
 from onelora_diffusion.injection.conditioning import DiTConditioning
-from onelora_diffusion.injection.layers import added_paths, base_modules, class_table_paths, is_dit
+from onelora_diffusion.injection.layers import (
+    added_paths,
+    base_modules,
+    class_table_paths,
+    is_dit,
+    is_made_here,
+    stock_modules,
+)
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -255,7 +262,7 @@ class AdapterBook:
             self.class_tables.leave()
         self._step_aside()
         for attn in self._attentions().values():
-            if hasattr(attn, "to_qkv"):  # q, k and v keep the matrix alive as its views
+            if "to_qkv" in attn._modules and is_made_here(attn.to_qkv):  # q, k and v keep it alive as its views
                 del attn.to_qkv
                 attn.fused_projections = False
 
@@ -547,7 +554,7 @@ def fingerprint(model: nn.Module) -> str:
     A linear layer counts by its features, however a quantisation packs its weight. An IP-Adapter is no part of it.
     """
     lines, added = [], added_paths(model)
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in stock_modules(model):
         if path in added:
             continue
         shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}

@@ -82,7 +82,8 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
     counts: per block adaLN, q, k, v, attention output and both MLP linears, and both output linears; the timestep
     embedder is left out. Elsewhere it is every linear but the output head, and an IP-Adapter's.
     """
-    linears = {path: module for path, module in base_modules(model) if isinstance(module, nn.Linear)}
+    unused = unused_layers(model)
+    linears = {path: m for path, m in outer_modules(model) if is_linear(m) and not (is_dit(model) and path in unused)}
     unreached = {
         f"{path}.out_proj" for path, module in base_modules(model) if isinstance(module, nn.MultiheadAttention)
     }
@@ -90,12 +91,18 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
         if unreached:
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
         is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
-        left_out = unreached | added_paths(model)
+        left_out = unreached | unused | added_paths(model)
         return {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
 
-    chosen = {path for target in targets for path in linears if _matches(path, target)}
+    chosen = {path for target in targets for path in linears if _matches(path, target)} - unused
     for target in targets:
-        if not any(_matches(path, target) for path in linears):
+        matched = {path for path in linears if _matches(path, target)}
+        if matched and matched <= unused:
+            raise ValueError(
+                f"{min(matched)} takes no part while q, k and v are fused: unfuse_qkv_projections() first, or name "
+                "the fused layers among the targets"
+            )
+        if not matched:
             kinds = sorted({path.split(".")[-1] for path in linears if not path.split(".")[-1].isdigit()})
             raise ValueError(
                 f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
@@ -115,7 +122,7 @@ def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without adapters, however many there are, and without the `to_qkv` made for them."""
+    """`model.named_modules()` without adapters, however many there are, and without what was made for them."""
     seen = set()
 
     def walk(module, path):
@@ -124,7 +131,79 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
         seen.add(module)
         yield path, module
         for name, child in module._modules.items():
-            if child is not None and name not in ("onelora", "onelora_swap", "to_qkv"):
+            if child is not None and name not in ("onelora", "onelora_swap") and not is_made_here(child):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def is_made_here(module: nn.Module) -> bool:
+    """Whether a module is none of the base's, but the one for q, k and v that adapters asked for."""
+    return module.__dict__.get("is_made_for_adapters", False)
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`base_modules`, but of PEFT's layers that are there already themselves alone, and not what they consist of."""
+    tuned = ""
+    for path, module in base_modules(model):
+        if not (tuned and path.startswith(tuned)):
+            tuned = f"{path}." if is_tuned(module) else ""
+            yield path, module
+
+
+def is_tuned(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT's around another, told without importing PEFT."""
+    return any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
+
+
+def untuned(module: nn.Module) -> nn.Module:
+    """The base's own layer in one of PEFT's."""
+    return module.get_base_layer() if is_tuned(module) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, or PEFT's around one."""
+    return isinstance(untuned(module), nn.Linear)
+
+
+# What diffusers' `fuse_projections` makes of an attention's layers, of which they are copies.
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+def copies_in_use(attn: nn.Module) -> dict[str, tuple[str, ...]]:
+    """name of each fused copy by which an attention computes -> the names of the layers that it was made of."""
+    if not getattr(attn, "fused_projections", False):
+        return {}
+    return {
+        copy: parts
+        for copy, parts in FUSED.items()
+        if copy in attn._modules and not is_made_here(attn._modules[copy]) and attn._modules.keys() >= set(parts)
+    }
+
+
+def unused_layers(model: nn.Module) -> set[str]:
+    """The layers for which fused copies compute; of a DiT the copies, since q, k and v serve on their parts there."""
+    return {
+        f"{path}.{name}"
+        for path, attn in base_modules(model)
+        for copy, parts in copies_in_use(attn).items()
+        for name in ((copy,) if is_dit(model) else parts)
+    }
+
+
+def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules, by every path, as the model's class has them: no fused copies, and in PEFT's layers the base's."""
+
+    def walk(module, path):
+        module = untuned(module)
+        yield path, module
+        copies = copies_in_use(module)
+        for name, child in module._modules.items():
+            if child is not None and name not in copies:
                 yield from walk(child, f"{path}.{name}" if path else name)
 
     return walk(model, "")
@@ -157,17 +236,19 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
     class table is left out where a new one is trained.
     """
+    if tuned := next((path for path, module in base_modules(model) if is_tuned(module)), None):
+        raise ValueError(f"full trains the base's own layers, but PEFT has an adapter at {tuned}: unload or merge it")
     dtypes = {parameter.dtype for parameter in model.parameters()}
     low = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4}
     if low:
         raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
     if config.targets is not None:
         return dict(target_layers(model, config.targets))
-    added = added_paths(model)
+    left_out = unused_layers(model) | added_paths(model)
     layers = {
         path: module
         for path, module in base_modules(model)
-        if path not in added and any(True for _ in module.parameters(recurse=False))
+        if path not in left_out and any(True for _ in module.parameters(recurse=False))
     }
     if is_dit(model):
         layers = _without_copies(model, layers)
@@ -182,7 +263,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     added = added_paths(model)
     return {
         path: module
-        for path, module in base_modules(model)
+        for path, module in outer_modules(model)
         if "Norm" in type(module).__name__
         and path not in added
         and any(True for _ in module.parameters(recurse=False))
@@ -194,7 +275,7 @@ def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     shared: dict[int, nn.Parameter] = {}
 
     def stand_in(module: nn.Module) -> nn.Module:
-        bare = nn.Module()
+        bare, module = nn.Module(), untuned(module)
         if isinstance(module, nn.Linear):
             bare = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         for name, parameter in module.named_parameters(recurse=False):

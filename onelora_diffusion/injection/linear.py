@@ -15,6 +15,7 @@ from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import as_tensor, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
+from onelora_diffusion.injection.layers import is_tuned
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 
@@ -150,6 +151,8 @@ class LinearSeat(Seat):
         weight = self.layer._parameters.get("weight")
         if not self.active:
             return None
+        if is_tuned(self.layer):
+            return "has an adapter of PEFT's as well: merge or unload that first"
         if weight is None:
             return "has a weight that is computed from others (weight_norm, spectral_norm): remove that first"
         if reason := why_not_writable(self.layer):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.injection.book import AdapterBook, adapters_of
+from onelora_diffusion.injection.layers import is_made_here
 
 
 def merge_adapter(
@@ -89,8 +90,13 @@ def stock_state_dict(
         raise ValueError(
             f"merging gave {new[0]} a bias, which its own class has no place for: serve the adapter unmerged there"
         )
-    added = {"onelora", "onelora_swap", "to_qkv"}
-    stock = {key: tensor for key, tensor in state_dict.items() if added.isdisjoint(key.split("."))}
+    added = {"onelora", "onelora_swap"}
+    made = tuple(f"{path}." for path, module in book.model.named_modules() if is_made_here(module))
+    stock = {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if added.isdisjoint(key.split(".")) and not key.startswith(made)
+    }
     if book.merged is not None and (seat := book.class_tables) is not None:
         room = table_rows or seat.num_rows
         for key in (f"{path}.weight" for path in seat.paths):

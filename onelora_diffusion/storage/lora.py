@@ -16,7 +16,7 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.injection.book import adapters_of
-from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.injection.layers import is_linear, target_layers
 from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
             raise ValueError(f"{source}: {key} with shape {tuple(tensor.shape)} is no part of a LoRA, DoRA or MiSS")
         path = paths.get(match["name"])
         layer = None if path is None else model.get_submodule(path)
-        if not isinstance(layer, nn.Linear):
+        if layer is None or not is_linear(layer):
             found = "" if layer is None else f", but {path}, a {type(layer).__name__}, which no adapter here serves"
             raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}{found}")
         parts = layers.setdefault(path, {})

@@ -122,7 +122,9 @@ def _peft(kind: str, **settings) -> Callable:
     def build(model, targets):
         import peft
 
-        config = {"miss": peft.MissConfig, "lora": peft.LoraConfig}[kind]
+        from onelora_diffusion.peft import OneLoraConfig
+
+        config = {"miss": peft.MissConfig, "lora": peft.LoraConfig, "1lora": OneLoraConfig}[kind]
         layers = list(target_layers(model, targets))
         return peft.get_peft_model(model, config(target_modules=layers, **settings)).get_base_model()
 
@@ -133,6 +135,7 @@ PEERS = {
     "1LoRA": _ours("1lora"),
     "BitFit": _ours("bitfit"),
     "PEFT MiSS r=1": _peft("miss", r=1),
+    "PEFT OneLoraConfig": _peft("1lora"),
     "PEFT LoRA r=1": _peft("lora", r=1, lora_alpha=1),
     REFERENCE: _peft("lora", r=16, lora_alpha=16),
 }

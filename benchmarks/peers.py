@@ -74,7 +74,9 @@ def _peft(kind: str, **settings) -> Callable[[nn.Module], nn.Module]:
     def build(model):
         import peft
 
-        configs = {"miss": peft.MissConfig, "lora": peft.LoraConfig, "vera": peft.VeraConfig}
+        from onelora_diffusion.peft import OneLoraConfig
+
+        configs = {"miss": peft.MissConfig, "lora": peft.LoraConfig, "vera": peft.VeraConfig, "1lora": OneLoraConfig}
         targets = list(target_layers(model, None))
         # unwrapped again: only the layers are measured, not the wrapper's own forward
         return peft.get_peft_model(model, configs[kind](r=1, target_modules=targets, **settings)).get_base_model()
@@ -103,6 +105,7 @@ RIVALS = {
     "biases unfrozen": _biases,
     "listing 1": _listing1,
     "PEFT MiSS r=1": _peft("miss"),
+    "PEFT OneLoraConfig": _peft("1lora"),  # 1LoRA, as programs that speak PEFT have it
     "PEFT LoRA r=1": _peft("lora", lora_alpha=1),
     "PEFT DoRA r=1": _peft("lora", lora_alpha=1, use_dora=True),
     "PEFT VeRA r=1": _peft("vera"),

@@ -10,7 +10,7 @@ ORDER = (
     {"config", "files", "remote", "devices", "launch", "processes", "command_line"},
     {"adapters"},
     {"injection"},
-    {"storage"},
+    {"storage", "peft"},
     {"pipelines", "families", "data", "diffusion"},
     {"sampling"},
     {"evaluation"},

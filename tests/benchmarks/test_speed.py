@@ -1,4 +1,5 @@
 import json
+import re
 import weakref
 
 import numpy as np
@@ -40,7 +41,7 @@ def output(model):
 # Peers
 
 
-@pytest.mark.parametrize("rival", ["listing 1", "PEFT MiSS r=1"])
+@pytest.mark.parametrize("rival", ["listing 1", "PEFT MiSS r=1", "PEFT OneLoraConfig"])
 def test_rivals_that_are_1lora_compute_what_ours_does(base, rival):
     ours, theirs = make_peer("1LoRA", base, True), make_peer(rival, base, False)
     by_layer = {
@@ -48,7 +49,7 @@ def test_rivals_that_are_1lora_compute_what_ours_does(base, rival):
     }
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
-            path = name.split(".miss_block")[0].removesuffix(".b")
+            path = re.split(r"\.miss_block|\.lora_B|\.b$", name)[0]
             parameter.data.copy_(by_layer.pop(path).view_as(parameter))
     assert not by_layer
     assert_rounded(output(ours), output(theirs), ours)

@@ -3,7 +3,7 @@ BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
 .PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser \
-	test-floors test-install test-wandb types style docs notebook
+	test-floors test-install test-wandb test-optimizers types style docs notebook
 .DELETE_ON_ERROR:
 
 # Train 1LoRA on the embedded miniature (minutes on two cores), sample from it, and measure it.
@@ -58,6 +58,10 @@ test-install:
 test-wandb: .venv/wandb/installed
 	PYTHONPATH=.venv/wandb $(BIN)/python -m pytest tests/test_train_script.py -k wandb_goes
 
+# Resuming with bitsandbytes' and schedule-free's own optimisers; `make test` has a stand-in for the latter.
+test-optimizers: .venv/optimizers/installed
+	PYTHONPATH=.venv/optimizers $(BIN)/python -m pytest tests/training/test_state.py tests/training/test_run.py
+
 # The server's calls, and its page in a real browser. gradio asks for older packages than the rest, and lies apart.
 test-serve: .venv/serve/installed
 	.venv/serve/bin/python -m pytest -rs tests/serving
@@ -110,6 +114,10 @@ notebook: .venv/docs-installed
 
 .venv/quantised/installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/quantised torchao optimum-quanto ninja bitsandbytes gguf
+	touch $@
+
+.venv/optimizers/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/optimizers bitsandbytes schedulefree
 	touch $@
 
 .venv/wandb/installed: .venv/installed

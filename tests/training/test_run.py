@@ -1,11 +1,16 @@
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
-from records import run_of, update
+from records import ScheduleFree, run_of, update
 from safetensors.torch import load, save
 
 from onelora_diffusion.training.checkpoints import Checkpoint, load_newest_checkpoint, read_checkpoint
+from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.run import STATE
 from onelora_diffusion.training.settings import Settings
 
@@ -21,8 +26,15 @@ def assert_same_state(one, other):
     }
 
 
-def test_a_record_restored_from_its_state_goes_on_as_if_nothing_had_been(accelerator):
-    settings = Settings(ema_decay=(0.1, 0.9), eval_every=2, class_learning_rate=1e-2)
+@pytest.fixture(params=["adamw", "schedule-free"])
+def optimizer(request, monkeypatch):
+    if request.param == "schedule-free" and find_spec("schedulefree") is None:
+        monkeypatch.setitem(sys.modules, "schedulefree", SimpleNamespace(AdamWScheduleFree=ScheduleFree))
+    return request.param
+
+
+def test_a_record_restored_from_its_state_goes_on_as_if_nothing_had_been(accelerator, optimizer):
+    settings = Settings(ema_decay=(0.1, 0.9), eval_every=2, class_learning_rate=1e-2, optimizer=optimizer)
     shapes = {"a.onelora_b": (5,), "class_embedding.weight": (4, 2)}
     whole, half, again = (run_of(accelerator, settings, shapes) for _ in range(3))
     for _ in range(3):
@@ -40,6 +52,11 @@ def test_a_record_restored_from_its_state_goes_on_as_if_nothing_had_been(acceler
         update(whole)
     assert_same_state(again.state(), whole.state())
     assert again.best["step"] == 4 and len(again.losses.rows) == 6
+    if optimizer == "schedule-free":  # what is averaged is its own average, which is not what it trains
+        with averaged_values(again.optimizer):
+            average = again.trained["a.onelora_b"].clone()
+        assert not torch.allclose(average, again.trained["a.onelora_b"], rtol=1e-3)
+        assert again.optimizer.param_groups[0]["k"] == 6
 
 
 def test_the_record_of_version_0_1_is_restored_to_the_bit(accelerator):

@@ -27,6 +27,12 @@ def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
     return found[0]
 
 
+def say(accelerator: Accelerator, text: str) -> None:
+    """Prints once: accelerate's own print does so on each machine, of which one alone has the run's folder."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
+
+
 def on_every_process(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """What each process makes for itself, once all have: if one fails, all raise, and name it."""
     made, error = None, None

@@ -242,7 +242,7 @@ def test_two_machines_without_a_common_disk_go_on_as_one(train, base, defaults, 
         machines.append(subprocess.Popen(command, **kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    assert "resuming run/checkpoints/step-00000002" in said[0]
+    assert "resuming run/checkpoints/step-00000002" in said[0] and "output in run" not in said[1]
     assert_same_run(train("whole"), tmp_path / "0" / "run", tolerance=ROUNDED)
     latents = [sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")) for name in "01"]
     assert [path for path in latents[0] if path.parts[0] == "latents"] == latents[1]  # all of them, and no run

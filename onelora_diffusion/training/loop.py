@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from onelora_diffusion.diffusion import add_noise, model_timesteps, training_los
 from onelora_diffusion.families.family import Family, Prompts
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import adapter_state_dict
-from onelora_diffusion.processes import check_equal, on_every_process
+from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
 from onelora_diffusion.training.holding import HeldFolder
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
@@ -165,16 +166,17 @@ def prepare(
     if finished and checkpoint.step == 0:
         raise ValueError(no_update(settings))
     # The data of a finished run are looked at where another place is named.
-    if not finished or is_elsewhere(settings, checkpoint):
+    if told_by_main(accelerator, lambda: not finished or is_elsewhere(settings, checkpoint)):
         held.enter_context(folder.counting(clock))
         task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
         check_equal(accelerator, {"the data set": f"{task.data.describe()}, {task.data.fingerprint[:12]}"})
         if checkpoint:
-            check_same_data(settings, checkpoint, task.data, accelerator.print)
+            check_same_data(settings, checkpoint, task.data, partial(say, accelerator))
     if finished:
-        accelerator.print(
+        say(
+            accelerator,
             f"{settings.output_dir}: finished at step {checkpoint.step}, nothing to do. Raise --max-steps or "
-            "--max-train-time to go on, or start over with --fresh"
+            "--max-train-time to go on, or start over with --fresh",
         )
         return None
 
@@ -194,7 +196,7 @@ def prepare(
     run.data = task.data
     if checkpoint:
         run.restore(checkpoint)
-        accelerator.print(f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
+        say(accelerator, f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
     if accelerator.num_processes > 1:
         vae = digest(task.pipeline.vae.state_dict())  # every machine encodes for itself
         check_equal(accelerator, {"the step": run.step, "the adapter": digest(trained), "the autoencoder": vae})

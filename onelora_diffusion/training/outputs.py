@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
+from onelora_diffusion.processes import say
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkpoint
 from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
@@ -46,9 +48,10 @@ class Outputs:
         self.metrics = MetricsFile(
             self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock
         )
-        accelerator.print(
+        say(
+            accelerator,
             f"{self.settings.method} on {self.settings.base or 'the miniature'}: {run.num_trainable_params:,} trained "
-            f"parameters; {task.described}; output in {self.folder}"
+            f"parameters; {task.described}; output in {self.folder}",
         )
 
     def write_losses(self, progress: tqdm) -> None:
@@ -147,22 +150,22 @@ class Outputs:
 
     def say_end(self, ended: int) -> int:
         """How the run ended and what comes next; returns the exit code."""
-        run, say = self.run, self.accelerator.print
+        run, told = self.run, partial(say, self.accelerator)
         if run.step == 0 and not Stop.is_signal(ended):
-            say(f"{self.settings.script}: {no_update(self.settings)}")
+            told(f"{self.settings.script}: {no_update(self.settings)}")
             return 1
         reasons = {0: f"all {run.step} steps done", 1: f"the time budget is used up at step {run.step}"}
         reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {run.step}"
         time = format_duration(run.clock.seconds)
-        say(f"{reason}, {time}: {run.num_trainable_params:,} trained parameters (moving average)")
+        told(f"{reason}, {time}: {run.num_trainable_params:,} trained parameters (moving average)")
         if run.best:
             distance = f"{self.evaluation.distance_name} {run.best['distance']:.4f}"
-            say(f"best of all evaluations: {distance} at step {run.best['step']}")
-        say(f"  {self.folder / WEIGHTS_NAME}")
+            told(f"best of all evaluations: {distance} at step {run.best['step']}")
+        told(f"  {self.folder / WEIGHTS_NAME}")
         if Stop.is_signal(ended):
-            say("The same command resumes.")
+            told("The same command resumes.")
             return 128 + ended
-        say("\n  ".join(["Next:", *self.settings.next_steps()]))
+        told("\n  ".join(["Next:", *self.settings.next_steps()]))
         return 0
 
 

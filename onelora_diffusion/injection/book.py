@@ -1,10 +1,12 @@
 """What is attached to a model, and which of it serves."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,7 +28,7 @@ from onelora_diffusion.injection.layers import (
     is_made_here,
     stock_modules,
 )
-from onelora_diffusion.injection.linear import LinearSeat, memory_of
+from onelora_diffusion.injection.linear import LinearSeat, Reached, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 from onelora_diffusion.injection.swapped import SwapSeat
@@ -72,9 +74,7 @@ class AdapterBook:
         self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
         self._route: Route | None = None
-        self._reached: set[str] = set()
-        self._open_forwards = 0
-        self._before_scaling: list[dict[str, Weight]] = []  # of each forward that is open
+        self._reached = Reached()
         self._unreached: set[str] = set()
         self._stock_processors: dict[str, object] = {}
         self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
@@ -410,22 +410,19 @@ class AdapterBook:
             if scale != 1:
                 raise ValueError(f"a scale of {scale} in the call reaches no compiled or copied model: set_adapters")
             return None
-        while self.turn.is_mine and self._open_forwards:  # one that Ctrl-C broke off never ended
-            self._end(model, args, None)
-        self.turn.__enter__()
-        self._open_forwards += 1
-        self._before_scaling.append({})
+        call = self.turn.begin_call(sys._getframe(1))
         self._reached.clear()
-        beside = next((seat for (kind, _), seat in self.seats.items() if kind == BESIDE_LINEAR), None)
-        if beside is not None and beside.taken_by is not None:
-            raise ValueError(
-                f"{beside.taken_by} took the adapters away with their layers, to where they are not found: unload "
-                "them, offload first, and load them then"
-            )
+        self._reached.takes_gradients = torch.is_grad_enabled()
+        for (kind, _), seat in self.seats.items():
+            if kind == BESIDE_LINEAR and (taken_by := seat.taken_by) is not None:
+                raise ValueError(
+                    f"{taken_by} took the adapters away with their layers, to where they are not found: unload them, "
+                    "offload first, and load them then"
+                )
         if self._route is not None:
             self._route.start(args, kwargs)
-        if scale != 1:
-            self._before_scaling[-1] = self.scale(scale)
+        if scale != 1 and (before := self.scale(scale)):
+            call.undo = functools.partial(self.activate, before)
         return args, taken
 
     def _check_unscaled(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -451,11 +448,8 @@ class AdapterBook:
         return before
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
-        if not _is_elsewhere(model) and self.turn.is_mine and self._open_forwards:
-            self._open_forwards -= 1
-            if before := self._before_scaling.pop():
-                self.activate(before)
-            self.turn.__exit__()
+        if not _is_elsewhere(model):
+            self.turn.end_call()
 
     def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
         """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""

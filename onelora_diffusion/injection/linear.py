@@ -1,9 +1,12 @@
 """The seat beside a linear layer: its adapters, and the hook through which they serve it."""
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
+from torch.utils.checkpoint import CheckpointFunction
 
 from onelora_diffusion.adapters.base_layer import (
     is_plain_linear,
@@ -20,6 +23,16 @@ from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 
 
+class Reached(set):
+    """The paths of the layers that a model's forward has come by.
+
+    Attributes:
+        takes_gradients: the forward began with gradients.
+    """
+
+    takes_gradients = False
+
+
 class LinearSeat(Seat):
     """The named adapters of one linear layer, its child `onelora`; `active` says which serve, with what weight.
 
@@ -30,7 +43,7 @@ class LinearSeat(Seat):
         reached: the paths of the layers that the model's forward has come by, filled in each.
     """
 
-    def __init__(self, layer: nn.Linear, path: str, reached: set[str]):
+    def __init__(self, layer: nn.Linear, path: str, reached: Reached):
         super().__init__()
         self.layer, self.path, self.reached = layer, path, reached
         self.active: dict[str, float] = {}
@@ -58,6 +71,8 @@ class LinearSeat(Seat):
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
+            if self.reached.takes_gradients and not torch.is_grad_enabled():
+                self._check_recomputed()
             if self._is_replica:
                 self._list_adapters()
             if self.is_in_use and not makes_new_memory(self.layer):
@@ -98,13 +113,35 @@ class LinearSeat(Seat):
     @property
     def taken_by(self) -> str | None:
         """The offloading that took the adapters along, to where they are not found when they serve; or None."""
+        adapters = self._adapters_in_use()
         on_disk = getattr(offload_group(self.layer), "tensor_to_key", ())
-        if on_disk and any(parameter in on_disk for parameter in self.parameters()):
+        if on_disk and any(parameter in on_disk for adapter in adapters for parameter in adapter.parameters()):
             return "enable_group_offload"
-        # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
-        vectors = (adapter for adapter in self.values() if adapter.vectors() is not None)
-        is_taken = any(getattr(getattr(adapter, "_hf_hook", None), "offload", False) for adapter in vectors)
-        return "enable_sequential_cpu_offload" if is_taken else None
+        for adapter in adapters:
+            # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
+            if "_hf_hook" in adapter.__dict__ and adapter.vectors() is not None:
+                if any(parameter.is_meta for parameter in adapter.parameters()):
+                    return "accelerate's dispatch_model or enable_sequential_cpu_offload"
+        return None
+
+    def _adapters_in_use(self) -> list[Adapter]:
+        if self.open_route is not None:
+            return self.open_route.adapters
+        return [self._modules[name] for name in self.active]
+
+    def _check_recomputed(self) -> None:
+        """Refuse what reentrant checkpointing would not compute again with gradients, so that none would train."""
+        if not any(p.requires_grad for adapter in self._adapters_in_use() for p in adapter.parameters()):
+            return
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+            frame = frame.f_back
+        if frame is not None and not any(frame.f_locals["ctx"].needs_input_grad):
+            raise ValueError(
+                f"{self.path} would get no gradients: reentrant checkpointing takes them only where an input of the "
+                "block requires one: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or call "
+                "requires_grad_() on the block's input"
+            )
 
     # -----------------------------------------------------------------------------------------------
     # What every seat answers
@@ -208,6 +245,7 @@ class _LinearRoute:
             [(seat[name], weight_at(weight, seat.path)) for name, weight in mixture.items() if name in seat]
             for mixture in route.mixtures
         ]
+        self.adapters = list(dict.fromkeys(adapter for mix in mixtures for adapter, _ in mix))
         self.mixtures = [[(a, weight) for a, weight in mix if a.vectors() is not None] for mix in mixtures]
         self.trains = any(p.requires_grad for mix in self.mixtures for a, _ in mix for p in a.parameters())
         # Of every adapter that is no vector: its weight in each mixture.

@@ -268,3 +268,19 @@ def test_a_merge_under_autocast_is_not_rounded(method):
         weights.append(model.proj_out_2.weight.clone())
         unmerge_adapter(model)
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("first", [AdapterConfig("full"), AdapterConfig("dora", fuse_qkv=True)])
+def test_adapters_in_and_beside_one_layer_are_folded_in_the_order_in_which_they_serve(dit, inputs, first):
+    """Trained tensors take the base's place before others are added to them; q, k and v are parts of what is fused."""
+    randomize(inject_adapter(dit, first, "first"), seed=3)
+    randomize(inject_adapter(dit, AdapterConfig(), "second"), seed=4)
+    set_adapters(dit, ["first", "second"])
+    before = {key: tensor.clone() for key, tensor in dit.state_dict().items()}
+    with torch.no_grad():
+        expected = dit(**inputs).sample
+        merge_adapter(dit)
+        assert_rounded(dit(**inputs).sample, expected, dit)
+        unmerge_adapter(dit)
+        assert torch.equal(dit(**inputs).sample, expected)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dit.state_dict().items())

@@ -12,6 +12,7 @@ from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
 
 from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter, route_adapters, set_adapters
+from onelora_diffusion.injection.turns import RETRY_SECONDS
 
 
 def make_model():
@@ -56,6 +57,80 @@ def test_a_forward_that_fails_lets_the_next_thread_in():
         model(**inputs)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: model(**inputs)).result(timeout=60)
+
+
+def in_another_thread(call):
+    """What it returns, if it does; a thread that waits for ever is left behind."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(call()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert done
+    return done[0]
+
+
+@pytest.mark.parametrize("how", ["plain", "routed", "scaled"])
+def test_a_forward_that_ctrl_c_breaks_off_lets_others_in(how):
+    """PyTorch runs no hook when anything but an Exception goes through a module."""
+    model, inputs = make_model(), dit_inputs(1)
+    expected = model(**inputs).sample
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.transformer_blocks[1].ff.net[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if how == "routed":
+            with route_adapters(model, ["a"]):
+                model(**inputs)
+        else:
+            model(**inputs, **{"cross_attention_kwargs": {"scale": 0.5}} if how == "scaled" else {})
+    hook.remove()
+    assert torch.equal(in_another_thread(lambda: model(**inputs).sample), expected)
+    assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_a_forward_that_ctrl_c_breaks_off_lets_other_tasks_and_verbs_in():
+    model, inputs = make_model(), dit_inputs(1)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.transformer_blocks[1].ff.net[2].register_forward_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+    hook.remove()
+
+    async def another_task():
+        return model(**inputs).sample
+
+    expected = asyncio.run(another_task())
+    in_another_thread(lambda: set_adapters(model, "a"))
+    assert not torch.equal(model(**inputs).sample, expected)
+
+
+def test_a_call_that_runs_is_waited_for():
+    """However long it takes: nobody takes it for one that was broken off."""
+    model, inputs = make_model(), dit_inputs(1)
+    inside, go_on = threading.Event(), threading.Event()
+    order = []
+
+    def wait(*args):
+        inside.set()
+        go_on.wait(60)
+        order.append("first")
+
+    hook = model.transformer_blocks[0].ff.net[2].register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: model(**inputs))
+        inside.wait(60)
+        hook.remove()
+        second = pool.submit(lambda: (set_adapters(model, "a"), order.append("second")))
+        threading.Event().wait(3 * RETRY_SECONDS)
+        go_on.set()
+        first.result(60), second.result(60)
+    assert order == ["first", "second"]
 
 
 def test_a_second_task_of_one_thread_is_refused():

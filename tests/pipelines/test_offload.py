@@ -216,3 +216,22 @@ def test_an_offloaded_dit_shares_its_embedding_as_another_does_and_gives_it_back
         unload_adapter(base)
         assert torch.equal(base(**inputs).sample, alone)
     assert [block.norm1.emb for block in base.transformer_blocks] == embeddings
+
+
+@pytest.mark.parametrize("last", ["1", "2"])
+def test_a_part_of_the_model_that_accelerate_takes_along_is_noticed(tmp_path, last):
+    from accelerate import dispatch_model
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.randn(2, 4)
+    file = save_adapter(randomize(inject_adapter(model, AdapterConfig())), tmp_path / "adapter")
+    expected = model(x)
+    devices = dict.fromkeys("012", "cpu") | {last: "disk"}
+    dispatch_model(model, devices, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match="dispatch_model .* took the adapters away .* offload first, and load them"
+        ):
+            model(x)
+        unload_adapter(model)
+        assert_rounded(load_adapter(model, file)(x), expected, terms=3 * 8)

@@ -24,8 +24,8 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.devices import peak_memory_bytes
+from onelora_diffusion.evaluation.evaluator import Evaluator, check_material, compare, metrics_of_each
 from onelora_diffusion.evaluation.images import Source, open_images, share
-from onelora_diffusion.evaluation.judge import Judge, check_material, compare, metrics_of_each
 from onelora_diffusion.evaluation.labels import class_frequencies, draw_labels
 from onelora_diffusion.evaluation.measuring import (
     default_for,
@@ -75,7 +75,7 @@ class Plan:
         columns: what the report calls a set of images -> the model (`base` or `adapted`) and the settings it draws by.
         labels: of all images, of all processes.
         source: what the generated images are.
-        judge: measures them.
+        evaluator: measures them.
     """
 
     settings: Generate
@@ -85,7 +85,7 @@ class Plan:
     columns: dict[str, tuple[str, Generate]]
     labels: list[int]
     source: Source
-    judge: Judge
+    evaluator: Evaluator
 
 
 def generate(settings: Generate, accelerator: Accelerator) -> None:
@@ -131,8 +131,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     references = references_of(settings, dataset, origins, features, numbers, accelerator)
     reader = next((each for each in features if each.name == dataset), features[0])
     recognition = recognition_of(dataset, names, reader, source.resolution)
-    judge = Judge(features, references, settings, recognition, accelerator.device)
-    return Plan(settings, pipeline, adapter, names, columns, labels, source, judge)
+    evaluator = Evaluator(features, references, settings, recognition, accelerator.device)
+    return Plan(settings, pipeline, adapter, names, columns, labels, source, evaluator)
 
 
 def columns_of(settings: Generate, adapter: AdapterFile | None) -> dict[str, tuple[str, Generate]]:
@@ -173,21 +173,21 @@ def draw_and_measure(plan: Plan, accelerator: Accelerator) -> tuple[dict[str, li
                 batch_size=settings.batch_size,
                 progress=progress.update,
             )
-            seen = plan.judge.look(images, replace(plan.source, name=model), plan.labels)
+            found = plan.evaluator.measure(images, replace(plan.source, name=model), plan.labels)
         if accelerator.is_main_process:
-            results[name] = plan.judge.compare(seen)
-    return results, seen.measured
+            results[name] = plan.evaluator.compare(found)
+    return results, found.measured
 
 
 def make_report(
     plan: Plan, results: dict[str, list[dict]], measured: list[Measured], accelerator: Accelerator
 ) -> dict:
     """All that was found, and all that it depends on."""
-    settings, adapter, recognition = plan.settings, plan.adapter, plan.judge.recognition
+    settings, adapter, recognition = plan.settings, plan.adapter, plan.evaluator.recognition
     return {
         **in_sections(
             section(measured[k], reference, {name: found[k] for name, found in results.items()})
-            for k, reference in enumerate(plan.judge.references)
+            for k, reference in enumerate(plan.evaluator.references)
         ),
         "adapter": str(settings.adapter) if adapter else None,
         "base": settings.base or (adapter and adapter.base) or "miniature",
@@ -239,8 +239,8 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
         if is_filed and set(settings.features) - {default}:
             raise ValueError(f"'{settings.images}' is statistics of {images.features}: leave --features out")
         both_filed = is_filed and settings.reference and all(map(is_statistics, settings.reference))
-        looks = not both_filed or {GENERATED, REAL} & needs  # at real images, or at those beside statistics
-        features = features_of(settings, default, images.resolution, accelerator) if looks else [None]
+        measures_images = not both_filed or {GENERATED, REAL} & needs  # at real images, or at those beside statistics
+        features = features_of(settings, default, images.resolution, accelerator) if measures_images else [None]
         if is_filed:
             measured = [statistics_in(settings.images, features, settings, accelerator, GENERATED)]
             origins = [each.origin for each in measured]

@@ -12,10 +12,10 @@ from torch import nn
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.evaluation.evaluator import Batches, measure_images
 from onelora_diffusion.evaluation.features import distance_name, load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
-from onelora_diffusion.evaluation.judge import Batches, look
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics_file import save_statistics
 from onelora_diffusion.files import folder_written_beside
@@ -141,11 +141,11 @@ def measure_real_images(
     """Write the statistics of the real images, and the distance of training images that the autoencoder has passed."""
     images = DatasetImages(real, real[0][0].shape[-1])
     batches = images.batches(range(len(images)), 64)
-    (reference,) = look(batches, images, [features], device=vae.device).measured
+    (reference,) = measure_images(batches, images, [features], device=vae.device).measured
     save_statistics(folder / "statistics.safetensors", reference)
 
     passed = passed_batches(latents, vae, settings.num_images)
-    (after,) = look(passed, images, [features], device=vae.device).measured
+    (after,) = measure_images(passed, images, [features], device=vae.device).measured
     facts = {
         "reference_count": reference.statistics.count,
         "autoencoder_distance": frechet_distance(after.statistics, reference.statistics),

@@ -31,10 +31,10 @@ from onelora_diffusion.data.latent_cache import LatentCache
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.devices import peak_memory_bytes, reset_peak_memory
 from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.evaluation.evaluator import Batches, Evaluator
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
-from onelora_diffusion.evaluation.judge import Batches, Judge
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import Origin
@@ -119,7 +119,7 @@ def run(job: Job, result: Path) -> dict:
     updates = Updates(job, transformer, scheduler, device, autocast)
     source = Source("generated", resolution_of(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
-    judge = judge_of(job, features, source, device)
+    evaluator = evaluator_of(job, features, source, device)
 
     trained = adapter_state_dict(transformer)
     optimizer = make_optimizer("adamw", trained, job.learning_rate, job.class_learning_rate)
@@ -156,7 +156,7 @@ def run(job: Job, result: Path) -> dict:
         check_finite(trained, step)
         state["peak_memory_bytes"] = state["peak_memory_bytes"] or peak_memory_bytes(device)
         with ema.applied(), autocast:
-            measured, shown = evaluate(job, judge, pipeline, source)
+            measured, shown = evaluate(job, evaluator, pipeline, source)
         print(f"evaluation {len(state['evaluations']) + 1}: {measured}", flush=True)
         state["evaluations"].append({"step": step, "seconds": state["seconds"], **measured})
         best = min(state["evaluations"], key=lambda evaluation: evaluation["distance"])
@@ -220,16 +220,16 @@ class Updates:
         return training_losses(output, x_start, drawn.noise, drawn.timesteps, self.scheduler)["loss"].mean()
 
 
-def judge_of(job: Job, features: Features, source: Source, device: torch.device) -> Judge:
+def evaluator_of(job: Job, features: Features, source: Source, device: torch.device) -> Evaluator:
     """Fréchet distance to the reference, and recognition where the classes are known."""
     reference = load_statistics(job.reference)
     Origin.of(features, source).check_comparable(reference.origin)
     names = [job.id2label[str(label)] for label in range(len(job.id2label))]
     recognition = recognition_of(job.dataset, names, features, source.resolution)
-    return Judge([features], [reference], recognition=recognition, device=device)
+    return Evaluator([features], [reference], recognition=recognition, device=device)
 
 
-def evaluate(job: Job, judge: Judge, pipeline, source: Source) -> tuple[dict[str, float], Tensor]:
+def evaluate(job: Job, evaluator: Evaluator, pipeline, source: Source) -> tuple[dict[str, float], Tensor]:
     """`distance` and `recognition` of the pipeline as it is, and its first samples (NUM_SHOWN, 3, R, R).
 
     The noise and the classes are the same every time.
@@ -243,7 +243,7 @@ def evaluate(job: Job, judge: Judge, pipeline, source: Source) -> tuple[dict[str
         SamplerSettings(num_inference_steps=job.num_inference_steps, guidance_scale=job.guidance_scale),
         batch_size=job.eval_batch_size,
     )
-    (measured,) = judge.compare(judge.look(keeping_first(batches, shown), source))
+    (measured,) = evaluator.compare(evaluator.measure(keeping_first(batches, shown), source))
     return measured, torch.stack(shown)
 
 

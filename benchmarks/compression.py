@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.compare import job_of, outward, preset
 from benchmarks.compare_inputs import prepare
 from benchmarks.compare_report import mean_and_deviation, spread
-from benchmarks.compare_run import Job, Updates, evaluate, judge_of, machine, read
+from benchmarks.compare_run import Job, Updates, evaluate, evaluator_of, machine, read
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.evaluation.features import load_features
@@ -209,7 +209,7 @@ def run(job: Job, settings: CompressionSettings) -> dict:
     source = Source("generated", resolution_of(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
     with average.applied():
-        measured, _ = evaluate(job, judge_of(job, features, source, device), pipeline, source)
+        measured, _ = evaluate(job, evaluator_of(job, features, source, device), pipeline, source)
     count = sum(tensor.numel() for name, tensor in trained.items() if not name.startswith("class_embedding."))
     return {**measured, "trained": count, "share_of_gradient": shares}
 

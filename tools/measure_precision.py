@@ -12,10 +12,10 @@ import torch
 from onelora_diffusion import load_adapter
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.devices import ComputeSettings
+from onelora_diffusion.evaluation.evaluator import measure_images
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages, Source
-from onelora_diffusion.evaluation.judge import look
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import format_table
 from onelora_diffusion.injection.merging import merge_adapter
@@ -35,16 +35,16 @@ WAYS = {  # name -> precision of the transformer and of the VAE, merged
 def main(adapter: Path, num_images: int) -> None:
     features = load_features("pixels", 16)
     real = DatasetImages(load_dataset("digits", resolution=16), 16)
-    reference = look(real.batches(range(len(real)), 64), real, [features]).measured[0].statistics
+    reference = measure_images(real.batches(range(len(real)), 64), real, [features]).measured[0].statistics
     recognition = recognition_of("digits", DIGITS, features, 16)
     images = {name: make(adapter, num_images, *way) for name, way in WAYS.items()}
     rows = {name: [] for name in ("FD(pixels)", "recognition", "values changed", "mean change", "largest change")}
     for made in images.values():
         batches = [(list(range(num_images)), made)]
-        seen = look(batches, Source("made", 16), [features], recognition=recognition)
+        found = measure_images(batches, Source("made", 16), [features], recognition=recognition)
         change = (made.float() - images["float32"].float()).abs()
-        rows["FD(pixels)"].append(f"{frechet_distance(seen.measured[0].statistics, reference):.4f}")
-        rows["recognition"].append(f"{seen.recognition:.1%}")
+        rows["FD(pixels)"].append(f"{frechet_distance(found.measured[0].statistics, reference):.4f}")
+        rows["recognition"].append(f"{found.recognition:.1%}")
         rows["values changed"].append(f"{(change > 0).float().mean():.2%}")
         rows["mean change"].append(f"{change.mean():.3f}")
         rows["largest change"].append(f"{change.max():.0f}")

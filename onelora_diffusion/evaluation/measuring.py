@@ -7,10 +7,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.evaluation.evaluator import measure_images, with_progress
 from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import DatasetImages, NpzImages, open_images, share
-from onelora_diffusion.evaluation.judge import look, with_progress
 from onelora_diffusion.evaluation.metrics import REAL, SPATIAL, needed
 from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
@@ -52,7 +52,7 @@ def references_of(
     classes: tuple[int, ...] | None,
     accelerator: Accelerator,
 ) -> list[Measured]:
-    """What images of these origins compare with: statistics, or images that the features look at.
+    """What images of these origins compare with: statistics, or images, which are measured.
 
     Raises:
         ValueError, FileNotFoundError: there is nothing of the kind, or it does not compare.
@@ -78,17 +78,17 @@ def references_of(
 def statistics_in(
     path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator, one_by_one: str
 ) -> Measured:
-    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are looked at.
+    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are measured.
 
     Args:
         one_by_one: GENERATED or REAL, whichever of the two sets the file is.
     """
     keep = one_by_one in needed(settings.metrics)
     filed = load_statistics(path, keep)
-    looking = [each for each in features if each and kind_of(each.name) == kind_of(filed.origin.features)]
-    if keep and filed.kept is None and looking and path.suffix == ".npz" and "arr_0" in read_headers(path):
-        (seen,) = measure(NpzImages(path), looking, settings.batch_size, accelerator, keep=True)
-        return replace(filed, kept=seen.kept)
+    fitting = [each for each in features if each and kind_of(each.name) == kind_of(filed.origin.features)]
+    if keep and filed.kept is None and fitting and path.suffix == ".npz" and "arr_0" in read_headers(path):
+        (found,) = measure(NpzImages(path), fitting, settings.batch_size, accelerator, keep=True)
+        return replace(filed, kept=found.kept)
     return filed
 
 
@@ -104,4 +104,4 @@ def measure(
     indices = share(len(images), accelerator.process_index, accelerator.num_processes)
     batches = images.batches(indices, batch_size)
     batches = with_progress(batches, len(indices), Path(images.name).name, accelerator.is_main_process)
-    return look(batches, images, features, keep=keep, spatial=spatial, device=accelerator.device).measured
+    return measure_images(batches, images, features, keep=keep, spatial=spatial, device=accelerator.device).measured

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from onelora_diffusion.evaluation.companions import (
+from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.formulas import (
     density_coverage,
     extrapolate,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import Measured
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.evaluation.evaluator import Batches, Evaluator, measure_images, with_progress
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
-from onelora_diffusion.evaluation.judge import Batches, Judge, look, with_progress
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
@@ -45,10 +45,10 @@ class Evaluation:
             real = DatasetImages(dataset, resolution)
             indices = share(len(real), accelerator.process_index, accelerator.num_processes)
             batches = with_progress(real.batches(indices, 64), len(indices), "reference", accelerator.is_main_process)
-            (reference,) = look(batches, real, [features], device=accelerator.device).measured
+            (reference,) = measure_images(batches, real, [features], device=accelerator.device).measured
         names = [dataset.id2label[label] for label in range(self.num_classes)]
         recognition = recognition_of(settings.dataset, names, features, resolution)
-        self.judge = Judge([features], [reference], recognition=recognition, device=accelerator.device)
+        self.evaluator = Evaluator([features], [reference], recognition=recognition, device=accelerator.device)
 
     def measure(self, stop) -> dict | None:
         """`{"distance": ..., "recognition": ...}` of images made by all processes, or None if stopped midway."""
@@ -71,10 +71,10 @@ class Evaluation:
                 progress=progress.update,
             )
             try:
-                seen = self.judge.look(counted(batches, settings.eval_images, stop), self.source)
+                found = self.evaluator.measure(counted(batches, settings.eval_images, stop), self.source)
             except Stopped:
                 return None
-        return self.judge.compare(seen)[0]
+        return self.evaluator.compare(found)[0]
 
     def plot(self, metrics: Path, picture: Path) -> None:
         plot_distances(metrics, picture, self.distance_name)

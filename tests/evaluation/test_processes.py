@@ -8,8 +8,8 @@ from conftest import make_dit
 from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
 
-from onelora_diffusion.evaluation.companions import kernel_distance
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
+from onelora_diffusion.evaluation.formulas import kernel_distance
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import share
 from onelora_diffusion.evaluation.statistics import RunningStatistics

@@ -114,7 +114,7 @@ def test_our_npz_is_the_layout_of_adms_evaluator(sets):
             np.testing.assert_allclose(ours[key], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_report_says_where_the_statistics_are_from_and_images_beside_them_serve_the_companions(sets, capsys):
+def test_the_report_says_where_the_statistics_are_from_and_images_beside_them_serve_the_other_metrics(sets, capsys):
     folder, a, b = sets
     flags = ["--features", "inception", "--metrics", "precision-recall", "--output", folder / "calc.json"]
     run("calc", "--images", folder / "a.npz", "--reference", folder / "adm.npz", *flags)
@@ -153,7 +153,7 @@ def test_statistics_of_inception_do_not_serve_other_features(sets):
     assert "several files are statistics; images are one set" in error_of(*calc[:3], "--reference", *["b.npz"] * 2)
 
 
-def test_kept_features_serve_the_companions_without_a_second_pass(sets):
+def test_kept_features_serve_the_other_metrics_without_a_second_pass(sets):
     folder, *_ = sets
     run(
         "ref",
@@ -253,7 +253,7 @@ def test_a_file_that_tells_nothing_is_taken_for_the_features_of_which_there_are_
             Origin(features, "digest", "none", 256, "images").check_comparable(filed)
 
 
-def test_features_one_by_one_of_dgm_eval_are_statistics_and_serve_the_companions(tmp_path):
+def test_features_one_by_one_of_dgm_eval_are_statistics_and_serve_the_other_metrics(tmp_path):
     features = np.random.default_rng(0).standard_normal((9, 1024))
     hparams = np.array({"nimages": 9}, dtype=object)  # its file has a pickled object beside them, which is not read
     np.savez(tmp_path / "reps.npz", model="dinov2", reps=features, hparams=hparams)

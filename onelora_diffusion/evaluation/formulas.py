@@ -1,4 +1,4 @@
-"""Companions of the Fréchet distance: KID, precision and recall, Inception Score by torch-fidelity; and its limit.
+"""Formulas of the metrics beside the Fréchet distance: KID, precision and recall, and others; and its limit.
 
 They compare images one by one, so they need all features in memory: (images, d) float32.
 """

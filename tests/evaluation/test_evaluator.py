@@ -1,11 +1,11 @@
-"""One look at a set of images feeds every kind of features, the classifier and the metrics."""
+"""One pass over a set of images feeds every kind of features, the classifier and the metrics."""
 
 import pytest
 import torch
 
+from onelora_diffusion.evaluation.evaluator import Evaluator, measure_images
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.images import Source
-from onelora_diffusion.evaluation.judge import Judge, look
 from onelora_diffusion.evaluation.metrics import MetricSettings
 from onelora_diffusion.evaluation.recognition import Recognition
 
@@ -28,19 +28,21 @@ def test_two_kinds_of_features_and_a_classifier_see_one_pass():
     made[::2] = 153  # 0.6: mean 0.3
     features = [PixelFeatures(32), PixelFeatures(8)]
     source = Source("made", 32)
-    references = look(batches(real), source, features).measured
+    references = measure_images(batches(real), source, features).measured
     asked = Recognition(FirstPixel(), [153, 0])  # the classes take turns: even images are of the first
 
     passes = []
-    judge = Judge(features, references, recognition=asked)
-    seen = judge.look((passes.append(indices) or (indices, images) for indices, images in batches(made)), source)
+    evaluator = Evaluator(features, references, recognition=asked)
+    measured = evaluator.measure(
+        (passes.append(indices) or (indices, images) for indices, images in batches(made)), source
+    )
     assert sum(passes, []) == list(range(8))
-    for each, found in zip(features, judge.compare(seen), strict=True):
+    for each, found in zip(features, evaluator.compare(measured), strict=True):
         # All numbers of an image move as one. Half of 8 at v, half at 0: mean v/2, deviation v/2 (8/7)^½.
         expected = each.num_features * (0.2**2 + 0.2**2 * 8 / 7)
         assert found["distance"] == pytest.approx(expected, rel=1e-9)
         assert found["recognition"] == 1.0
-    assert [measured.origin.resize for measured in seen.measured] == [each.resize for each in features]
+    assert [each.origin.resize for each in measured.measured] == [each.resize for each in features]
 
 
 def test_the_classifier_is_asked_for_the_labels_that_were_drawn():
@@ -48,14 +50,16 @@ def test_the_classifier_is_asked_for_the_labels_that_were_drawn():
     images[:, 0, 0, 0] = torch.tensor([1, 1, 2, 2, 2, 1])
     asked = Recognition(FirstPixel(), [1, 2])
     for labels, expected in ((None, 2 / 6), ([0, 0, 1, 1, 1, 0], 1), ([0, 0, 0, 1, 1, 1], 4 / 6)):
-        found = look(batches(images), Source("made", 4), [PixelFeatures(4)], recognition=asked, labels=labels)
+        found = measure_images(
+            batches(images), Source("made", 4), [PixelFeatures(4)], recognition=asked, labels=labels
+        )
         assert found.recognition == expected
 
 
 def test_features_are_kept_only_for_metrics_that_need_them():
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
-    (without,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)]).measured
-    (kept,) = look(batches(images), Source("noise", 4), [PixelFeatures(4)], keep=True).measured
+    (without,) = measure_images(batches(images), Source("noise", 4), [PixelFeatures(4)]).measured
+    (kept,) = measure_images(batches(images), Source("noise", 4), [PixelFeatures(4)], keep=True).measured
     assert without.kept is None and torch.equal(kept.kept, PixelFeatures(4)(images).float())
     with pytest.raises(ValueError, match="'noise' is given as statistics: --metrics kid needs the images"):
-        Judge([PixelFeatures(4)], [without], MetricSettings(metrics=("kid",)))
+        Evaluator([PixelFeatures(4)], [without], MetricSettings(metrics=("kid",)))

@@ -1,4 +1,4 @@
-"""One place where images are looked at: made or read, they feed the statistics and the classifier of every caller."""
+"""One place where images are measured, drawn or read: their statistics, their recognition, and all metrics of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ Batches = Iterable[tuple[list[int], Tensor]]
 
 
 @dataclass(frozen=True)
-class Seen:
+class MeasuredImages:
     """A set of images, as each kind of features sees it, and the share of it that a classifier reads as asked for."""
 
     measured: list[Measured]
     recognition: float | None = None
 
 
-def look(
+def measure_images(
     batches: Batches,
     source: Source,
     features: Sequence[Features],
@@ -43,10 +43,10 @@ def look(
     recognition: Recognition | None = None,
     labels: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
-) -> Seen:
-    """Look at a set of images once, with all that there is to see it.
+) -> MeasuredImages:
+    """The statistics of a set of images, and the share that a classifier recognises, in one pass over them.
 
-    Every process looks at images of its own, and all of them learn what the whole set is.
+    Each process gives images of its own; all processes get the result of the whole set.
 
     Args:
         batches: (which images of the set, uint8 (batch, 3, R, R)).
@@ -76,11 +76,11 @@ def look(
         )
         for each in running
     ]
-    return Seen(measured, int(recognized) / measured[0].statistics.count if recognition else None)
+    return MeasuredImages(measured, int(recognized) / measured[0].statistics.count if recognition else None)
 
 
-class Judge:
-    """Generated images against real ones: distances, their companions and recognition, by name.
+class Evaluator:
+    """Compares generated images with real ones: the distance, further metrics and recognition, by name.
 
     Args:
         features: modules of `evaluation.features`.
@@ -107,10 +107,10 @@ class Judge:
         self.features, self.references, self.settings = features, references, settings
         self.recognition, self.device = recognition, device
 
-    def look(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> Seen:
+    def measure(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> MeasuredImages:
         """What the images are, over all processes; `labels` of all of them, or None where the classes take turns."""
         needs = needed(self.settings.metrics)
-        return look(
+        return measure_images(
             batches,
             source,
             self.features,
@@ -121,10 +121,10 @@ class Judge:
             device=self.device,
         )
 
-    def compare(self, seen: Seen) -> list[dict]:
+    def compare(self, found: MeasuredImages) -> list[dict]:
         """For each kind of features: `distance`, the other metrics, and `recognition`."""
-        recognition = {} if seen.recognition is None else {"recognition": seen.recognition}
-        parts = zip(seen.measured, self.references, self.metrics, self.features, strict=True)
+        recognition = {} if found.recognition is None else {"recognition": found.recognition}
+        parts = zip(found.measured, self.references, self.metrics, self.features, strict=True)
         return [{**compare(*part, self.settings), **recognition} for part in parts]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from onelora_diffusion.evaluation.companions import (
+from onelora_diffusion.evaluation.formulas import (
     density_coverage,
     extrapolate,
     inception_score,

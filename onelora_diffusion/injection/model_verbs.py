@@ -42,7 +42,7 @@ def delete_adapters(model: nn.Module, adapter_names: str | list[str]) -> None:
 def fuse_lora(
     model: nn.Module,
     lora_scale: float = 1.0,
-    safe_fusing: bool = False,
+    safe_fusing: bool = True,
     adapter_names: str | list[str] | None = None,
 ) -> None:
     """Fold adapters into the base weights, times `lora_scale`; None: those that serve, with the weights they have."""

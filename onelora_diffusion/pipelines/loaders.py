@@ -23,7 +23,7 @@ from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.finding import Place, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
-from onelora_diffusion.storage.reading import json_or_text, read_dict, read_file, read_safetensors
+from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +132,11 @@ class OneLoRALoaderMixin:
         def translate(tensors, source):
             return denoiser_tensors(self.stock_class(), model, tensors, source)
 
-        source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, dict):
-            shown = "the state dict"
-            file = read_dict(model, source, {}, shown, translate)
-        else:
-            shown = find_weights(source, place)
-            file = read_file(model, shown, translate)
+        file, shown = read_source(model, pretrained_model_name_or_path_or_dict, translate, place)
         if hotswap:
-            swap_values(adapters_of(model), file, adapter_name, str(shown))
+            swap_values(adapters_of(model), file, adapter_name, shown)
         else:
-            attach_adapter_file(model, file, adapter_name, str(shown))
+            attach_adapter_file(model, file, adapter_name, shown)
 
     @classmethod
     def lora_state_dict(
@@ -238,6 +232,8 @@ class OneLoRALoaderMixin:
             )
         if other := [name for name in layers if name not in self._models()]:
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {self._components()}")
+        if adapter_name is not None:
+            self._chosen(adapter_name)  # refuses an unknown one
         books = {
             name: book
             for name, book in self._adapted().items()
@@ -246,9 +242,7 @@ class OneLoRALoaderMixin:
         if len(books) > 1:
             raise ValueError(f"adapters are in {' and '.join(books)}: give the component whose is to be saved")
         if not books:
-            raise ValueError(
-                f"no adapter '{adapter_name}' in {component or self._components()}: there are {self.adapters}"
-            )
+            raise ValueError(f"no adapter '{adapter_name or 'at all'}' in '{component}'")
         ((component, book),) = books.items()
         adapter_name = book.choose(adapter_name)
         origin = book.origins.get(adapter_name, {})
@@ -367,14 +361,14 @@ class OneLoRALoaderMixin:
         self,
         components: list[str] | None = None,
         lora_scale: float = 1.0,
-        safe_fusing: bool = False,
+        safe_fusing: bool = True,
         adapter_names: str | list[str] | None = None,
     ) -> None:
         """Fold adapters into the base weights, times `lora_scale`, so that they cost nothing at all.
 
         Args:
             components: None, or names of which the transformer or the UNet is one; a text encoder has no adapters.
-            safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite.
+            safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite, as `merge_adapter` does.
             adapter_names: which adapters; None: those that serve. They count with the weights they have.
         """
         self._check_components(components)

@@ -14,7 +14,7 @@ from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_ad
 from onelora_diffusion.injection.book import check_name, unwrapped
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_opened
-from onelora_diffusion.storage.finding import find_weights
+from onelora_diffusion.storage.finding import Place, find_weights
 from onelora_diffusion.storage.lora import (
     PEFT_CONFIG,
     TEXT_ENCODER_KEY,
@@ -26,23 +26,41 @@ from onelora_diffusion.storage.lora import (
 from onelora_diffusion.storage.opening import check_state_dict, opened, read_bytes, strict_json
 
 Translate = Callable[[dict[str, torch.Tensor], str], dict[str, torch.Tensor]]
+ANYWHERE = Place()
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike | dict[str, torch.Tensor], adapter_name: str = "default"
+) -> nn.Module:
     """Load an adapter into its base model, make it the active one, and return the model.
 
     Reads what a pipeline's `load_lora_weights` reads: a file of this library, a LoRA or DoRA of linear layers, or
-    MiSS; as a file, a folder or a hub id. Names have to be the model's, or kohya's for them: another program's tree
-    is converted by the pipeline's verb alone. What trains beside it goes on training (`train_adapters`).
+    MiSS; as a file, a folder, a hub id or a state dict. Names have to be the model's, or kohya's for
+    them: another program's tree is converted by the pipeline's verb alone. What trains beside it goes on training
+    (`train_adapters`).
 
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`; or a base, a key or a shape does not fit.
             The model is left exactly as it was.
     """
     check_name(model, adapter_name)
-    inner, path = unwrapped(model), find_weights(path)
-    attach_adapter_file(inner, read_file(inner, path, without_text_encoders), adapter_name, source=str(path))
+    inner = unwrapped(model)
+    file, shown = read_source(inner, path, without_text_encoders)
+    attach_adapter_file(inner, file, adapter_name, source=shown)
     return model
+
+
+def read_source(
+    model: nn.Module,
+    source: str | os.PathLike | dict[str, torch.Tensor],
+    translate: Translate,
+    place: Place = ANYWHERE,
+) -> tuple[AdapterFile, str]:
+    """(the adapter in a file, a folder, a hub repository or a state dict; what errors call it)."""
+    if isinstance(source, dict):
+        return read_dict(model, source, {}, "the state dict", translate), "the state dict"
+    path = find_weights(source, place)
+    return read_file(model, path, translate), str(path)
 
 
 def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from onelora_diffusion import OneLoRADiTPipeline, OneLoRALoaderMixin, adapter_state_dict
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
+from onelora_diffusion.storage.lora import import_foreign
 
 RANK, ALPHA = 2, 3.0
 
@@ -117,6 +118,24 @@ def test_what_a_converter_would_drop_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         pipe.load_lora_weights(kohya(FLUX_KOHYA) | change)
     assert pipe.get_list_adapters() == {}
+
+
+def test_native_names_that_are_partly_diffusers_own_are_converted():
+    """Z-Image's differ in the attention's output alone; the prefix is ComfyUI's."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    sizes = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 6, 6]}
+    model = ZImageTransformer2DModel(in_channels=4, n_layers=1, n_refiner_layers=1, axes_lens=[64, 16, 16], **sizes)
+    own = {"layers.0.attention.to_q": (32, 32), "layers.0.attention.to_out.0": (32, 32)}
+    native = {f"diffusion_model.{name}".replace("to_out.0", "out"): shape for name, shape in own.items()}
+    found, expected = (
+        import_foreign(model, denoiser_tensors(ZImagePipeline, model, kohya(shapes), "it"), {}, "it").tensors
+        for shapes in (native, {f"diffusion_model.{name}": shape for name, shape in own.items()})
+    )
+    assert {key.split(".onelora_")[0] for key in found} == set(own) and found.keys() == expected.keys()
+    for path in own:
+        up, down = (f"{path}.onelora_lora_{part}.weight" for part in "BA")
+        assert_rounded(found[up] @ found[down], expected[up] @ expected[down], terms=RANK)
 
 
 def test_a_converter_that_drops_a_layer_is_noticed():

@@ -330,7 +330,7 @@ def test_16_safe_fusing(both, value):
     with torch.no_grad():
         adapter_state_dict(both.transformer, "plain")["proj_out_2.onelora_b"][0] = value
     with pytest.raises(ValueError, match="gives NaN or infinity: nothing was merged"):
-        both.fuse_lora(safe_fusing=True)
+        both.fuse_lora()
     assert both.num_fused_loras == 0 and both.get_active_adapters() == ["plain"]
     own = dict(both.transformer.named_parameters())
     assert all(torch.equal(own[name], p) for name, p in before.items() if name in own)

@@ -146,8 +146,10 @@ def test_an_adapter_of_either_is_saved(loaded, files, tmp_path):
     for name, origin in (("y", "low"), ("x", "high")):
         found, expected = read_adapter(tmp_path / name).tensors, read_adapter(files / origin).tensors
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    with pytest.raises(ValueError, match="no adapter 'y' in transformer"):
+    with pytest.raises(ValueError, match="no adapter 'y' in 'transformer'"):
         loaded.save_lora_weights(tmp_path, adapter_name="y", component="transformer")
+    with pytest.raises(ValueError, match="'z' is not in the list of present adapters: x, y"):
+        loaded.save_lora_weights(tmp_path, adapter_name="z")
     with pytest.raises(ValueError, match="adapters x serve unfused"):
         loaded.save_pretrained(tmp_path)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit
+from conftest import dit_inputs, make_dit, randomize
 from denoisers import flux, sd3, unet
 from rounding import assert_rounded
 from safetensors.torch import load_file, save_file
@@ -198,7 +198,8 @@ def test_load_adapter_reads_what_was_exported_and_leaves_text_encoders(tmp_path,
         tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
         tensors["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(1, 4)
         save_file(tensors, tmp_path / "both.safetensors")
-        assert torch.equal(load_adapter(make_dit(), tmp_path / "both.safetensors")(**inputs).sample, expected)
+        for source in (tmp_path / "both.safetensors", tensors):
+            assert torch.equal(load_adapter(make_dit(), source)(**inputs).sample, expected)
     assert "1 of 33 tensors are for text encoders" in caplog.text
 
 
@@ -253,12 +254,13 @@ def with_ip_adapter(model, kind):
         )
     else:
         model.encoder_hid_proj = embeddings.MultiIPAdapterImageProjection([embeddings.ImageProjection(8, 8, 2)])
+    plain = processors.AttnProcessor2_0()
     makers = {
-        "sd3": lambda: processors.SD3IPAdapterJointAttnProcessor2_0(32, 16, 8, timesteps_emb_dim=32),
-        "flux": lambda: processors.FluxIPAdapterJointAttnProcessor2_0(32, 8),
-        "unet": lambda: processors.IPAdapterAttnProcessor2_0(16, 8),
+        "sd3": lambda name: processors.SD3IPAdapterJointAttnProcessor2_0(32, 16, 8, timesteps_emb_dim=32),
+        "flux": lambda name: processors.FluxIPAdapterJointAttnProcessor2_0(32, 8),
+        "unet": lambda name: processors.IPAdapterAttnProcessor2_0(16, 8) if "attn2" in name else plain,
     }
-    model.set_attn_processor({name: makers[kind]() for name in model.attn_processors})
+    model.set_attn_processor({name: makers[kind](name) for name in model.attn_processors})
     return model
 
 
@@ -282,3 +284,16 @@ def test_an_adapter_fits_a_base_with_an_ip_adapter_and_one_without(kind, make, c
     for file in files:
         for model in (make()[0], with_ip_adapter(make()[0], kind)):
             assert set(adapter_state_dict(load_adapter(model, file))) == names
+
+
+def test_beside_an_ip_adapter_that_weighs_nothing_the_output_is_the_same(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = unet()
+    beside = with_ip_adapter(copy.deepcopy(model), "unet")
+    beside.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    for processor in beside.attn_processors.values():
+        processor.scale = [0.0]
+    file = save_adapter(randomize(inject_adapter(model, AdapterConfig())), tmp_path)
+    load_adapter(beside, file)
+    image = {"added_cond_kwargs": {"image_embeds": [torch.ones(2, 1, 8)]}}
+    assert torch.equal(run(beside, inputs | image), run(model, inputs))

@@ -84,7 +84,7 @@ def print_report(report: dict) -> None:
             f"The base knows its own {base_classes} classes: asked for class i, it draws i mod {base_classes}."
         )
     print(f"\n{format_table(title, list(results), rows)}")
-    for note in notes + list(dict.fromkeys(note for each in sections for note in each["notes"])):
+    for note in notes + notes_on_worth(report):
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
 
@@ -104,6 +104,11 @@ def notes_of(report: dict) -> list[str]:
             f"Features: {features['name']}, {features['num_features']} of them, resize: {features['resize']}."
         )
     return list(dict.fromkeys(notes))
+
+
+def notes_on_worth(report: dict) -> list[str]:
+    """What takes from the worth of the numbers, and how they were taken."""
+    return list(dict.fromkeys(note for each in sections_of(report) for note in each["notes"]))
 
 
 def describe_guidance(report: dict) -> str:

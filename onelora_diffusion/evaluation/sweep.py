@@ -4,7 +4,14 @@ from pathlib import Path
 
 from onelora_diffusion.evaluation.metrics import all_shown
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.evaluation.summary import LABELS, names_of, notes_of, result_rows, sections_of
+from onelora_diffusion.evaluation.summary import (
+    LABELS,
+    names_of,
+    notes_of,
+    notes_on_worth,
+    result_rows,
+    sections_of,
+)
 from onelora_diffusion.files import write_bytes
 
 
@@ -35,7 +42,7 @@ def print_sweep(report: dict) -> None:
     title += f"{report['num_inference_steps']} steps, seed {report['seed']}{LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
-    for note in [f"Best: {best}.", *notes_of(report)]:
+    for note in [f"Best: {best}.", *notes_of(report), *notes_on_worth(report)]:
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
 

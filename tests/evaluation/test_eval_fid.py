@@ -160,7 +160,9 @@ def test_a_sweep_finds_the_best_guidance_of_each_metric(run_folder, tmp_path, ca
         scales = {float(scale): results[key] for scale, results in report["results"].items()}
         assert scales[report["best"][name]] == choose(scales.values())
     assert len({results["distance"] for results in report["results"].values()}) == 3
-    assert f"FD(pixels) at {report['best']['FD(pixels)']:g}" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"FD(pixels) at {report['best']['FD(pixels)']:g}" in printed
+    assert "23 generated images for 768 features: too few" in printed
     assert np.array(Image.open(tmp_path / "sweep.png")).std() > 10
 
     gen = ["gen", "--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]

@@ -13,7 +13,6 @@ bits of a sum depend on how many images are made together. A run that ends early
 goes on from them.
 """
 
-import difflib
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import sys
 import textwrap
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -43,18 +41,17 @@ from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.devices import ComputeSettings, in_words
-from onelora_diffusion.families import family_named, family_of
+from onelora_diffusion.families import family_of
+from onelora_diffusion.families.classes import by_label, find_class, told_apart
 from onelora_diffusion.files import check_place, digest, printable, write_bytes, written_beside
 from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
-from onelora_diffusion.pipelines.base import load_base, load_text_to_image
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.sampling import (
     SamplerSettings,
     adapters_folded_in,
-    draw_prompt,
     generate_images,
-    image_generators,
     progress_bar,
 )
 from onelora_diffusion.storage.adapter_file import read_adapter
@@ -109,13 +106,13 @@ def main(settings: Settings) -> None:
             output = check_settings(settings)
             adapter = read_adapter(settings.adapter)
             pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
-            source = (Prompted if "family" in adapter.training else Classified)(settings, adapter, accelerator.device)
+            source = load(settings, adapter, accelerator.device)
         draw(settings, source, pictures, accelerator)
         if accelerator.is_main_process:
             print(f"{pictures.described} in {time.monotonic() - start:.1f} s: {output}")
 
 
-def draw(settings: Settings, source: "Classified | Prompted", pictures: "Pictures", accelerator: Accelerator) -> None:
+def draw(settings: Settings, source: "Source", pictures: "Pictures", accelerator: Accelerator) -> None:
     """Draws what is not there yet, and makes a file of all where one is asked for."""
     names, output = source.names, pictures.output
     num_images = settings.num_images or settings.per_class * len(names)
@@ -253,105 +250,109 @@ class Pictures:
         self.lock.release()
 
 
-class Classified:
-    """Images of classes, by a DiT.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is drawn, and by what.
 
     Attributes:
-        labels, names: of the classes that are drawn, in turns.
+        settings: with the guidance that they leave open.
+        kind: classes, or prompts.
+        pipeline: of the base, with the adapter, on its device.
+        conditions, names: the classes or prompts that are drawn in turns, and what they are called.
+        size: pixels a side, None for as many as the base draws.
+        max_sequence_length: tokens of a prompt, None for as many as the base draws with.
     """
 
-    kind = "classes"
+    settings: Settings
+    kind: str
+    pipeline: object
+    conditions: Sequence[int | str]
+    names: Sequence[str]
+    size: int | None = None
+    max_sequence_length: int | None = None
 
-    def __init__(self, settings: Settings, adapter: AdapterFile, device: torch.device):
-        if settings.prompts:
-            raise ValueError(f"the adapter in {settings.adapter} draws classes, not --prompts: give --classes")
-        self.pipeline, labels, dataset = load(settings, adapter)
-        if settings.guidance_scale is None:
-            settings = replace(settings, guidance_scale=defaults_of(dataset).guidance_scale)
-        self.settings, self.labels = settings, find_classes(settings.classes, labels)
-        name_of = {label: name for name, label in reversed(labels.items())}
-        self.names = [name_of[label] for label in self.labels]
-        settings.place(self.pipeline, device)
-        settings.check(self.pipeline.transformer, self.pipeline.scheduler.config)
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of the conditions: those of the classes, or of prompts their places."""
+        return [c if isinstance(c, int) else place for place, c in enumerate(self.conditions)]
 
     def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
-        settings, transformer = self.settings, self.pipeline.transformer
-        num_classes = transformer.config.num_embeds_ada_norm if of_base else max(self.labels) + 1
+        settings, transformer, family = self.settings, self.pipeline.transformer, family_of(self.pipeline)
+        conditions = [self.conditions[index % len(self.conditions)] for index in share]
         if of_base:  # alone: nothing leads from it to an adapter
             settings = replace(settings, guidance=SamplerSettings.guidance)
-        with disable_adapter(transformer) if of_base else adapters_folded_in(transformer, settings):
+            conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
+        alone = disable_adapter(transformer) if of_base else None
+        with alone or (adapters_folded_in(transformer, settings) if family.folds_adapters else nullcontext()):
             yield from generate_images(
                 self.pipeline,
-                [self.labels[index % len(self.labels)] % num_classes for index in share],
+                conditions,
                 settings.seed,
                 share,
                 settings,
+                size=self.size,
+                max_sequence_length=self.max_sequence_length,
                 images_at_once=settings.images_at_once,
-                batch_size=settings.batch_size,
+                batch_size=min(settings.batch_size, settings.images_at_once or family.images_at_once),
                 progress=progress.update,
             )
 
 
-class Prompted:
-    """Pictures of prompts, by a text-to-image transformer: each is drawn alone, by its pipeline's own sampler."""
+def load(settings: Settings, adapter: AdapterFile, device: torch.device) -> Source:
+    """The base with its adapter, and what they draw; an error for what they do not."""
+    source = load_prompts(settings, adapter) if "family" in adapter.training else load_classes(settings, adapter)
+    settings, pipeline = source.settings, source.pipeline
+    settings.check_family(family_of(pipeline))
+    load_adapter(pipeline.transformer, settings.adapter)
+    settings.check(pipeline.transformer, pipeline.scheduler.config)
+    settings.place(pipeline.to(device), device)
+    return source
 
-    kind = "prompts"
 
-    def __init__(self, settings: Settings, adapter: AdapterFile, device: torch.device):
-        is_embedded = adapter.training.get("dataset") == DIGITS
-        prompts = settings.prompts or (CAPTIONS if is_embedded else ())
-        if not prompts or settings.classes:
-            raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
-        for name in ("sampler", "guidance_channels", "guidance_interval"):
-            if getattr(settings, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for classes: pictures have their pipeline's sampler")
-        if is_embedded and settings.guidance_scale is None:
-            settings = replace(settings, guidance_scale=defaults_of(DIGITS).guidance_scale)
-        self.settings, self.names = settings, list(prompts)
-        self.labels = list(range(len(self.names)))
-        precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
-        if precision is None:
-            raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
-        named_by = None if settings.base else settings.adapter
-        self.pipeline = load_text_to_image(settings.base or adapter.base, precision, family_named, named_by)
-        self.family = family_of(self.pipeline)
-        self.size = settings.resolution or number(adapter, "resolution") or self.family.resolution(self.pipeline)
-        self.family.check_resolution(self.pipeline, self.size)
-        if settings.guidance == "domain" and not self.family.is_guided:
-            raise ValueError(
-                f"domain guidance leads from the empty prompt, from which {self.family.name} is not guided"
-            )
-        load_adapter(self.pipeline.transformer, settings.adapter)
-        self.pipeline.to(device)
-        settings.place(self.pipeline, device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        length = number(adapter, "max_sequence_length")
-        with torch.no_grad():
-            *self.prompts, self.empty = (
-                self.family.encode_prompts(self.pipeline, [prompt], length) for prompt in (*self.names, "")
-            )
+def load_classes(settings: Settings, adapter: AdapterFile) -> Source:
+    if settings.prompts:
+        raise ValueError(f"the adapter in {settings.adapter} draws classes, not --prompts: give --classes")
+    pipeline = load_base(settings.base or adapter.base, None if settings.base else settings.adapter)
+    if adapter.config.num_classes is None:  # it serves the classes of its base
+        owner, base_classes = "the base", pipeline.transformer.config.num_embeds_ada_norm
+        classes = by_label(pipeline.labels) or told_apart({}, base_classes)
+    else:
+        owner, classes = "the adapter", told_apart(adapter.id2label, adapter.config.num_classes)
+    if settings.guidance_scale is None:
+        scale = defaults_of(adapter.training.get("dataset")).guidance_scale
+        settings = replace(settings, guidance_scale=scale)
+    conditions = [find_class(name, classes, owner) for name in settings.classes] or sorted(classes)
+    names = [classes[label] for label in conditions]
+    return Source(settings=settings, kind="classes", pipeline=pipeline, conditions=conditions, names=names)
 
-    def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, images (1, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
-        with disable_adapter(self.pipeline.transformer) if of_base else nullcontext():
-            yield from self._draw(share, progress)
 
-    def _draw(self, share: Sequence[int], progress) -> Iterator[tuple[list[int], Tensor]]:
-        for index in share:
-            picture = draw_prompt(
-                self.pipeline,
-                self.family,
-                self.prompts[index % len(self.prompts)],
-                self.empty,
-                *image_generators(self.settings.seed, [index]),
-                self.size,
-                num_inference_steps=self.settings.num_inference_steps,
-                guidance_scale=self.settings.guidance_scale,
-                guidance=self.settings.guidance,
-            )
-            yield [index], picture[None]
-            progress.update(1)
+def load_prompts(settings: Settings, adapter: AdapterFile) -> Source:
+    is_embedded = adapter.training.get("dataset") == DIGITS
+    prompts = settings.prompts or (CAPTIONS if is_embedded else ())
+    if not prompts or settings.classes:
+        raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
+    precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
+    if precision is None:
+        raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
+    named_by = None if settings.base else settings.adapter
+    pipeline = load_base(settings.base or adapter.base, named_by, condition=str, precision=precision)
+    family = family_of(pipeline)
+    size = settings.resolution or number(adapter, "resolution") or family.resolution(pipeline)
+    family.check_resolution(pipeline, size)
+    if settings.guidance_scale is None:
+        scale = defaults_of(DIGITS).guidance_scale if is_embedded else family.guidance_scale(pipeline)
+        settings = replace(settings, guidance_scale=scale)
+    length = number(adapter, "max_sequence_length")
+    return Source(
+        settings=settings,
+        kind="prompts",
+        pipeline=pipeline,
+        conditions=prompts,
+        names=prompts,
+        size=size,
+        max_sequence_length=length,
+    )
 
 
 def number(adapter: AdapterFile, name: str) -> int | None:
@@ -381,43 +382,6 @@ def check_settings(settings: Settings) -> Path:
     elif output.is_file():
         raise ValueError(f"--output '{output}' exists already; give a new folder")
     return output
-
-
-def load(settings: Settings, adapter: AdapterFile):
-    """The base with its adapter, the labels by class name, and the name of the data set."""
-    pipeline = load_base(settings.base or adapter.base, named_by=None if settings.base else settings.adapter)
-    load_adapter(pipeline.transformer, settings.adapter)
-    if adapter.config.num_classes is None:  # it serves the classes of its base
-        labels = pipeline.labels or by_name({}, pipeline.transformer.config.num_embeds_ada_norm)
-    else:
-        labels = by_name(adapter.id2label, adapter.config.num_classes)
-    return pipeline, labels, adapter.training.get("dataset")
-
-
-def by_name(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
-    """Class name -> label; classes of one name are told apart by their labels, a class without one is named so."""
-    names = [id2label.get(label, str(label)) for label in range(num_classes)]
-    counts = Counter(map(plain, names))
-    return {name if counts[plain(name)] == 1 else f"{name} ({label})": label for label, name in enumerate(names)}
-
-
-def find_classes(wanted: Sequence[str], labels: dict[str, int]) -> list[int]:
-    """Labels of classes given by name or number, all if none is given; a name wins over a number."""
-    known = {plain(name): label for name, label in labels.items()}
-    found = []
-    for text in wanted:
-        if plain(text) in known:
-            found.append(known[plain(text)])
-        elif text.isdecimal() and int(text) in known.values():
-            found.append(int(text))
-        else:
-            near = difflib.get_close_matches(plain(text), known, n=5) or [*list(known)[:5], "..."]
-            raise ValueError(f"no class '{text}' among {len(set(known.values()))}; there is {', '.join(near)}")
-    return found or sorted(set(known.values()))
-
-
-def plain(name: str) -> str:
-    return name.lower().replace(" ", "_")
 
 
 def write_grid(output: Path, files: list[Path], names: list[str], of_base: list[Path] | None = None) -> None:

@@ -18,17 +18,15 @@ import tyro
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
-from onelora_diffusion.families import family_named
+from onelora_diffusion.families import family_of
 from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.pipelines.base import (
     class_names,
     load_base,
-    load_text_to_image,
     model_index,
-    transformer_class,
 )
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
 from onelora_diffusion.serving.residents import Residents
@@ -91,19 +89,14 @@ def main(settings: Settings) -> None:
         blocks.close(verbose=False)
 
 
-def load_drawing(settings: Settings, device: torch.device) -> ClassDrawing | PromptDrawing:
-    """The base on its device, and how it draws: classes, or prompts."""
-    index = model_index(settings.base)
-    if transformer_class(index) == "DiTTransformer2DModel":
-        pipeline = load_base(settings.base)
-        settings.place(pipeline, device)
-        return ClassDrawing(pipeline, settings.max_steps, class_names(index))
-    if settings.mixed_precision == "fp16":
-        raise ValueError("--mixed-precision fp16 is for classes: choose bf16 or no")
+def load_drawing(settings: Settings, device: torch.device) -> Drawing:
+    """The base on its device, and how it draws."""
     precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"
-    pipeline = load_text_to_image(settings.base, precision, family_named).to(device)
-    settings.place(pipeline, device)
-    return PromptDrawing(pipeline, settings.max_steps)
+    pipeline = load_base(settings.base, condition=object, precision=precision)
+    if settings.mixed_precision == "fp16" and family_of(pipeline).condition is str:
+        raise ValueError("--mixed-precision fp16 is for classes: choose bf16 or no")
+    settings.place(pipeline.to(device), device)
+    return Drawing(pipeline, settings.max_steps, class_names(model_index(settings.base)))
 
 
 if __name__ == "__main__":

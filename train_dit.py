@@ -16,104 +16,58 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from onelora_diffusion import inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.identity import data_identity
-from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
-from onelora_diffusion.data.latents import FlippableImages
-from onelora_diffusion.data.listing import describe
-from onelora_diffusion.families.dit import DiT
-from onelora_diffusion.families.family import Prompts
+from onelora_diffusion.families import family_of
 from onelora_diffusion.launch import start_all_processes, started
-from onelora_diffusion.pipelines.base import load_base, resolution_of
-from onelora_diffusion.processes import among_sharers, first_on_each_machine
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.processes import first_on_each_machine
 from onelora_diffusion.training.loop import start
-from onelora_diffusion.training.samples import sample_grid
+from onelora_diffusion.training.samples import shown_classes
 from onelora_diffusion.training.settings import Settings, parse_command_line
-from onelora_diffusion.training.stopping import Stop
+from onelora_diffusion.training.task import Task, TrainingData
 
 RECIPES = Path(__file__).parent / "configs"
 
 
-class ClassTask:
-    """A DiT that learns the classes of a data set."""
-
-    def __init__(self, settings: Settings, accelerator: Accelerator):
-        self.settings, self.accelerator = settings, accelerator
-        self.pipeline = load_base(settings.base)
-        transformer = self.pipeline.transformer
-        with first_on_each_machine(accelerator) if settings.download else nullcontext():
-            self.dataset = load_dataset(
-                settings.dataset,
-                settings.data_root,
-                "train",
-                resolution_of(self.pipeline),
-                download=settings.download,
-                broken=settings.broken_images,
-                image_column=settings.image_column,
-                label_column=settings.label_column,
-            )
-        accelerator.print(describe(self.dataset))
-        self.data = data_identity(self.dataset)
-        if settings.method != "full" and settings.mixed_precision != "no":
-            # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.
-            transformer.to(torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16)
-        inject_adapter(transformer, settings.adapter_config(self.dataset.num_classes))
-        self.pipeline.to(accelerator.device)
-
-        self.described = f"{settings.dataset}: {len(self.dataset):,} images of {self.dataset.num_classes} classes"
-        self.facts, self.id2label = {"dataset": settings.dataset}, self.dataset.id2label
-        self.family, self.label_drop = DiT(), settings.label_drop
-
-    def examples(self, stop: Stop) -> tuple[Dataset, bool, None]:
-        """`[index, flip] -> (image, label)`, or moments for the image, encoded once if they fit; and which it is."""
-        settings, config = self.settings, self.pipeline.transformer.config
-        images = FlippableImages(self.dataset)
-        size = cache_size(len(self.dataset), settings.flip, (config.in_channels, *[config.sample_size] * 2))
-        if size > settings.latent_cache_gb * 1e9:
-            return images, False, None
-        parent = settings.latent_cache or settings.output_dir.parent / "latents"
-        number, sharers = among_sharers(parent, self.accelerator)
-        folder = build_cache(
-            parent,
-            self.dataset,
-            self.pipeline.vae,
-            settings.flip,
-            process_index=number,
-            num_processes=sharers,
-            num_workers=settings.num_workers,
-            is_stopped=stop.asked,
-            report=tqdm.write,
+def prepare_task(settings: Settings, accelerator: Accelerator) -> Task:
+    """A DiT with its adapter, and the data set whose classes it learns."""
+    pipeline = load_base(settings.base)
+    resolution, transformer = family_of(pipeline).resolution(pipeline), pipeline.transformer
+    with first_on_each_machine(accelerator) if settings.download else nullcontext():
+        dataset = load_dataset(
+            settings.dataset,
+            settings.data_root,
+            "train",
+            resolution,
+            download=settings.download,
+            broken=settings.broken_images,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
         )
-        if stop.agreed():  # the cache may be half done, and there is no step to come
-            return images, False, None
-        return LatentCache(folder, len(self.dataset)), True, None
-
-    def prompts(self, labels: Tensor, drops: Tensor) -> Prompts:
-        return {"class_labels": torch.where(drops, self.dataset.num_classes, labels)}  # the null label is the last
-
-    def evaluation(self):
-        if not self.settings.eval_every:
-            return None
-        from onelora_diffusion.training.evaluating import Evaluation
-
-        return Evaluation(self.settings, self.accelerator, self.pipeline, self.dataset)
-
-    def sample_grid(self, is_stopped) -> bytes | None:
-        return sample_grid(self.pipeline, self.dataset.id2label, self.settings, is_stopped)
-
-    def export(self, folder: Path) -> None:
-        pass
+    if settings.method != "full" and settings.mixed_precision != "no":
+        # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.
+        transformer.to(torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16)
+    inject_adapter(transformer, settings.adapter_config(dataset.num_classes))
+    data = TrainingData(
+        images=dataset,
+        conditions=range(dataset.num_classes),
+        shown=shown_classes(dataset.id2label),
+        identity=data_identity(dataset),
+        resolution=resolution,
+        described=f"{settings.dataset}: {len(dataset):,} images of {dataset.num_classes} classes",
+        facts={"dataset": settings.dataset},
+        id2label=dataset.id2label,
+    )
+    return Task(settings, accelerator, pipeline, data)
 
 
 def main(settings: Settings, since: float | None = None) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
-    return start(settings, ClassTask, since)
+    return start(settings, prepare_task, since)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from benchmarks.peers import make_base
 from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
-from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
+from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.evaluation.report import format_bytes, format_table
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step
 
 

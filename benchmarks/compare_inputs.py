@@ -18,9 +18,10 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics_file import save_statistics
+from onelora_diffusion.families.autoencoder import decode_latents
 from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
-from onelora_diffusion.sampling import decode_latents
+from onelora_diffusion.sampling import as_uint8
 from tools.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 
 CLOTHES_AND_BAGS = (0, 1, 2, 3, 4, 6, 8)  # the classes of Fashion-MNIST that are no shoes: its base knows these
@@ -161,7 +162,7 @@ def passed_batches(latents: LatentCache, vae: nn.Module, num_images: int) -> Bat
     for indices in chosen.split(64):
         moments = torch.stack([latents[index, False][0] for index in indices.tolist()])
         noise = torch.randn(moments[:, 0].shape, generator=generator)
-        yield indices.tolist(), decode_latents(vae, sample_moments(moments, noise).to(vae.device))
+        yield indices.tolist(), as_uint8(decode_latents(vae, sample_moments(moments, noise).to(vae.device)))
 
 
 def identity(base: str | Path | None) -> str:

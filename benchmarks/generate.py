@@ -18,9 +18,10 @@ from torch import nn
 from benchmarks.measure import CountWork, interleave, ratio, table
 from benchmarks.peers import make_base, make_peer
 from benchmarks.roofline import DEVICES, RATES, roofline
+from benchmarks.sampled import sample_latents
 from onelora_diffusion.devices import DTYPES, ComputeSettings
 from onelora_diffusion.injection.merging import merge_adapter, merged
-from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators, sample_latents
+from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators
 
 STOCK = "stock pipeline, base"
 PAPER_IMAGES = (1, 4, 16, 64)

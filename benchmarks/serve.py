@@ -31,7 +31,7 @@ from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import inject_adapter
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
 from onelora_diffusion.serving.residents import Residents
@@ -146,7 +146,7 @@ class Way:
         self.pipeline = with_transformer(pipeline, twin(pipeline.transformer))
         self.library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
         self.residents = Residents(self.pipeline.transformer, 10**12)
-        self.drawing = ClassDrawing(self.pipeline, max(settings.steps))
+        self.drawing = Drawing(self.pipeline, max(settings.steps))
         self.settings = BatchSettings(max_batch=max_batch, max_wait_ms=settings.max_wait_ms, max_queue=10_000)
 
     @contextlib.contextmanager
@@ -173,7 +173,7 @@ class SwitchedWay(Way):
         self.residents = InMemory(self.pipeline.transformer, 10**12)
 
 
-class SwitchedDrawing(ClassDrawing):
+class SwitchedDrawing(Drawing):
     def __init__(self, pipeline, max_steps: int, lora, config):
         super().__init__(pipeline, max_steps)
         self.lora, self.config = lora, config

@@ -16,19 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from benchmarks.sampled import sample_latents
 from benchmarks.update import Update
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, route_adapters, set_adapters
 from onelora_diffusion.config import METHODS
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import FAMILIES
-from onelora_diffusion.sampling import (
-    FLOW_SAMPLERS,
-    NOISE_SAMPLERS,
-    SamplerSettings,
-    generate_images,
-    image_generators,
-    sample_latents,
-)
+from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators
+from onelora_diffusion.sampling.schedulers import fitting_samplers
 from onelora_diffusion.training.weighting import loss_weights
 
 META = torch.device("meta")
@@ -197,8 +192,8 @@ def backward(model, inputs):
 
 NOISE, FLOW = DDIMScheduler().config, FlowMatchEulerDiscreteScheduler().config
 GUIDED = [("cfg", 1.0), ("cfg", 4.0), ("domain", 4.0)]
-CASES = [(sampler, NOISE, *guided) for sampler in NOISE_SAMPLERS for guided in GUIDED]
-CASES += [(sampler, FLOW, *GUIDED[1]) for sampler in FLOW_SAMPLERS]
+CASES = [(sampler, NOISE, *guided) for sampler in fitting_samplers(NOISE) for guided in GUIDED]
+CASES += [(sampler, FLOW, *GUIDED[1]) for sampler in fitting_samplers(FLOW)]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +225,7 @@ def test_images_are_decoded_without_waiting(dtype):
     with copies_from_host() as copies:
         ((_, images),) = generate_images(pipeline, [0, 1], 0, [0, 1], settings, images_at_once=None)
     assert images.is_meta and images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
-    assert len(copies) == 2  # the first noise and the labels
+    assert len(copies) == 4  # the first noise; the labels, and which images are guided how much
 
 
 # ---------------------------------------------------------------------------------------------------

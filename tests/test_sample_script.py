@@ -226,26 +226,6 @@ def test_compiles_the_blocks_and_draws_the_same(run_folder, tmp_path, monkeypatc
     assert compiled == ["BasicTransformerBlock"] * 2
 
 
-def test_classes_of_one_name_are_told_apart():
-    labels = sample.by_name({0: "crane", 1: "Crane", 2: "ibis"}, 4)
-    assert labels == {"crane (0)": 0, "Crane (1)": 1, "ibis": 2, "3": 3}
-    assert sample.find_classes([], labels) == [0, 1, 2, 3]
-    assert sample.find_classes(["crane (1)", "ibis", "0"], labels) == [1, 2, 0]
-    with pytest.raises(ValueError, match=r"no class 'crane' among 4; there is crane_\(1\), crane_\(0\)"):
-        sample.find_classes(["crane"], labels)
-
-
-def test_classes_by_name_and_number():
-    labels = {"apple pie": 0, "pizza": 1, "sushi": 2}
-    assert sample.find_classes([], labels) == [0, 1, 2]
-    assert sample.find_classes(["sushi", "0", "Apple_Pie"], labels) == [2, 0, 0]
-    assert sample.find_classes(["5", "6"], {"5": 0, "6": 1}) == [0, 1]  # the digit, not the label
-    with pytest.raises(ValueError, match="no class 'piza' among 3; there is pizza"):
-        sample.find_classes(["piza"], labels)
-    with pytest.raises(ValueError, match="no class '3' among 3; there is apple_pie, pizza, sushi"):
-        sample.find_classes(["3"], labels)
-
-
 @pytest.mark.parametrize(
     "values, message",
     [

@@ -19,23 +19,25 @@ from diffusers import (
 from rounding import assert_rounded, rounding
 from torch import nn
 
+from benchmarks.sampled import sample_latents
 from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.families.autoencoder import decode_latents
+from onelora_diffusion.families.family import dynamic_shift
 from onelora_diffusion.sampling import (
-    FLOW_SAMPLERS,
     IMAGES_AT_ONCE,
-    NOISE_SAMPLERS,
     SamplerSettings,
     adapters_folded_in,
-    decode_latents,
-    dynamic_shift,
+    as_uint8,
     generate_images,
     image_generators,
     progress_bar,
-    sample_latents,
+    schedulers,
 )
+from onelora_diffusion.sampling.schedulers import fitting_samplers
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+NOISE_SAMPLERS, FLOW_SAMPLERS = (fitting_samplers(scheduler.config) for scheduler in (SCHEDULER, FLOW))
 ALPHAS_CUMPROD = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
 MEANS = torch.tensor([[-1.5, 0.5, 2.0, 3.0], [1.0, -2.0, 0.25, -0.5], [0.5, 0.1, -0.4, 1.0]])  # null last
 NULL_LABEL, STEPS = 2, 20
@@ -44,12 +46,11 @@ NULL_LABEL, STEPS = 2, 20
 class Analytic(nn.Module):
     """A transformer whose noise is `predict(x, timestep, labels)`; it remembers the labels it was given."""
 
-    device, dtype = torch.device("cpu"), torch.float32
-
     def __init__(self, predict, out_channels=8):
         super().__init__()
         self.config = SimpleNamespace(in_channels=4, out_channels=out_channels, sample_size=4, patch_size=2)
         self.predict, self.labels = predict, []
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, timestep, class_labels):
         self.labels.append(class_labels.tolist())
@@ -429,7 +430,7 @@ def test_decoding_rounds_and_undoes_the_scaling():
     vae.config, vae.dtype = SimpleNamespace(scaling_factor=0.5, shift_factor=0.25), torch.float32
     vae.decode = lambda latents: SimpleNamespace(sample=latents)
     image = torch.tensor([-7.0, -1, -0.999, -0.001, 0.0021, 0.5, 0.998, 1, 3])
-    images = decode_latents(vae, ((image - 0.25) * 0.5).view(1, 1, 1, 9))
+    images = as_uint8(decode_latents(vae, ((image - 0.25) * 0.5).view(1, 1, 1, 9)))
     assert images.flatten().tolist() == [0, 0, 0, 127, 128, 191, 255, 255, 255]
 
 
@@ -445,6 +446,26 @@ def test_decoding_rounds_and_undoes_the_scaling():
 def test_refuses_what_it_cannot_sample(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplerSettings(**settings).check(Analytic(point_noise), SCHEDULER.config)
+
+
+def test_a_new_sampler_is_a_row_of_the_table(monkeypatch):
+    def two_steps(config, num_inference_steps, learned_variance):
+        return schedulers.ddim(config, 2, learned_variance)
+
+    monkeypatch.setitem(schedulers.SAMPLERS, "two-steps", schedulers.Sampler(of_noise=two_steps))
+    assert fitting_samplers(SCHEDULER.config)[-1] == "two-steps" and "two-steps" not in fitting_samplers(FLOW.config)
+    model, labels = tiny_transformer(), torch.arange(2)
+    found, expected = (
+        sample_latents(
+            model,
+            SCHEDULER.config,
+            labels,
+            image_generators(0, range(2)),
+            SamplerSettings(sampler=sampler, num_inference_steps=steps),
+        )
+        for sampler, steps in (("two-steps", 9), ("ddim", 2))
+    )
+    assert torch.equal(found, expected)
 
 
 def test_a_model_of_flow_matching_takes_its_own_samplers():

@@ -28,13 +28,13 @@ from onelora_diffusion import (
     route_adapters,
     set_adapters,
 )
-from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.families import family_of
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.families.flux import unpack
-from onelora_diffusion.sampling import decode_latents, draw_prompt, image_generators
+from onelora_diffusion.sampling import SamplerSettings, as_uint8, generate_images, image_generators
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
-from train_text_to_image import EMBEDDED, PromptTask, main
+from train_text_to_image import EMBEDDED, main, prepare_task
 
 COLOURS = {
     "a red sign": (230, 20, 20),
@@ -109,7 +109,9 @@ def draw(pipeline, name, prompts=tuple(COLOURS), **changes):
     )
     if name != "flux":
         arguments["guidance_scale"] = 1.0
-    return pipeline(list(prompts), **arguments | family_of(pipeline).call | changes).images
+    if name in ("pixart", "sana"):
+        arguments["use_resolution_binning"] = False
+    return pipeline(list(prompts), **arguments | changes).images
 
 
 def loaded(bases, name):
@@ -239,7 +241,7 @@ def test_sample_draws_prompts_as_the_pipeline_does(train, bases, tmp_path):
 
     for changes, message in (
         (dict(prompts=()), "draws prompts: give --prompts"),
-        (dict(sampler="ddim"), "--sampler is for classes"),
+        (dict(sampler="ddim"), "sampler 'ddim' is for classes"),
         (dict(resolution=15), "a resolution of 15 is no multiple of 2"),
         (dict(mixed_precision="fp16"), "--mixed-precision fp16 is for classes"),
     ):
@@ -251,30 +253,20 @@ def test_sample_draws_prompts_as_the_pipeline_does(train, bases, tmp_path):
 def test_domain_guidance_leads_from_the_base_without_prompt_to_the_adapter():
     pipeline = make_pipeline("sd3")
     family, model = family_of(pipeline), pipeline.transformer
-    prompt, empty = (family.encode_prompts(pipeline, [text], LENGTH) for text in ("night", ""))
+    prompt, empty = (family.encode_conditions(pipeline, [text], LENGTH) for text in ("night", ""))
     randomize(inject_adapter(model, AdapterConfig(targets=family.targets)), 0.2)
-    found = draw_prompt(
-        pipeline,
-        family,
-        prompt,
-        empty,
-        *image_generators(0, [0]),
-        16,
-        num_inference_steps=1,
-        guidance_scale=3.0,
-        guidance="domain",
-    )
+    settings = SamplerSettings(num_inference_steps=1, guidance_scale=3.0, guidance="domain")
+    [(_, found)] = generate_images(pipeline, ["night"], 0, [0], settings, size=16, max_sequence_length=LENGTH)
     # One step of Euler's from pure noise, σ = 1, is x - v.
     noise = torch.randn(1, 4, 8, 8, generator=image_generators(0, [0])[0])
     time = torch.tensor([1000.0])
     adapted = family.predict(model, noise, time, prompt)
     with disable_adapter(model):
         base = family.predict(model, noise, time, empty)
-    expected = decode_latents(pipeline.vae, noise - (base + 3 * (adapted - base)))[0]
+    expected = as_uint8(family.decode(pipeline.vae, noise - (base + 3 * (adapted - base))))
     assert (found.int() - expected.int()).abs().max() <= 1
     with pytest.raises(ValueError, match="domain guidance leads from the empty prompt, from which flux is not guided"):
-        draw_prompt(make_pipeline("flux"), family_of(make_pipeline("flux")), {}, {}, None, 16,
-                    num_inference_steps=1, guidance="domain")  # fmt: skip
+        generate_images(make_pipeline("flux"), ["night"], 0, [0], settings)
 
 
 def test_tensorboard_gets_the_pictures(train):
@@ -326,13 +318,13 @@ def test_images_of_several_shapes_train_in_buckets(train, tmp_path):
 
 
 def test_text_encoders_leave_memory(bases, signs, tmp_path):
-    task = PromptTask(settings_of(bases, signs, tmp_path, "sd3"), Accelerator(cpu=True))
+    task = prepare_task(settings_of(bases, signs, tmp_path, "sd3"), Accelerator(cpu=True))
     encoders = [name for name in task.pipeline.components if name.startswith("text_encoder")]
     assert len(encoders) == 3 and all(getattr(task.pipeline, name) is not None for name in encoders)
-    examples, is_cached, _ = task.examples(Stop(Clock(), 1))
+    examples, is_cached = task.encode(Stop(Clock(), 1))
     assert is_cached and all(getattr(task.pipeline, name) is None for name in encoders)
-    prompts = task.prompts(torch.tensor([0, 3]), torch.tensor([False, True]))
-    expected = family_of(make_pipeline("sd3")).encode_prompts(make_pipeline("sd3"), ["a red sign", ""], LENGTH)
+    prompts = task.conditions(torch.tensor([0, 3]), torch.tensor([False, True]))
+    expected = family_of(make_pipeline("sd3")).encode_conditions(make_pipeline("sd3"), ["a red sign", ""], LENGTH)
     for key, tensor in expected.items():
         assert_rounded(prompts[key], tensor, terms=1000)
 
@@ -401,11 +393,11 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(bases, signs, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_of_no_known_family_is_refused_before_it_is_loaded(signs, tmp_path):
+def test_a_base_of_classes_is_refused_before_it_is_loaded(signs, tmp_path):
     DiTPipeline(make_dit(), make_vae(4, None), DDIMScheduler()).save_pretrained(tmp_path / "dit")
     (tmp_path / "dit" / "transformer" / "config.json").unlink()
     settings = PromptSettings(base=str(tmp_path / "dit"), images=str(signs), output_dir=tmp_path / "run")
-    with pytest.raises(SystemExit, match="the pipeline has a DiTTransformer2DModel, of no family .* flux"):
+    with pytest.raises(SystemExit, match="dit' is a DiTTransformer2DModel, which draws classes and no"):
         main(settings)
     for damaged in ("{", "[]", '{"transformer": 3}'):
         (tmp_path / "dit" / "model_index.json").write_text(damaged)

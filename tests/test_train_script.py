@@ -25,14 +25,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sample
-import train_dit
-from onelora_diffusion.data import latent_cache
 from onelora_diffusion.evaluation import settings as evaluation_settings
+from onelora_diffusion.families import family
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training import loop, outputs, stopping
 from onelora_diffusion.training import settings as settings_module
 from onelora_diffusion.training.checkpoints import read_checkpoint
 from onelora_diffusion.training.prompt_settings import PromptSettings
+from onelora_diffusion.training.task import Task
 from train_dit import RECIPES, main
 
 
@@ -296,14 +296,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(tr
 
 
 def test_a_signal_while_images_are_encoded_ends_the_run_before_its_first_step(train, monkeypatch):
-    encode = latent_cache.encode_moments
+    encode = family.encode_moments
 
     def encode_and_stop(*args):
         signal.raise_signal(signal.SIGTERM)
         return encode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_cache, "encode_moments", encode_and_stop)
+        patch.setattr(family, "encode_moments", encode_and_stop)
         run = train(exit_code=128 + signal.SIGTERM)
     assert read_adapter(run).training["steps"] == 0
     train()
@@ -400,7 +400,7 @@ def test_a_signal_in_samples_leaves_them_and_not_the_run(train, monkeypatch):
         time.sleep(600)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_dit, "sample_grid", sample)
+        patch.setattr(Task, "sample_grid", sample)
         run = train(sample_every=3, exit_code=128 + signal.SIGTERM)
     assert read_adapter(run).training["steps"] == 3 and not (run / "samples").exists()
     train()

@@ -34,6 +34,7 @@ from benchmarks.measure import resident_bytes
 from benchmarks.measure import table as markdown_table
 from benchmarks.peers import make_base, make_peer
 from benchmarks.rounding import rounding
+from benchmarks.sampled import sample_latents
 from benchmarks.update import Update
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, save_adapter
 from onelora_diffusion.config import METHODS
@@ -41,14 +42,8 @@ from onelora_diffusion.devices import DTYPES, peak_memory_bytes, reset_peak_memo
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.pipelines.dit import OneLoRADiTPipeline
-from onelora_diffusion.sampling import (
-    FLOW_SAMPLERS,
-    SAMPLERS,
-    SamplerSettings,
-    generate_images,
-    image_generators,
-    sample_latents,
-)
+from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators
+from onelora_diffusion.sampling.schedulers import SAMPLERS
 
 ROOT, CPU, WIDTH = Path(__file__).parents[1], torch.device("cpu"), 100
 FLOW = FlowMatchEulerDiscreteScheduler().config
@@ -249,7 +244,7 @@ def sampled(device: torch.device, sampler: str, guidance: str, on_step: Callable
     pipeline, labels, generators = miniature(device), torch.arange(4), image_generators(0, range(4))
     options = {"num_inference_steps": STEPS, "guidance": guidance, "guidance_scale": GUIDANCE_SCALE}
     settings = SamplerSettings(sampler=sampler, **options)
-    config = FLOW if sampler in FLOW_SAMPLERS[:2] else pipeline.scheduler.config
+    config = pipeline.scheduler.config if SAMPLERS[sampler].of_noise else FLOW
     return sample_latents(pipeline.transformer, config, labels, generators, settings, on_step=on_step)
 
 

@@ -25,8 +25,9 @@ from torchvision.utils import save_image
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from onelora_diffusion.data.digits import CAPTIONS
-from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.families import family_of
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.pipelines.base import miniature_text_path
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from tools.from_scratch import LATENT_SHAPE, BaseRecipe, saved_in_half, train_denoiser, train_vae

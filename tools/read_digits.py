@@ -20,15 +20,14 @@ from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.evaluation.recognition import DigitClassifier
 from onelora_diffusion.evaluation.report import format_table
-from onelora_diffusion.families import family_named, family_of
-from onelora_diffusion.pipelines.base import eval_mode, load_text_to_image
+from onelora_diffusion.pipelines.base import eval_mode, load_base
 from onelora_diffusion.sampling import image_generators
 
 STEPS = 20  # of the pipeline's own sampler
 
 
 def main(adapter: Path, num_each: int) -> None:
-    pipeline = load_text_to_image(None, "fp32", family_named)
+    pipeline = load_base(condition=str)
     pipeline.set_progress_bar_config(disable=True)
     load_adapter(pipeline.transformer, adapter)
     with disable_adapter(pipeline.transformer):
@@ -55,7 +54,6 @@ def main(adapter: Path, num_each: int) -> None:
 @torch.no_grad()
 def draw(pipeline, captions: Sequence[str], num_each: int) -> Tensor:
     """Pictures of the captions in turns, (captions · num_each, 3, R, R) in uint8."""
-    family = family_of(pipeline)
     parts = []
     with eval_mode(pipeline.transformer):
         for first in range(0, len(captions) * num_each, len(captions)):
@@ -67,7 +65,7 @@ def draw(pipeline, captions: Sequence[str], num_each: int) -> Tensor:
                 max_sequence_length=pipeline.tokenizer.model_max_length,
                 clean_caption=False,
                 output_type="pt",
-                **family.call,
+                use_resolution_binning=False,
             ).images
             parts.append((images * 255).round().to(torch.uint8))
     return torch.cat(parts)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onelora_diffusion.families import family_named
-from onelora_diffusion.pipelines.base import load_text_to_image
+from onelora_diffusion.pipelines.base import load_base
 from tools.glyphs import Glyphs, draw, glyph_list
 from tools.read_digits import draw as draw_captions
 
@@ -23,7 +22,7 @@ PICTURES = 150  # of each letter, to learn from; and a fifth of it to try the cl
 
 
 def main(num_each: int, folder: Path | None) -> None:
-    pipeline = load_text_to_image(folder, "fp32", family_named)
+    pipeline = load_base(folder, condition=str)
     pipeline.set_progress_bar_config(disable=True)
     classifier = LetterClassifier()
     right = letters_right(pipeline, classifier, num_each)

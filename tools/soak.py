@@ -50,7 +50,7 @@ from onelora_diffusion.injection.verbs import inject_adapter, unload_adapter
 from onelora_diffusion.launch import started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
 from onelora_diffusion.serving.residents import Residents
@@ -448,7 +448,7 @@ def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
     transformer = pipeline.transformer.requires_grad_(False)
     library = AdapterLibrary([folder / "adapters"], fingerprint(transformer))
     residents = Residents(transformer, 10**9)
-    batcher = Batcher(ClassDrawing(pipeline, 50), library, residents, BatchSettings(max_batch=1, max_wait_ms=0))
+    batcher = Batcher(Drawing(pipeline, 50), library, residents, BatchSettings(max_batch=1, max_wait_ms=0))
     pictures = [batcher.submit(request).picture.result() for request in requests]
     batcher.close()
     return pictures

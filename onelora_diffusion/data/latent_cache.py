@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data.buckets import Buckets
 from onelora_diffusion.data.identity import fingerprint
-from onelora_diffusion.data.latents import encode_moments
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.files import digest
 
 SHARD_SIZE = 1024  # images
@@ -59,6 +59,7 @@ def build_cache(
     dataset: Dataset,
     vae,
     flip: bool,
+    encode: Callable[..., Tensor] | None = None,
     *,
     process_index: int = 0,
     num_processes: int = 1,
@@ -71,7 +72,8 @@ def build_cache(
 
     Args:
         dataset: `[index] -> (image, label)`; where it has `buckets`, images of one have one shape.
-        vae: of diffusers, with a posterior or without: see `encode_moments`.
+        vae: of diffusers.
+        encode: `encode(vae, images)`, a family's `encode_images`. None: `encode_moments`.
     """
     inputs = inputs_of(dataset, vae, flip)
 
@@ -89,7 +91,7 @@ def build_cache(
         inputs["dataset"],
         inputs,
         shards_of(len(dataset), getattr(dataset, "buckets", None)),
-        lambda batches: _encoded(batches, dataset, vae, flip, num_workers),
+        lambda batches: _encoded(batches, dataset, vae, flip, encode or encode_moments, num_workers),
         process_index=process_index,
         num_processes=num_processes,
         batch_size=batch_size,
@@ -101,14 +103,14 @@ def build_cache(
 
 
 def _encoded(
-    batches: list[np.ndarray], dataset: Dataset, vae, flip: bool, num_workers: int
+    batches: list[np.ndarray], dataset: Dataset, vae, flip: bool, encode: Callable[..., Tensor], num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
     broken = getattr(dataset, "broken", torch.zeros(len(dataset), dtype=torch.bool))
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=num_workers)
     for batch, (images, labels) in zip(batches, loader, strict=True):
         images = images.to(vae.device)
         both = [images, images.flip(-1)] if flip else [images]
-        moments = torch.stack([encode_moments(vae, each).cpu() for each in both], dim=1)
+        moments = torch.stack([encode(vae, each).cpu() for each in both], dim=1)
         yield {"moments": moments, "labels": labels, "broken": broken[batch]}
 
 

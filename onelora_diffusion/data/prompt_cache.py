@@ -40,6 +40,21 @@ class PromptCache(RowCache):
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+class ConditionRows:
+    """The same of conditions that are encoded at no cost, as a class is, in memory.
+
+    Args:
+        rows: tensors of all conditions by name, that of no condition first.
+    """
+
+    def __init__(self, rows: dict[str, Tensor]):
+        self.rows = rows
+
+    def embeddings(self, numbers: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        index = torch.where(dropped, 0, numbers + 1)
+        return {name: rows[index] for name, rows in self.rows.items()}
+
+
 def build_prompt_cache(
     parent: Path,
     captions: Sequence[str],

@@ -1,19 +1,27 @@
-"""What differs between diffusion transformers: one file each; for prompts, chosen by the transformer's class."""
+"""What differs between diffusion transformers: one file each, chosen by the transformer's class."""
 
-from onelora_diffusion.families.family import Family, Prompts
+from torch import nn
+
+from onelora_diffusion.families.dit import DiT
+from onelora_diffusion.families.family import Conditions, Family
 from onelora_diffusion.families.flux import Flux
 from onelora_diffusion.families.pixart import PixArt
 from onelora_diffusion.families.sana import Sana
 from onelora_diffusion.families.sd3 import StableDiffusion3
+from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Family", "Prompts", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Conditions", "Family", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (PixArt(), StableDiffusion3(), Flux(), Sana())
+FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
 
 
 def family_of(pipeline) -> Family:
     """The family of a pipeline's transformer; ValueError if it is none of those that are known here."""
-    family = family_named(type(getattr(pipeline, "transformer", None)).__name__)
+    transformer = getattr(pipeline, "transformer", None)
+    # Whoever shares out or wraps a model may give it a class of its own, below the model's.
+    classes = type(unwrapped(transformer) if isinstance(transformer, nn.Module) else transformer).__mro__
+    known = {family.transformer_class for family in FAMILIES}
+    family = family_named(next((each.__name__ for each in classes if each.__name__ in known), classes[0].__name__))
     family.check(pipeline)
     return family
 

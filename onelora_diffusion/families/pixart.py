@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from onelora_diffusion.families.family import Family, Prompts, longest
+from onelora_diffusion.families.family import Condition, Conditions, Family, as_prompts, longest
 
 
 class PixArt(Family):
@@ -10,23 +10,21 @@ class PixArt(Family):
     transformer_class = "PixArtTransformer2DModel"
     targets = ("transformer_blocks.*", "adaln_single.linear", "proj_out")
 
-    call = {"use_resolution_binning": False}
-
     def check(self, pipeline) -> None:
         if pipeline.transformer.config.use_additional_conditions:
             raise ValueError(
                 "this PixArt-α is told the size and the shape of its images, which is not known here: take PixArt-Σ"
             )
 
-    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int | None = None) -> Prompts:
-        embeddings, mask, *_ = pipeline.encode_prompt(prompts, False, **longest(max_sequence_length))
+    def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:
+        embeddings, mask, *_ = pipeline.encode_prompt(as_prompts(conditions), False, **longest(max_length))
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
-    def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
-        return transformer(
-            latents.to(prompts["prompt_embeds"].dtype),
-            encoder_hidden_states=prompts["prompt_embeds"],
-            encoder_attention_mask=prompts["prompt_attention_mask"],
-            timestep=timesteps,
+    def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        return denoiser(
+            latents.to(conditions["prompt_embeds"].dtype),
+            encoder_hidden_states=conditions["prompt_embeds"],
+            encoder_attention_mask=conditions["prompt_attention_mask"],
+            timestep=times,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from onelora_diffusion.families.family import Family, Prompts, longest
+from onelora_diffusion.families.family import Condition, Conditions, Family, as_prompts, dynamic_shift, longest
 
 
 class StableDiffusion3(Family):
@@ -18,16 +18,21 @@ class StableDiffusion3(Family):
                 f"a resolution of {resolution} is beyond the {most} pixels that this model has places for"
             )
 
-    def encode_prompts(self, pipeline, prompts: list[str], max_sequence_length: int | None = None) -> Prompts:
+    def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, **longest(max_sequence_length)
+            as_prompts(conditions), None, None, do_classifier_free_guidance=False, **longest(max_length)
         )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
-    def predict(self, transformer: nn.Module, latents: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
-        return transformer(
-            latents.to(prompts["prompt_embeds"].dtype),
-            encoder_hidden_states=prompts["prompt_embeds"],
-            pooled_projections=prompts["pooled_prompt_embeds"],
-            timestep=timesteps,
+    def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        return denoiser(
+            latents.to(conditions["prompt_embeds"].dtype),
+            encoder_hidden_states=conditions["prompt_embeds"],
+            pooled_projections=conditions["pooled_prompt_embeds"],
+            timestep=times,
         ).sample
+
+    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
+        is_shifted = scheduler.config.get("use_dynamic_shifting")
+        shift = {"mu": dynamic_shift(scheduler.config, num_tokens)} if is_shifted else {}
+        return {"num_inference_steps": num_inference_steps} | shift

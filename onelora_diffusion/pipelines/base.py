@@ -3,13 +3,14 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
+from onelora_diffusion.families import family_named, family_of
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
 
@@ -24,25 +25,47 @@ def miniature_text_path() -> Path:
     return Path(__file__).parents[1] / "miniature_text"
 
 
-def load_base(base: str | Path | None = None, named_by: Path | None = None):
-    """Load a base model as diffusers' `DiTPipeline`, in float32.
+def load_base(
+    base: str | Path | None = None,
+    named_by: Path | None = None,
+    *,
+    condition: type = int,
+    precision: Literal["fp32", "bf16", "int8", "nf4"] = "fp32",
+):
+    """Load a base model as its pipeline of diffusers.
 
     Args:
         base: a pipeline folder (with `model_index.json`), a hub id (`facebook/DiT-XL-2-256`), or None for
             the miniature inside the package.
         named_by: the adapter file that named it; what a file wants fetched is printed before it is.
+        condition: what it has to draw, refused before anything is loaded: `int` for classes, `str` for prompts, or
+            `object` for either.
+        precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
+            as it is read, and bf16 of all else.
 
     Raises:
         FileNotFoundError: `base` is neither a pipeline folder nor shaped like a hub id.
-        ValueError: it is one, but does not load as a DiT: damaged, of another kind, not on the hub, no network.
+        ValueError: it is one, but does not load: damaged, of another kind, not on the hub, no network.
     """
-    from diffusers import DiTPipeline
+    import diffusers
 
-    folder = miniature_path() if base is None else _folder_of(base, DiTPipeline, "facebook/DiT-XL-2-256", named_by)
+    folder, index = _read_index(base, named_by, condition)
+    family = family_named(transformer_class(index))
+    if not issubclass(family.condition, condition):
+        draws = "prompts and no classes" if family.condition is str else "classes and no prompts"
+        raise ValueError(f"base model '{base or folder}' is a {family.transformer_class}, which draws {draws}")
+    settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
+    if precision in ("int8", "nf4"):
+        packed = {"transformer": _packed(precision)}
+        settings["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=packed)
+    if family.condition is int:
+        settings["id2label"] = class_names(index)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        return DiTPipeline.from_pretrained(folder, id2label=class_names(index))
-    except Exception as error:  # whatever the JSON reader, the safetensors reader or a wrong class raises
+        with warnings.catch_warnings():
+            # Newer releases call it dtype, which older ones do not know.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
+    except Exception as error:  # whatever the safetensors reader or a wrong class raises
         raise ValueError(f"base model '{base or folder}' does not load: {first_line(error)}") from error
 
 
@@ -50,39 +73,6 @@ def class_names(index: dict) -> dict[int, str] | None:
     """`id2label` of a pipeline's `model_index.json` by number; JSON has texts for keys, of which diffusers warns."""
     names = index.get("id2label")
     return names and {int(label): printable(name) for label, name in names.items()}
-
-
-def load_text_to_image(
-    base: str | Path | None, precision: str, check: Callable[[str], object], named_by: Path | None = None
-):
-    """Load a pipeline of diffusers for text-to-image.
-
-    Args:
-        base: a pipeline folder, a hub id, or None for the miniature inside the package.
-        precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
-            as it is read, and bf16 of all else.
-        check: called with the class name of the transformer before anything is loaded.
-        named_by: as in `load_base`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_base`.
-    """
-    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-
-    example = "black-forest-labs/FLUX.1-dev"
-    folder = miniature_text_path() if base is None else _folder_of(base, DiffusionPipeline, example, named_by)
-    base = base or folder
-    check(transformer_class(_index(folder, base)))
-    settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
-    if precision in ("int8", "nf4"):
-        settings["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": _packed(precision)})
-    try:
-        with warnings.catch_warnings():
-            # Newer releases call it dtype, which older ones do not know.
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            return DiffusionPipeline.from_pretrained(folder, **settings)
-    except Exception as error:
-        raise ValueError(f"base model '{base}' does not load: {first_line(error)}") from error
 
 
 def _packed(precision: str):
@@ -103,10 +93,7 @@ def model_index(base: str | Path | None) -> dict:
     Raises:
         FileNotFoundError, ValueError: as `load_base`.
     """
-    from diffusers import DiffusionPipeline
-
-    folder = miniature_path() if base is None else _folder_of(base, DiffusionPipeline, "facebook/DiT-XL-2-256")
-    return _index(folder, base)
+    return _read_index(base)[1]
 
 
 def transformer_class(index: dict) -> str:
@@ -114,18 +101,25 @@ def transformer_class(index: dict) -> str:
     return printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
 
 
-def _index(folder: Path, base: str | Path | None) -> dict:
+def _read_index(base: str | Path | None, named_by: Path | None = None, condition: type = int) -> tuple[Path, dict]:
+    """(the folder of a pipeline, what its `model_index.json` says); None is the miniature of classes or of prompts."""
+    if base is None:
+        folder = miniature_text_path() if condition is str else miniature_path()
+    else:
+        example = "black-forest-labs/FLUX.1-dev" if condition is str else "facebook/DiT-XL-2-256"
+        folder = _folder_of(base, example, named_by)
     try:
         index = json.loads((folder / "model_index.json").read_text())
         transformer_class(index), class_names(index)
-        return index
+        return folder, index
     except Exception as error:  # no JSON, or of another kind
-        raise ValueError(f"base model '{base}' has no readable model_index.json: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ValueError(f"base model '{base or folder}' has no readable model_index.json: {reason}") from error
 
 
 def resolution_of(pipeline) -> int:
-    """The width of a `DiTPipeline`'s images in pixels."""
-    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    """Pixels a side of the images that a pipeline draws by itself."""
+    return family_of(pipeline).resolution(pipeline)
 
 
 @contextmanager
@@ -140,11 +134,11 @@ def eval_mode(model: nn.Module):
             module.training = True
 
 
-def _folder_of(base: str | Path, pipeline_class: type, example: str, named_by: Path | None = None) -> Path:
+def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
     """The folder of a pipeline that is one, or is on the hub, from where it is fetched."""
     folder = Path(base).expanduser()
     if not folder.exists() and HUB_ID.fullmatch(str(base)):
-        return _fetch(str(base), pipeline_class, named_by)
+        return _fetch(str(base), named_by)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like {example}"
@@ -156,7 +150,7 @@ def _folder_of(base: str | Path, pipeline_class: type, example: str, named_by: P
     return folder
 
 
-def _fetch(hub_id: str, pipeline_class: type, named_by: Path | None) -> Path:
+def _fetch(hub_id: str, named_by: Path | None) -> Path:
     """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
     if named_by is not None and os.environ.get("RANK", "0") == "0":
         print(f"base: {hub_id} (named by {named_by})", flush=True)
@@ -164,8 +158,10 @@ def _fetch(hub_id: str, pipeline_class: type, named_by: Path | None) -> Path:
         is_online = is_in_reach(hub_id)
     except FileNotFoundError as error:
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {error}") from error
+    from diffusers import DiffusionPipeline
+
     try:
-        return Path(pipeline_class.download(hub_id, local_files_only=not is_online))
+        return Path(DiffusionPipeline.download(hub_id, local_files_only=not is_online))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's
         reason = first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {reason}") from error

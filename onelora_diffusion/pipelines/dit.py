@@ -1,7 +1,6 @@
 """DiTPipeline with adapters: class names of each adapter, adapters by sample, domain guidance."""
 
 import contextlib
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
+from onelora_diffusion.families.classes import by_label, find_class, told_apart
+from onelora_diffusion.families.dit import null_and_last_label
 from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.conditioning import name_repeated_blocks
@@ -144,10 +145,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         index = Path(save_directory) / "model_index.json"
-        id2label: dict[str, str] = {}
-        by_label = sorted(self.labels.items(), key=lambda item: item[1])
-        for name, label in by_label:  # several names of one class are parted by commas
-            id2label[str(label)] = f"{id2label[str(label)]}, {name}" if str(label) in id2label else name
+        id2label = {str(label): names for label, names in by_label(self.labels).items()}
         contents = json.loads(index.read_text()) | {"id2label": id2label}
         with written_beside(index) as part:
             part.write_text(json.dumps(contents, indent=2) + "\n")
@@ -165,7 +163,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         """(the adapter whose class table serves under these weights, None for the base's; its number of classes)."""
         model, book = self._adapted_model(), self._book()
         if book is None:
-            return None, model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.num_embeddings - 1
+            return None, null_and_last_label(model)[1]
         at_table = {name: weight_at(weight, CLASS_TABLE) for name, weight in (weights or {}).items()}
         name = serving_table(book.class_tables, at_table)
         if name is None:
@@ -201,12 +199,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         labels = self._labels_of(weights)
         if wanted in labels:
             return labels[wanted]
-        plain = {_plain(name): label for name, label in labels.items()}
-        if _plain(wanted) not in plain:
-            near = difflib.get_close_matches(_plain(wanted), plain, n=5) or list(labels)[:5]
-            there = f"there is {', '.join(near)}" if near else f"it has no class names; give 0 to {num_classes - 1}"
-            raise ValueError(f"'{wanted}' does not exist among the {num_classes} classes of {owner}: {there}")
-        return plain[_plain(wanted)]
+        return find_class(wanted, by_label(labels) or told_apart({}, num_classes), owner)
 
     # -----------------------------------------------------------------------------------------------
     # Sampling
@@ -261,7 +254,3 @@ def _entries(adapter_names: str | Sequence[Entry] | None, batch_size: int) -> li
 def _scaled_entry(entry: Entry, scale: float) -> Entry:
     weights = {entry: 1.0} if isinstance(entry, str) else entry or {}
     return {name: scaled(weight, scale) for name, weight in weights.items()}
-
-
-def _plain(name: str) -> str:
-    return name.strip().casefold().replace(" ", "_")

@@ -78,7 +78,7 @@ class Batcher:
     """A thread that draws what is asked for; nothing else runs the model.
 
     Args:
-        drawing: a `ClassDrawing`, or whatever else answers `completed`, `company` and `draw`.
+        drawing: a `Drawing`, or whatever else answers `completed`, `company` and `draw`.
 
     Attributes:
         counters: since the start.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
+from onelora_diffusion.families.classes import find_class, plain
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.injection.routing import GUIDANCES
 from onelora_diffusion.serving.batching import Batcher, Busy, Ticket
-from onelora_diffusion.serving.drawing import find_class, plain
 from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.picture_file import picture_with_settings, request_of, request_of_image
 from onelora_diffusion.serving.request import Request
@@ -106,7 +106,7 @@ class Page:
         with gr.Row():
             self.second = gr.Dropdown(names, value=ALONE, label="Adapter B", elem_id="b")
             self.second_weight = gr.Slider(-2, 2, 1, step=0.05, label="Weight of B", elem_id="weight-b")
-        if self.drawing.kind == "class":
+        if self.drawing.draws_classes:
             self.subject = gr.Dropdown([], label="Class", elem_id="subject")
         else:
             self.subject = gr.Textbox("", label="Prompt", elem_id="subject")
@@ -114,7 +114,7 @@ class Page:
             self.guidance = gr.Radio(list(GUIDANCES), value="cfg", label="Guidance", elem_id="guidance")
             self.scale = gr.Slider(1, 15, self.guidance_scale, step=0.1, label="Its strength", elem_id="scale")
         with gr.Row():
-            samplers = [sampler for sampler in self.drawing.samplers if sampler]
+            samplers = self.drawing.samplers
             is_chosen = len(samplers) > 1  # pictures of prompts have their pipeline's own
             self.sampler = gr.Dropdown(
                 samplers,
@@ -213,7 +213,7 @@ class Page:
         with one_line():
             entries = [self.library.entry(name) for name, _ in adapters_of_page(*chosen)]
         card = "\n\n".join(card_of(entry) for entry in entries)
-        if self.drawing.kind != "class":
+        if not self.drawing.draws_classes:
             return gr.update(), card
         classes, _ = self.drawing.classes_of(adapters_of_page(*chosen), entries)
         names = list(classes.values())
@@ -234,7 +234,7 @@ class Page:
             entries = [self.library.entry(name) for name, _ in request.adapters]
         chosen = [*request.adapters, (ALONE, 1.0), (ALONE, 1.0)][:2]
         subject = gr.update(value=request.subject)
-        if self.drawing.kind == "class":
+        if self.drawing.draws_classes:
             classes, _ = self.drawing.classes_of(request.adapters, entries)
             subject = gr.update(choices=list(classes.values()), value=classes.get(request.subject))
         flat = [value for pair in chosen for value in pair]
@@ -307,7 +307,7 @@ class Page:
 
         Where they have no class of its name, theirs of the same number stands in for it.
         """
-        if self.drawing.kind != "class":
+        if not self.drawing.draws_classes:
             return subject, None
         classes, _ = self.drawing.classes_of(adapters, [self.library.entry(name) for name, _ in adapters])
         named = {plain(name): label for label, name in reversed(classes.items())}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from onelora_diffusion.files import printable
 from onelora_diffusion.injection.routing import GUIDANCES, Guidance
-from onelora_diffusion.sampling import SAMPLERS, Sampler
+from onelora_diffusion.sampling.schedulers import SAMPLERS
+from onelora_diffusion.sampling.settings import SamplerName
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 10.0  # of an adapter, to either side
@@ -33,7 +34,7 @@ class Request:
     adapters: tuple[tuple[str, float], ...] = ()
     guidance: Guidance = "cfg"
     guidance_scale: float = 4.0
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     num_inference_steps: int = 25
     seed: int = 0
     size: int | None = None

@@ -1,28 +1,25 @@
 """A run of training: what must be ready before its first step, the loop, and how it ends."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Protocol
+from itertools import islice
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.command_line import one_line_errors
-from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.images import BrokenImageError
-from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
-from onelora_diffusion.families.family import Family, Prompts
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
@@ -31,7 +28,7 @@ from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.outputs import Outputs, diverged, no_update
 from onelora_diffusion.training.publishing import check_hub, publish
-from onelora_diffusion.training.randomness import StepKeyedBatches, draw_step, micro_batches
+from onelora_diffusion.training.randomness import StepDraws, StepKeyedBatches, draw_step, micro_batches
 from onelora_diffusion.training.resuming import agree_on_checkpoint, check_same_data, is_elsewhere
 from onelora_diffusion.training.run import Run
 from onelora_diffusion.training.schedule import learning_rate_factor
@@ -40,47 +37,8 @@ from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.state import check_same_adapter
 from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
 from onelora_diffusion.training.sum_rates import SumScales
+from onelora_diffusion.training.task import Task
 from onelora_diffusion.training.weighting import check_weighting, loss_weights, weighted_loss
-
-
-class Task(Protocol):
-    """What a script trains: a base with its adapter, on its data.
-
-    Attributes:
-        pipeline: of the base, with `transformer`, where the adapter trains, `scheduler` and `vae`.
-        family: how the transformer is called.
-        data: the identity of images and classes or captions, which must be the same on every process and in every
-            start of a run.
-        dataset: the images, for their number; with `broken`, (images,) bool, if unreadable ones are skipped.
-        described: what they are, in a few words.
-        facts: of the data, for the adapter's header: its name, and whatever the script adds.
-        id2label: class names by label, if it has classes.
-        label_drop: share of samples that train without their condition.
-    """
-
-    pipeline: object
-    family: Family
-    data: DataIdentity
-    dataset: Dataset
-    described: str
-    facts: dict
-    id2label: dict[int, str] | None
-    label_drop: float
-
-    def examples(self, stop: Stop) -> tuple[Dataset, bool, np.ndarray | None]:
-        """`[index, flip] -> (image, condition)`, or moments for the image; which it is; the buckets, if any."""
-
-    def prompts(self, conditions: Tensor, drops: Tensor) -> Prompts:
-        """What the family's transformer needs of conditions (batch,); samples of `drops`, (batch,) bool, have none."""
-
-    def evaluation(self):
-        """What measures the adapter in training, or None."""
-
-    def sample_grid(self, is_stopped: Callable[[], object]) -> bytes | None:
-        """The PNG of samples with the same noise all along; None if stopped midway, or if there are none."""
-
-    def export(self, folder: Path) -> None:
-        """Writes what else a run leaves of its adapter, whose average the model has."""
 
 
 @dataclass
@@ -94,6 +52,11 @@ class Job:
     """Of the global batch, those that this process takes, a slice for each of its passes."""
     evaluation: object | None
     run: Run
+    is_cached: bool = False
+    """Whether batches have the moments of latents in the place of images."""
+    model: nn.Module | None = None
+    """The transformer as the processes share it, from `begin` on, with its optimiser."""
+    optimizer: Optimizer | None = None
 
 
 def start(
@@ -169,9 +132,11 @@ def prepare(
     if told_by_main(accelerator, lambda: not finished or is_elsewhere(settings, checkpoint)):
         held.enter_context(folder.counting(clock))
         task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
-        check_equal(accelerator, {"the data set": f"{task.data.describe()}, {task.data.fingerprint[:12]}"})
+        check_equal(
+            accelerator, {"the data set": f"{task.data.identity.describe()}, {task.data.identity.fingerprint[:12]}"}
+        )
         if checkpoint:
-            check_same_data(settings, checkpoint, task.data, partial(say, accelerator))
+            check_same_data(settings, checkpoint, task.data.identity, partial(say, accelerator))
     if finished:
         say(
             accelerator,
@@ -191,9 +156,13 @@ def prepare(
     if settings.compile:
         for block in task.family.blocks_of(transformer):
             block.compile()
-    evaluation = task.evaluation()
+    evaluation = None
+    if settings.eval_every:
+        from onelora_diffusion.training.evaluating import Evaluation
+
+        evaluation = Evaluation(settings, accelerator, task.pipeline, task.data.images)
     run = Run(settings, accelerator, trained, clock)
-    run.data = task.data
+    run.data = task.data.identity
     if checkpoint:
         run.restore(checkpoint)
         say(accelerator, f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
@@ -204,30 +173,9 @@ def prepare(
 
 
 def train(job: Job, stop: Stop) -> int:
+    """Makes updates until all are made, the time is up or a signal comes, and writes what is due; the exit code."""
     settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
-    transformer, vae, scheduler = task.pipeline.transformer, task.pipeline.vae, task.pipeline.scheduler
-    # Data: [index, flip] -> image, or the moments of its latents from the cache; and the number of its condition.
-    examples, is_cached, buckets = task.examples(stop)
-    keys = StepKeyedBatches(
-        settings.seed, run.step, settings.batch_size, len(task.dataset), settings.flip, job.rows, buckets
-    )
-    loader = DataLoader(
-        examples,
-        batch_sampler=keys,
-        num_workers=0 if is_cached else settings.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=leave_signals_to_main,
-    )
-    batches = iter(loader)
-    num_timesteps, density = scheduler.config.num_train_timesteps, settings.density()
-
-    is_sharded = settings.engine == "fsdp2"
-    if is_sharded:
-        model = shard_base(transformer, task.family.blocks_of(transformer), run.trained, accelerator.device)
-        optimizer = accelerator.prepare(run.optimizer)
-    else:
-        model, optimizer = accelerator.prepare(transformer, run.optimizer)
-
+    examples, batches = begin(job, stop)
     # From here on something is written.
     outputs = Outputs(run, accelerator, task, job.evaluation, stop)
     first, last = run.step, float("inf") if settings.max_steps is None else settings.max_steps
@@ -235,63 +183,12 @@ def train(job: Job, stop: Stop) -> int:
     progress = tqdm(total=settings.max_steps, initial=first, unit="step", disable=not accelerator.is_main_process)
     with progress:
         while not (ended := stop.agreed()) and run.step < last:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scheduled(run.step, settings)
-
-            drawn, step_losses = None, {}
-            scales = SumScales(transformer, run.trained) if measures and run.step == first else None
             # Blocks are compiled in the first update of a start, or the second where the first measures without that,
             # which may take minutes and has nothing to lose.
             is_compiling = settings.compile and run.step <= first + measures
-            with stop.suspended() if is_compiling else nullcontext(), scales.watching() if scales else nullcontext():
-                for micro_batch in job.rows:
-                    images, conditions = next(batches)
-                    images = images.to(accelerator.device, non_blocking=True)
-                    moments = images if is_cached else encode_moments(vae, images)
-                    # Everything random in an update is drawn for the global batch, and sliced.
-                    drawn = drawn or draw_step(
-                        settings.seed,
-                        run.step,
-                        settings.batch_size,
-                        tuple(moments.shape[2:]),
-                        num_timesteps,
-                        task.label_drop,
-                        density,
-                    )
-                    draws = drawn.rows(micro_batch, accelerator.device)
-                    prompts = task.prompts(conditions, drawn.label_drops[micro_batch])
-                    prompts = send_to_device(prompts, accelerator.device, non_blocking=True)
-                    x_start = sample_moments(moments, draws.posterior_noise)
-                    latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
-
-                    is_last = micro_batch is job.rows[-1]  # processes exchange gradients once an update
-                    with nullcontext() if is_last else accelerator.no_sync(model):
-                        with accelerator.autocast():
-                            times = model_timesteps(draws.timesteps, scheduler)
-                            output = task.family.predict(model, latents, times, prompts)
-                        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
-                        weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
-                        losses["loss"] = weighted_loss(losses, weights)
-                        accelerator.backward(losses["loss"].mean() / len(job.rows))
-                    for name, loss in losses.items():
-                        step_losses[name] = step_losses.get(name, 0) + loss.detach().mean() / len(job.rows)
-
-            if scales:
-                run.scale_rates(scales.factors(accelerator))
-                accelerator.print(scales.in_words(run.rate_factors))
-            if is_sharded:
-                average_gradients(run.trained)
-            if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.step += 1
-            with averaged_values(run.optimizer):
-                for average in run.averages:
-                    average.update(run.step)
-            run.losses.add(step_losses)
+            with stop.suspended() if is_compiling else nullcontext():
+                update(job, islice(batches, len(job.rows)))
             progress.update()
-
             if run.step % settings.log_every == 0:
                 outputs.write_losses(progress)
             if settings.sample_every and run.step % settings.sample_every == 0:
@@ -305,13 +202,107 @@ def train(job: Job, stop: Stop) -> int:
             outputs.write_losses(progress)
 
     if settings.broken_images == "skip":
-        broken = (examples.broken() if is_cached else task.dataset.broken).int().to(accelerator.device)
+        broken = (examples.broken() if job.is_cached else task.data.images.broken).int().to(accelerator.device)
         outputs.num_broken = int(accelerator.reduce(broken).count_nonzero())
         accelerator.print(f"{outputs.num_broken} unreadable images were skipped")
     outputs.write_adapters()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return outputs.say_end(ended)
+
+
+def begin(job: Job, stop: Stop) -> tuple[Dataset, Iterator[tuple[Tensor, Tensor]]]:
+    """Encodes what is learned and shares out the model; returns the examples, and the endless batches of them."""
+    settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
+    examples, job.is_cached = task.encode(stop)
+    buckets = task.data.buckets
+    keys = StepKeyedBatches(
+        settings.seed,
+        run.step,
+        settings.batch_size,
+        len(task.data.images),
+        settings.flip,
+        job.rows,
+        buckets and buckets.of_image,
+    )
+    loader = DataLoader(
+        examples,
+        batch_sampler=keys,
+        num_workers=0 if job.is_cached else settings.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_main,
+    )
+    transformer = task.pipeline.transformer
+    if settings.engine == "fsdp2":
+        job.model = shard_base(transformer, task.family, run.trained, accelerator.device)
+        job.optimizer = accelerator.prepare(run.optimizer)
+    else:
+        job.model, job.optimizer = accelerator.prepare(transformer, run.optimizer)
+    return examples, iter(loader)
+
+
+def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Makes one update of the adapter and of its averages.
+
+    Args:
+        batch: for each of the job's rows, images or the moments of their latents, and the numbers of their conditions.
+    """
+    settings, accelerator, run = job.settings, job.accelerator, job.run
+    for group in job.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scheduled(run.step, settings)
+    measures = settings.rates_by_sum and run.rate_factors is None
+    scales = SumScales(job.task.pipeline.transformer, run.trained) if measures else None
+    drawn, mean_losses = None, {}
+    with scales.watching() if scales else nullcontext():
+        for rows, (images, numbers) in zip(job.rows, batch, strict=True):
+            images = images.to(accelerator.device, non_blocking=True)
+            moments = images if job.is_cached else job.task.family.encode_images(job.task.pipeline.vae, images)
+            # Everything random in an update is drawn for the global batch, and sliced.
+            drawn = drawn or draw_step(
+                settings.seed,
+                run.step,
+                settings.batch_size,
+                tuple(moments.shape[2:]),
+                job.task.pipeline.scheduler.config.num_train_timesteps,
+                job.task.condition_drop,
+                settings.density(),
+            )
+            is_last = rows is job.rows[-1]  # processes exchange gradients once an update
+            with nullcontext() if is_last else accelerator.no_sync(job.model):
+                losses = losses_of(job, moments, numbers, drawn, rows)
+                accelerator.backward(losses["loss"].mean() / len(job.rows))
+            for name, loss in losses.items():
+                mean_losses[name] = mean_losses.get(name, 0) + loss.detach().mean() / len(job.rows)
+    if scales:
+        run.scale_rates(scales.factors(accelerator))
+        accelerator.print(scales.in_words(run.rate_factors))
+    if settings.engine == "fsdp2":
+        average_gradients(run.trained)
+    if settings.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    run.step += 1
+    with averaged_values(run.optimizer):
+        for average in run.averages:
+            average.update(run.step)
+    run.losses.add(mean_losses)
+
+
+def losses_of(job: Job, moments: Tensor, numbers: Tensor, drawn: StepDraws, rows: slice) -> dict[str, Tensor]:
+    """The losses of some rows of a global batch by name, (rows,) each."""
+    settings, accelerator, task = job.settings, job.accelerator, job.task
+    scheduler, draws = task.pipeline.scheduler, drawn.rows(rows, accelerator.device)
+    conditions = task.conditions(numbers, drawn.label_drops[rows])
+    conditions = send_to_device(conditions, accelerator.device, non_blocking=True)
+    x_start = sample_moments(moments, draws.posterior_noise)
+    latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
+    with accelerator.autocast():
+        times = model_timesteps(draws.timesteps, scheduler)
+        output = task.family.predict(job.model, latents, times, conditions)
+    losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
+    weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
+    return losses | {"loss": weighted_loss(losses, weights)}
 
 
 def scheduled(step: int, settings: RunSettings) -> float:

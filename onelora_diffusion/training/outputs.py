@@ -15,6 +15,7 @@ from tqdm import tqdm
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.processes import say
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
+from onelora_diffusion.storage.lora import export_lora
 from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkpoint
 from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
 from onelora_diffusion.training.resuming import adapter_names
@@ -51,7 +52,7 @@ class Outputs:
         say(
             accelerator,
             f"{self.settings.method} on {self.settings.base or 'the miniature'}: {run.num_trainable_params:,} trained "
-            f"parameters; {task.described}; output in {self.folder}",
+            f"parameters; {task.data.described}; output in {self.folder}",
         )
 
     def write_losses(self, progress: tqdm) -> None:
@@ -79,7 +80,8 @@ class Outputs:
         run, measured = self.run, None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
         with suppress(Interrupted), run.averages[0].applied(), self.accelerator.autocast(), alone():
-            measured = self.evaluation.measure(self.stop)
+            with self.task.decoding():
+                measured = self.evaluation.measure(self.stop)
         if measured:
             line = self.metrics.write({"step": run.step, **measured, "seconds": run.clock.seconds})
             if run.keep_if_best(line):
@@ -117,14 +119,15 @@ class Outputs:
         for name, (facts, tensors) in zip(names, values, strict=True):
             self._write_adapter(name, tensors, **facts)
         if self.accelerator.is_main_process:
-            with run.averages[0].applied():
-                self.task.export(self.folder)
+            if self.settings.export_lora:
+                with run.averages[0].applied():
+                    export_lora(self.task.pipeline.transformer, self.folder / "lora")
 
     def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
         settings, run = self.settings, self.run
         if not self.accelerator.is_main_process:
             return
-        summary = self.task.facts | {
+        summary = self.task.data.facts | {
             "steps": run.step,
             "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate,
@@ -143,7 +146,7 @@ class Outputs:
             self.task.pipeline.transformer,
             self.folder / name,
             state_dict=values,
-            id2label=self.task.id2label,
+            id2label=self.task.data.id2label,
             base=settings.base,
             training=summary | facts,
         )

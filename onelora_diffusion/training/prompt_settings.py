@@ -73,6 +73,12 @@ class PromptSettings(RunSettings):
     export_lora: bool = False
     """At the end also write lora/, the adapter as a LoRA of rank 1, as diffusers and PEFT read it."""
 
+    def condition_drop(self, is_guided: bool) -> float:
+        """Share of samples that train without their condition."""
+        if self.caption_drop is None:
+            return 0.1 if is_guided else 0.0
+        return self.caption_drop
+
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""
         check_settings(self)

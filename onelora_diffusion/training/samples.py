@@ -5,34 +5,23 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images
-from onelora_diffusion.training.settings import Settings
 
-GRID_CLASSES, GRID_ROWS, PADDING = 10, 4, 2
+GRID_CLASSES, PADDING = 10, 2
 COLUMNS = "columns"
 
 
-def sample_grid(pipeline, id2label: dict[int, str], settings: Settings, is_stopped) -> bytes | None:
-    """The PNG of a grid with a class a column; image i has the same noise in every grid. None if stopped midway."""
+def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
+    """Some labels with their names, from the first class to the last, of which samples are drawn."""
     num_classes = len(id2label)
     columns = min(GRID_CLASSES, num_classes)
-    classes = [column * (num_classes - 1) // max(1, columns - 1) for column in range(columns)]
-    labels, images = classes * GRID_ROWS, []
-    sampler = SamplerSettings(num_inference_steps=settings.sample_steps, guidance_scale=settings.guidance_scale)
-    batches = generate_images(pipeline, labels, settings.seed, range(len(labels)), sampler, batch_size=columns)
-    with adapters_folded_in(pipeline.transformer, sampler):
-        for _, batch in batches:
-            images.append(batch.cpu())
-            if is_stopped():
-                return None
-    return png_of(torch.cat(images), [id2label[label] for label in classes])
+    labels = [column * (num_classes - 1) // max(1, columns - 1) for column in range(columns)]
+    return [(label, id2label[label]) for label in labels]
 
 
 def png_of(images: Tensor, columns: Sequence[str]) -> bytes:

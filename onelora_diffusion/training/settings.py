@@ -31,6 +31,11 @@ class RunSettings:
     script: ClassVar[str]
     class_learning_rate: ClassVar[float | None] = None  # of class tables, where a base has them
     eval_every: ClassVar[int] = 0  # updates between evaluations, where there are any
+    max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, where there are prompts
+    latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded anew in each step
+    export_lora: ClassVar[bool] = False  # whether a LoRA is written at the end
+    sample_rows: ClassVar[int] = 1  # of a grid of samples
+    shows_base: ClassVar[bool] = True  # whether the base's samples of the same noise are above
 
     config: Path | None = None
     """A recipe, *.yaml, that sets the defaults of all other flags."""
@@ -170,6 +175,8 @@ class Settings(RunSettings):
     that."""
 
     script: ClassVar[str] = "train_dit.py"
+    sample_rows: ClassVar[int] = 4
+    shows_base: ClassVar[bool] = False
 
     config: Path | None = None
     """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
@@ -210,6 +217,10 @@ class Settings(RunSettings):
     """Statistics that `eval_fid.py ref` wrote. None: those of the training images, computed at the start."""
     latent_cache_gb: float = 10.0
     """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
+
+    def condition_drop(self, is_guided: bool) -> float:
+        """Share of samples that train without their condition."""
+        return self.label_drop
 
     def check(self) -> None:
         """ValueError for what can be known to be wrong before anything is read."""

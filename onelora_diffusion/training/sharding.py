@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from onelora_diffusion.injection.layers import is_dit
+from onelora_diffusion.families import Family
 
 
-def shard_base(
-    transformer: nn.Module, blocks: list[nn.Module], trained: dict[str, Tensor], device: torch.device
-) -> nn.Module:
+def shard_base(transformer: nn.Module, family: Family, trained: dict[str, Tensor], device: torch.device) -> nn.Module:
     """Share out a transformer's frozen weights over all processes, in place: a unit a block, one for the rest.
 
-    A DiT's conditioning is computed outside the blocks that own it, so it is a unit of its own, gathered once a step.
+    What is computed for all blocks together is a unit of its own, gathered once a step.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -29,10 +27,9 @@ def shard_base(
     for module in transformer.modules():  # nobody reads the base's tensors where trained ones are in their place
         if hasattr(module, "onelora_swap"):
             ignored.update(module.parameters(recurse=False))
-    embeddings = {id(block.norm1.emb): block.norm1.emb for block in blocks} if is_dit(transformer) else {}
-    for embedding in embeddings.values():
-        fully_shard(embedding, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    for block in blocks:
+    for shared in family.shared_by_blocks(transformer):
+        fully_shard(shared, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+    for block in family.blocks_of(transformer):
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     return fully_shard(transformer, mesh=mesh, ignored_params=ignored)
 

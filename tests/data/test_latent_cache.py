@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from onelora_diffusion.data import latent_cache, load_dataset
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size, inputs_of
-from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
+from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.row_cache import is_whole
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.training.randomness import StepKeyedBatches
 
 

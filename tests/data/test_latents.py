@@ -5,8 +5,8 @@ from rounding import assert_rounded
 from text_pipelines import make_vae
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.latents import FlippableImages, encode_moments, sample_moments
-from onelora_diffusion.sampling import decoded_latents
+from onelora_diffusion.data.latents import FlippableImages, sample_moments
+from onelora_diffusion.families.autoencoder import decode_latents, encode_moments
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_a_vae_with_a_shift_decodes_from_its_latents_what_it_encoded():
         expected = vae.decode(mean).sample
     latents = encode_moments(vae, images)[:, 0]
     assert_rounded(latents, (mean - 0.1) * vae.config.scaling_factor, vae.encoder)
-    assert_rounded(decoded_latents(vae, latents), expected, vae)
+    assert_rounded(decode_latents(vae, latents), expected, vae)
 
 
 def test_a_deterministic_autoencoder_has_latents_without_deviation():

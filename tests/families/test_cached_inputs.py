@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
-from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import family_of
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.training.randomness import StepKeyedBatches
 
 LENGTH = 24  # tokens of a prompt
@@ -40,7 +41,7 @@ def test_what_is_cached_predicts_what_its_pictures_and_captions_do(tmp_path, pic
     assert images.captions == CAPTIONS
 
     def encode(prompts):
-        return family.encode_prompts(pipeline, prompts, LENGTH)
+        return family.encode_conditions(pipeline, prompts, LENGTH)
 
     encoders = {key: part for key, part in pipeline.components.items() if key.startswith("text_encoder")}
     assert encoders and all(isinstance(encoder, nn.Module) for encoder in encoders.values())

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_dit
-from diffusers import DiTPipeline, FluxPipeline
+from diffusers import FluxPipeline
 from rounding import assert_rounded
 from text_pipelines import MAKERS, RESOLUTION, make_pipeline
 from torch import nn
@@ -14,7 +13,6 @@ from onelora_diffusion.diffusion import prediction_of
 from onelora_diffusion.families import FAMILIES, family_of
 from onelora_diffusion.families.flux import pack, unpack
 from onelora_diffusion.injection.layers import target_layers
-from onelora_diffusion.sampling import decode_latents
 
 LENGTH = 24  # tokens of a prompt
 
@@ -65,7 +63,7 @@ def unpacked(name, tokens):
 @torch.no_grad()
 def test_the_transformer_is_told_what_the_stock_pipeline_tells_it(pipeline, name):
     family, prompts = family_of(pipeline), ["a bold Q", "a violet triangle, upside down"]
-    encoded = family.encode_prompts(pipeline, prompts, LENGTH)
+    encoded = family.encode_conditions(pipeline, prompts, LENGTH)
     _, calls = draw(pipeline, name, prompt=prompts, guidance_scale=3.5 if name == "flux" else 1.0)
     scale = {"flux": 1000, "sana": 1 / pipeline.transformer.config.get("timestep_scale", 1)}.get(name, 1)
     for hidden_states, timesteps, output in calls:
@@ -76,7 +74,7 @@ def test_the_transformer_is_told_what_the_stock_pipeline_tells_it(pipeline, name
 
 @torch.no_grad()
 def test_a_transformer_that_is_wrapped_for_several_processes_is_called_alike(pipeline, name):
-    family, encoded = family_of(pipeline), family_of(pipeline).encode_prompts(pipeline, ["a bold Q"], LENGTH)
+    family, encoded = family_of(pipeline), family_of(pipeline).encode_conditions(pipeline, ["a bold Q"], LENGTH)
     latents = torch.randn(1, family.latent_channels(pipeline.transformer), 8, 8)
     found = [
         family.predict(model, latents, torch.tensor([500.0]), encoded)
@@ -91,7 +89,7 @@ def test_pictures_are_guided_from_the_empty_prompt(pipeline, name):
     assert family.is_guided == (name != "flux")
     if not family.is_guided:
         return
-    encoded = family.encode_prompts(pipeline, ["", "a bold Q"], LENGTH)
+    encoded = family.encode_conditions(pipeline, ["", "a bold Q"], LENGTH)
     _, calls = draw(pipeline, name, prompt="a bold Q", guidance_scale=4.0)
     for hidden_states, timesteps, output in calls:
         timesteps = timesteps / pipeline.transformer.config.get("timestep_scale", 1)
@@ -103,10 +101,10 @@ def test_pictures_are_guided_from_the_empty_prompt(pipeline, name):
 def test_prompts_are_rows_that_do_not_depend_on_each_other(pipeline):
     family = family_of(pipeline)
     prompts = ["a bold Q", "", "7"]
-    together = family.encode_prompts(pipeline, prompts, LENGTH)
+    together = family.encode_conditions(pipeline, prompts, LENGTH)
     assert all(len(tensor) == 3 for tensor in together.values())
     for row, prompt in enumerate(prompts):
-        for key, alone in family.encode_prompts(pipeline, [prompt], LENGTH).items():
+        for key, alone in family.encode_conditions(pipeline, [prompt], LENGTH).items():
             assert_rounded(together[key][row].float(), alone[0].float(), terms=1000)
     assert not torch.equal(*together["prompt_embeds"][:2])
 
@@ -114,8 +112,8 @@ def test_prompts_are_rows_that_do_not_depend_on_each_other(pipeline):
 @torch.no_grad()
 def test_prompts_are_arguments_of_the_pipelines_call(pipeline, name):
     family = family_of(pipeline)
-    encoded = family.encode_prompts(pipeline, ["a bold Q"], LENGTH)
-    empty = {f"negative_{key}": tensor for key, tensor in family.encode_prompts(pipeline, [""], LENGTH).items()}
+    encoded = family.encode_conditions(pipeline, ["a bold Q"], LENGTH)
+    empty = {f"negative_{key}": tensor for key, tensor in family.encode_conditions(pipeline, [""], LENGTH).items()}
     by_prompt, _ = draw(pipeline, name, prompt="a bold Q")
     for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if hasattr(pipeline, component):
@@ -129,8 +127,8 @@ def test_prompts_are_arguments_of_the_pipelines_call(pipeline, name):
 def test_pictures_are_decoded_as_the_pipeline_does(pipeline, name):
     latents, _ = draw(pipeline, name, prompt="a bold Q")
     picture, _ = draw(pipeline, name, prompt="a bold Q", output_type="pt")
-    found = decode_latents(pipeline.vae, unpacked(name, latents))
-    torch.testing.assert_close(found / 255, picture, rtol=0, atol=0.6 / 255)  # rounded to a grey level
+    found = family_of(pipeline).decode(pipeline.vae, unpacked(name, latents)) / 2 + 0.5
+    assert_rounded(found.clamp(0, 1), picture, pipeline.vae)
 
 
 def test_flux_packs_as_its_pipeline_does():
@@ -145,7 +143,7 @@ def test_a_distilled_flux_is_told_the_guidance_that_it_draws_with():
     pipeline = make_pipeline("flux")
     with_other_transformer(pipeline, guidance_embeds=True)
     assert pipeline.transformer.config.guidance_embeds
-    encoded = family_of(pipeline).encode_prompts(pipeline, ["a bold Q"], LENGTH)
+    encoded = family_of(pipeline).encode_conditions(pipeline, ["a bold Q"], LENGTH)
     _, calls = draw(pipeline, "flux", prompt="a bold Q")
     for hidden_states, timesteps, output in calls:
         latents = unpacked("flux", hidden_states)
@@ -176,10 +174,9 @@ def test_what_each_predicts_is_said_by_its_scheduler(pipeline, name):
 
 
 def test_an_unknown_family_is_an_error_that_names_the_known():
-    assert [family.name for family in FAMILIES] == ["pixart", "sd3", "flux", "sana"]
-    dit = DiTPipeline(make_dit(), make_pipeline("pixart").vae, make_pipeline("pixart").scheduler)
-    with pytest.raises(ValueError, match="the pipeline has a DiTTransformer2DModel, of no family .*: pixart .*, sd3 "):
-        family_of(dit)
+    assert [family.name for family in FAMILIES] == ["dit", "pixart", "sd3", "flux", "sana"]
+    with pytest.raises(ValueError, match="the pipeline has a Linear, of no family .*: dit .*, pixart .*, sd3 "):
+        family_of(SimpleNamespace(transformer=nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="the pipeline has no transformer, of no family"):
         family_of(SimpleNamespace())
 

@@ -16,7 +16,7 @@ def drawn(name):
     """A pipeline, images' latents, noise and encoded prompts."""
     pipeline = make_pipeline(name)
     shape = (3, family_of(pipeline).latent_channels(pipeline.transformer), 8, 8)
-    prompts = family_of(pipeline).encode_prompts(pipeline, ["a bold Q", "night", "7"], 24)
+    prompts = family_of(pipeline).encode_conditions(pipeline, ["a bold Q", "night", "7"], 24)
     generator = torch.Generator().manual_seed(1)
     return pipeline, *(torch.randn(shape, generator=generator) for _ in range(2)), prompts
 

@@ -81,7 +81,7 @@ def test_class_names_are_those_of_the_adapter_that_serves(pipe):
     assert pipe.get_label_ids("pizza") == [0]
     assert pipe.get_label_ids(["Ice cream", "sushi"]) == [2, 1]
     assert pipe.labels == {"pizza": 0, "sushi": 1, "ice_cream": 2}
-    with pytest.raises(ValueError, match="'robin' does not exist among the 3 classes of adapter 'food': there is"):
+    with pytest.raises(ValueError, match="no class 'robin' among the 3 of adapter 'food': there is"):
         pipe.get_label_ids("robin")
     pipe.set_adapters(["food", "birds", "style"])
     assert pipe.get_label_ids("redbreast") == [0]

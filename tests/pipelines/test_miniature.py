@@ -12,7 +12,8 @@ from sklearn.svm import SVC
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from onelora_diffusion.data.digits import Digits
-from onelora_diffusion.data.latents import encode_moments, sample_moments
+from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.pipelines.base import load_base, miniature_path
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from tools.letters import CHARACTERS, Hand, letters

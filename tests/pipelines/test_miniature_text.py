@@ -6,16 +6,17 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPip
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from onelora_diffusion.data.digits import CAPTIONS, WORDS, Digits
-from onelora_diffusion.data.latents import encode_moments, sample_moments
-from onelora_diffusion.families import family_named, family_of
-from onelora_diffusion.pipelines.base import load_text_to_image, miniature_text_path
+from onelora_diffusion.data.latents import sample_moments
+from onelora_diffusion.families import family_of
+from onelora_diffusion.families.autoencoder import encode_moments
+from onelora_diffusion.pipelines.base import load_base, miniature_text_path
 from tools.make_text_miniature import RESOLUTION, caption, captioned_signs, make_tokenizer
 from tools.read_letters import LetterClassifier, letters_right
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = load_text_to_image(None, "fp32", family_named)
+    pipeline = load_base(condition=str)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

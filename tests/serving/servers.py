@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, unload_adapter
 from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.residents import Residents
 
@@ -50,7 +50,7 @@ def serving(pipeline, folder, memory_bytes: int = 10**9, drawing=None, **setting
     """A batcher of the adapters in a folder; closed at the end."""
     library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
     residents = Residents(pipeline.transformer, memory_bytes)
-    batcher = Batcher(drawing or ClassDrawing(pipeline, 50), library, residents, BatchSettings(**settings))
+    batcher = Batcher(drawing or Drawing(pipeline, 50), library, residents, BatchSettings(**settings))
     try:
         yield batcher
     finally:

@@ -10,7 +10,7 @@ import torch
 from serving.servers import make_pipeline, serving, write_adapters
 
 from onelora_diffusion.serving.batching import BatchSettings, Busy
-from onelora_diffusion.serving.drawing import ClassDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.request import Request
 
 PLAIN = Request(subject=1, num_inference_steps=3, guidance_scale=1.0)
@@ -28,7 +28,7 @@ def folder(pipeline, tmp_path_factory):
     return folder
 
 
-class Held(ClassDrawing):
+class Held(Drawing):
     """A drawing whose steps wait until they are let go; it notes what it draws together."""
 
     def __init__(self, pipeline):
@@ -218,7 +218,7 @@ def test_an_adapter_that_turns_out_damaged_fails_its_own_requests_alone(pipeline
 
 
 def test_a_batch_that_fails_is_drawn_one_by_one_and_the_thread_goes_on(pipeline, folder, caplog):
-    class Failing(ClassDrawing):
+    class Failing(Drawing):
         def draw(self, requests, mixtures, on_step):
             if len(requests) > 1 or requests[0].seed == 13:
                 raise RuntimeError("out of memory\nand a long story")

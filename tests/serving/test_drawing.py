@@ -6,10 +6,12 @@ import pytest
 import torch
 from serving.servers import make_pipeline, write_adapters
 
+from benchmarks.sampled import sample_latents
 from onelora_diffusion import load_adapter, set_adapters
+from onelora_diffusion.families.autoencoder import decode_latents
 from onelora_diffusion.pipelines.base import class_names, model_index, transformer_class
-from onelora_diffusion.sampling import SamplerSettings, decoded_latents, image_generators, sample_latents
-from onelora_diffusion.serving.drawing import ClassDrawing, find_class
+from onelora_diffusion.sampling import SamplerSettings, image_generators
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.request import Request
 
 STEPS = 5
@@ -34,7 +36,7 @@ def drawing(tmp_path_factory):
     write_adapters(folder, pipeline.transformer)
     for path in sorted(folder.glob("*.safetensors")):
         load_adapter(pipeline.transformer, path, path.stem)
-    return ClassDrawing(pipeline, 50)
+    return Drawing(pipeline, 50)
 
 
 def prepared(sampler: str) -> list[Request]:
@@ -73,7 +75,7 @@ def test_a_picture_is_that_of_the_sampler_with_its_adapters_set(drawing, number)
         guidance_scale=request.guidance_scale,
     )
     labels, generators = torch.tensor([request.subject]), image_generators(request.seed, [0])
-    expected = decoded_latents(drawing.pipeline.vae, sample_latents(transformer, config, labels, generators, settings))
+    expected = decode_latents(drawing.pipeline.vae, sample_latents(transformer, config, labels, generators, settings))
     torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-5)
 
 
@@ -90,12 +92,12 @@ def test_only_guided_samples_run_twice(drawing):
 def test_the_bare_base_is_drawn_without_an_adapter_in_the_model():
     pipeline = make_pipeline()
     request = Request(subject=3, sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0, seed=1)
-    (ours,) = ClassDrawing(pipeline, 50).draw([request], [{}], lambda share: None)
+    (ours,) = Drawing(pipeline, 50).draw([request], [{}], lambda share: None)
     settings = SamplerSettings(sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0)
     latents = sample_latents(
         pipeline.transformer, pipeline.scheduler.config, torch.tensor([3]), image_generators(1, [0]), settings
     )
-    torch.testing.assert_close(ours, decoded_latents(pipeline.vae, latents)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, decode_latents(pipeline.vae, latents)[0], rtol=0, atol=1e-5)
 
 
 def test_a_drawing_ends_where_its_step_raises(drawing):
@@ -117,15 +119,6 @@ def test_the_bases_classes_have_the_names_of_its_index():
     names = class_names(model_index(None))
     assert transformer_class(model_index(None)) == "DiTTransformer2DModel"
     pipeline = make_pipeline()
-    drawing = ClassDrawing(pipeline, 50, names)
+    drawing = Drawing(pipeline, 50, names)
     assert drawing.base_classes == {label: names[label] for label in range(10)}
-    assert ClassDrawing(pipeline, 50, {3: "three"}).base_classes[4] == "4"
-
-
-def test_classes_are_found_by_name_and_number_and_the_error_says_what_there_is():
-    classes = {0: "pizza", 1: "Fried rice", 2: "7", 7: "sushi, nigiri"}
-    assert [find_class(name, classes, "it") for name in ("pizza", "fried_rice", "nigiri", "7", 7)] == [0, 1, 7, 2, 7]
-    with pytest.raises(ValueError, match="no class 'piza' among the 4 of it: there is pizza"):
-        find_class("piza", classes, "it")
-    with pytest.raises(ValueError, match="label 3 is none of the 4 classes"):
-        find_class(3, classes, "it")
+    assert Drawing(pipeline, 50, {3: "three"}).base_classes[4] == "4"

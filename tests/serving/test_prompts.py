@@ -9,15 +9,15 @@ from serving.servers import serving
 from text_pipelines import RESOLUTION, make_pipeline
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, set_adapters, unload_adapter
-from onelora_diffusion.sampling import draw_prompt, image_generators
-from onelora_diffusion.serving.drawing import PromptDrawing, picture_of
+from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.serving.drawing import Drawing, picture_of
 from onelora_diffusion.serving.request import Request
 
 STEPS = 2
 
 
 def request(prompt: str, seed: int, guidance: str = "cfg", **adapters: float) -> Request:
-    scale = 4.0
+    scale = 5.0 - seed
     return Request(
         subject=prompt,
         adapters=tuple(adapters.items()),
@@ -36,10 +36,10 @@ REQUESTS = [
 ]
 
 
-def adapted(name: str) -> PromptDrawing:
+def adapted(name: str) -> Drawing:
     """The family's small pipeline with two adapters in it."""
     pipeline = make_pipeline(name)
-    drawing = PromptDrawing(pipeline, 50)
+    drawing = Drawing(pipeline, 50)
     for seed, adapter in enumerate(("food", "birds")):
         inject_adapter(pipeline.transformer, AdapterConfig(targets=drawing.family.targets), adapter)
         randomize(pipeline.transformer, 0.3, seed)
@@ -58,16 +58,8 @@ def test_each_picture_is_that_of_its_single_run_and_of_the_pipeline_with_its_ada
     for one, mixture in zip(requests, mixtures, strict=True):
         (alone,) = drawing.draw([one], [mixture], lambda share: None)
         set_adapters(drawing.transformer, *zip(*(mixture or {"food": 0.0}).items(), strict=True))
-        expected = draw_prompt(
-            drawing.pipeline,
-            drawing.family,
-            *(drawing.family.encode_prompts(drawing.pipeline, [text]) for text in (one.subject, "")),
-            *image_generators(one.seed, [0]),
-            one.size,
-            num_inference_steps=STEPS,
-            guidance_scale=one.guidance_scale,
-            guidance=one.guidance,
-        )
+        settings = SamplerSettings(num_inference_steps=STEPS, guidance_scale=one.guidance_scale, guidance=one.guidance)
+        [(_, (expected,))] = generate_images(drawing.pipeline, [one.subject], one.seed, [0], settings, size=one.size)
         assert (picture_of(alone).permute(2, 0, 1).int() - expected.int()).abs().max() <= 1
         pictures.append(alone)
     torch.testing.assert_close(together, torch.stack(pictures), rtol=0, atol=1e-5)
@@ -77,7 +69,7 @@ def test_each_picture_is_that_of_its_single_run_and_of_the_pipeline_with_its_ada
 
 def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
     pipeline = make_pipeline("pixart")
-    drawing = PromptDrawing(pipeline, 50)
+    drawing = Drawing(pipeline, 50)
     inject_adapter(pipeline.transformer, AdapterConfig(targets=drawing.family.targets))
     randomize(pipeline.transformer, 0.3)
     save_adapter(pipeline.transformer, tmp_path / "food.safetensors", training={"prompt": "a sks dog"})
@@ -99,4 +91,4 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
             with pytest.raises(ValueError, match=said):
                 batcher.submit(one)
     with pytest.raises(ValueError, match="leads from the empty prompt, from which flux is not guided"):
-        PromptDrawing(make_pipeline("flux"), 50).completed(REQUESTS[3], [])
+        Drawing(make_pipeline("flux"), 50).completed(REQUESTS[3], [])

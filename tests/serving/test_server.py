@@ -18,7 +18,7 @@ from serving.servers import make_pipeline, serving, write_adapters
 from serving.test_request import malformed
 
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.serving.drawing import ClassDrawing, PromptDrawing
+from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.launching import AUTH, PortSettings, launch
 from onelora_diffusion.serving.library import shipped_adapters
 from onelora_diffusion.serving.page import Page
@@ -129,7 +129,7 @@ def test_the_guides_examples_run():
     pipeline.transformer.requires_grad_(False)
     guide = (Path(__file__).parents[2] / "docs/serving.md").read_text()
     by_client, by_http = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    with serving(pipeline, folder, drawing=ClassDrawing(pipeline, 250)) as batcher:
+    with serving(pipeline, folder, drawing=Drawing(pipeline, 250)) as batcher:
         blocks, address = launch(Page(batcher, "miniature", 2.0), PortSettings(port=0))
         try:
             client, http = {}, {}
@@ -146,7 +146,7 @@ def test_the_guides_examples_run():
 
 def test_prompts_are_drawn_as_classes_are(tmp_path):
     pipeline = text_pipelines.make_pipeline("pixart")
-    with serving(pipeline, tmp_path, drawing=PromptDrawing(pipeline, 50)) as batcher:
+    with serving(pipeline, tmp_path, drawing=Drawing(pipeline, 50)) as batcher:
         blocks, address = launch(Page(batcher, "toy", 4.0), PortSettings(port=0))
         try:
             values = {"subject": "a red cube", "num_inference_steps": 2, "size": 16}

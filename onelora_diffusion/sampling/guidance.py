@@ -1,0 +1,119 @@
+"""One denoiser for a batch of images, each with its own condition, strength of guidance, adapters and time."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from onelora_diffusion.adapters.weights import Weight
+from onelora_diffusion.families import Conditions, Family
+from onelora_diffusion.families.family import joined
+from onelora_diffusion.injection.routing import Entry, Guidance, route_adapters
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageRequest:
+    """An image to draw.
+
+    Attributes:
+        condition: what it shows, a row of a family's `encode_conditions`.
+        empty: the row that it is guided from, that of None.
+        generator: of its own noise, on the CPU.
+        guidance_scale: w; 1 or less is without guidance. Of a family that is not guided from no condition: what its
+            transformer is told.
+        guidance: `cfg`, or `domain`, which leads from the base without condition.
+        adapters: weights of the adapters that draw it, by name; {} is the base. None: those that serve.
+    """
+
+    condition: Conditions
+    empty: Conditions
+    generator: torch.Generator
+    guidance_scale: float
+    guidance: Guidance = "cfg"
+    adapters: Mapping[str, Weight] | None = None
+
+
+class GuidedDenoiser:
+    """`denoise(latents, times) -> prediction` of a batch, in float32, with its variance if the model predicts one.
+
+        ε_i(x, t) = ε_i(x, t, ∅) + w_i · (ε_i(x, t, y_i) − ε_i(x, t, ∅))
+
+    (Ho & Salimans 2022). The transformer runs on all images with their conditions and then, in the same batch, on
+    those that are guided without one: by their own adapters, or by domain guidance (Zhong et al., ICLR 2025) by the
+    base. A learned variance stays that of the condition.
+
+    Args:
+        channels: guide only the first so many latent channels. None: all.
+        interval: guide only between these two times, the lower first. None: always.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        transformer: nn.Module,
+        requests: Sequence[ImageRequest],
+        channels: int | None = None,
+        interval: tuple[int, int] | None = None,
+    ):
+        self.family, self.transformer, self.channels = family, transformer, channels
+        self.interval = interval or (-float("inf"), float("inf"))
+        # diffusers' own properties look through every module, and thousands of adapters have more than the base.
+        first = next(parameter for parameter in transformer.parameters() if parameter.is_floating_point())
+        self.device, self.dtype = first.device, first.dtype
+        scales = [request.guidance_scale for request in requests]
+        self.guided = [image for image, scale in enumerate(scales) if family.is_guided and scale > 1]
+        rows = [request.condition for request in requests] + [requests[image].empty for image in self.guided]
+        self.conditions = joined(rows) | ({} if family.is_guided else {"guidance": torch.tensor(scales)})
+        self.conditions = send_to_device(self.conditions, self.device)
+        self.index = torch.tensor(self.guided, dtype=torch.long, device=self.device)
+        self.scales = torch.tensor([scales[image] for image in self.guided], device=self.device)
+        self.entries = self._entries(requests)
+
+    def _entries(self, requests: Sequence[ImageRequest]) -> list[Entry] | None:
+        """The adapters of each row of the batch; None where those that serve are the adapters of all."""
+        is_domain = [requests[image].guidance == "domain" for image in self.guided]
+        if not hasattr(self.transformer, "_onelora"):
+            return None
+        if not any(is_domain) and all(request.adapters is None for request in requests):
+            return None
+        serving = self.transformer._onelora.serving
+        own = [serving if request.adapters is None else request.adapters for request in requests]
+        return own + [None if base else own[image] for image, base in zip(self.guided, is_domain, strict=True)]
+
+    def routed(self) -> AbstractContextManager:
+        """Context manager inside which the denoiser is called."""
+        return nullcontext() if self.entries is None else route_adapters(self.transformer, self.entries)
+
+    def __call__(self, latents: Tensor, times: float | Tensor) -> Tensor:
+        """
+        Args:
+            latents: (batch, C, ...) in float32, on the transformer's device.
+            times: of all images; or each image's own, (batch,), on the CPU, so that no step waits for the device.
+        """
+        lowest, highest = self.interval
+        own_times = times if isinstance(times, Tensor) else torch.full((len(latents),), times)
+        is_inside = ((own_times >= lowest) & (own_times <= highest))[self.guided]
+        if not is_inside.any() and self.entries is None:
+            conditions = {name: rows[: len(latents)] for name, rows in self.conditions.items()}
+            return self._predict(latents, times, conditions)
+        guided_times = times[self.guided] if isinstance(times, Tensor) else times
+        output = self._predict(torch.cat([latents, latents[self.index]]), times, self.conditions, guided_times)
+        channels = self.channels or latents.shape[1]
+        with_condition, without = output[: len(latents)], output[len(latents) :, :channels]
+        own = with_condition[self.index, :channels]
+        per_image = (-1, *[1] * (latents.ndim - 1))
+        guided = without + self.scales.view(per_image) * (own - without)
+        if not is_inside.all():
+            guided = torch.where(is_inside.to(self.device).view(per_image), guided, own)
+        with_condition[self.index, :channels] = guided
+        return with_condition
+
+    def _predict(self, latents: Tensor, times: float | Tensor, conditions: Conditions, *more: Tensor) -> Tensor:
+        if isinstance(times, Tensor):
+            times = torch.cat([times, *more]).to(self.device, non_blocking=True)
+        else:
+            times = torch.full((len(latents),), times, device=self.device)
+        return self.family.predict(self.transformer, latents.to(self.dtype), times, conditions).float()

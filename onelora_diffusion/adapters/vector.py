@@ -1,5 +1,6 @@
 """1LoRA, BitFit, DiffFit and every combination of their parts: trained vectors around a frozen linear layer."""
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -206,7 +207,12 @@ def _all_of_bias(group: list[Vectors]) -> dict[Compression, torch.Tensor | None]
 
 def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral: float) -> torch.Tensor | None:
     present = [(part, weight) for part, weight in parts if part is not None]
-    return neutral + sum(weight * (part - neutral) for part, weight in present) if present else None
+    if not present:
+        return None
+    # Without the zeros of the general formula: it is taken at every forward.
+    terms = [weight * (part - neutral if neutral else part) for part, weight in present]
+    total = functools.reduce(torch.add, terms)
+    return neutral + total if neutral else total
 
 
 def _stack(parts: list[torch.Tensor | None], neutral: float) -> torch.Tensor | None:

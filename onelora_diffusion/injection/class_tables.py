@@ -178,7 +178,8 @@ class _TableRoute:
         if len(labels) != len(self.route.batch):
             raise ValueError(f"{len(labels)} labels for a batch of {len(self.route.batch)} samples")
         trains = torch.is_grad_enabled() and any(table.requires_grad for table in self.tables)
-        table = (torch.cat(self.tables) if trains else self.kept).to(labels.device)
+        is_anew = not torch.compiler.is_compiling() or trains
+        table = (torch.cat(self.tables) if is_anew else self.kept).to(labels.device)
         index = self.route.index(labels.device)
         first, null = (self.route.copied(of, torch.long, labels.device)[index] for of in (self.firsts, self.nulls))
         rows = nn.functional.embedding(first + torch.minimum(labels, null).clamp(min=0), table)

@@ -251,8 +251,9 @@ class _LinearRoute:
         # Of every adapter that is no vector: its weight in each mixture.
         others = dict.fromkeys(a for mix in mixtures for a, _ in mix if a.vectors() is None)
         self.others = {other: [dict(mix).get(other, 0.0) for mix in mixtures] for other in others}
+        self.vectors = [[(adapter.vectors(), weight) for adapter, weight in mix] for mix in self.mixtures]
         with torch.no_grad():
-            self.kept = self.stacks()
+            self.kept = self.stacks()  # for compiled code, which would take each number of mixtures for another
 
     def serve(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None) -> torch.Tensor:
         if len(out) != len(self.route.batch):
@@ -263,13 +264,13 @@ class _LinearRoute:
         base = out
         for adapter, weights in self.others.items():
             out = self.add_other(adapter, weights, x, base, out)
-        stacks = self.stacks() if self.trains and torch.is_grad_enabled() else self.kept
+        is_anew = not torch.compiler.is_compiling() or self.trains and torch.is_grad_enabled()
+        stacks = self.stacks() if is_anew else self.kept
         return stacks.map(lambda stack: self.rows(stack, out.device)).serve(x, out, base, sums)
 
     def stacks(self) -> Vectors:
         """b, β and γ of all K mixtures, each (K, ..., out_features)."""
-        sums = [Vectors.weighted_sum([(adapter.vectors(), w) for adapter, w in mix]) for mix in self.mixtures]
-        return Vectors.stacked(sums)
+        return Vectors.stacked([Vectors.weighted_sum(mix) for mix in self.vectors])
 
     def rows(self, stack: torch.Tensor, device: torch.device) -> torch.Tensor:
         """(batch, ..., out_features): each sample's own vectors."""

@@ -54,18 +54,23 @@ class SwapSeat(Seat):
             self.reached.add(self.path)
             if self._is_replica:
                 self._list_adapters()
-        serving = [(self._alone, None)] if self._alone is not None else self._weighted
-        for adapter, _ in serving:
-            if adapter.may_lack_values:
-                adapter.start_as(self.layer)
-        tensors = [(adapter(name), weight) for adapter, weight in serving]
-        lent = tensors[0][0]
+        if self._alone is not None:
+            lent = self._value(self._alone, name)
+        else:
+            tensors = [(self._value(adapter, name), weight) for adapter, weight in self._weighted]
+            lent = tensors[0][0]
         if base.is_meta and not lent.is_meta:  # accelerate looks at what it is about to bring
             return base
         if self._alone is None:
             start = base.detach().to(lent)
             lent = start + sum(weight * (tensor - start) for tensor, weight in tensors)
         return lent.to(base)
+
+    def _value(self, adapter: SwapAdapter, name: str) -> torch.Tensor:
+        if adapter.may_lack_values:
+            adapter.start_as(self.layer)
+        # A call costs more than the rest of this, and only what accelerate has offloaded needs one.
+        return adapter(name) if "_hf_hook" in adapter.__dict__ else getattr(adapter, name)
 
     def hook(self) -> None:
         if self._hooks:

@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from conftest import dit_inputs
 from serving.servers import CLASSES, CONFIGS, make_pipeline, write_adapter, write_adapters
 
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import adapters_of, fingerprint
+from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.serving import library as library_module
 from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
 from onelora_diffusion.serving.residents import Residents
@@ -162,3 +164,12 @@ def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
     write_adapter(transformer, tmp_path / "bad.safetensors", AdapterConfig(bias=True), 0)
     os.utime(tmp_path / "bad.safetensors", ns=(time.time_ns(), time.time_ns()))
     assert residents.bring([library.entry("bad")])[1] == {}
+
+
+def test_residents_draw_without_dropout(tmp_path, transformer):
+    config = AdapterConfig("lora", rank=4, peft_config={"lora_dropout": 0.5})
+    write_adapter(transformer, tmp_path / "lora.safetensors", config, 0)
+    residents = Residents(transformer, 10**9)
+    (name,) = residents.bring(AdapterLibrary([tmp_path], fingerprint(transformer)).entries())[0].values()
+    with torch.no_grad(), route_adapters(transformer, [name] * 3):
+        assert torch.equal(transformer(**dit_inputs()).sample, transformer(**dit_inputs()).sample)

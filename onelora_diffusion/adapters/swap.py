@@ -39,8 +39,12 @@ class SwapAdapter(Adapter):
         self.may_lack_values = False
 
     def forward(self, name: str) -> torch.Tensor:
-        """The tensor in the place of the base's parameter of this name; accelerate brings offloaded ones for it."""
-        return getattr(self, name)
+        """The tensor in the place of the base's parameter of this name, which is brought for it where it is offloaded.
+
+        A view of it, since diffusers takes the values out of the parameter itself after the call.
+        """
+        parameter = getattr(self, name)
+        return parameter.view_as(parameter)
 
     def lora(self):
         raise ValueError("it trains norms")

@@ -69,8 +69,8 @@ class SwapSeat(Seat):
     def _value(self, adapter: SwapAdapter, name: str) -> torch.Tensor:
         if adapter.may_lack_values:
             adapter.start_as(self.layer)
-        # A call costs more than the rest of this, and only what accelerate has offloaded needs one.
-        return adapter(name) if "_hf_hook" in adapter.__dict__ else getattr(adapter, name)
+        # A call costs more than the rest of this; accelerate and diffusers wrap the forward of what they offload.
+        return adapter(name) if "forward" in adapter.__dict__ else getattr(adapter, name)
 
     def hook(self) -> None:
         if self._hooks:

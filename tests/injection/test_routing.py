@@ -5,7 +5,6 @@ from rounding import assert_rounded, assert_rounded_together
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, set_adapters, unload_adapter
-from onelora_diffusion.adapters import vector as vector_module
 from onelora_diffusion.injection.routing import route_adapters, route_beside_base
 
 CONFIGS = {
@@ -117,18 +116,6 @@ def test_beside_the_base_equals_two_models(names):
         assert_rounded(adapted, expected, model)
         base_null = base(**inputs | {"class_labels": torch.full((3,), 10)}).sample
         assert_rounded(unconditional, base_null, model)
-
-
-def test_stacks_are_made_once_for_a_route(monkeypatch):
-    model, inputs = make_routed(), dit_inputs(3)
-    made = []
-    stack = vector_module._stack
-    monkeypatch.setattr(vector_module, "_stack", lambda *args: made.append(1) or stack(*args))
-    with torch.no_grad(), route_adapters(model, ["food", "birds", None]):
-        before = len(made)
-        model(**inputs)
-        model(**inputs)
-        assert len(made) == before > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

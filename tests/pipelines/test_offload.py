@@ -16,6 +16,7 @@ from onelora_diffusion import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    set_adapters,
     unload_adapter,
 )
 
@@ -235,3 +236,29 @@ def test_a_part_of_the_model_that_accelerate_takes_along_is_noticed(tmp_path, la
             model(x)
         unload_adapter(model)
         assert_rounded(load_adapter(model, file)(x), expected, terms=3 * 8)
+
+
+@pytest.mark.parametrize("make", [pixart, flux])
+@pytest.mark.parametrize("first", ["load", "offload"])
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_group_offload_of_full_fine_tuning(make, first, to_disk, tmp_path):
+    torch.manual_seed(0)
+    base, inputs = make()
+    model = randomize(inject_adapter(copy.deepcopy(base), AdapterConfig("full")))
+    file = save_adapter(model, tmp_path / "adapter")
+    alone, expected = base(**inputs).sample, model(**inputs).sample
+    folder = str(tmp_path / "offloaded") if to_disk else None
+    steps = [
+        lambda: load_adapter(base, file),
+        lambda: base.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=folder),
+    ]
+    for step in steps if first == "load" else reversed(steps):
+        step()
+    with torch.no_grad():
+        for _ in range(2):
+            assert_rounded(base(**inputs).sample, expected, base)
+        for network in (base, model):
+            set_adapters(network, "default", 0.5)
+        assert_rounded(base(**inputs).sample, model(**inputs).sample, base)
+        unload_adapter(base)
+        assert_rounded(base(**inputs).sample, alone, base)

@@ -118,6 +118,23 @@ def test_a_folder_is_not_listed_for_every_request(tmp_path, transformer, monkeyp
         library.entry("two")
 
 
+def test_a_changed_file_is_read_again_at_once_within_the_time_between_two_listings(tmp_path, transformer, monkeypatch):
+    """Also where both were written at one time, as far as the file system tells times apart, and have one size."""
+    monkeypatch.setattr(library_module, "RESCAN_S", 3600.0)
+    path = tmp_path / "one.safetensors"
+    write_adapter(transformer, path, CONFIGS["plain"], 0)
+    library = AdapterLibrary([tmp_path], fingerprint(transformer))
+    first, status = library.entry("one"), path.stat()
+    write_adapter(transformer, path, CONFIGS["plain"], 1)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    second = library.entry("one")
+    assert second.key != first.key and library.entry("one") is second
+    path.unlink()
+    with pytest.raises(UnknownAdapter):
+        library.entry("one")
+
+
 def test_the_least_recently_used_leave_when_memory_is_full(tmp_path, transformer):
     for seed in range(4):
         write_adapter(transformer, tmp_path / f"{seed}.safetensors", CONFIGS["plain"], seed)

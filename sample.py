@@ -44,7 +44,6 @@ from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
 from onelora_diffusion.files import check_place, digest, printable, write_bytes, written_beside
-from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import told_by_main
@@ -55,6 +54,7 @@ from onelora_diffusion.sampling import (
     progress_bar,
 )
 from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.attaching import AdapterFile
 from onelora_diffusion.storage.reading import load_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid

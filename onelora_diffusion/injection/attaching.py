@@ -2,20 +2,17 @@
 
 import contextlib
 import logging
-from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
-from onelora_diffusion.adapters.compressions import compression_of
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.swap import build_copies
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.attention import fused_layers
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
+from onelora_diffusion.injection.book import AdapterBook, disable_adapter
 from onelora_diffusion.injection.layers import (
     base_modules,
     class_table_paths,
@@ -31,29 +28,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "transformer."
 MAX_UNSEEN_SIZE = 256  # of what is built by a file's settings without its shapes being known before
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """What an adapter file holds.
-
-    Attributes:
-        config: the adapter's settings.
-        tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
-        fingerprint: of the base's parameter names and shapes; None for an adapter that came without.
-        base: hub id or folder of the base model, if it was known.
-        id2label: class names by label.
-        training: the training summary.
-        version: of onelora-diffusion, that wrote the file.
-    """
-
-    config: AdapterConfig
-    tensors: dict[str, torch.Tensor]
-    fingerprint: str | None
-    base: str | None = None
-    id2label: dict[int, str] = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
-    version: str = field(default_factory=lambda: version("onelora-diffusion"))
 
 
 @torch.inference_mode(False)  # tensors that are made inside of it cannot train outside
@@ -144,20 +118,19 @@ def state_dict_of(adapter: dict[str, Adapter]) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in tensors.items() if first[id(parameter)] == name}
 
 
-def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
-    """Check every key and shape of an adapter, and its base, against a model; nothing is allocated.
+def build_with_values(
+    model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str
+) -> dict[str, Adapter]:
+    """The modules of a new adapter with these values in them, where the model's layers compute.
+
+    Args:
+        values: the trained tensors by their names in an adapter file.
+        source: what errors call them.
 
     Raises:
-        ValueError: it does not fit, or its settings build nothing.
+        ValueError: the settings build nothing, or a tensor is missing, fits nothing, or has another shape.
     """
-    if (expected := _build(model, file, source, as_shapes=True)) is not None:
-        _check_shapes(state_dict_of(expected), file, source)
-        _check_base(model, file, source)
-
-
-def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Build an adapter, check every key and shape of it against the file's, and only then attach it."""
-    adapter = _build(model, file, source)
+    adapter = build_for_values(model, config, values, source)
     device = _execution_device(model)
     for module in adapter.values():  # under sequential offload the base is on the meta device between calls
         if any(parameter.is_meta for parameter in module.parameters()):
@@ -165,23 +138,22 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
         if device is not None:
             module.to(device)
     own = state_dict_of(adapter)
-    _check_shapes(own, file, source)
-    _check_base(model, file, source)
+    check_shapes(own, values, source)
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(file.tensors[name])
-    attach_adapter(model, file.config, adapter_name, adapter, is_to_train=False)
-    origin = {"id2label": file.id2label, "base": file.base, "training": file.training}
-    adapters_of(model).origins[adapter_name] = origin
+            parameter.copy_(values[name])
+    return adapter
 
 
-def _build(model: nn.Module, file: AdapterFile, source: str, as_shapes: bool = False) -> dict[str, nn.Module] | None:
-    """`build_adapter` by the settings of a file; None for a tuner without shapes but by computing."""
+def build_for_values(
+    model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str, as_shapes: bool = False
+) -> dict[str, Adapter] | None:
+    """`build_adapter` for given values; None for a tuner without shapes but by computing."""
     try:
-        return build_adapter(model, file.config, as_shapes, {name.split(".onelora_")[0] for name in file.tensors})
+        return build_adapter(model, config, as_shapes, {name.split(".onelora_")[0] for name in values})
     except (NotImplementedError, RuntimeError) as error:
-        sizes = [value for value in (file.config.peft_config or {}).values() if isinstance(value, int)]
-        if as_shapes and max([file.config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
+        sizes = [value for value in (config.peft_config or {}).values() if isinstance(value, int)]
+        if as_shapes and max([config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
             return None
         raise ValueError(f"{source}: its settings build no adapter ({first_line(error)})") from error
     except ValueError as error:
@@ -198,45 +170,17 @@ def _execution_device(model: nn.Module) -> torch.device | None:
     return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
-def _check_shapes(own: dict[str, torch.Tensor], file: AdapterFile, source: str) -> None:
-    for name in sorted(set(own) | set(file.tensors)):
-        if name not in file.tensors:
+def check_shapes(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor], source: str) -> None:
+    """ValueError for the first tensor that is missing, fits nothing, or has another shape."""
+    for name in sorted(set(own) | set(values)):
+        if name not in values:
             raise ValueError(f"{source}: {PREFIX}{name} is missing; this base needs it with {_shape(own[name])}")
         if name not in own:
-            raise ValueError(f"{source}: {PREFIX}{name} with {_shape(file.tensors[name])} fits nothing in this base")
-        if own[name].shape != file.tensors[name].shape:
+            raise ValueError(f"{source}: {PREFIX}{name} with {_shape(values[name])} fits nothing in this base")
+        if own[name].shape != values[name].shape:
             raise ValueError(
-                f"{source}: {PREFIX}{name} has {_shape(file.tensors[name])}, but this base needs {_shape(own[name])}"
+                f"{source}: {PREFIX}{name} has {_shape(values[name])}, but this base needs {_shape(own[name])}"
             )
-
-
-def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:
-    base = model._onelora.fingerprint if hasattr(model, "_onelora") else fingerprint(model)
-    if file.fingerprint not in (base, None):
-        raise ValueError(
-            f"{source}: was made for another base ({file.base or 'unnamed'}): every adapted layer fits, but the names "
-            f"or shapes of other parameters differ (fingerprint {file.fingerprint[:12]}, this model's {base[:12]})"
-        )
-
-
-def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Write a file's values into an adapter of the same kind, in place; what serves and what trains stays so."""
-    book.require_unmerged("values are swapped")
-    own = state_dict_of(book.adapters[adapter_name])
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    if file.fingerprint not in (book.fingerprint, None):
-        raise ValueError(f"{source}: was made for another base ({file.base or 'unnamed'})")
-    settings = [(c.method, c.sum and compression_of(c)) for c in (book.configs[adapter_name], file.config)]
-    if settings[0] != settings[1] or shapes != {name: tensor.shape for name, tensor in own.items()}:
-        raise ValueError(
-            f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"
-        )
-    with book.turn, torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(file.tensors[name])
-        book.origins[adapter_name] = {"id2label": file.id2label, "base": file.base, "training": file.training}
-        if book.serving:
-            book.activate(book.serving)  # what was summed up of the old values
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from onelora_diffusion.adapters.compressions import compression_of
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import PARTS, AdapterConfig
-from onelora_diffusion.injection.attaching import AdapterFile, attach_adapter_file
+from onelora_diffusion.injection.attaching import attach_adapter, build_with_values
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name
 from onelora_diffusion.injection.layers import target_layers
 
@@ -57,8 +57,9 @@ def combine_adapters(
                 tensors.setdefault(f"{path}.onelora_{part}", values)
     with_table = [name for name in mixture if book.configs[name].num_classes is not None]
     id2label = book.origins.get(with_table[-1], {}).get("id2label") if with_table else None
-    file = AdapterFile(config, tensors, book.fingerprint, id2label=id2label or {})
-    attach_adapter_file(book.model, file, adapter_name, source=f"the sum of {', '.join(mixture)}")
+    adapter = build_with_values(book.model, config, tensors, source=f"the sum of {', '.join(mixture)}")
+    attach_adapter(book.model, config, adapter_name, adapter, is_to_train=False)
+    book.origins[adapter_name] = {"id2label": id2label or {}, "base": None, "training": {}}
     return model
 
 

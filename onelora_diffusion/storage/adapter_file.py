@@ -17,8 +17,9 @@ from torch import nn
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import digest, printable, written_beside
-from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, check_fits, state_dict_of
+from onelora_diffusion.injection.attaching import PREFIX, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
+from onelora_diffusion.storage.attaching import AdapterFile, check_fits
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)

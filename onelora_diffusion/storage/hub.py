@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onelora_diffusion.files import first_line
-from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.remote import HUB_ID
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
+from onelora_diffusion.storage.attaching import AdapterFile
 
 CARD = """---
 {yaml}

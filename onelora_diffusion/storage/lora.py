@@ -14,9 +14,9 @@ from torch import nn
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
-from onelora_diffusion.injection.attaching import AdapterFile
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import is_linear, target_layers
+from onelora_diffusion.storage.attaching import AdapterFile
 from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.attaching import PREFIX, AdapterFile, attach_adapter_file
+from onelora_diffusion.injection.attaching import PREFIX
 from onelora_diffusion.injection.book import check_name, unwrapped
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_opened
+from onelora_diffusion.storage.attaching import AdapterFile, attach_adapter_file
 from onelora_diffusion.storage.finding import Place, find_weights
 from onelora_diffusion.storage.lora import (
     PEFT_CONFIG,

@@ -26,8 +26,8 @@ from onelora_diffusion import (
     unload_adapter,
     unmerge_adapter,
 )
-from onelora_diffusion.injection.attaching import swap_values
 from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.storage.attaching import swap_values
 
 FOOD, BIRDS = AdapterConfig(num_classes=3), AdapterConfig(num_classes=5)
 

@@ -21,9 +21,9 @@ from onelora_diffusion import (
     unload_adapter,
     unmerge_adapter,
 )
-from onelora_diffusion.injection.attaching import swap_values
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.attaching import swap_values
 
 CONFIG = AdapterConfig(bias=True, scale=True, norms=True)
 LORA = AdapterConfig("lora", rank=2)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from onelora_diffusion import AdapterConfig, export_lora, inject_adapter, save_adapter
-from onelora_diffusion.injection.attaching import attach_adapter_file
+from onelora_diffusion.storage.attaching import attach_adapter_file
 from onelora_diffusion.storage.reading import read_file
 
 SECONDS = 30  # of the processor, for a single file

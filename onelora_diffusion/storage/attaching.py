@@ -1,0 +1,95 @@
+"""What an adapter file holds, whether it fits a model, and its way into one."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from onelora_diffusion.adapters.compressions import compression_of
+from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.injection.attaching import (
+    attach_adapter,
+    build_for_values,
+    build_with_values,
+    check_shapes,
+    state_dict_of,
+)
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, fingerprint
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file holds.
+
+    Attributes:
+        config: the adapter's settings.
+        tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
+        fingerprint: of the base's parameter names and shapes; None for an adapter that came without.
+        base: hub id or folder of the base model, if it was known.
+        id2label: class names by label.
+        training: the training summary.
+        version: of onelora-diffusion, that wrote the file.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    fingerprint: str | None
+    base: str | None = None
+    id2label: dict[int, str] = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    version: str = field(default_factory=lambda: version("onelora-diffusion"))
+
+    @property
+    def origin(self) -> dict:
+        """What a model remembers of the file."""
+        return {"id2label": self.id2label, "base": self.base, "training": self.training}
+
+
+def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
+    """Check every key and shape of an adapter, and its base, against a model; nothing is allocated.
+
+    Raises:
+        ValueError: it does not fit, or its settings build nothing.
+    """
+    expected = build_for_values(model, file.config, file.tensors, source, as_shapes=True)
+    if expected is not None:
+        check_shapes(state_dict_of(expected), file.tensors, source)
+        _check_base(model, file, source)
+
+
+def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
+    """Build an adapter, check every key and shape of it against the file's, and only then attach it."""
+    adapter = build_with_values(model, file.config, file.tensors, source)
+    _check_base(model, file, source)
+    attach_adapter(model, file.config, adapter_name, adapter, is_to_train=False)
+    adapters_of(model).origins[adapter_name] = file.origin
+
+
+def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:
+    """Write a file's values into an adapter of the same kind, in place; what serves and what trains stays so."""
+    book.require_unmerged("values are swapped")
+    own = state_dict_of(book.adapters[adapter_name])
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if file.fingerprint not in (book.fingerprint, None):
+        raise ValueError(f"{source}: was made for another base ({file.base or 'unnamed'})")
+    settings = [(c.method, c.sum and compression_of(c)) for c in (book.configs[adapter_name], file.config)]
+    if settings[0] != settings[1] or shapes != {name: tensor.shape for name, tensor in own.items()}:
+        raise ValueError(
+            f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"
+        )
+    with book.turn, torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(file.tensors[name])
+        book.origins[adapter_name] = file.origin
+        if book.serving:
+            book.activate(book.serving)  # what was summed up of the old values
+
+
+def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:
+    base = model._onelora.fingerprint if hasattr(model, "_onelora") else fingerprint(model)
+    if file.fingerprint not in (base, None):
+        raise ValueError(
+            f"{source}: was made for another base ({file.base or 'unnamed'}): every adapted layer fits, but the names "
+            f"or shapes of other parameters differ (fingerprint {file.fingerprint[:12]}, this model's {base[:12]})"
+        )

@@ -54,8 +54,11 @@ from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, AdapterFile
 def main(settings: Generate | Calculate | Reference) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with one_line_errors("eval_fid.py", same_everywhere=True):
-        for output in settings.output if isinstance(settings, Reference) else filter(None, [settings.output]):
-            check_place(output)
+        for output in settings.output if isinstance(settings, Reference) else [settings.output]:
+            if output:
+                check_place(output)
+            elif isinstance(settings, Generate) and settings.adapter:
+                check_place(adapter_file(settings.adapter).with_name("evaluation.json"))
     if isinstance(settings, Generate):
         generate(settings, accelerator)
     elif isinstance(settings, Calculate):

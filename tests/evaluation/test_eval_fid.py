@@ -237,6 +237,9 @@ def test_no_place_for_the_report_is_said_before_anything_is_read(command, tmp_pa
     (tmp_path / "report.npz").mkdir()
     with pytest.raises(SystemExit, match="^eval_fid.py: .*report.npz' is no file that can be replaced"):
         run(*command, "--output", tmp_path / "report.npz")
+    (tmp_path / "evaluation.json").mkdir()
+    with pytest.raises(SystemExit, match="^eval_fid.py: .*evaluation.json' is no file that can be replaced"):
+        run("--adapter", tmp_path)
 
 
 def test_compare_base_is_a_switch():

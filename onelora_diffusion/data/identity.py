@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-BLOCK = 2**16  # bytes of a file that are read at its start, and as many at its end
+BLOCK = 2**14  # bytes of a file that are read at its start, and as many at its end
 # Errors that belong to the file itself. All others are the system's (too many open files, a failing network disk) and
 # may be gone at the next try.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -58,8 +59,8 @@ def data_identity(dataset: Dataset, captions: Sequence[str] | None = None) -> Da
 def fingerprint(dataset: Dataset, times: bool = True) -> str:
     """sha256 of all that a data set is made of: its files, arrays, labels and settings.
 
-    A file counts by its name below the data set's root, its size, its first and its last 64 KiB and, with `times`, the
-    time of its last change. So a change is noticed unless it lies in the middle of a file of more than 128 KiB and
+    A file counts by its name below the data set's root, its size, its first and its last 16 KiB and, with `times`, the
+    time of its last change. So a change is noticed unless it lies in the middle of a file of more than 32 KiB and
     keeps both the size and, with `times`, the time.
 
     Raises:
@@ -108,16 +109,23 @@ def fingerprint(dataset: Dataset, times: bool = True) -> str:
 def _file_digest(path: str, times: bool) -> bytes:
     """sha256 of a file as `fingerprint` counts it; a folder, and a file that is not there, count by their names."""
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            sha256 = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns if times else ''}".encode())
-            sha256.update(file.read(BLOCK))
-            file.seek(max(BLOCK, status.st_size - BLOCK))
-            sha256.update(file.read(BLOCK))
-            return sha256.digest()
+        status = os.stat(path)
+        content = _ends(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     except ValueError:  # a name with a zero in it
         return b""
     except OSError as error:
         if error.errno not in OF_THE_FILE:
             raise
         return b""
+    time = status.st_mtime_ns if times else ""
+    return hashlib.sha256(f"{status.st_size} {time}".encode() + content).digest()
+
+
+@cache  # a run asks for the identity, and then for the keys of caches
+def _ends(path: str, size: int, *status: int) -> bytes:
+    """The sha256 of a file's first and last block, of a file of this state."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.sha256(file.read(BLOCK))
+        file.seek(max(BLOCK, size - BLOCK))
+        sha256.update(file.read(BLOCK))
+        return sha256.digest()

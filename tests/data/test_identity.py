@@ -111,6 +111,7 @@ def test_a_system_that_cannot_read_now_is_said_and_a_missing_file_is_part_of_the
     def fail(*arguments):
         raise OSError(errno.EMFILE, "Too many open files", *arguments[:1])
 
+    write(pets / "cat/2.bmp", 9)  # what has not changed since it was read is not read again
     monkeypatch.setattr(identity, "open", fail, raising=False)
     with pytest.raises(OSError, match="Too many open files: .*cat/2.bmp"):
         data_identity(of_classes(pets))

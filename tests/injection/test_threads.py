@@ -1,6 +1,7 @@
 """One model, many callers: a route, a scale or a pause belongs to the call that asked for it."""
 
 import asyncio
+import contextlib
 import copy
 import pickle
 import threading
@@ -69,7 +70,7 @@ def in_another_thread(call):
     return done[0]
 
 
-@pytest.mark.parametrize("how", ["plain", "routed", "scaled"])
+@pytest.mark.parametrize("how", ["plain", "routed", "scaled", "scaled while held"])
 def test_a_forward_that_ctrl_c_breaks_off_lets_others_in(how):
     """PyTorch runs no hook when anything but an Exception goes through a module."""
     model, inputs = make_model(), dit_inputs(1)
@@ -84,7 +85,9 @@ def test_a_forward_that_ctrl_c_breaks_off_lets_others_in(how):
             with route_adapters(model, ["a"]):
                 model(**inputs)
         else:
-            model(**inputs, **{"cross_attention_kwargs": {"scale": 0.5}} if how == "scaled" else {})
+            kwargs = {"cross_attention_kwargs": {"scale": 0.5}} if "scaled" in how else {}
+            with model._onelora.turn if "held" in how else contextlib.nullcontext():
+                model(**inputs, **kwargs)
     hook.remove()
     assert torch.equal(in_another_thread(lambda: model(**inputs).sample), expected)
     assert torch.equal(model(**inputs).sample, expected)

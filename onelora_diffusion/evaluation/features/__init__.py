@@ -80,7 +80,7 @@ UNKNOWN_KIND = "unknown-"
 
 def kind_of_width(width: int) -> str:
     """The kind that so many features are taken for, or `unknown-<width>`."""
-    kinds = {kind.width: name for name, kind in FEATURES.items()}
+    kinds = {kind.width: name for name, kind in reversed(FEATURES.items())}  # the first of a width
     return kinds.get(width, f"{UNKNOWN_KIND}{width}")
 
 

@@ -179,6 +179,12 @@ def _reader(name: str):
     return read
 
 
+def served_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """What the module's forward reads under this name: its own parameter, or what is lent in its place."""
+    base, seat = module._parameters[name], module._modules.get("onelora_swap")
+    return base if base is None or seat is None or not seat.is_in_use else seat.lend(name, base)
+
+
 def _writer(name: str):
     def write(module: nn.Module, value) -> None:  # of what is no parameter, for which `nn.Module` has its own way
         module.__dict__[name] = value

@@ -9,6 +9,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import check_name
 from onelora_diffusion.injection.layers import class_table_paths, is_dit
+from onelora_diffusion.injection.swapped import served_parameter
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter
 from tools.analysis.updates import weight_updates
 
@@ -58,9 +59,9 @@ def extract_adapter(
         kept, total = kept + held, total + energy
         vectors[f"{path}.onelora_b"] = b
         layer, trained = base.get_submodule(path), finetuned.get_submodule(path)
-        if bias and trained.bias is not None:
+        if bias and (new := served_parameter(trained, "bias")) is not None:
             start = 0 if layer.bias is None else layer.bias.float()
-            vectors[f"{path}.onelora_beta"] = trained.bias.float() - start
+            vectors[f"{path}.onelora_beta"] = new.float() - start
 
     num_classes = None
     if is_dit(base) and not torch.equal(_class_table(base), _class_table(finetuned)):
@@ -76,4 +77,5 @@ def extract_adapter(
 def _class_table(model: nn.Module) -> torch.Tensor:
     """(classes + 1, width) that serves now: an adapter's or the model's own."""
     table = model._onelora.class_tables.active_table() if hasattr(model, "_onelora") else None
-    return (model.get_submodule(class_table_paths(model)[0]).weight if table is None else table).detach()
+    base = model.get_submodule(class_table_paths(model)[0])
+    return (served_parameter(base, "weight") if table is None else table).detach()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.injection.swapped import served_parameter
 
 
 def weight_updates(
@@ -26,7 +27,7 @@ def weight_updates(
     for path, linear in target_layers(base, targets).items():
         if path not in others or others[path].weight.shape != linear.weight.shape:
             raise ValueError(f"{path} with shape {tuple(linear.weight.shape)} is not in the fine-tuned model")
-        yield path, others[path].weight.detach().float() - linear.weight.detach().float()
+        yield path, served_parameter(others[path], "weight").detach().float() - linear.weight.detach().float()
 
 
 def layer_kind(path: str) -> str:

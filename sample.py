@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from onelora_diffusion import disable_adapter
+from onelora_diffusion import disable_adapter, export_lora
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
@@ -55,6 +55,8 @@ from onelora_diffusion.sampling import (
 )
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.storage.attaching import AdapterFile
+from onelora_diffusion.storage.lora import check_export
+from onelora_diffusion.storage.naming import Naming, namings_of
 from onelora_diffusion.storage.reading import load_adapter
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
@@ -92,6 +94,9 @@ class Settings(SamplerSettings, ComputeSettings):
     """Of all noise."""
     batch_size: int = 32
     """Images that each process hands on at a time; no image depends on it."""
+    export_lora: tuple[Naming, ...] | None = None
+    """Also write lora/ beside the adapter: it as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
+    ComfyUI do: `--export-lora kohya comfyui`."""
     images_at_once: int | None = None
     """Run the networks on just so many images, the last ones padded: an image is then the same to the bit in any
     company and in any number of processes. None: on as many as there are, at most 16."""
@@ -107,6 +112,12 @@ def main(settings: Settings) -> None:
             adapter = read_adapter(settings.adapter)
             pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
             source = load(settings, adapter, accelerator.device)
+            for naming in namings_of(settings.export_lora):
+                folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
+                check_export(source.pipeline.transformer, "default", naming)
+                if accelerator.is_main_process:
+                    path = export_lora(source.pipeline.transformer, folder / "lora", naming=naming)
+                    print(f"LoRA by {naming}'s names: {path}")
         draw(settings, source, pictures, accelerator)
         if accelerator.is_main_process:
             print(f"{pictures.described} in {time.monotonic() - start:.1f} s: {output}")

@@ -23,7 +23,8 @@ from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.families import family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.storage.lora import lora_pairs
+from onelora_diffusion.storage.lora import check_export
+from onelora_diffusion.storage.naming import namings_of
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
 from onelora_diffusion.training.task import Task, TrainingData
@@ -48,8 +49,8 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
         broken=settings.broken_images,
     )
     inject_adapter(pipeline.transformer, settings.adapter_config(targets=family.targets))
-    if settings.export_lora:
-        lora_pairs(pipeline.transformer, "default")  # an error now, where it cannot be one
+    for naming in namings_of(settings.export_lora):
+        check_export(pipeline.transformer, "default", naming)  # an error now, where it cannot be one
     data = TrainingData(
         images=captioned.dataset,
         conditions=captioned.captions,

@@ -120,7 +120,7 @@ def loaded(bases, name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_run_resumes_bit_for_bit_and_its_adapter_draws_everywhere_the_same(train, bases, name):
-    whole = train(name, "whole", export_lora=True, learning_rate=0.05)
+    whole = train(name, "whole", export_lora=(), learning_rate=0.05)
     halves = train(name, "halves", max_steps=2, learning_rate=0.05)
     assert halves == train(name, "halves", learning_rate=0.05)
     assert losses_of(whole) == losses_of(halves)
@@ -363,8 +363,9 @@ def test_without_flags_words_for_digits_are_learned_and_drawn(tmp_path):
     adapter = read_adapter(run)
     assert (adapter.base, adapter.training["dataset"]) == (None, "handwritten digits")
     assert Image.open(run / "samples/step-00000004.png").size == (2 + 3 * 18, 2 + 2 * 18)
-    sample.main(sample.Settings(adapter=run, per_class=1, num_inference_steps=2, output=tmp_path / "pngs"))
-    assert len(list((tmp_path / "pngs").iterdir())) == 10
+    drawn = sample.Settings(adapter=run, per_class=1, num_inference_steps=2, output=tmp_path / "pngs")
+    sample.main(replace(drawn, export_lora=("comfyui",)))
+    assert len(list((tmp_path / "pngs").iterdir())) == 10 and (run / "lora/comfyui_lora.safetensors").is_file()
     # One of the two alone is not the embedded job.
     assert parse_command_line(["--images", "signs"], EMBEDDED).max_steps == PromptSettings().max_steps
 
@@ -380,7 +381,7 @@ def test_without_flags_words_for_digits_are_learned_and_drawn(tmp_path):
         (dict(resolution=194), "a resolution of 194 is beyond the 192 pixels"),
         (dict(caption_drop=1.5), "--caption-drop is a share from 0 to 1, not 1.5"),
         (dict(snr_gamma=5.0), "--snr-gamma weighs the error of noise"),
-        (dict(export_lora=True, bias=True), "adapter 'default' cannot be a LoRA"),
+        (dict(export_lora=(), bias=True), "adapter 'default' cannot be a LoRA"),
         (dict(targets=("to_z",)), "target 'to_z' matches no linear layer"),
         (dict(engine="fsdp2"), "fsdp2 shares the base out over several processes"),
         (dict(method="full", base_precision="bf16"), "full trains the base in float32"),

@@ -48,7 +48,7 @@ class ClassTable(Adapter):
             )
         return {"weight": sum(weight * table for weight, table in zip(weights, tables, strict=True))}
 
-    def lora(self):
+    def lora(self, with_bias=False):
         raise ValueError("it trains a class table")
 
 

@@ -43,8 +43,11 @@ class Adapter(nn.Module):
         """
         raise ValueError(f"adapter '{names[0]}' trains more than vectors at {path}: it cannot be summed up")
 
-    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as A (r, in_features) and B (out_features, r) of a LoRA, fp32.
+    def lora(self, with_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same as A (r, in_features) and B (out_features, r) of a LoRA, fp32, and β (out_features,) or None.
+
+        Args:
+            with_bias: β can be carried too. r is 0 where it is all that there is.
 
         Raises:
             ValueError: why a LoRA cannot carry it.

@@ -46,7 +46,7 @@ class SwapAdapter(Adapter):
         parameter = getattr(self, name)
         return parameter.view_as(parameter)
 
-    def lora(self):
+    def lora(self, with_bias=False):
         raise ValueError("it trains norms")
 
 

@@ -165,20 +165,22 @@ class VectorAdapter(Adapter):
         parts = {"b": next(iter(total.b.values()), None), "beta": total.beta, "gamma": total.gamma}
         return {f"onelora_{name}": part.clone() for name, part in parts.items() if part is not None}
 
-    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora(self, with_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         reasons = {
-            "it trains biases (β)": self.beta is not None,
+            "it trains biases (β)": self.beta is not None and not with_bias,
             "it trains scales (γ)": self.gamma is not None,
-            "it has no sum part (b)": self.b is None,
+            "it has no sum part (b)": self.b is None and not (with_bias and self.beta is not None),
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(", ".join(found))
         linear = self.layer
+        beta = None if self.beta is None else self.beta.detach().cpu().float()
+        if self.b is None:
+            return torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), beta
         shape_alone = torch.zeros(()).expand(linear.out_features, linear.in_features)
         weight = shape_alone if self.compression.reads_input else plain_weight(linear)
-        return self.compression.matrix(weight).cpu().clone(), torch.atleast_2d(
-            self.b.detach().cpu().float()
-        ).T.contiguous()
+        b = torch.atleast_2d(self.b.detach().cpu().float()).T.contiguous()
+        return self.compression.matrix(weight).cpu().clone(), b, beta
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from onelora_diffusion.storage.lora import (
     refuse_other_kinds,
     without_text_encoders,
 )
+from onelora_diffusion.storage.naming import by_diffusers_paths
 
 LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha)")
 LORA_B = re.compile(r".*[._](B|up)(\.default)?\.weight")
@@ -43,6 +44,8 @@ def denoiser_tensors(
     is_own = len(known) == len(names) or not all(name.startswith(COMFYUI) for name in known)
     if not own or known and is_own or not hasattr(pipeline_class, "lora_state_dict"):
         return own
+    if (renamed := by_diffusers_paths(model, own)) is not None:
+        return renamed
     return _converted(pipeline_class, model, own, source)
 
 

@@ -17,6 +17,15 @@ from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import is_linear, target_layers
 from onelora_diffusion.storage.attaching import AdapterFile
+from onelora_diffusion.storage.naming import (
+    ALL_NAMINGS,
+    COMFYUI,
+    ExportedPath,
+    LoraLayer,
+    Naming,
+    by_diffusers_paths,
+    named_for,
+)
 from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
 logger = logging.getLogger(__name__)
@@ -46,7 +55,6 @@ OTHER_KINDS = {
     r".+\.(vera_lambda|hra_u|fourierft|randlora|shira|road|c3a|waveft|delora|lora_E).*": "another tuner",
     r"(emb_params|clip_[lg]|string_to_param.*)": "a textual inversion",
 }
-COMFYUI = "diffusion_model."  # before a model's native names, or before diffusers' where those are the same
 PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 
 
@@ -55,7 +63,12 @@ PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lor
 
 
 def export_lora(
-    model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None, *, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    naming: Naming = "diffusers",
 ) -> Path:
     """Write a 1LoRA adapter as an ordinary LoRA of its rank, which needs nothing of this library to load.
 
@@ -69,19 +82,27 @@ def export_lora(
             has it, which also serves models without LoRA verbs in diffusers, such as DiT.
         adapter_name: None: the one that is active.
         dtype: of the tensors written.
+        naming: what programs read it. "kohya": kohya's sd-scripts; "comfyui": ComfyUI, which reads β as well. Layers
+            have that program's names, and are fused as its layers are; a folder gets `kohya_lora.safetensors` or
+            `comfyui_lora.safetensors`.
 
     Returns:
-        `path`.
+        `path`. Its attribute `left_out` names the layers that the program does not take, which a warning tells too.
 
     Raises:
         ValueError: the adapter holds what a LoRA cannot carry: a class table, β, γ or norms, or it is of another
-            method. To keep these, merge and `save_pretrained`. Nothing is written.
+            method; or that program's names for this model are not known. To keep all, merge and `save_pretrained`.
+            Nothing is written.
     """
     book = adapters_of(model)
+    if naming not in ALL_NAMINGS:
+        raise ValueError(f"unknown naming '{naming}': choose one of {', '.join(ALL_NAMINGS)}")
+    if naming != "diffusers":
+        return _export_renamed(model, Path(path), book.choose(adapter_name), dtype, naming)
     pairs = lora_pairs(model, book.choose(adapter_name))
     component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
     lora = {}
-    for layer, (a, b) in pairs.items():
+    for layer, (a, b, _) in pairs.items():
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
     rank = len(next(iter(pairs.values()))[0])
     settings = {"r": rank, "lora_alpha": rank, "target_modules": list(pairs), "bias": "none"}
@@ -89,9 +110,8 @@ def export_lora(
     path = Path(path)
     if path.suffix == ".safetensors":
         write_lora(path, {component: lora}, {component: settings})
-        return path
-    if path.is_file():
-        raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
+        return ExportedPath(path)
+    _check_folder(path)
     base = book.origins.get(adapter_name, {}).get("base")
     peft_settings = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True} | settings
     path.mkdir(parents=True, exist_ok=True)
@@ -100,7 +120,45 @@ def export_lora(
         save_file({f"base_model.model.{k}": t for k, t in lora.items()}, part)
     with written_beside(path / PEFT_CONFIG) as part:
         part.write_text(json.dumps(peft_settings, indent=2) + "\n")
-    return path
+    return ExportedPath(path)
+
+
+def _export_renamed(model: nn.Module, path: Path, adapter_name: str, dtype: torch.dtype, naming: Naming) -> Path:
+    tensors, left_out = renamed_lora(model, adapter_name, naming)
+    if path.suffix == ".safetensors":
+        file = path
+    else:
+        _check_folder(path)
+        file = path / f"{naming}_lora.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(file) as part:
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+    if left_out:
+        logger.warning(
+            "%s: %s does not take %d of %d layers, which are left out: %s",
+            *(file, naming, len(left_out), len(adapters_of(model).adapters[adapter_name]), ", ".join(left_out)),
+        )
+    exported = ExportedPath(path)
+    exported.left_out = left_out
+    return exported
+
+
+def check_export(model: nn.Module, adapter_name: str, naming: Naming) -> None:
+    """ValueError where `export_lora` would raise one."""
+    lora_pairs(model, adapter_name) if naming == "diffusers" else renamed_lora(model, adapter_name, naming)
+
+
+def renamed_lora(
+    model: nn.Module, adapter_name: str, naming: Naming
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The tensors of `export_lora` for another program, and the layers it does not take; ValueError as there."""
+    pairs = lora_pairs(model, adapter_name, with_bias=naming == "comfyui")
+    return named_for(naming, adapters_of(model).model, pairs)
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
 
 
 def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings: dict[str, dict | None]) -> None:
@@ -115,13 +173,13 @@ def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings:
         save_file(tensors, part, header)
 
 
-def lora_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A and B of each layer, by its path; ValueError if the adapter holds what a LoRA cannot carry."""
+def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> dict[str, LoraLayer]:
+    """A, B and β of each layer, by its path; ValueError if the adapter holds what a LoRA cannot carry."""
     book = adapters_of(model)
     pairs, reasons = {}, []
     for layer, module in book.adapters[adapter_name].items():
         try:
-            pairs[layer] = module.lora()
+            pairs[layer] = LoraLayer(*module.lora(with_bias))
         except ValueError as reason:
             reasons.append(str(reason))
     if reasons:
@@ -234,6 +292,8 @@ def paths_by_name(model: nn.Module) -> dict[str, str]:
 def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> dict[str, dict[str, torch.Tensor]]:
     """path of a layer -> part (`lora_A`, `lora_B.bias`, `alpha`, …) -> tensor, in fp32."""
     paths = paths_by_name(model)
+    if not all(match and match["name"] in paths for match in map(FOREIGN_KEY.fullmatch, tensors)):
+        tensors = by_diffusers_paths(model, tensors) or tensors
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = FOREIGN_KEY.fullmatch(key)

@@ -16,6 +16,7 @@ from onelora_diffusion.files import write_bytes
 from onelora_diffusion.processes import say
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.lora import export_lora
+from onelora_diffusion.storage.naming import namings_of
 from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkpoint
 from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
 from onelora_diffusion.training.resuming import adapter_names
@@ -119,9 +120,10 @@ class Outputs:
         for name, (facts, tensors) in zip(names, values, strict=True):
             self._write_adapter(name, tensors, **facts)
         if self.accelerator.is_main_process:
-            if self.settings.export_lora:
+            if namings := namings_of(self.settings.export_lora):
                 with run.averages[0].applied():
-                    export_lora(self.task.pipeline.transformer, self.folder / "lora")
+                    for naming in namings:
+                        export_lora(self.task.pipeline.transformer, self.folder / "lora", naming=naming)
 
     def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
         settings, run = self.settings, self.run

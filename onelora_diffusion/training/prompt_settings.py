@@ -9,6 +9,7 @@ import tyro
 
 from onelora_diffusion.command_line import check_flags, command, with_switches
 from onelora_diffusion.launch import asked_by_launcher
+from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     RunSettings,
@@ -70,8 +71,9 @@ class PromptSettings(RunSettings):
     """Steps of the base's own sampler."""
     guidance_scale: float | None = None
     """Guidance of those samples. None: the pipeline's own."""
-    export_lora: bool = False
-    """At the end also write lora/, the adapter as a LoRA of rank 1, as diffusers and PEFT read it."""
+    export_lora: tuple[Naming, ...] | None = None
+    """At the end also write lora/, the adapter as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
+    ComfyUI do: `--export-lora kohya comfyui`."""
 
     def condition_drop(self, is_guided: bool) -> float:
         """Share of samples that train without their condition."""

@@ -33,7 +33,7 @@ class RunSettings:
     eval_every: ClassVar[int] = 0  # updates between evaluations, where there are any
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, where there are prompts
     latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded anew in each step
-    export_lora: ClassVar[bool] = False  # whether a LoRA is written at the end
+    export_lora: ClassVar[tuple | None] = None  # the namings of the LoRAs that are written at the end
     sample_rows: ClassVar[int] = 1  # of a grid of samples
     shows_base: ClassVar[bool] = True  # whether the base's samples of the same noise are above
 

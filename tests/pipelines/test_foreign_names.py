@@ -63,7 +63,7 @@ SDXL_KOHYA = {
     "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0": (16, 16),
     "lora_unet_output_blocks_0_1_transformer_blocks_0_ff_net_0_proj": (128, 16),
 }
-FLUX_KOHYA = {  # but linear1 of the single blocks, for which diffusers' converter knows Flux's own width alone
+FLUX_KOHYA = {  # but linear1 of the single blocks: diffusers' converter, with which it is compared, has one width
     "lora_unet_double_blocks_0_img_attn_qkv": (96, 32),
     "lora_unet_double_blocks_0_txt_mlp_0": (128, 32),
     "lora_unet_single_blocks_0_linear2": (32, 160),
@@ -109,7 +109,7 @@ def test_a_path_written_with_underscores():
         ({"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(96, 1)}, "is part of a DoRA as kohya"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.ones(96)}, "is part of changes of whole weights"),
         (kohya({"lora_unet_double_blocks_0_nowhere": (8, 8)}), "cannot be converted for FluxPipeline: .*_0_nowhere"),
-        (kohya({"lora_unet_single_blocks_0_linear1": (224, 32)}), "cannot be converted for FluxPipeline: Assert"),
+        (kohya({"lora_unet_single_blocks_0_linear1": (223, 32)}), "cannot be converted for FluxPipeline: Assert"),
     ],
 )
 def test_what_a_converter_would_drop_is_refused(change, message):
@@ -142,10 +142,21 @@ def test_a_converter_that_drops_a_layer_is_noticed():
     class Pipeline:
         @classmethod
         def lora_state_dict(cls, tensors, **settings):
-            return {key: tensor for key, tensor in tensors.items() if "txt" not in key}, None
+            return {key: tensor for key, tensor in tensors.items() if "middle" not in key}, None
 
     with pytest.raises(ValueError, match="it: not all of it can be converted for Pipeline"):
-        denoiser_tensors(Pipeline, flux()[0], kohya(FLUX_KOHYA), "it")
+        denoiser_tensors(Pipeline, sdxl_pipeline()[1], kohya(SDXL_KOHYA), "it")
+
+
+def test_a_fused_layer_is_parted_at_the_models_own_width():
+    model = flux()[0]
+    written = kohya({"lora_unet_single_blocks_0_linear1": (224, 32)})
+    found = denoiser_tensors(type("Pipeline", (), {"lora_state_dict": None}), model, written, "it")
+    up = written["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+    expected = zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), up.split((32, 32, 32, 128)), strict=True)
+    for name, rows in expected:
+        assert torch.equal(found[f"single_transformer_blocks.0.{name}.lora_up.weight"], rows)
+    assert len(found) == 12
 
 
 def test_keys_of_text_encoders_are_left_with_a_warning(tmp_path, caplog):

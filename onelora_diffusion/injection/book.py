@@ -1,12 +1,9 @@
 """What is attached to a model, and which of it serves."""
 
 import contextlib
-import functools
 import hashlib
 import itertools
-import logging
 import math
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,27 +13,23 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, Adapter
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place, is_fused_apart
+from onelora_diffusion.injection.attention import is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import forget_compiled
-from onelora_diffusion.injection.conditioning import DiTConditioning
+from onelora_diffusion.injection.dit_parts import DiTParts
 from onelora_diffusion.injection.layers import (
     added_paths,
     base_modules,
     class_table_paths,
-    is_dit,
-    is_made_here,
     stock_modules,
 )
-from onelora_diffusion.injection.linear import LinearSeat, Reached, memory_of
+from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 from onelora_diffusion.injection.swapped import SwapSeat
 from onelora_diffusion.injection.turns import Turn
+from onelora_diffusion.injection.watch import Watch
 
-logger = logging.getLogger(__name__)
-
-CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 SERVING, PAUSED, MERGED = "serving", "paused", "merged"
 
 
@@ -55,7 +48,9 @@ class AdapterBook:
         folded: name -> weight of the adapters that are merged into the base's weights.
         chosen: names of the adapters that train, once somebody chose them; None: the newest trains.
         verbs: what stands in the place of the model's own methods, by name.
-        conditioning: the one timestep and class embedding of a DiT; None on other models.
+        watch: looks on at every forward.
+        parts: what a DiT has beside its layers.
+        open_route: which adapters serve which sample, inside of `routed`.
         turn: taken by whoever changes or runs the model.
     """
 
@@ -73,14 +68,10 @@ class AdapterBook:
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
         self.turn = Turn()
-        self._route: Route | None = None
-        self._reached = Reached()
-        self._unreached: set[str] = set()
-        self._stock_processors: dict[str, object] = {}
-        self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
-        if self.conditioning is not None:
-            self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.conditioning.table_seat
-        self._hooks: list = []
+        self.open_route: Route | None = None
+        self.watch, self.parts = Watch(self), DiTParts(model)
+        if self.parts.conditioning is not None:
+            self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.parts.conditioning.table_seat
 
     # -----------------------------------------------------------------------------------------------
     # Questions and guards
@@ -175,8 +166,7 @@ class AdapterBook:
 
     def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, Adapter]) -> None:
         if config.fuse_qkv:
-            for attn in self._attentions().values():
-                fuse_in_place(attn)
+            self.parts.fuse()
         before = len(self.seats)
         for path, module in adapter.items():
             self._seat(module.seat, path, config).add(adapter_name, module)
@@ -221,14 +211,14 @@ class AdapterBook:
 
     def _seat(self, kind: str, path: str, config: AdapterConfig):
         make = {
-            BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self._reached),
-            IN_PLACE: lambda: SwapSeat(self.model, path, self._reached),
+            BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self.watch.reached),
+            IN_PLACE: lambda: SwapSeat(self.model, path, self.watch.reached),
             AS_CLASS_TABLE: lambda: TableSeat(self.model, class_table_paths(self.model, config.class_table)),
         }
         if (kind, path) not in self.seats:
             self.seats[kind, path] = make[kind]()
-            if self.conditioning is not None:
-                self.seats[kind, path].other_places = self.conditioning.other_places(path)
+            if self.parts.conditioning is not None:
+                self.seats[kind, path].other_places = self.parts.conditioning.other_places(path)
         return self.seats[kind, path]
 
     def train(self, adapter_names: Iterable[str]) -> None:
@@ -256,15 +246,10 @@ class AdapterBook:
 
     def restore(self) -> None:
         """Put back all that `attach` replaced for every adapter together."""
-        if self.conditioning is not None:
-            self.conditioning.restore()
-        elif self.class_tables is not None:
+        if self.parts.conditioning is None and self.class_tables is not None:
             self.class_tables.leave()
         self._step_aside()
-        for attn in self._attentions().values():
-            if "to_qkv" in attn._modules and is_made_here(attn.to_qkv):  # q, k and v keep it alive as its views
-                del attn.to_qkv
-                attn.fused_projections = False
+        self.parts.restore()
 
     # -----------------------------------------------------------------------------------------------
     # Which of them serve
@@ -279,15 +264,7 @@ class AdapterBook:
 
     def activate(self, weights: dict[str, Weight]) -> None:
         """Let these adapters serve, and no others."""
-        for attn_path, attn in self._attentions().items():
-            own = {name for name in weights if name in self.seats.get((IN_PLACE, f"{attn_path}.to_q"), ())}
-            fused = {name for name in weights if name in self.seats.get((BESIDE_LINEAR, f"{attn_path}.to_qkv"), ())}
-            if own and fused:
-                raise ValueError(
-                    f"'{own.pop()}' trains q, k and v, which '{fused.pop()}' adapts as one: they cannot serve together"
-                )
-            if hasattr(attn, "to_qkv"):  # it holds the base's q, k and v, whatever is in their place
-                attn.fused_projections = not own
+        self.parts.check_together(self.seats, weights)
         self._activate_seats(weights)
         self.weights, self.state = weights, SERVING
 
@@ -329,7 +306,7 @@ class AdapterBook:
                 self.pause()
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
-        self._hooks = [self.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
+        self.watch.refuse_scales()
         self.weights, self.folded, self.state, self._state_before_merge = before, dict(weights), MERGED, state
 
     def unmerge(self) -> None:
@@ -366,15 +343,15 @@ class AdapterBook:
     @contextlib.contextmanager
     def routed(self, route: Route):
         """Context manager: inside, the route says which adapters serve which sample."""
-        state, weights, outer = self.state, self.weights, self._route
+        state, weights, outer = self.state, self.weights, self.open_route
         try:
             for seat in self.seats.values():
                 seat.route(route)
             self._activate_seats({})  # takes trained norms, which the batch would share, out of their places
-            self._route = route
+            self.open_route = route
             yield
         finally:
-            self._route = outer
+            self.open_route = outer
             for seat in self.seats.values():
                 seat.route(outer)
             if state == SERVING:
@@ -385,49 +362,13 @@ class AdapterBook:
 
     def _take_part(self) -> None:
         """Be asked before and after every forward of the model, and serve a DiT's attention."""
-        if not self._hooks:
-            self._hooks = [
-                self.model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
-                self.model.register_forward_hook(self._check_reached),
-                self.model.register_forward_hook(self._end, always_call=True),
-            ]
-        for path, attn in self._attentions().items():
-            if path not in self._stock_processors:
-                self._stock_processors[path] = attn.processor
-                attn.set_processor(SHARED_SUMS)
+        self.watch.start()
+        self.parts.share_sums()
 
     def _step_aside(self) -> None:
         """Leave the model's forward to its own operators."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._stock_processors:
-            path, processor = self._stock_processors.popitem()
-            self.model.get_submodule(path).set_processor(processor)
-
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        scale, taken = take_scale(kwargs)
-        if _is_elsewhere(model):
-            if scale != 1:
-                raise ValueError(f"a scale of {scale} in the call reaches no compiled or copied model: set_adapters")
-            return None
-        call = self.turn.begin_call(sys._getframe(1))
-        self._reached.clear()
-        self._reached.takes_gradients = torch.is_grad_enabled()
-        for (kind, _), seat in self.seats.items():
-            if kind == BESIDE_LINEAR and (taken_by := seat.taken_by) is not None:
-                raise ValueError(
-                    f"{taken_by} took the adapters away with their layers, to where they are not found: unload them, "
-                    "offload first, and load them then"
-                )
-        if self._route is not None:
-            self._route.start(args, kwargs)
-        if scale != 1 and (before := self.scale(scale)):
-            call.undo = functools.partial(self.activate, before)
-        return args, taken
-
-    def _check_unscaled(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if (scale := take_scale(kwargs)[0]) != 1:
-            self.require_unmerged(f"they are scaled by {scale}")
+        self.watch.stop()
+        self.parts.stop_sharing_sums()
 
     def scale(self, scale: float) -> dict[str, Weight]:
         """Let the adapters that serve weigh `scale` times what they do, and return that; nothing while paused."""
@@ -436,7 +377,7 @@ class AdapterBook:
             raise ValueError(
                 f"a scale of {scale} in the call of a model with PEFT's adapters beside: use set_adapters"
             )
-        if self._route is not None:
+        if self.open_route is not None:
             raise ValueError(f"a scale of {scale} in the call of a route: give the weights in the route")
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise ValueError(
@@ -446,44 +387,6 @@ class AdapterBook:
         if before:
             self.activate({name: self.check_weight(scaled(weight, scale), name) for name, weight in before.items()})
         return before
-
-    def _end(self, model: nn.Module, args: tuple, output) -> None:
-        if not _is_elsewhere(model):
-            self.turn.end_call()
-
-    def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
-        """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""
-        if _is_elsewhere(model):
-            return
-        expected = {path: s for (kind, path), s in self.seats.items() if kind != AS_CLASS_TABLE and s.is_in_use}
-        if len(self._reached) >= len(expected) and self._reached.issuperset(expected):
-            return
-        for path, seat in expected.items():
-            if path in self._reached or _is_compiled(model, path):
-                continue
-            if not _is_at(model, path, seat.layer):
-                raise ValueError(
-                    f"{path} was replaced after its adapter was attached (by a quantisation?), so that the adapter is "
-                    "lost there: attach adapters after all that changes the base's layers"
-                )
-            if getattr(model.get_submodule(path.rpartition(".")[0]), "fused_projections", False):
-                raise ValueError(
-                    f"{path} was fused with others after its adapter was attached, so that the adapter has no effect: "
-                    "unfuse_qkv_projections() first"
-                )
-            if path not in self._unreached:
-                self._unreached.add(path)
-                logger.warning(
-                    "%s took no part in this forward pass, so that the adapter which serves it has no effect there",
-                    path,
-                )
-
-    def _attentions(self) -> dict[str, nn.Module]:
-        """A DiT's, by path."""
-        if self.conditioning is None:
-            return {}
-        blocks = enumerate(self.model.transformer_blocks)
-        return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -533,15 +436,6 @@ def disable_adapter(model: nn.Module):
                 book.resume()
 
 
-def take_scale(kwargs: dict) -> tuple[float, dict]:
-    """(the `scale` among the attention kwargs of a call, by which adapters weigh during it; the kwargs without it)."""
-    for name in CALL_KWARGS:
-        if "scale" in (given := kwargs.get(name) or {}):
-            rest = {key: value for key, value in given.items() if key != "scale"}
-            return given["scale"], kwargs | {name: rest or None}
-    return 1.0, kwargs
-
-
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
 
@@ -558,37 +452,3 @@ def fingerprint(model: nn.Module) -> str:
                 shapes["bias"] = (module.out_features,)
         lines += [f"{path}.{name} {shape}" if path else f"{name} {shape}" for name, shape in shapes.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether this forward is traced by a compiler, or is that of a copy which DataParallel made for a device."""
-    return torch.compiler.is_compiling() or getattr(model, "_is_replica", False)
-
-
-def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
-    try:
-        return model.get_submodule(path) is layer
-    except AttributeError:
-        return False
-
-
-def _is_compiled(model: nn.Module, path: str) -> bool:
-    """Whether compiled code may have run the layer, in which nothing is recorded.
-
-    That is so where the layer or a module around it was compiled, or any method of theirs was, as by a decorator.
-    """
-    names = path.split(".")
-    try:
-        around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
-    except AttributeError:
-        return False
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") or _has_compiled_method(module)
-        for module in around
-    )
-
-
-def _has_compiled_method(module: nn.Module) -> bool:
-    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    methods = (value for holder in (module, *own) for value in vars(holder).values())
-    return any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)

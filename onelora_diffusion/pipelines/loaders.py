@@ -15,9 +15,10 @@ from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight, by_path
 from onelora_diffusion.injection import model_verbs
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, take_scale, unwrapped
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
 from onelora_diffusion.injection.verbs import unload_adapter
+from onelora_diffusion.injection.watch import take_scale
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.attaching import attach_adapter_file, swap_values

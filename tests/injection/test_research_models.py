@@ -140,7 +140,7 @@ def test_dropped_labels_of_a_mixed_batch_are_null_in_every_table():
     randomize(inject_adapter(model, FOOD, "small"), seed=5)
     tables = [adapter_state_dict(model, name)["class_embedding.weight"] for name in ("default", "small")]
     with route_adapters(model, ["default", "small", None]):
-        model._onelora._route.start((torch.zeros(3),), {})
+        model._onelora.open_route.start((torch.zeros(3),), {})
         rows = model.y_embedder(torch.tensor([1, 1, 1]), train=False, force_drop_ids=torch.ones(3))
     assert torch.equal(rows, torch.stack([tables[0][-1], tables[1][-1], _base_null()]))
     assert model.y_embedder.num_classes == 3

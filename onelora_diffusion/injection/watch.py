@@ -1,0 +1,148 @@
+"""Every forward of a model with adapters: one caller at a time, at the scale of its call, by way of every layer."""
+
+import functools
+import logging
+import sys
+
+import torch
+from torch import nn
+
+from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR
+from onelora_diffusion.injection.linear import Reached
+
+logger = logging.getLogger(__name__)
+
+CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+class Watch:
+    """Looks on at every forward of a model.
+
+    Args:
+        book: of the model's adapters.
+
+    Attributes:
+        reached: paths of the layers that have taken part in the forward that runs, or ran last.
+    """
+
+    def __init__(self, book):
+        self.book, self.reached = book, Reached()
+        self._unreached: set[str] = set()  # of which it was said
+        self._hooks: list = []
+
+    def start(self) -> None:
+        """Look on from now on."""
+        model = self.book.model
+        self._hooks = self._hooks or [
+            model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._check_reached),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def refuse_scales(self) -> None:
+        """While adapters are merged: no more than to refuse a call that would weigh them otherwise."""
+        self._hooks = [self.book.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
+
+    def stop(self) -> None:
+        """Look on no longer."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        scale, taken = take_scale(kwargs)
+        if _is_elsewhere(model):
+            if scale != 1:
+                raise ValueError(f"a scale of {scale} in the call reaches no compiled or copied model: set_adapters")
+            return None
+        call = self.book.turn.begin_call(sys._getframe(1))
+        self.reached.clear()
+        self.reached.takes_gradients = torch.is_grad_enabled()
+        for (kind, _), seat in self.book.seats.items():
+            if kind == BESIDE_LINEAR and (taken_by := seat.taken_by) is not None:
+                raise ValueError(
+                    f"{taken_by} took the adapters away with their layers, to where they are not found: unload them, "
+                    "offload first, and load them then"
+                )
+        if self.book.open_route is not None:
+            self.book.open_route.start(args, kwargs)
+        if scale != 1 and (before := self.book.scale(scale)):
+            call.undo = functools.partial(self.book.activate, before)
+        return args, taken
+
+    def _check_unscaled(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if (scale := take_scale(kwargs)[0]) != 1:
+            self.book.require_unmerged(f"they are scaled by {scale}")
+
+    def _end(self, model: nn.Module, args: tuple, output) -> None:
+        if not _is_elsewhere(model):
+            self.book.turn.end_call()
+
+    def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
+        """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""
+        if _is_elsewhere(model):
+            return
+        expected = {path: s for (kind, path), s in self.book.seats.items() if kind != AS_CLASS_TABLE and s.is_in_use}
+        if len(self.reached) >= len(expected) and self.reached.issuperset(expected):
+            return
+        for path, seat in expected.items():
+            if path in self.reached or _is_compiled(model, path):
+                continue
+            if not _is_at(model, path, seat.layer):
+                raise ValueError(
+                    f"{path} was replaced after its adapter was attached (by a quantisation?), so that the adapter is "
+                    "lost there: attach adapters after all that changes the base's layers"
+                )
+            if getattr(model.get_submodule(path.rpartition(".")[0]), "fused_projections", False):
+                raise ValueError(
+                    f"{path} was fused with others after its adapter was attached, so that the adapter has no effect: "
+                    "unfuse_qkv_projections() first"
+                )
+            if path not in self._unreached:
+                self._unreached.add(path)
+                logger.warning(
+                    "%s took no part in this forward pass, so that the adapter which serves it has no effect there",
+                    path,
+                )
+
+
+def take_scale(kwargs: dict) -> tuple[float, dict]:
+    """(the `scale` among the attention kwargs of a call, by which adapters weigh during it; the kwargs without it)."""
+    for name in CALL_KWARGS:
+        if "scale" in (given := kwargs.get(name) or {}):
+            rest = {key: value for key, value in given.items() if key != "scale"}
+            return given["scale"], kwargs | {name: rest or None}
+    return 1.0, kwargs
+
+
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether this forward is traced by a compiler, or is that of a copy which DataParallel made for a device."""
+    return torch.compiler.is_compiling() or getattr(model, "_is_replica", False)
+
+
+def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is layer
+    except AttributeError:
+        return False
+
+
+def _is_compiled(model: nn.Module, path: str) -> bool:
+    """Whether compiled code may have run the layer, in which nothing is recorded.
+
+    That is so where the layer or a module around it was compiled, or any method of theirs was, as by a decorator.
+    """
+    names = path.split(".")
+    try:
+        around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    except AttributeError:
+        return False
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod") or _has_compiled_method(module)
+        for module in around
+    )
+
+
+def _has_compiled_method(module: nn.Module) -> bool:
+    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    methods = (value for holder in (module, *own) for value in vars(holder).values())
+    return any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)

@@ -59,7 +59,7 @@ class OutputSums(Compression):
 
     def compress(self, x, out, of_bias=None):
         sums = group_sums(out, self.rank)
-        return sums if of_bias is None else sums - of_bias.to(sums.dtype)
+        return sums if of_bias is None else sums - of_bias.to(sums)
 
     def of_bias(self, bias):
         return group_sums(bias.float(), self.rank)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import offload_group
 from onelora_diffusion.adapters.compressions import Compression, compression_of
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.adapters.functional import (
@@ -62,14 +63,11 @@ class Vectors:
         return out if self.gamma is None else scale(out, self.gamma)
 
     def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor]
+        self, weight: torch.Tensor, bias: torch.Tensor, base: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """W = γ ⊙ (weight + B C), bias = γ ⊙ (bias + β), in fp32; C is that of the base layer's weight and bias."""
+        """W = γ ⊙ (weight + B C), bias = γ ⊙ (bias + β), in fp32; C is that of the base layer's weight `base`."""
         for compression, b in self.b.items():
-            b = torch.atleast_2d(b.to(weight))
-            weight = weight + b.T @ compression.matrix(base[0])
-            if (of_bias := self.of_bias.get(compression)) is not None:  # 0, unless another adapter trains the bias
-                bias = bias + torch.atleast_1d(compression.of_bias(base[1]) - of_bias.to(b)) @ b
+            weight = weight + torch.atleast_2d(b.to(weight)).T @ compression.matrix(base)
         if self.beta is not None:
             bias = bias + self.beta.to(bias)
         if self.gamma is not None:
@@ -137,7 +135,7 @@ class VectorAdapter(Adapter):
 
     def serve(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)  # which is no child of its own adapter
-        if self.b is not None and layer.bias is not None:
+        if self.b is not None and layer.bias is not None:  # kept for when the bias is offloaded
             self.of_bias = self.compression.of_bias(layer.bias.detach())
 
     @torch.no_grad()
@@ -152,10 +150,13 @@ class VectorAdapter(Adapter):
     def vectors(self) -> Vectors:
         if self.b is None:
             return Vectors({}, self.beta, self.gamma)
-        return Vectors({self.compression: self.b}, self.beta, self.gamma, {self.compression: self.of_bias})
+        of_bias = self.of_bias
+        if of_bias is not None and not self.layer.bias.is_meta and offload_group(self.layer) is None:
+            of_bias = self.compression.of_bias(self.layer.bias.detach())  # of what the bias is now
+        return Vectors({self.compression: self.b}, self.beta, self.gamma, {self.compression: of_bias})
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vectors().merged(weight, bias, (weight, bias))
+        return self.vectors().merged(weight, bias, weight)
 
     @classmethod
     def summed(cls, group, names, path):
@@ -196,9 +197,14 @@ def plain_weight(linear: nn.Linear) -> torch.Tensor:
 def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, Adapter]:
     if not (config.sum or config.bias or config.scale):
         return {}
-    for path, linear in layers.items():
-        features = linear.in_features if compression_of(config).reads_input else linear.out_features
-        if config.sum and config.rank > features:
+    compression = compression_of(config)
+    for path, linear in layers.items() if config.sum else ():
+        features = linear.in_features if compression.reads_input else linear.out_features
+        if not compression.reads_input and getattr(offload_group(linear), "offload_to_disk_path", None):
+            raise ValueError(
+                f"{path} is on the disk, and its bias is read: attach adapters before enable_group_offload"
+            )
+        if config.rank > features:
             raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are summed up")
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
 

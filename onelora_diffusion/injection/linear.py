@@ -182,7 +182,7 @@ class LinearSeat(Seat):
             for adapter, scale in self._others:
                 adapted = adapter.merged(*base)
                 weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
-            return self.vectors().merged(weight, bias, base)
+            return self.vectors().merged(weight, bias, base[0])
 
     def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
         weight = self.layer._parameters.get("weight")

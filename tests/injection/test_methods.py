@@ -306,3 +306,22 @@ def test_file_names(tmp_path):
     fused = AdapterConfig("mora1", targets=("to_q", "to_k", "to_v"), fuse_qkv=True)
     names = list(adapter_state_dict(inject_adapter(make_dit(), fused)))
     assert names == [f"transformer_blocks.{i}.attn1.to_qkv.onelora_M" for i in (0, 1)]
+
+
+def test_a_bias_that_is_loaded_later_is_no_part_of_what_is_read_of_the_outputs():
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 4)
+    model = randomize(
+        inject_adapter(
+            nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 2)), AdapterConfig(compression="outputs", targets=("0",))
+        )
+    )
+    b = adapter_state_dict(model)["0.onelora_b"]
+    with torch.no_grad():
+        linear.bias.copy_(torch.arange(4.0))
+        x = torch.randn(3, 5)
+        product = x @ linear.weight.T
+        expected = product + linear.bias + product.sum(-1, keepdim=True) * b
+        assert_rounded(linear(x), expected, terms=20)
+        merge_adapter(model)
+        assert_rounded(linear(x), expected, terms=20)

@@ -29,7 +29,7 @@ from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ def main(settings: Settings) -> None:
 
     folders = [settings.adapters, *([shipped_adapters()] if settings.base is None else [])]
     library = AdapterLibrary(folders, fingerprint(transformer))
-    residents = Residents(transformer, int(settings.adapter_memory * 1e6))
-    batcher = Batcher(drawing, library, residents, settings)
+    cache = AdapterCache(transformer, int(settings.adapter_memory * 1e6))
+    batcher = Batcher(drawing, library, cache, settings)
 
     scale = defaults_of(EMBEDDED if settings.base is None else None).guidance_scale
     blocks, address = launch(Page(batcher, settings.base or "miniature", scale), settings)

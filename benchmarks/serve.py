@@ -34,7 +34,7 @@ from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.storage.reading import load_adapter
 
@@ -58,7 +58,7 @@ class ServeSettings:
     max_batch: int = 16
     """Pictures drawn together."""
     max_wait_ms: float = 5.0
-    """How long a request waits for company."""
+    """How long a request waits for others to share its batch."""
     rounds: int = 3
     """How often each run is made, in turns; a ratio is taken in each round."""
     resident: int = 512
@@ -145,13 +145,13 @@ class Way:
     def __init__(self, pipeline, folder: Path, settings: ServeSettings, max_batch: int):
         self.pipeline = with_transformer(pipeline, twin(pipeline.transformer))
         self.library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
-        self.residents = Residents(self.pipeline.transformer, 10**12)
+        self.cache = AdapterCache(self.pipeline.transformer, 10**12)
         self.drawing = Drawing(self.pipeline, max(settings.steps))
         self.settings = BatchSettings(max_batch=max_batch, max_wait_ms=settings.max_wait_ms, max_queue=10_000)
 
     @contextlib.contextmanager
     def started(self):
-        batcher = Batcher(self.drawing, self.library, self.residents, self.settings)
+        batcher = Batcher(self.drawing, self.library, self.cache, self.settings)
         try:
             yield batcher
         finally:
@@ -170,7 +170,7 @@ class SwitchedWay(Way):
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=list(target_layers(model, None)))
         lora = peft.get_peft_model(model, config, adapter_name=names[0])
         self.drawing = SwitchedDrawing(self.pipeline, max(settings.steps), lora, config)
-        self.residents = InMemory(self.pipeline.transformer, 10**12)
+        self.cache = InMemory(self.pipeline.transformer, 10**12)
 
 
 class SwitchedDrawing(Drawing):
@@ -187,8 +187,8 @@ class SwitchedDrawing(Drawing):
         return super().draw(requests, mixtures, on_step)
 
 
-class InMemory(Residents):
-    def bring(self, entries):
+class InMemory(AdapterCache):
+    def load(self, entries):
         return {entry.key: entry.name for entry in entries}, {}
 
 

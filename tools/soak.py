@@ -53,7 +53,7 @@ from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
 from onelora_diffusion.training.settings import Settings
 
@@ -447,8 +447,8 @@ def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
     pipeline = load_base(folder / "base")
     transformer = pipeline.transformer.requires_grad_(False)
     library = AdapterLibrary([folder / "adapters"], fingerprint(transformer))
-    residents = Residents(transformer, 10**9)
-    batcher = Batcher(Drawing(pipeline, 50), library, residents, BatchSettings(max_batch=1, max_wait_ms=0))
+    cache = AdapterCache(transformer, 10**9)
+    batcher = Batcher(Drawing(pipeline, 50), library, cache, BatchSettings(max_batch=1, max_wait_ms=0))
     pictures = [batcher.submit(request).picture.result() for request in requests]
     batcher.close()
     return pictures

@@ -1,4 +1,4 @@
-"""One queue for all who ask: requests that agree are drawn in one batch, in the order in which they came."""
+"""The queue of the server: requests with equal batch keys are drawn in one batch, the oldest first."""
 
 import logging
 import threading
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from onelora_diffusion.files import first_line
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.drawing import picture_of
 from onelora_diffusion.serving.library import AdapterEntry, AdapterLibrary
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.residents import Residents
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +24,19 @@ class Busy(RuntimeError):
 
 
 class _Abandoned(Exception):
-    """Nobody waits any more for the batch that is being drawn."""
+    """Every request of the batch that is being drawn was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """How requests are put together."""
+    """How requests are put together into batches."""
 
     max_batch: int = 16
     """Pictures drawn together; with guidance the networks run on twice as many."""
     max_wait_ms: float = 20.0
-    """How long a request waits for company while nothing is drawn."""
+    """How long a request waits for others to share its batch, while nothing is drawn."""
     max_queue: int = 256
-    """Requests that may wait; one more is told that the server is busy."""
+    """The most requests that may wait; the next one is refused, as the server is busy."""
 
     def check(self) -> None:
         if self.max_batch < 1 or self.max_queue < 1 or not 0 <= self.max_wait_ms <= 60_000:
@@ -51,42 +51,43 @@ class Ticket:
     """A request in the queue.
 
     Attributes:
-        request: completed.
-        entries: its adapters.
-        picture: (size, size, 3) uint8, when it is drawn; or the error.
-        progress: of the drawing, from 0 to 1.
+        request: the request, completed by `Drawing.completed`.
+        entries: the files of its adapters.
+        batch_key: requests with equal keys can share a batch.
+        picture: a future of the image, (size, size, 3) uint8, or of the error.
+        progress: the share of the drawing that is done, from 0 to 1.
     """
 
     request: Request
     entries: Sequence[AdapterEntry]
-    company: tuple
+    batch_key: tuple
     queue: "Batcher" = field(repr=False)
     picture: "Future[Tensor]" = field(default_factory=lambda: _started(Future()))
     progress: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
     def place(self) -> int:
-        """How many requests are before it in the queue, plus 1; 0 as soon as it is drawn."""
+        """Its position in the queue, from 1; 0 as soon as it is being drawn."""
         return self.queue.place(self)
 
     def cancel(self) -> None:
-        """Leave the queue, or the picture to itself; a batch for which nobody waits ends at its next step."""
+        """Cancel the request. A batch whose requests are all cancelled ends at its next step."""
         self.queue.cancel(self)
 
 
 class Batcher:
-    """A thread that draws what is asked for; nothing else runs the model.
+    """A thread that draws the requests of the queue; it alone runs the model.
 
     Args:
-        drawing: a `Drawing`, or whatever else answers `completed`, `company` and `draw`.
+        drawing: a `Drawing`, or another object with the methods `completed`, `batch_key` and `draw`.
 
     Attributes:
-        counters: since the start.
+        counters: how many requests ended in which way since the start (see `COUNTERS`).
     """
 
-    def __init__(self, drawing, library: AdapterLibrary, residents: Residents, settings: BatchSettings):
+    def __init__(self, drawing, library: AdapterLibrary, cache: AdapterCache, settings: BatchSettings):
         settings.check()
-        self.drawing, self.library, self.residents, self.settings = drawing, library, residents, settings
+        self.drawing, self.library, self.cache, self.settings = drawing, library, cache, settings
         self.counters: Counter[str] = Counter()
         self.batch_sizes: Counter[int] = Counter()
         self._waiting: list[Ticket] = []
@@ -97,19 +98,19 @@ class Batcher:
         self._thread.start()
 
     # -----------------------------------------------------------------------------------------------
-    # Who asks
+    # What other threads call
 
     def submit(self, request: Request) -> Ticket:
         """Put a request into the queue.
 
         Raises:
-            ValueError: its adapters, class, sampler or size do not exist here.
+            ValueError: an adapter, its class, sampler or size does not exist here.
             Busy: the queue is full, or the server is being stopped.
         """
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
-        """The same for several: all of them come into the queue, or none does."""
+        """Put several requests into the queue: all of them, or none if one is refused."""
         try:
             tickets = [self._ticket(request) for request in requests]
         except ValueError:
@@ -131,7 +132,7 @@ class Batcher:
     def _ticket(self, request: Request) -> Ticket:
         entries = [self.library.entry(name) for name, _ in request.adapters]
         request = self.drawing.completed(request, entries)
-        return Ticket(request, entries, self.drawing.company(request), self)
+        return Ticket(request, entries, self.drawing.batch_key(request), self)
 
     def place(self, ticket: Ticket) -> int:
         with self._changed:
@@ -146,7 +147,7 @@ class Batcher:
                 ticket.picture.set_exception(CancelledError())
 
     def close(self) -> None:
-        """Refuse what is waiting, leave what is being drawn, and end the thread."""
+        """Answer all requests that have no picture yet with `Busy`, and end the thread."""
         with self._changed:
             self._is_open = False
             waiting, self._waiting = self._waiting, []
@@ -157,7 +158,7 @@ class Batcher:
         self._thread.join()
 
     def state(self) -> dict:
-        """Counters since the start, and how things are now."""
+        """Counters since the start, the length of the queue and the memory of the adapters."""
         with self._changed:
             counters = {name: self.counters[name] for name in COUNTERS}
             waited = self.counters["waited_us"] / 1e6
@@ -167,9 +168,9 @@ class Batcher:
                 "waiting": len(self._waiting),
                 "drawing": len(self._drawn),
                 "mean_wait_s": round(waited / max(1, counters["images"] + counters["failed"]), 6),
-                "resident_adapters": len(self.residents),
-                "resident_bytes": self.residents.num_bytes,
-                "adapter_reads": self.residents.num_reads,
+                "resident_adapters": len(self.cache),
+                "resident_bytes": self.cache.num_bytes,
+                "adapter_reads": self.cache.num_reads,
             }
 
     @property
@@ -185,9 +186,9 @@ class Batcher:
                 self._draw(batch)
             except _Abandoned:
                 pass
-            except Exception as error:  # out of memory, or a mistake: it must not take the server with it
+            except Exception as error:  # out of memory, or a programming error: it must not end the server
                 logger.exception("a batch of %d was not drawn", len(batch))
-                if len(batch) > 1:  # one of them may have spoilt it
+                if len(batch) > 1:  # a single request may be the cause
                     for ticket in batch:
                         self._draw_alone(ticket)
                 else:
@@ -197,7 +198,7 @@ class Batcher:
                     self._drawn = []
 
     def _next_batch(self) -> list[Ticket] | None:
-        """The oldest request with those that agree with it; None when it is time to end."""
+        """The oldest request and those with an equal batch key; None when the queue is closed."""
         with self._changed:
             while True:
                 if not self._is_open:
@@ -206,7 +207,7 @@ class Batcher:
                     self._changed.wait()
                     continue
                 oldest = self._waiting[0]
-                batch = [ticket for ticket in self._waiting if ticket.company == oldest.company]
+                batch = [ticket for ticket in self._waiting if ticket.batch_key == oldest.batch_key]
                 left = oldest.since + self.settings.max_wait_ms / 1000 - time.monotonic()
                 if left > 0 and len(batch) < self.settings.max_batch:
                     self._changed.wait(left)
@@ -219,7 +220,7 @@ class Batcher:
                 return batch
 
     def _draw(self, batch: list[Ticket]) -> None:
-        names, problems = self.residents.bring(entry for ticket in batch for entry in ticket.entries)
+        names, problems = self.cache.load(entry for ticket in batch for entry in ticket.entries)
         ready = []
         for ticket in batch:
             broken = next((entry for entry in ticket.entries if entry.key in problems), None)
@@ -244,7 +245,7 @@ class Batcher:
         try:
             images = self.drawing.draw([ticket.request for ticket in ready], mixtures, on_step)
         finally:
-            self.residents.shrink()
+            self.cache.shrink()
         self.batch_sizes[len(ready)] += 1
         for ticket, image in zip(ready, images, strict=True):
             self._settle(ticket, picture=picture_of(image))
@@ -272,9 +273,9 @@ class Batcher:
 
 
 def _started(future: Future) -> Future:
-    future.set_running_or_notify_cancel()  # only `Ticket.cancel` ends it before its time
+    future.set_running_or_notify_cancel()  # from now on only `Ticket.cancel` can cancel it
     return future
 
 
 COUNTERS = ("images", "failed", "refused", "busy", "cancelled")
-"""Requests by how they ended."""
+"""The ways in which requests end, each of which is counted."""

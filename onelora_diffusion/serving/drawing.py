@@ -1,4 +1,4 @@
-"""From requests that agree in sampler, steps and size to their images, in one batch of the networks."""
+"""Draw the images of requests with equal sampler, steps and size in one batch of the networks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,17 +16,18 @@ from onelora_diffusion.serving.request import Request
 
 
 class Drawing:
-    """Images of requests, by one base: each of a batch has its own adapters, condition, guidance and noise.
+    """Draws requests with one base; each image of a batch has its own adapters, condition, guidance and noise.
 
     Args:
-        pipeline: of one of the families, on its device.
-        max_steps: of a sampler, that a request may ask for.
-        class_names: of the base by label, as its `model_index.json` has them; those that are missing are numbers.
+        pipeline: a pipeline of one of the families, on the device that draws.
+        max_steps: the most sampling steps that a request may ask for.
+        class_names: the base's class names by label, as in its `model_index.json`; a class without one is named by
+            its number.
 
     Attributes:
-        draws_classes: whether requests name classes, and not prompts.
-        samplers: that requests may choose among.
-        size: pixels a side, where a request names none.
+        draws_classes: whether requests name classes; otherwise they name prompts.
+        samplers: the samplers that a request may choose.
+        size: side of the images in pixels, if a request does not give one.
     """
 
     def __init__(self, pipeline, max_steps: int, class_names: Mapping[int, str] | None = None):
@@ -41,16 +42,17 @@ class Drawing:
         self.samplers = fitting_samplers(pipeline.scheduler.config) if self.family.takes_samplers else []
 
     # -----------------------------------------------------------------------------------------------
-    # Where a request comes in
+    # Check requests
 
     def completed(self, request: Request, entries: Sequence[AdapterEntry]) -> Request:
-        """The request with its class as a label, and with the base's own sampler and size where it names none.
+        """The request with its class as a label, and with the base's own sampler and size if it names none.
 
         Args:
-            entries: of the request's adapters.
+            entries: the library's entries of the request's adapters.
 
         Raises:
-            ValueError: no such class, sampler or size, more steps than are allowed, or what this base does not draw.
+            ValueError: the base has no such class, sampler or size, the steps exceed `max_steps`, or the subject is
+                a class where the base draws prompts.
         """
         size, config = request.size or self.size, self.pipeline.scheduler.config
         self.family.check_resolution(self.pipeline, size)
@@ -74,27 +76,27 @@ class Drawing:
     def classes_of(
         self, adapters: Sequence[tuple[str, float]], entries: Sequence[AdapterEntry]
     ) -> tuple[dict[int, str], str]:
-        """(names by label of the classes that a sum of adapters draws, whose they are)."""
+        """(class names by label for a weighted sum of adapters, the owner of these classes as errors name it)."""
         for (name, weight), entry in reversed(list(zip(adapters, entries, strict=True))):
             if weight != 0 and entry.classes is not None:
                 return entry.classes, f"adapter '{name}'"
         return self.base_classes, "the base"
 
     @staticmethod
-    def company(request: Request) -> tuple:
-        """What requests of one batch have in common."""
+    def batch_key(request: Request) -> tuple:
+        """The key by which requests share a batch: those with equal keys can be drawn together."""
         return request.sampler, request.num_inference_steps, request.size
 
     # -----------------------------------------------------------------------------------------------
     # Draw
 
     def draw(self, requests: Sequence[Request], mixtures: Sequence[Mapping[str, float]], on_step: OnStep) -> Tensor:
-        """(batch, 3, size, size) in float32, from -1 to 1 and a little beyond: image 0 of each request's seed.
+        """Draw image 0 of each request's seed: (batch, 3, size, size) in float32, from about -1 to 1.
 
         Args:
-            requests: completed ones that agree in `company`.
-            mixtures: for each, weights by the names that its adapters have in the model.
-            on_step: called with its share of the work after every step; what it raises ends the drawing.
+            requests: completed requests with equal batch keys.
+            mixtures: for each request, the weight of each adapter by its name in the model.
+            on_step: called after every step with that step's share of the work; an exception from it ends the drawing.
         """
         empty = self.encoded[None]
         asked = [
@@ -112,10 +114,10 @@ class Drawing:
 
 
 def sampler_settings(request: Request) -> SamplerSettings:
-    """How a request's noise is sampled; its guidance is its own affair."""
+    """The sampler and steps of a request; guidance is given for each image instead."""
     return SamplerSettings(sampler=request.sampler, num_inference_steps=request.num_inference_steps)
 
 
 def picture_of(image: Tensor) -> Tensor:
-    """(3, size, size) from -1 to 1 -> (size, size, 3) in uint8 on the CPU."""
+    """Convert an image (3, size, size) from -1 to 1 into (size, size, 3) uint8 on the CPU."""
     return as_uint8(image).permute(1, 2, 0).cpu()

@@ -1,11 +1,11 @@
-"""The server on a port: for this machine alone unless told otherwise, with nothing fetched from elsewhere."""
+"""Start the server on a port: by default for this machine alone, and with a page that loads nothing from other hosts."""
 
 import os
 from dataclasses import dataclass
 
 AUTH = "ONELORA_SERVE_AUTH"  # user:password
 LOCAL = ("127.0.0.1", "localhost", "::1")
-# A browser gets everything from the server itself; gradio's own page has styles and scripts in it.
+# The browser may load from this server alone; gradio's page needs inline styles and scripts.
 POLICY = (
     b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     b"frame-ancestors 'self'"
@@ -14,14 +14,14 @@ POLICY = (
 
 @dataclass(frozen=True, kw_only=True)
 class PortSettings:
-    """Where the server is reached."""
+    """The address at which the server listens."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is for every machine that reaches this one."""
+    """Address to listen at; 0.0.0.0 accepts connections from every machine that reaches this one."""
     port: int = 7860
-    """0: any that is free."""
+    """Port to listen at; 0 takes a free one."""
     share: bool = False
-    """A public address through gradio's servers."""
+    """Also give the page a public address through gradio's servers."""
 
     def check(self) -> None:
         if not 0 <= self.port < 65536:
@@ -30,7 +30,7 @@ class PortSettings:
 
 
 class OwnSourcesOnly:
-    """ASGI middleware: tells browsers to fetch nothing from other places."""
+    """ASGI middleware that tells browsers to load nothing from other hosts."""
 
     def __init__(self, app):
         self.app = app
@@ -45,7 +45,7 @@ class OwnSourcesOnly:
 
 
 def credentials() -> tuple[str, str] | None:
-    """User and password from the environment, or None; ValueError if they are not both there."""
+    """User and password from the environment, or None; ValueError if one of the two is missing."""
     text = os.environ.get(AUTH)
     if text is None:
         return None
@@ -56,7 +56,7 @@ def credentials() -> tuple[str, str] | None:
 
 
 def launch(page, settings: PortSettings):
-    """Start the server of a `Page` in a thread: (its `gradio.Blocks`, to close; its address).
+    """Start the server of a `Page` in a thread and return (its `gradio.Blocks`, which the caller closes; its address).
 
     Raises:
         OSError: the port is taken.
@@ -76,7 +76,7 @@ def launch(page, settings: PortSettings):
         show_error=True,
         ssr_mode=False,
         run_history=False,
-        # Every call by HTTP is a session of its own, of which gradio would keep ten thousand: a gigabyte.
+        # Every HTTP call is a session of its own, and gradio would keep ten thousand of them, which take a gigabyte.
         state_session_capacity=256,
         pwa=False,
         footer_links=["api"],

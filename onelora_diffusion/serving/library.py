@@ -1,4 +1,4 @@
-"""The adapters in a folder, by name: what there is, what is damaged, and nothing outside it."""
+"""The adapter files below some folders, by name, with the reason for each that cannot be used."""
 
 import os
 import threading
@@ -10,28 +10,28 @@ from pathlib import Path
 from onelora_diffusion.files import printable
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, describe_adapter
 
-MAX_DEPTH = 3  # folders below the library's own in which adapters are looked for
-SKIPPED = {"checkpoints", "latents"}  # of training runs; what is in there is no adapter
-RESCAN_S = 1.0  # a folder of thousands is not listed anew for every request
+MAX_DEPTH = 3  # levels of subfolders that are searched
+SKIPPED = {"checkpoints", "latents"}  # folders of training runs that hold no adapters
+RESCAN_S = 1.0  # the folders are listed again at most this often, as they may hold thousands of files
 
 
-FileKey = tuple[Path, tuple[int, int, int]]  # a file as it was when it was looked at
+FileKey = tuple[Path, tuple[int, int, int]]  # a path with its stamp: a changed file has another key
 
 
 class UnknownAdapter(ValueError):
-    """There is no adapter of this name."""
+    """The library has no adapter of this name."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterEntry:
-    """What is known of an adapter without a look at its values.
+    """What the header of an adapter file says; its values are not read.
 
     Attributes:
-        name: by which requests ask for it: its path in the folder, or that of the run's folder that holds it.
-        stamp: changes when the file does.
-        problem: why it cannot be drawn with, in one line, or None.
-        classes: names by label, of an adapter that brings its own classes; else None.
-        num_bytes: of its values in memory.
+        name: the name that requests use: the path of the file, or of the run that wrote it, relative to the library.
+        stamp: a value that changes when the file changes.
+        problem: why the adapter cannot be used, in one line, or None.
+        classes: the adapter's own class names by label; None if it draws the base's classes.
+        num_bytes: memory that its values take when loaded.
     """
 
     name: str
@@ -53,14 +53,14 @@ class AdapterEntry:
 
 @dataclass
 class AdapterLibrary:
-    """The adapters below some folders, as files: a name is looked up among those that were found, and is no path.
+    """The adapter files below some folders. A requested name is looked up in their list, and never used as a path.
 
-    A new file appears, one that was changed is another adapter, and one that is damaged, or made for another base, is
-    listed with the reason.
+    A file that was added is found by the next listing, and a file that was changed counts as another adapter. A file
+    that is damaged or was made for another base is listed with the reason.
 
     Args:
-        folders: of two adapters of one name, that of the earlier folder is there.
-        fingerprint: of the base that they are for.
+        folders: the folders to search; if two hold an adapter of the same name, the first one's is used.
+        fingerprint: the fingerprint of the base.
     """
 
     folders: Sequence[Path]
@@ -70,16 +70,16 @@ class AdapterLibrary:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def entries(self) -> list[AdapterEntry]:
-        """All that is there now, by name; the damaged ones too."""
+        """All adapter files of now, sorted by name, including those that cannot be used."""
         self._scan(at_most_every=RESCAN_S)
         return sorted(self._entries.values(), key=lambda entry: entry.name)
 
     def entry(self, name: str) -> AdapterEntry:
-        """The adapter of a name, as its file is now.
+        """The entry of a name, for its file as it is now.
 
         Raises:
-            UnknownAdapter: there is none.
-            ValueError: it cannot be drawn with; the reason.
+            UnknownAdapter: the library has no such name.
+            ValueError: the adapter cannot be used, for the reason that is given.
         """
         known = self._entries.get(name)
         if known is None or _stamp(known.path) != known.stamp:
@@ -92,7 +92,7 @@ class AdapterLibrary:
         return known
 
     def refuse(self, entry: AdapterEntry, problem: str) -> None:
-        """Lists an adapter as damaged, for a reason that showed only when its values were read."""
+        """List an adapter as damaged, for a problem that was found when its values were read."""
         with self._lock:
             if self._entries.get(entry.name) is entry:
                 self._entries[entry.name] = AdapterEntry(entry.name, entry.path, entry.stamp, problem)
@@ -139,12 +139,12 @@ class AdapterLibrary:
             classes=classes,
             prompt=_text(training.get("prompt")),
             num_params=num_params,
-            num_bytes=4 * num_params,  # trained values are float32 in a model
+            num_bytes=4 * num_params,  # a loaded adapter is float32
         )
 
 
 def without_path(path: Path, message: str) -> str:
-    """An error without the path, which is nobody's business but the server's."""
+    """The message of an error without the path, which a client must not learn."""
     return message.removeprefix(f"{path}: ").replace(str(path), path.name)
 
 
@@ -153,7 +153,7 @@ def _text(value) -> str | None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of what may be adapters in a folder. A link that leads out of it is none of its files."""
+    """(name, path) of the files in a folder that may be adapters. Links that lead out of the folder are left out."""
     for parent, folders, files in os.walk(folder):
         depth = len(Path(parent).relative_to(folder).parts)
         folders[:] = sorted(f for f in folders if depth < MAX_DEPTH and f not in SKIPPED and not f.startswith("."))
@@ -166,7 +166,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None if it is gone."""
+    """A value that changes when the file changes; None if the file is gone."""
     try:
         status = path.stat()
     except OSError:
@@ -175,5 +175,5 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def shipped_adapters() -> Path:
-    """The folder of the adapters that ship with the package, of its miniature."""
+    """The folder of the adapters that ship with the package, which fit its miniature."""
     return Path(__file__).parent / "adapters"

@@ -1,4 +1,4 @@
-"""The page and the calls of the server, by gradio: controls, pictures side by side, a strip, a grid, and an API."""
+"""The server's page and API, built with gradio: pictures side by side, a strip between two adapters, and a grid."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from onelora_diffusion.serving.picture_file import picture_with_settings, reques
 from onelora_diffusion.serving.request import Request
 
 ALONE = "the base alone"
-POLL_S = 0.2  # between two looks at how far the pictures are
+POLL_S = 0.2  # seconds between two updates of the progress
 MAX_STRIP = 12
 MAX_GRID = 64
 COLUMNS = ["adapter", "method", "data set", "draws", "numbers", "state"]
@@ -33,14 +33,16 @@ CSS = """
 DRAW = """Draw one picture. request: an object with subject (a class by name or number, or a prompt) and, as you like,
 adapters ({name: weight}), guidance, guidance_scale, sampler, num_inference_steps, seed, size. Returns the PNG, its
 settings inside, and the same settings."""
-ADAPTERS = "The adapters there are: name, method, base, data set, classes, numbers, and the problem of a damaged one."
-SETTINGS = "The settings in a PNG that was saved here."
-HEALTH = "Whether it works, counters since the start, the queue and the adapters in memory."
+ADAPTERS = (
+    "List the adapters: name, method, base, data set, classes, size, and the problem of one that cannot be used."
+)
+SETTINGS = "Read the settings in a PNG that was saved here."
+HEALTH = "Tell whether the server works, its counters since the start, its queue and the adapters in memory."
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far some pictures are: in words, and as a share of the work."""
+    """The progress of some pictures, as text and as a share of the work."""
 
     text: str
     share: float | None = None
@@ -62,8 +64,8 @@ class Page:
     """The page of a server.
 
     Args:
-        base: the base's name, as it stands in saved pictures.
-        guidance_scale: that which the page begins with.
+        base: the base's name, which saved pictures contain.
+        guidance_scale: the initial value of the guidance scale.
     """
 
     css = CSS
@@ -73,7 +75,7 @@ class Page:
         self.base, self.guidance_scale, self.started = base, guidance_scale, time.monotonic()
 
     def build(self) -> gr.Blocks:
-        """The page, with its calls; nothing is started."""
+        """Build the page and its API without starting a server."""
         with gr.Blocks(title="1LoRA", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             gr.Markdown(f"## Many adapters, one batch\nBase: `{self.base}`. An adapter is a vector a layer.")
             with gr.Row():
@@ -96,7 +98,7 @@ class Page:
         return blocks.queue(default_concurrency_limit=None)
 
     # -----------------------------------------------------------------------------------------------
-    # What is on the page
+    # The layout of the page
 
     def _controls(self) -> None:
         names = [ALONE, *self._names()]
@@ -115,7 +117,7 @@ class Page:
             self.scale = gr.Slider(1, 15, self.guidance_scale, step=0.1, label="Its strength", elem_id="scale")
         with gr.Row():
             samplers = self.drawing.samplers
-            is_chosen = len(samplers) > 1  # pictures of prompts have their pipeline's own
+            is_chosen = len(samplers) > 1  # a base that draws prompts has its pipeline's sampler alone
             self.sampler = gr.Dropdown(
                 samplers,
                 value=samplers[0] if samplers else None,
@@ -142,7 +144,7 @@ class Page:
         small = ["small"] if self.drawing.size < 128 else []
         self.status = gr.HTML("", elem_id="status", elem_classes=["status"])
         events = []
-        hidden = dict(show_progress="hidden", api_visibility="private")  # the status has it
+        hidden = dict(show_progress="hidden", api_visibility="private")  # the status shows the progress
         with gr.Tab("One"):
             one = gr.Button("Draw", variant="primary", elem_id="draw")
             picture = gr.Image(
@@ -178,7 +180,7 @@ class Page:
         return click(draw, inputs, [gallery, self.status], show_progress="hidden", api_visibility="private")
 
     def _calls(self) -> None:
-        """What programs call: `draw`, `adapters`, `classes`, `settings` and `health`."""
+        """Add the API that programs call: `draw`, `adapters`, `classes`, `settings` and `health`."""
         with gr.Column(visible=False):
             request, answer, file = gr.JSON(), gr.JSON(), gr.File()
             picture = gr.Image(format="png", type="pil")
@@ -189,13 +191,13 @@ class Page:
             call.click(self._health_call, None, answer, api_name="health", api_description=HEALTH)
 
     # -----------------------------------------------------------------------------------------------
-    # What is chosen
+    # The choices on the page
 
     def _names(self) -> list[str]:
         return [entry.name for entry in self.library.entries() if not entry.problem]
 
     def _listing(self, first, second, several):
-        """The table of adapters, and the choices, as the files are now."""
+        """List the adapter files again, and update the table and the choices."""
         names = self._names()
         rows = [row_of(entry) for entry in self.library.entries()]
         choices = [ALONE, *names]
@@ -209,7 +211,7 @@ class Page:
         )
 
     def _classes(self, subject, *chosen):
-        """The classes that the chosen adapters draw, the same one chosen if it is there; what is known of both."""
+        """The classes that the chosen adapters draw, keeping the chosen class if possible, and both adapters' cards."""
         with one_line():
             entries = [self.library.entry(name) for name, _ in adapters_of_page(*chosen)]
         card = "\n\n".join(card_of(entry) for entry in entries)
@@ -220,7 +222,7 @@ class Page:
         return gr.update(choices=names, value=subject if subject in names else names[0]), card
 
     def _restored(self, path: str | None):
-        """The settings in a saved PNG, for the page's controls."""
+        """Set the page's controls to the settings in a saved PNG."""
         if path is None:
             return [gr.update()] * len(self._settings)
         with one_line():
@@ -244,13 +246,13 @@ class Page:
     def _request(self, chosen: Sequence, settings: Sequence) -> Request:
         subject, guidance, scale, sampler, steps, seed = settings
         adapters = dict(chosen)
-        # Without an adapter there is nothing that domain guidance could lead to.
+        # Domain guidance needs an adapter to guide towards.
         guidance = guidance if adapters else "cfg"
         values = dict(subject=subject, adapters=adapters, guidance=guidance, guidance_scale=scale, sampler=sampler)
         return Request.from_json(values | {"num_inference_steps": steps, "seed": seed})
 
     # -----------------------------------------------------------------------------------------------
-    # What is drawn
+    # Drawing
 
     async def _one(self, *settings):
         adapters = adapters_of_page(*settings[:4])
@@ -288,7 +290,7 @@ class Page:
                 yield shown
 
     async def _captioned(self, asked: dict[str, Sequence], settings: Sequence):
-        """Pictures by their captions, of the same subject and noise; what is wrong stands where the status does."""
+        """Draw pictures with captions from the same subject and noise; errors are shown in the status line."""
         try:
             captions, requests = [], []
             for caption, adapters in asked.items():
@@ -303,9 +305,9 @@ class Page:
             yield gr.update(), Status(first_line(error, 500)).as_html()
 
     def _subject(self, subject, chosen: Sequence, adapters: Sequence) -> tuple[str | int, str | None]:
-        """(what these adapters draw for the class that is chosen of the page's own, its name if it has another).
+        """(the subject that these adapters draw for the chosen class, its name if that differs from the chosen one).
 
-        Where they have no class of its name, theirs of the same number stands in for it.
+        If the adapters have no class of that name, their class with the same number is drawn.
         """
         if not self.drawing.draws_classes:
             return subject, None
@@ -318,7 +320,7 @@ class Page:
         return label, classes[label]
 
     async def _drawn(self, requests: Sequence[Request]) -> AsyncIterator[tuple[list[Image.Image], Status]]:
-        """(nothing yet, how far it is) again and again, and at the end (the images, what it took)."""
+        """Yield (no images, the progress) repeatedly, and at the end (the images, the time that they took)."""
         start = time.monotonic()
         tickets = self.batcher.submit_all(requests)
         try:
@@ -334,7 +336,7 @@ class Page:
                 ticket.cancel()
 
     # -----------------------------------------------------------------------------------------------
-    # What programs call
+    # The API
 
     async def _draw_call(self, request, progress=gr.Progress()):  # noqa: B008
         with one_line():
@@ -372,7 +374,7 @@ class Page:
 
 @contextlib.contextmanager
 def one_line():
-    """Context manager: what is wrong with a request, or with the server, is one line for whoever asked."""
+    """Context manager: an error of a request or of the server becomes one line for the client."""
     try:
         yield
     except (ValueError, Busy, RuntimeError, OSError) as error:
@@ -380,7 +382,7 @@ def one_line():
 
 
 def adapters_of_page(*chosen) -> list[tuple[str, float]]:
-    """(name, weight) of the adapters in the page's places: name, weight, name, weight; one that is in both adds up."""
+    """(name, weight) of the adapters chosen on the page, from name, weight, name, weight; equal names are summed up."""
     weights: dict[str, float] = {}
     for name, weight in zip(chosen[::2], chosen[1::2], strict=True):
         if name not in (None, ALONE):
@@ -406,7 +408,7 @@ def row_of(entry: AdapterEntry) -> list[str]:
 
 
 def card_of(entry: AdapterEntry) -> str:
-    """What is known of an adapter, as Markdown."""
+    """A summary of an adapter, as Markdown."""
     facts = {
         "method": entry.method,
         "base": entry.base,

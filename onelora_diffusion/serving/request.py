@@ -1,4 +1,4 @@
-"""What a picture is asked for by: checked once, where it comes in, and the same in a call, a page and a PNG."""
+"""The request for one picture, which the page, the API and saved PNG files share; it is checked when it is made."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from onelora_diffusion.sampling.schedulers import SAMPLERS
 from onelora_diffusion.sampling.settings import SamplerName
 
 MAX_ADAPTERS = 8
-MAX_WEIGHT = 10.0  # of an adapter, to either side
+MAX_WEIGHT = 10.0  # largest absolute weight of an adapter
 MAX_GUIDANCE_SCALE = 100.0
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 2000  # characters of a prompt or a name
@@ -22,12 +22,12 @@ class Request:
     """One picture: what it shows, the adapters that draw it, how it is sampled, and the seed of its own noise.
 
     Attributes:
-        subject: a class by name or number, or the prompt, whichever the base draws.
-        adapters: (name, weight) of a weighted sum of adapters; none: the base. Of several that brought classes, those
-            of the last count.
-        guidance_scale: 1 or less is without guidance.
-        sampler: None: that of the base.
-        size: pixels a side. None: the base's own.
+        subject: a class by name or number, or a prompt, depending on the base.
+        adapters: (name, weight) of each adapter of a weighted sum; empty for the base alone. If several adapters have
+            classes of their own, those of the last one are drawn.
+        guidance_scale: the scale of guidance; 1 or less turns guidance off.
+        sampler: None takes the base's own.
+        size: side of the image in pixels; None takes the base's own.
     """
 
     subject: str | int
@@ -53,15 +53,15 @@ class Request:
             raise ValueError("guidance 'domain' leads from the base to an adapter: name one, or choose 'cfg'")
 
     def as_json(self) -> dict:
-        """The same as plain values, which `from_json` reads."""
+        """The request as plain values, which `from_json` reads."""
         return dataclasses.asdict(self) | {"adapters": dict(self.adapters)}
 
     @classmethod
     def from_json(cls, values) -> "Request":
-        """A request from plain values, of which nothing is taken for granted; `adapters` are {name: weight} or a name.
+        """Check plain values from a client and make a request of them; `adapters` is {name: weight} or one name.
 
         Raises:
-            ValueError: in one line, which field is wrong and what it may be.
+            ValueError: a field is wrong; the message names it and says what it may be, in one line.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a request is an object of settings, not {_shown(values)}")

@@ -11,7 +11,7 @@ from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 CONFIGS = {
     "plain": AdapterConfig(),
@@ -49,8 +49,8 @@ def write_adapters(folder, transformer, names=tuple(CONFIGS)) -> None:
 def serving(pipeline, folder, memory_bytes: int = 10**9, drawing=None, **settings):
     """A batcher of the adapters in a folder; closed at the end."""
     library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
-    residents = Residents(pipeline.transformer, memory_bytes)
-    batcher = Batcher(drawing or Drawing(pipeline, 50), library, residents, BatchSettings(**settings))
+    cache = AdapterCache(pipeline.transformer, memory_bytes)
+    batcher = Batcher(drawing or Drawing(pipeline, 50), library, cache, BatchSettings(**settings))
     try:
         yield batcher
     finally:

@@ -13,7 +13,7 @@ from onelora_diffusion.injection.book import adapters_of, fingerprint
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.serving import library as library_module
 from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.storage.reading import load_adapter
 
 
@@ -140,26 +140,26 @@ def test_the_least_recently_used_leave_when_memory_is_full(tmp_path, transformer
         write_adapter(transformer, tmp_path / f"{seed}.safetensors", CONFIGS["plain"], seed)
     library = AdapterLibrary([tmp_path], fingerprint(transformer))
     zero, one, two, three = library.entries()
-    residents = Residents(transformer, 2 * zero.num_bytes)
+    cache = AdapterCache(transformer, 2 * zero.num_bytes)
 
     def present():
         return list(adapters_of(transformer).adapters)
 
-    names, problems = residents.bring([zero, one, zero])
+    names, problems = cache.load([zero, one, zero])
     assert (list(names), problems) == ([zero.key, one.key], {})
     assert present() == list(names.values())
-    residents.bring([zero])  # now `one` is the least recently used
-    assert residents.bring([two])[0].keys() == {two.key}
-    assert len(residents) == 2 and residents.num_bytes == 2 * zero.num_bytes
-    assert residents.bring([zero])[0] == {zero.key: names[zero.key]}
-    assert residents.num_reads == 3
+    cache.load([zero])  # now `one` is the least recently used
+    assert cache.load([two])[0].keys() == {two.key}
+    assert len(cache) == 2 and cache.num_bytes == 2 * zero.num_bytes
+    assert cache.load([zero])[0] == {zero.key: names[zero.key]}
+    assert cache.num_reads == 3
     # A batch has all its adapters together, whatever the limit says.
-    together, _ = residents.bring([zero, one, two, three])
+    together, _ = cache.load([zero, one, two, three])
     assert sorted(present()) == sorted(together.values())
-    assert residents.bring([three])[0].keys() == {three.key}
-    assert len(residents) == 4
-    residents.shrink()  # when it is drawn: those leave that were there before it
-    assert present() == [together[one.key], together[three.key]] and residents.num_bytes == 2 * zero.num_bytes
+    assert cache.load([three])[0].keys() == {three.key}
+    assert len(cache) == 4
+    cache.shrink()  # once the batch is drawn, adapters of earlier batches leave
+    assert present() == [together[one.key], together[three.key]] and cache.num_bytes == 2 * zero.num_bytes
 
 
 def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
@@ -168,8 +168,8 @@ def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
     content[-1] ^= 1
     (tmp_path / "bad.safetensors").write_bytes(content)
     library = AdapterLibrary([tmp_path], fingerprint(transformer))
-    residents = Residents(transformer, 10**9)
-    names, problems = residents.bring(library.entries())
+    cache = AdapterCache(transformer, 10**9)
+    names, problems = cache.load(library.entries())
     assert list(names) == [library.entry("good").key]
     ((key, problem),) = problems.items()
     bad = library.entry("bad")
@@ -180,13 +180,13 @@ def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
     # A better file in its place is read.
     write_adapter(transformer, tmp_path / "bad.safetensors", AdapterConfig(bias=True), 0)
     os.utime(tmp_path / "bad.safetensors", ns=(time.time_ns(), time.time_ns()))
-    assert residents.bring([library.entry("bad")])[1] == {}
+    assert cache.load([library.entry("bad")])[1] == {}
 
 
 def test_residents_draw_without_dropout(tmp_path, transformer):
     config = AdapterConfig("lora", rank=4, peft_config={"lora_dropout": 0.5})
     write_adapter(transformer, tmp_path / "lora.safetensors", config, 0)
-    residents = Residents(transformer, 10**9)
-    (name,) = residents.bring(AdapterLibrary([tmp_path], fingerprint(transformer)).entries())[0].values()
+    cache = AdapterCache(transformer, 10**9)
+    (name,) = cache.load(AdapterLibrary([tmp_path], fingerprint(transformer)).entries())[0].values()
     with torch.no_grad(), route_adapters(transformer, [name] * 3):
         assert torch.equal(transformer(**dit_inputs()).sample, transformer(**dit_inputs()).sample)

@@ -10,7 +10,7 @@ from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.residents import Residents
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 REMEDY = "the miniature was made anew: run `make adapter`"
 
@@ -20,7 +20,7 @@ def batcher():
     pipeline = load_base()
     transformer = pipeline.transformer.requires_grad_(False)
     library = AdapterLibrary([shipped_adapters()], fingerprint(transformer))
-    batcher = Batcher(Drawing(pipeline, 50), library, Residents(transformer, 10**9), BatchSettings(max_batch=40))
+    batcher = Batcher(Drawing(pipeline, 50), library, AdapterCache(transformer, 10**9), BatchSettings(max_batch=40))
     yield batcher
     batcher.close()
 

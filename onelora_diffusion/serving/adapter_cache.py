@@ -1,4 +1,4 @@
-"""The adapters that are in the model: read when a request asks for them, the least recently used leave first."""
+"""An LRU cache of adapters in the model: read when a request needs them, the least recently used unloaded first."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -10,30 +10,32 @@ from onelora_diffusion.serving.library import AdapterEntry, FileKey, without_pat
 from onelora_diffusion.storage.reading import load_adapter
 
 
-class Residents:
-    """A model's adapters within a limit of memory. Whoever runs the model has them: one thread at a time.
+class AdapterCache:
+    """The adapters that are loaded into a model, within a limit of memory. Only the thread that runs it may use this.
 
     Args:
-        memory_bytes: what their values may take. Those of one batch are in the model together, whatever it is.
+        memory_bytes: the memory that adapters may take. The adapters of one batch are loaded even if they exceed it.
 
     Attributes:
-        num_bytes: what their values take now.
-        num_reads: how often a file was read.
+        num_bytes: the memory that the loaded adapters take now.
+        num_reads: how many files were read so far.
     """
 
     def __init__(self, transformer: nn.Module, memory_bytes: int):
         self.transformer, self.memory_bytes = transformer, memory_bytes
-        self._by_file: OrderedDict[FileKey, tuple[str, int]] = OrderedDict()  # (name there, bytes), the oldest first
+        self._by_file: OrderedDict[FileKey, tuple[str, int]] = (
+            OrderedDict()
+        )  # (name in the model, bytes), least recently used first
         self.num_bytes = self.num_reads = 0
 
     def __len__(self) -> int:
         return len(self._by_file)
 
-    def bring(self, entries: Iterable[AdapterEntry]) -> tuple[dict[FileKey, str], dict[FileKey, str]]:
-        """Bring the adapters of a batch into the model.
+    def load(self, entries: Iterable[AdapterEntry]) -> tuple[dict[FileKey, str], dict[FileKey, str]]:
+        """Load the adapters of a batch into the model.
 
         Returns:
-            (file -> the adapter's name in the model, file -> why it cannot be there, in one line).
+            (file -> the adapter's name in the model, file -> why it could not be loaded, in one line).
         """
         needed = {entry.key: entry for entry in entries}
         for key in needed.keys() & self._by_file.keys():
@@ -54,7 +56,7 @@ class Residents:
         return {key: self._by_file[key][0] for key in needed if key in self._by_file}, problems
 
     def shrink(self) -> None:
-        """Back to the memory that adapters may take, which those of one batch may have gone beyond."""
+        """Unload adapters until the limit of memory is kept again, which one batch may exceed."""
         self._make_room(0, ())
 
     def _make_room(self, num_bytes: int, needed) -> None:

@@ -25,11 +25,11 @@ from onelora_diffusion.pipelines.base import (
     load_base,
     model_index,
 )
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
-from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,11 +30,11 @@ from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import inject_adapter
 from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.storage.reading import load_adapter
 

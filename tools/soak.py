@@ -49,11 +49,11 @@ from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.injection.verbs import inject_adapter, unload_adapter
 from onelora_diffusion.launch import started
 from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
 from onelora_diffusion.training.settings import Settings
 

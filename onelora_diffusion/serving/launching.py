@@ -1,4 +1,4 @@
-"""Start the server on a port: by default for this machine alone, and with a page that loads nothing from other hosts."""
+"""Start the server on a port: by default for this machine alone, with a page that loads nothing from other hosts."""
 
 import os
 from dataclasses import dataclass

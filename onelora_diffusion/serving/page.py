@@ -211,7 +211,7 @@ class Page:
         )
 
     def _classes(self, subject, *chosen):
-        """The classes that the chosen adapters draw, keeping the chosen class if possible, and both adapters' cards."""
+        """The classes that the chosen adapters draw, keeping the chosen one if possible, and both adapters' cards."""
         with one_line():
             entries = [self.library.entry(name) for name, _ in adapters_of_page(*chosen)]
         card = "\n\n".join(card_of(entry) for entry in entries)
@@ -382,7 +382,7 @@ def one_line():
 
 
 def adapters_of_page(*chosen) -> list[tuple[str, float]]:
-    """(name, weight) of the adapters chosen on the page, from name, weight, name, weight; equal names are summed up."""
+    """(name, weight) of the adapters chosen on the page, from name, weight, name, weight; equal names are summed."""
     weights: dict[str, float] = {}
     for name, weight in zip(chosen[::2], chosen[1::2], strict=True):
         if name not in (None, ALONE):

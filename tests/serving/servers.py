@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, unload_adapter
 from onelora_diffusion.injection.book import fingerprint
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
-from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 CONFIGS = {
     "plain": AdapterConfig(),

@@ -12,8 +12,8 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import adapters_of, fingerprint
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.serving import library as library_module
-from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
 from onelora_diffusion.serving.adapter_cache import AdapterCache
+from onelora_diffusion.serving.library import AdapterLibrary, UnknownAdapter
 from onelora_diffusion.storage.reading import load_adapter
 
 

@@ -117,7 +117,7 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         "plain.png": "no settings of a picture",
         "foreign.png": "no settings of a picture",
         "no-json.png": "is damaged",
-        "no-base.png": "none of a picture's",
+        "no-base.png": "not those of a picture",
         "bad-seed.png": "seed is -5",
         "nan.png": "is damaged",
         "picture.jpg": "no PNG that can be read",

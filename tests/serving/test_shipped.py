@@ -6,11 +6,11 @@ import torch
 from onelora_diffusion.evaluation.recognition import DigitClassifier
 from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
 from onelora_diffusion.serving.request import Request
-from onelora_diffusion.serving.adapter_cache import AdapterCache
 
 REMEDY = "the miniature was made anew: run `make adapter`"
 

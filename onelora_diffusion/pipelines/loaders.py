@@ -2,10 +2,7 @@
 
 import contextlib
 import copy
-import logging
 import os
-import re
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,12 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from onelora_diffusion.adapters.weights import Weight, by_path
+from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.injection import model_verbs
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
 from onelora_diffusion.injection.verbs import unload_adapter
 from onelora_diffusion.injection.watch import take_scale
+from onelora_diffusion.pipelines.diffusers_forms import (
+    check_components,
+    in_words,
+    on_the_class_too,
+    weight_of,
+)
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.attaching import attach_adapter_file, swap_values
@@ -26,20 +29,7 @@ from onelora_diffusion.storage.finding import Place, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
 from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
 
-logger = logging.getLogger(__name__)
-
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two, one after the other
-TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
-
-
-class _on_the_class_too:
-    """A method whose `self` is the class where it is called on the class."""
-
-    def __init__(self, method):
-        self.method = method
-
-    def __get__(self, instance, owner):
-        return types.MethodType(self.method, owner if instance is None else instance)
 
 
 class OneLoRALoaderMixin:
@@ -160,7 +150,7 @@ class OneLoRALoaderMixin:
             metadata = {name: json_or_text(text) for name, text in metadata.items()}
         return (tensors, metadata) if return_lora_metadata else tensors
 
-    @_on_the_class_too
+    @on_the_class_too
     def save_lora_weights(
         self,
         save_directory: str | os.PathLike,
@@ -232,7 +222,8 @@ class OneLoRALoaderMixin:
                 "the adapter, or save_adapter(model, path)"
             )
         if other := [name for name in layers if name not in self._models()]:
-            raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {self._components()}")
+            places = in_words(self._models())
+            raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {places}")
         if adapter_name is not None:
             self._chosen(adapter_name)  # refuses an unknown one
         books = {
@@ -301,10 +292,9 @@ class OneLoRALoaderMixin:
             mixtures = []
             for component, book in books.items():
                 book.require_unmerged("others are set")
-                own = [
-                    (n, self._weight(w, component)) for n, w in zip(names, weights, strict=True) if n in book.adapters
-                ]
-                mixtures.append(book.weighed([name for name, _ in own], [weight for _, weight in own]))
+                own = [(name, w) for name, w in zip(names, weights, strict=True) if name in book.adapters]
+                own_weights = [weight_of(weight, component, self._models()) for _, weight in own]
+                mixtures.append(book.weighed([name for name, _ in own], own_weights))
             for book, mixture in zip(books.values(), mixtures, strict=True):
                 book.activate(mixture)
 
@@ -372,7 +362,7 @@ class OneLoRALoaderMixin:
             safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite, as `merge_adapter` does.
             adapter_names: which adapters; None: those that serve. They count with the weights they have.
         """
-        self._check_components(components)
+        check_components(components, self._models())
         if adapter_names is None:
             chosen = [(book, None) for book in self._adapted().values() if book.serving or len(self._adapted()) == 1]
         else:
@@ -392,7 +382,7 @@ class OneLoRALoaderMixin:
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base weights bit for bit, and the adapters with the weights they had before."""
-        self._check_components(components)
+        check_components(components, self._models())
         books = [book for book in self._adapted().values() if book.merged and self._is_among(book, components)]
         if not books:
             raise ValueError("no adapter is merged")
@@ -463,9 +453,6 @@ class OneLoRALoaderMixin:
     def _component(self) -> str:
         return next(iter(self._models()))
 
-    def _components(self) -> str:
-        return " and ".join(f"'{name}'" for name in self._models())
-
     def _adapted_model(self) -> nn.Module:
         return self._models()[self._component()]
 
@@ -499,31 +486,6 @@ class OneLoRALoaderMixin:
 
     def _is_among(self, book: AdapterBook, components: list[str] | None) -> bool:
         return components is None or any(self._models().get(name) is book.model for name in components)
-
-    def _check_components(self, components: list[str] | None) -> None:
-        own = self._models()
-        if components is None:
-            return
-        is_list = isinstance(components, list | tuple)
-        if (
-            not is_list
-            or not any(name in own for name in components)
-            or not all(name in own or TEXT_ENCODER.fullmatch(name) for name in components)
-        ):
-            raise ValueError(
-                f"components {components!r}: adapters are in {self._components()} only; adapters are named by "
-                "adapter_names, and weighed by lora_scale"
-            )
-
-    def _weight(self, weight: float | dict | None, component: str) -> Weight:
-        """The weight of a transformer or UNet, where it is given by component."""
-        if isinstance(weight, dict):
-            if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:
-                logger.warning("weights of %s are left out: adapters here have none for it", ", ".join(left))
-            weight = {name: value for name, value in weight.items() if name not in left} or None
-        if isinstance(weight, dict) and set(weight) <= set(self._models()):
-            weight = weight.get(component)
-        return 1.0 if weight is None else by_path(weight) if isinstance(weight, dict) else weight
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):

@@ -1,0 +1,58 @@
+"""The forms in which callers of diffusers' pipelines give weights and components, and call methods."""
+
+import logging
+import re
+import types
+from collections.abc import Iterable
+
+from onelora_diffusion.adapters.weights import Weight, by_path
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
+
+
+class on_the_class_too:
+    """A method whose `self` is the class where it is called on the class."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def __get__(self, instance, owner):
+        return types.MethodType(self.method, owner if instance is None else instance)
+
+
+def weight_of(weight: float | dict | None, component: str, components: Iterable[str]) -> Weight:
+    """The weight of a component's adapter, of one that may be given by component, and then by block.
+
+    Args:
+        components: those of the pipeline that can have adapters. What is for a text encoder is left out, with a
+            warning.
+    """
+    if isinstance(weight, dict):
+        if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:
+            logger.warning("weights of %s are left out: adapters here have none for it", ", ".join(left))
+        weight = {name: value for name, value in weight.items() if name not in left} or None
+    if isinstance(weight, dict) and set(weight) <= set(components):
+        weight = weight.get(component)
+    return 1.0 if weight is None else by_path(weight) if isinstance(weight, dict) else weight
+
+
+def check_components(components: list[str] | None, own: Iterable[str]) -> None:
+    """ValueError for what is no list of components, or has others than text encoders beside a pipeline's own."""
+    if components is None:
+        return
+    is_list = isinstance(components, list | tuple)
+    if (
+        not is_list
+        or not any(name in own for name in components)
+        or not all(name in own or TEXT_ENCODER.fullmatch(name) for name in components)
+    ):
+        raise ValueError(
+            f"components {components!r}: adapters are in {in_words(own)} only; adapters are named by adapter_names, "
+            "and weighed by lora_scale"
+        )
+
+
+def in_words(components: Iterable[str]) -> str:
+    return " and ".join(f"'{name}'" for name in components)

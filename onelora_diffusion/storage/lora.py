@@ -36,7 +36,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 FOREIGN_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)\."
-    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|alpha|miss_block)"
+    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block)"
     r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's own state has the adapter's name in its keys
 )
 TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
@@ -46,7 +46,6 @@ BIASES = ("beta", "lora_B.bias")
 OTHER_KINDS = {
     r".+\.lokr_w[12](_[ab])?|.+\.lokr_t2": "LoKr",
     r".+\.hada_(w[12]_[ab]|t[12])": "LoHa",
-    r".+\.dora_scale": "a DoRA as kohya's scripts and LyCORIS write it, which diffusers does not read either",
     r".+\.(oft_.+|boft_.+)": "OFT or BOFT",
     r".+\.(on_input|ia3_l(\..+)?)": "IA3",
     r".+\.(lora_mid|lora[._]mid)\.weight": "a LoRA of convolutions (LoCon)",
@@ -56,6 +55,7 @@ OTHER_KINDS = {
     r"(emb_params|clip_[lg]|string_to_param.*)": "a textual inversion",
 }
 PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
+PARTS["dora_scale"] = "lora_magnitude_vector"  # as LyCORIS writes it, a column
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -198,7 +198,9 @@ def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
     """ValueError for a file of a kind that is not read, which names it."""
     for key, tensor in tensors.items():
         kind = next((kind for pattern, kind in OTHER_KINDS.items() if re.fullmatch(pattern, key)), None)
-        if kind is None and tensor.ndim == 4 and FOREIGN_KEY.fullmatch(key):
+        if key.endswith(".dora_scale") and (tensor.ndim != 2 or tensor.shape[1] != 1):
+            kind = "a DoRA whose scale is not one number for each output, of shape (out_features, 1)"
+        elif kind is None and tensor.ndim == 4 and FOREIGN_KEY.fullmatch(key):
             kind = "a LoRA of convolutions"
         if kind is not None:
             raise ValueError(
@@ -308,7 +310,7 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         parts = layers.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
-        parts[part] = tensor.float()
+        parts[part] = tensor.float().flatten() if part == "lora_magnitude_vector" else tensor.float()
     return layers
 
 

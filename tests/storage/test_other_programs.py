@@ -203,11 +203,35 @@ def test_load_adapter_reads_what_was_exported_and_leaves_text_encoders(tmp_path,
     assert "1 of 33 tensors are for text encoders" in caplog.text
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_dora_as_kohyas_scripts_and_lycoris_write_it_is_read(is_fused, tmp_path):
+    """W = m ⊙ (W0 + α/r B A) / ‖W0 + α/r B A‖, a row each; q, k and v of one A where they are one layer there."""
+    base, inputs = small_flux()
+    paths = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    expected, generator = copy.deepcopy(base), torch.Generator().manual_seed(3)
+    tensors, a = {}, torch.randn(2, 32, generator=generator)
+    for path in paths:
+        b, scale = torch.randn(32, 2, generator=generator), torch.rand(32, 1, generator=generator) + 0.5
+        layer = expected.get_submodule(path)
+        summed = layer.weight.detach() + 3 / 2 * b @ a
+        layer.weight.data = scale * summed / summed.norm(dim=1, keepdim=True)
+        parts = {"lora_down.weight": a, "lora_up.weight": b, "dora_scale": scale, "alpha": torch.tensor(3.0)}
+        tensors |= {f"lora_unet_{path.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
+    if is_fused:
+        fused = {"lora_down.weight": a, "alpha": torch.tensor(3.0)}
+        for part in ("lora_up.weight", "dora_scale"):
+            fused[part] = torch.cat([tensor for key, tensor in tensors.items() if key.endswith(part)])
+        tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": tensor for part, tensor in fused.items()}
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "it.safetensors")
+    for output in by_each_verb(base, inputs, tmp_path / "it.safetensors"):
+        assert_rounded(output, run(expected, inputs), base)
+
+
 FIRST = f"lora_unet_{PATH.replace('.', '_')}"
 KINDS = [
     ({f"{FIRST}.lokr_w1": (4, 4), f"{FIRST}.lokr_w2": (8, 8)}, "LoKr"),
     ({f"{FIRST}.hada_w1_a": (32, 2), f"{FIRST}.hada_w1_b": (2, 32)}, "LoHa"),
-    ({f"{FIRST}.dora_scale": (32, 1)}, "a DoRA as kohya's scripts"),
+    ({f"{FIRST}.dora_scale": (1, 32)}, "a DoRA whose scale is not one number for each output"),
     ({f"{FIRST}.diff_b": (32,)}, "changes of whole weights"),
     ({"lora_unet_norm.w_norm": (32,)}, "changes of whole weights"),
     ({f"{FIRST}.on_input": (32,)}, "IA3"),

@@ -106,3 +106,22 @@ if config.is_peft and isinstance(weight, dict): pass
 
 def test_no_adapter_is_asked_for_its_kind_where_seats_are_looped_over():
     assert {path: kind_tests((ROOT / path).read_text()) for path in BLIND} == dict.fromkeys(BLIND, [])
+
+
+def test_what_is_special_to_a_base_is_known_to_families_and_to_what_puts_adapters_into_it():
+    """An autoencoder's scale, packed latents, prompts, and a DiT's conditioning: one room knows each."""
+    allowed = {
+        "scaling_factor": {"families"},
+        "shift_factor": {"families"},
+        "pixel_shuffle": {"families"},
+        ".encode_prompt(": {"families"},
+        ".norm1.emb": {"families", "injection"},
+    }
+    rooms = {word: set() for word in allowed}
+    for path in sources():
+        parts = path.relative_to(ROOT).parts
+        if parts[0] == PACKAGE or path.stem in SCRIPTS and len(parts) == 1:
+            for word in allowed:
+                if word in path.read_text():
+                    rooms[word].add(parts[1] if len(parts) > 2 else parts[-1])
+    assert rooms == allowed

@@ -58,7 +58,7 @@ def load_base(
     if precision in ("int8", "nf4"):
         packed = {"transformer": _packed(precision)}
         settings["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=packed)
-    if family.condition is int:
+    if "id2label" in index:
         settings["id2label"] = class_names(index)
     try:
         with warnings.catch_warnings():

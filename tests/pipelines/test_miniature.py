@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from onelora_diffusion.data.digits import Digits
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.families.autoencoder import encode_moments
-from onelora_diffusion.pipelines.base import load_base, miniature_path
+from onelora_diffusion.pipelines.base import load_base, miniature_path, miniature_text_path
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from tools.letters import CHARACTERS, Hand, letters
 
@@ -112,6 +112,12 @@ def test_a_folder_is_loaded_like_the_miniature(pipeline):
     again = load_base(str(miniature_path()))
     for name, tensor in pipeline.transformer.state_dict().items():
         assert torch.equal(tensor, again.transformer.state_dict()[name])
+
+
+def test_a_base_of_prompts_is_refused_where_classes_are_drawn(pipeline):
+    with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, which draws prompts and no classes$"):
+        load_base(miniature_text_path())
+    assert type(load_base(condition=object)) is type(pipeline)
 
 
 @pytest.mark.parametrize("base", ["no/such/folder", "./missing", "missing", "/missing/folder"])

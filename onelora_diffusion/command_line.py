@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+MODULES = Path(__file__).with_name("cli")  # which `python -m` and `accelerate launch -m` start
+
 
 class Stopped(SystemExit):
     """Ctrl-C or SIGTERM, as an exception that lets every `finally` clean up; its code is 128 + signal."""
@@ -22,14 +24,14 @@ def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[N
     """Context manager, or decorator: a wrong value, a full disk, Ctrl-C or SIGTERM inside ends the script in one line.
 
     Args:
-        script: its name, with which the line begins.
+        script: its file's name; the line begins with what was typed to start it.
         same_everywhere: every process meets these errors (wrong flags, say), so that the first of a machine speaks for
             all there.
 
     Raises:
         SystemExit: its code is the line of an error, or 128 + signal.
     """
-    process = int(os.environ.get("RANK", "0"))
+    process, script = int(os.environ.get("RANK", "0")), typed_as(script)
     on_machine = int(os.environ.get("LOCAL_RANK", process))
     speaker = script if process == 0 else f"{script}, process {process}"
     # A script that was started with Ctrl-C ignored (by nohup, or in the background) goes on ignoring it.
@@ -80,17 +82,33 @@ def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
             raise ValueError(f"{flag} is a name of diffusers' scripts; here there is {here}")
 
 
+def typed_as(script: str) -> str:
+    """What a script is called where it was typed: `onelora eval-fid`, or its file's name, `eval_fid.py`."""
+    return f"onelora {_dashed(Path(script).stem)}" if _is_onelora() else script
+
+
 def command(script: str, *words: object) -> str:
-    """What starts a script beside the one that runs, with this Python and from this folder, quoted for a shell."""
-    beside = Path(sys.argv[0]).parent / script
-    python = "python" if _is_this_python(shutil.which("python")) else sys.executable
-    listed = [python, str(beside if beside.is_file() else script), *map(str, words)]
+    """What starts another script as this one was started, in this environment and from this folder, for a shell."""
+    started, beside = sys.argv[0], Path(sys.argv[0]).with_name(script)
+    if _is_onelora():
+        listed = [_on_path("onelora", started), _dashed(beside.stem)]
+    elif beside.is_file() and beside.parent != MODULES:
+        listed = [_on_path("python", sys.executable), str(beside)]
+    else:
+        listed = [_on_path("python", sys.executable), "-m", f"onelora_diffusion.cli.{beside.stem}"]
+    listed += map(str, words)
     return subprocess.list2cmdline(listed) if sys.platform == "win32" else shlex.join(listed)
 
 
-def _is_this_python(path: str | None) -> bool:
+def _is_onelora() -> bool:
+    return Path(sys.argv[0]).stem == "onelora"
+
+
+def _on_path(name: str, path: str) -> str:
+    """The name alone where a shell finds that program by it."""
+    found = shutil.which(name)
     # Not by what links lead to: those of several environments lead to one file.
-    return path is not None and os.path.abspath(path) == os.path.abspath(sys.executable)
+    return name if found and os.path.abspath(found) == os.path.abspath(path) else path
 
 
 def _dashed(name: str) -> str:

@@ -146,7 +146,7 @@ def commands(page: Path) -> list[list[str]]:
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     found = []
     for line in lines:
-        if not re.match(r"\s*(\w+=\S+ )*(\S*/)?(python3?|pytest|make|accelerate|torchrun) ", line):
+        if not re.match(r"\s*(\w+=\S+ )*(\S*/)?(python3?|pytest|make|accelerate|torchrun|onelora) ", line):
             continue
         words = shlex.split(line, comments=True)
         while "=" in words[0]:  # of the environment
@@ -155,6 +155,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
+CLI = "onelora_diffusion.cli."
 COMMANDS = {(name_of(page), *words) for page in PAGES for words in commands(page)}
 
 
@@ -185,11 +186,18 @@ def check_command(words: list[str], monkeypatch) -> None:
     if program == "make":
         targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
         assert set(rest) <= targets, words
+    elif program == "onelora":
+        module = CLI + rest[0].replace("-", "_")
+        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), words
+        if rest[1:]:
+            check_script(module, rest[1:], monkeypatch)
     elif program == "pytest" or rest[:2] == ["-m", "pytest"]:
         check_tests(rest if program == "pytest" else rest[2:])
+    elif "-m" in rest[:-1] and rest[rest.index("-m") + 1].startswith(("tools.", CLI)):
+        module = rest.index("-m") + 1
+        check_script(rest[module], rest[module + 1 :], monkeypatch)
     elif rest[0] == "-m":
-        if rest[1].startswith("tools."):
-            check_script(rest[1], rest[2:], monkeypatch)
+        pass  # of another package
     elif script := next((word for word in rest if word.endswith(".py") and not word.startswith("-")), None):
         arguments = rest[rest.index(script) + 1 :]
         assert (REPOSITORY / script).is_file(), words
@@ -200,6 +208,8 @@ def check_script(module: str, arguments: list[str], monkeypatch) -> None:
     """Runs what a script does when it is started, as far as its `main`."""
     if arguments == ["--help"]:
         return
+    if (REPOSITORY / CLI.replace(".", "/") / module).with_suffix(".py").is_file():
+        module = CLI + module
     try:
         script, asked = importlib.import_module(module), []
     except SystemExit:  # it has said which packages it needs
@@ -209,12 +219,17 @@ def check_script(module: str, arguments: list[str], monkeypatch) -> None:
         return
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     try:
+        if module.startswith(CLI):
+            with monkeypatch.context() as patched:
+                patched.setattr(script, "main", lambda settings, *since: asked.append(settings))
+                patched.setattr(script, "start_all_processes", lambda: None, raising=False)
+                script.run(arguments)
+            assert asked
+            return
         if not inspect.signature(script.main).parameters:  # it parses inside, or takes none
             assert not arguments or script.parse(arguments)
             return
-        names = vars(script) | {"main": asked.append, "start_all_processes": lambda: None}
-        if len(inspect.signature(script.main).parameters) > 1:
-            names["main"] = lambda *settings: asked.extend(settings)
+        names = vars(script) | {"main": lambda *settings: asked.extend(settings)}
         (block,) = (node for node in ast.parse(inspect.getsource(script)).body if is_start(node))
         exec(compile(ast.Module(block.body, []), module, "exec"), names)
     except SystemExit as ended:
@@ -296,5 +311,5 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path, monke
 
 def test_recipes_spoken_of_are_there():
     for page in PAGES:
-        for path in re.findall(r"\bconfigs/[\w-]+\.yaml", page.read_text()):
+        for path in re.findall(r"\bonelora_diffusion/cli/recipes/[\w-]+\.yaml", page.read_text()):
             assert isinstance(yaml.safe_load((REPOSITORY / path).read_text()), dict)

@@ -15,6 +15,7 @@ ORDER = (
     {"sampling"},
     {"evaluation"},
     {"training", "serving"},
+    {"cli"},
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 PACKAGE = "onelora_diffusion"

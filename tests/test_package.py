@@ -34,7 +34,7 @@ def built(tmp_path_factory):
     """The folder of a wheel and an sdist, built from a copy of the tree."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("package")
-    for name in ("onelora_diffusion", "benchmarks", "tools", "tests", "configs", "docs"):
+    for name in ("onelora_diffusion", "benchmarks", "tools", "tests", "docs"):
         shutil.copytree(REPOSITORY / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (*SHIPPED_BESIDE, "train_dit.py", "benchmark.py"):
         shutil.copy(REPOSITORY / name, folder / "tree")

@@ -14,8 +14,8 @@ from conftest import make_dit, randomize
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from PIL import Image
 
-import sample
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
+from onelora_diffusion.cli import sample
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import generate_images
 

@@ -18,7 +18,6 @@ from rounding import assert_rounded, rounding_of_images
 from safetensors.torch import load_file
 from text_pipelines import MAKERS, RESOLUTION, make_pipeline, make_vae
 
-import sample
 from onelora_diffusion import (
     AdapterConfig,
     OneLoRALoaderMixin,
@@ -28,13 +27,14 @@ from onelora_diffusion import (
     route_adapters,
     set_adapters,
 )
+from onelora_diffusion.cli import sample
+from onelora_diffusion.cli.train_text_to_image import EMBEDDED, main, prepare_task
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.families.flux import unpack
 from onelora_diffusion.sampling import SamplerSettings, as_uint8, generate_images, image_generators
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
-from train_text_to_image import EMBEDDED, main, prepare_task
 
 COLOURS = {
     "a red sign": (230, 20, 20),

@@ -24,7 +24,8 @@ from launching import REPOSITORY, launch
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample
+from onelora_diffusion.cli import sample
+from onelora_diffusion.cli.train_dit import RECIPES, main
 from onelora_diffusion.evaluation import settings as evaluation_settings
 from onelora_diffusion.families import family
 from onelora_diffusion.storage.adapter_file import read_adapter
@@ -33,7 +34,6 @@ from onelora_diffusion.training import settings as settings_module
 from onelora_diffusion.training.checkpoints import read_checkpoint
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.task import Task
-from train_dit import RECIPES, main
 
 
 def settings_of(**changes):

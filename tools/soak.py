@@ -147,14 +147,14 @@ def start(settings: Settings, log: Path):
     # Killed processes leave tqdm's locks, which the tracker removes and complains about.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["__main__", __name__, "train_dit", "sklearn.datasets"])
+    processes.set_forkserver_preload(["__main__", __name__, "onelora_diffusion.cli.train_dit", "sklearn.datasets"])
     process = processes.Process(target=train_quietly, args=(settings, log))
     process.start()
     return process
 
 
 def train_quietly(settings: Settings, log: Path) -> None:
-    import train_dit
+    from onelora_diffusion.cli import train_dit
 
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):

@@ -15,7 +15,7 @@ class Defaults:
     """The values of a data set; those written here are for photographs."""
 
     recipe: str = "food101.yaml"
-    """Of training, in configs/."""
+    """Of training, in cli/recipes/."""
     resolution: int = 256
     """Pixels a side of the real images."""
     features: str = "inception"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
+from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.metrics import (
@@ -152,7 +153,8 @@ def check_material(metrics: Sequence[str], measured: Measured, role: str) -> Non
         )
     if SPATIAL in needed(metrics) and measured.spatial is None:
         raise ValueError(
-            f"'{name}' has no spatial statistics (mu_s): make it again by `eval_fid.py ref --features inception`"
+            f"'{name}' has no spatial statistics (mu_s): make it again by `{typed_as('eval_fid.py')} ref "
+            "--features inception`"
         )
 
 

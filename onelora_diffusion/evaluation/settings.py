@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from torch.utils.data import Dataset
 
-from onelora_diffusion.command_line import with_switches
+from onelora_diffusion.command_line import typed_as, with_switches
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.devices import ComputeSettings
@@ -147,5 +147,10 @@ def parse(arguments: list[str], description: str | None) -> Generate | Sweep | C
         | Annotated[Calculate, tyro.conf.subcommand("calc")]
         | Annotated[Reference, tyro.conf.subcommand("ref")]
     )
-    arguments = with_switches(arguments, Generate)
-    return tyro.cli(commands, args=arguments, description=description, config=(tyro.conf.OmitSubcommandPrefixes,))
+    return tyro.cli(
+        commands,
+        args=with_switches(arguments, Generate),
+        description=description,
+        prog=typed_as("eval_fid.py"),
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )

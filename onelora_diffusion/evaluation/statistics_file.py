@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features import UNTOLD, kind_of_width
 from onelora_diffusion.evaluation.npz import Header, read_headers
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
@@ -63,7 +64,9 @@ def load_statistics(path: str | Path, keep: bool = False) -> Measured:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no statistics at '{path}': make them by `eval_fid.py ref --output {path}`")
+        raise FileNotFoundError(
+            f"no statistics at '{path}': make them by `{typed_as('eval_fid.py')} ref --output {path}`"
+        )
     check_no_pickle(path)
     return _from_npz(path, keep) if path.suffix == ".npz" else _from_safetensors(path, keep)
 
@@ -87,7 +90,7 @@ def _from_safetensors(path: Path, keep: bool) -> Measured:
         with safe_open(path, framework="pt") as file:
             header, names = (file.metadata() or {}).get("statistics"), set(file.keys())
             if header is None:
-                raise ValueError(f"'{path}' holds no feature statistics: make them by `eval_fid.py ref`")
+                raise ValueError(f"'{path}' holds no feature statistics: make them by `{typed_as('eval_fid.py')} ref`")
             origin = _origin(path, header)
             count = int(file.get_tensor("count"))
             statistics, spatial = (
@@ -100,7 +103,8 @@ def _from_safetensors(path: Path, keep: bool) -> Measured:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"'{path}' is damaged or no file of statistics: {error}") from error
     if statistics is None or (kept is not None and kept.shape != (count, statistics.num_features)):
-        raise ValueError(f"'{path}' is damaged: its arrays do not fit together; make it again by `eval_fid.py ref`")
+        again = f"{typed_as('eval_fid.py')} ref"
+        raise ValueError(f"'{path}' is damaged: its arrays do not fit together; make it again by `{again}`")
     return Measured(statistics, origin, kept, spatial)
 
 

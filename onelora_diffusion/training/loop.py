@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from onelora_diffusion.command_line import one_line_errors
+from onelora_diffusion.command_line import one_line_errors, typed_as
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
@@ -63,6 +63,7 @@ def start(
     settings: RunSettings, make_task: Callable[[RunSettings, Accelerator], Task], since: float | None = None
 ) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
+    script = typed_as(settings.script)
     with ExitStack() as held:
         with one_line_errors(settings.script, same_everywhere=True):
             settings.check()
@@ -75,15 +76,14 @@ def start(
                 with Stop(job.run.clock, job.accelerator.num_processes) as stop:
                     code = train(job, stop)
         except NonFiniteError as error:
-            raise SystemExit(
-                f"{settings.script}: {diverged(error, settings)}" if job.accelerator.is_main_process else 1
-            ) from None
+            said = f"{script}: {diverged(error, settings)}"
+            raise SystemExit(said if job.accelerator.is_main_process else 1) from None
         except BrokenImageError as error:
             # A loader's process sends its whole traceback as the message.
             broken = str(error).splitlines()[-1].split("BrokenImageError: ")[-1]
-            raise SystemExit(f"{settings.script}: {broken}") from None
+            raise SystemExit(f"{script}: {broken}") from None
         except (NotFiniteRowError, OSError) as error:  # a full disk, for one; the last good checkpoint is still there
-            raise SystemExit(f"{settings.script}: {error}") from None
+            raise SystemExit(f"{script}: {error}") from None
         if settings.push_to_hub is not None and code == 0 and PartialState().is_main_process:
             with one_line_errors(settings.script):
                 print(publish(settings))

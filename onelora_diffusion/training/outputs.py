@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.processes import say
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
@@ -107,7 +108,7 @@ class Outputs:
             save_checkpoint(self.folder / "checkpoints", run.step, tensors, state, self.settings.keep_checkpoints)
         except OSError as error:
             last_good = last_checkpoint(self.settings) or "none"
-            script = self.settings.script
+            script = typed_as(self.settings.script)
             tqdm.write(f"{script}: no checkpoint at step {run.step} ({error}); the last good one is {last_good}")
 
     def write_adapters(self) -> None:
@@ -157,7 +158,7 @@ class Outputs:
         """How the run ended and what comes next; returns the exit code."""
         run, told = self.run, partial(say, self.accelerator)
         if run.step == 0 and not Stop.is_signal(ended):
-            told(f"{self.settings.script}: {no_update(self.settings)}")
+            told(f"{typed_as(self.settings.script)}: {no_update(self.settings)}")
             return 1
         reasons = {0: f"all {run.step} steps done", 1: f"the time budget is used up at step {run.step}"}
         reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {run.step}"

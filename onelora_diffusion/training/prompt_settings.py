@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from onelora_diffusion.command_line import check_flags, command, with_switches
+from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
@@ -143,4 +143,5 @@ def parse_command_line(arguments: list[str], embedded: Path) -> PromptSettings:
     chosen = first_flags(arguments, "config", "base", "images")
     recipe = chosen["config"] or (None if chosen["base"] or chosen["images"] else embedded)
     default = read_recipe(Path(recipe), PromptSettings) if recipe else PromptSettings()
-    return tyro.cli(PromptSettings, args=with_switches(arguments, PromptSettings), default=default.as_launched())
+    flags, name = with_switches(arguments, PromptSettings), typed_as(PromptSettings.script)
+    return tyro.cli(PromptSettings, args=flags, default=default.as_launched(), prog=name)

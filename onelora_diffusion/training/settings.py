@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import tyro
 import yaml
 
-from onelora_diffusion.command_line import check_flags, command, with_switches
+from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import check_columns, kind_of
@@ -301,7 +301,8 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
         default = read_recipe(Path(chosen["config"]))
     else:
         default = recipe(chosen["dataset"] or EMBEDDED, recipes)
-    return tyro.cli(Settings, args=with_switches(arguments, Settings), default=default.as_launched())
+    flags, name = with_switches(arguments, Settings), typed_as(Settings.script)
+    return tyro.cli(Settings, args=flags, default=default.as_launched(), prog=name)
 
 
 def first_flags(arguments: list[str], *names: str) -> dict[str, str | None]:

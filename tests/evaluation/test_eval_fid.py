@@ -15,8 +15,8 @@ import torch
 from conftest import make_dit, randomize
 from PIL import Image
 
-import eval_fid
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
+from onelora_diffusion.cli import eval_fid
 from onelora_diffusion.evaluation.settings import parse
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -110,7 +110,7 @@ def test_two_processes_change_nothing(run_folder, tmp_path):
     run(*arguments, "--output", tmp_path / "one.json")
     launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --main_process_port 0"
     launch += " --mixed_precision no --dynamo_backend no"
-    script = [eval_fid.__file__, *arguments, "--batch-size", "7", "--output", tmp_path / "two.json"]
+    script = ["-m", eval_fid.__name__, *arguments, "--batch-size", "7", "--output", tmp_path / "two.json"]
     subprocess.run(
         [sys.executable, "-m", *launch.split(), *map(str, script)],
         check=True,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import eval_fid
+from onelora_diffusion.cli import eval_fid
 from onelora_diffusion.evaluation.features import FEATURES, UNTOLD, FeatureKind
 from onelora_diffusion.evaluation.features.base import DINOV2_PUBLISHED, Features
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures

@@ -1,13 +1,13 @@
 """A feature, a metric and a data set more are a file and a row each: the command lines follow the tables."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import eval_fid
+from onelora_diffusion.cli import eval_fid
+from onelora_diffusion.cli.train_dit import RECIPES
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.table import DATASETS, DatasetKind, Defaults
 from onelora_diffusion.evaluation.features import FEATURES, FeatureKind
@@ -91,7 +91,7 @@ def test_a_row_is_all_that_a_data_set_needs(tables, tmp_path, monkeypatch):
     assert (filed.origin.features, filed.origin.dataset, filed.origin.resolution) == ("brightness", "shades", 8)
     assert filed.statistics.count == 20
     assert class_frequencies(dataset, ["bright", "dark"]) == [15, 5]
-    settings = parse_command_line(["--dataset", "shades"], Path(__file__).parents[2] / "configs")
+    settings = parse_command_line(["--dataset", "shades"], RECIPES)
     settings.check()
     assert settings.dataset == "shades" and settings.output_dir.name == "shades"
     with pytest.raises(ValueError, match="classes of 'shades' cannot be chosen"):

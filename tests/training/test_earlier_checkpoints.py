@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from onelora_diffusion.cli.train_dit import main
 from onelora_diffusion.training.settings import Settings
-from train_dit import main
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-0.1"
 RUN = dict(

@@ -13,8 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from text_pipelines import make_pipeline, make_vae
 
-import train_dit
-import train_text_to_image
+from onelora_diffusion.cli import train_dit, train_text_to_image
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.samples import last_row, png_of
 from onelora_diffusion.training.settings import Settings

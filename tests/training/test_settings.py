@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from onelora_diffusion.cli.train_dit import RECIPES
+from onelora_diffusion.cli.train_text_to_image import EMBEDDED
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
@@ -12,9 +14,6 @@ from onelora_diffusion.training.settings import (
     read_recipe,
     recipe,
 )
-from train_text_to_image import EMBEDDED  # a recipe of prompts, which tests/test_text_script.py reads
-
-RECIPES = Path(__file__).parents[2] / "configs"
 
 
 def write(tmp_path, text):

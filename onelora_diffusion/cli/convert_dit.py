@@ -1,8 +1,8 @@
 """Convert a checkpoint of Meta's DiT to a diffusers folder, and back.
 
-    python tools/convert_dit.py DiT-XL-2-256x256.pt dit-xl-2-256 --vae stabilityai/sd-vae-ft-mse
-    python tools/convert_dit.py 0050000.pt dit --exact            # one that their train.py wrote: its moving average
-    python tools/convert_dit.py dit-xl-2-256 dit-xl-2-256.pt      # a folder goes back to a file
+    onelora convert-dit DiT-XL-2-256x256.pt dit-xl-2-256 --vae stabilityai/sd-vae-ft-mse
+    onelora convert-dit 0050000.pt dit --exact            # one that their train.py wrote: its moving average
+    onelora convert-dit dit-xl-2-256 dit-xl-2-256.pt      # a folder goes back to a file
 
 The weights are the same, bit for bit, in both directions. The models are not quite: diffusers' DiT has 1e-5 where
 Meta's code has 1e-6 in the norm before each MLP, and its 128 timestep frequencies are 10000^(-i/127), not
@@ -19,6 +19,7 @@ output without variance, as SiT's train.py makes it. A copy of the released SiT-
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,8 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
-from onelora_diffusion.command_line import one_line_errors, quieten
-from onelora_diffusion.files import written_beside
+from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
+from onelora_diffusion.files import check_place, written_beside
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L and XL
 # Meta's name of a layer -> diffusers'.
@@ -169,7 +170,9 @@ def sign_of_sit(file: Path, model: str, weights: dict[str, Tensor]) -> str | Non
 
 @one_line_errors("convert_dit.py")
 def main(settings: Settings) -> None:
-    if settings.source.is_dir():
+    is_folder = settings.source.is_dir()
+    check_place(settings.output if is_folder else settings.output / "transformer" / "config.json")
+    if is_folder:
         folder = settings.source / "transformer" if (settings.source / "transformer").is_dir() else settings.source
         meta = to_meta(DiTTransformer2DModel.from_pretrained(folder))
         with written_beside(settings.output) as part:
@@ -185,6 +188,11 @@ def main(settings: Settings) -> None:
     print(settings.output)
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> None:
+    """What the command does, with the words that follow it."""
     quieten()
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(Settings, args=arguments, description=__doc__, prog=typed_as("convert_dit.py")))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The commands of `onelora`, one a file, each with a `run(arguments)`."""

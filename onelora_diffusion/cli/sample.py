@@ -1,0 +1,461 @@
+"""Generate images from an adapter and its base model.
+
+    onelora sample                                       # runs/digits -> runs/digits/sample.png, a row a class
+    onelora sample --adapter runs/food101 --classes pizza sushi --output pizza-and-sushi.png
+    onelora sample --adapter runs/text-to-image --prompts "a bold Q" "a violet triangle" --per-class 4
+    onelora sample --adapter runs/food101 --num-images 50000 --guidance-scale 1.5 --sampler ddpm \\
+        --num-inference-steps 250 --output samples.npz     # for ADM's evaluator
+    accelerate launch --num_processes 2 -m onelora_diffusion.cli.sample --num-images 1000 --output pngs
+
+Image i is of class, or prompt, i modulo their number and depends on --seed and i alone: not on the batch size, nor on
+the number of processes, which share one file system. With --images-at-once that is so to the bit; without, the last
+bits of a sum depend on how many images are made together. A run that ends early keeps its images, and the same command
+goes on from them.
+"""
+
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from onelora_diffusion import disable_adapter, export_lora
+from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
+from onelora_diffusion.data.captions import DIGITS
+from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.digits import CAPTIONS
+from onelora_diffusion.devices import ComputeSettings, in_words
+from onelora_diffusion.families import family_of
+from onelora_diffusion.families.classes import by_label, find_class, told_apart
+from onelora_diffusion.files import check_place, digest, printable, write_bytes, written_beside
+from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.processes import told_by_main
+from onelora_diffusion.sampling import (
+    SamplerSettings,
+    adapters_folded_in,
+    generate_images,
+    progress_bar,
+)
+from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.attaching import AdapterFile
+from onelora_diffusion.storage.lora import check_export
+from onelora_diffusion.storage.naming import Naming, namings_of
+from onelora_diffusion.storage.reading import load_adapter
+
+SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
+HEADER = 18  # pixels above a grid of two sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SamplerSettings, ComputeSettings):
+    """Generate images from an adapter and its base model."""
+
+    adapter: Path = Path("runs/digits")
+    """Adapter file, or the folder of a training run."""
+    base: str | None = None
+    """Base model: a folder or a hub id. None: the one the adapter was trained on."""
+    output: Path | None = None
+    """A .png (a grid, a row a class), an .npz (ADM's arr_0, labels in arr_1), or a new or empty folder for PNG files.
+    None: sample.png beside the adapter."""
+    classes: tuple[str, ...] = ()
+    """Names of classes, or their numbers. None given: all."""
+    prompts: tuple[str, ...] = ()
+    """What a text-to-image adapter draws, by its pipeline's own sampler. None given: the captions of the embedded
+    job, for its adapter."""
+    resolution: int | None = None
+    """Pixels a side of those pictures. None: as it was trained."""
+    beside_base: bool = False
+    """Put beside each row of a grid what the base alone draws from the same noise: its own classes, in their order."""
+    per_class: int = 10
+    """Images of each class or prompt."""
+    num_images: int | None = None
+    """Images in total, classes taking turns; replaces --per-class."""
+    guidance_scale: float | None = None
+    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, the pipeline's own for other prompts,
+    or 4."""
+    seed: int = 0
+    """Of all noise."""
+    batch_size: int = 32
+    """Images that each process hands on at a time; no image depends on it."""
+    export_lora: tuple[Naming, ...] | None = None
+    """Also write lora/ beside the adapter: it as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
+    ComfyUI do: `--export-lora kohya comfyui`."""
+    images_at_once: int | None = None
+    """Run the networks on just so many images, the last ones padded: an image is then the same to the bit in any
+    company and in any number of processes. None: on as many as there are, at most 16."""
+
+
+@one_line_errors("sample.py")
+def main(settings: Settings) -> None:
+    start = time.monotonic()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with ExitStack() as held:
+        with one_line_errors("sample.py", same_everywhere=True):
+            output = check_settings(settings)
+            adapter = read_adapter(settings.adapter)
+            pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
+            source = load(settings, adapter, accelerator.device)
+            for naming in namings_of(settings.export_lora):
+                folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
+                check_export(source.pipeline.transformer, "default", naming)
+                if accelerator.is_main_process:
+                    path = export_lora(source.pipeline.transformer, folder / "lora", naming=naming)
+                    print(f"LoRA by {naming}'s names: {path}")
+        draw(settings, source, pictures, accelerator)
+        if accelerator.is_main_process:
+            print(f"{pictures.described} in {time.monotonic() - start:.1f} s: {output}")
+
+
+def draw(settings: Settings, source: "Source", pictures: "Pictures", accelerator: Accelerator) -> None:
+    """Draws what is not there yet, and makes a file of all where one is asked for."""
+    names, output = source.names, pictures.output
+    num_images = settings.num_images or settings.per_class * len(names)
+    share = range(accelerator.process_index, num_images, accelerator.num_processes)
+    sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # files' prefix: are they the base's
+    pictures.described = f"{num_images} images of {len(names)} {source.kind}"
+    listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(source.labels, names, strict=True))
+    accelerator.print(textwrap.fill(f"{source.kind}: {listing}", width=80, max_lines=4))
+    accelerator.print(in_words(settings.report(accelerator.device)))
+    with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
+        for side, of_base in sides.items():
+            missing = [index for index in share if not pictures.has(f"{side}{index:06d}")]
+            progress.update(len(share) - len(missing))
+            for indices, images in source.draw(missing, progress, of_base):
+                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    pictures.keep(f"{side}{index:06d}", image)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files, *of_base = ([pictures.file(f"{side}{i:06d}") for i in range(num_images)] for side in sides)
+        if output.suffix == ".png":
+            write_grid(output, files, [printable(name, 60) for name in names], *of_base)
+        elif output.suffix == ".npz":
+            write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
+        pictures.finish()
+
+
+class Pictures:
+    """Context manager: the folder of the images of all processes, which is this run's alone until the end.
+
+    It is --output itself, where that is a folder; for a file it lies beside, until all images are in the file. Each
+    image is whole or not there. A run that ends early leaves its images, and the same command goes on from them.
+
+    Attributes:
+        described: what is drawn, in a few words.
+
+    Raises:
+        OSError, ValueError: the folder has something else in it, another process writes there, it cannot be written,
+            or not all processes see it; on every process.
+    """
+
+    def __init__(self, output: Path, settings: Settings, adapter: AdapterFile, accelerator: Accelerator):
+        self.output, self.accelerator, self.described = output, accelerator, "images"
+        self.is_beside = output.suffix in (".png", ".npz")
+        self.folder = output.with_name(f".{output.name}.part") if self.is_beside else output
+        self.record, self.lock = self.folder / ".sampling.json", FileLock(self.folder / ".lock", timeout=0)
+        drawn_by = asdict(settings) | {"adapter": [digest(adapter.tensors), adapter.base]}
+        del drawn_by["output"], drawn_by["batch_size"]
+        self.drawn_by = json.loads(json.dumps(drawn_by, default=str))
+        told_by_main(accelerator, self._take)
+        sees = gather_object([self.record.exists()])
+        if not all(sees):
+            self.__exit__()
+            raise ValueError(f"process {sees.index(False)} does not see '{self.folder}': all must have one disk")
+
+    def _take(self) -> None:
+        self.made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise BlockingIOError(f"--output '{self.output}' is being written by another process") from None
+        try:
+            self._begin()
+        except ValueError:
+            self._release()
+            raise
+
+    def _begin(self) -> None:
+        """Leaves a record of what the images are drawn by, unless the folder has something else in it."""
+        there = {path.name for path in self.folder.iterdir()} - {".lock", "lost+found"}  # the latter of a new disk
+        drawn_by = json.loads(self.record.read_text()) if self.record.exists() else None
+        if there and drawn_by != self.drawn_by:
+            if self.output.suffix == ".png" or self.is_beside and drawn_by is None:
+                self._empty()  # of a grid, which is a look at a few images
+            elif drawn_by is None:
+                raise ValueError(f"--output '{self.output}' exists already; give a new folder")
+            else:
+                changed = [name for name in self.drawn_by if drawn_by.get(name) != self.drawn_by[name]]
+                raise ValueError(
+                    f"'{self.folder}' keeps images of a run that ended early, with another {', '.join(changed)}: "
+                    "repeat its command, remove that folder, or give another --output"
+                )
+        write_bytes(self.record, json.dumps(self.drawn_by).encode())
+
+    def __enter__(self) -> "Pictures":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if not self.lock.is_locked:
+            return
+        if num_images := len(list(self.folder.glob("*.png"))):
+            where = f"{num_images} images are in '{self.folder}'"
+            print(f"{typed_as('sample.py')}: {where}; the same command goes on from there", file=sys.stderr)
+            self._release()
+        else:
+            self._leave()
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.png"
+
+    def has(self, name: str) -> bool:
+        """Whether an image is there, and whole."""
+        try:
+            return read_image(self.file(name)).size > 0
+        except (OSError, SyntaxError):
+            return False
+
+    def keep(self, name: str, image: np.ndarray) -> None:
+        """Writes an image, (R, R, 3) uint8."""
+        part = self.folder / f".{name}.part"
+        Image.fromarray(image).save(part, format="PNG")
+        os.replace(part, self.file(name))
+
+    def finish(self) -> None:
+        """Leaves the images, where the folder is the output, and nothing else."""
+        if self.is_beside:
+            self._empty()
+        self._leave()
+
+    def _empty(self) -> None:
+        for path in {*self.folder.iterdir()} - {Path(self.lock.lock_file)}:
+            path.unlink()
+
+    def _leave(self) -> None:
+        """Gives the folder up, and removes it if it is empty and was not there before."""
+        self.record.unlink(missing_ok=True)
+        self._release()
+        for folder in [*([self.folder] if self.is_beside else []), *self.made]:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def _release(self) -> None:
+        with suppress(OSError):  # not every system removes a file that is open
+            Path(self.lock.lock_file).unlink()
+        self.lock.release()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is drawn, and by what.
+
+    Attributes:
+        settings: with the guidance that they leave open.
+        kind: classes, or prompts.
+        pipeline: of the base, with the adapter, on its device.
+        conditions, names: the classes or prompts that are drawn in turns, and what they are called.
+        size: pixels a side, None for as many as the base draws.
+        max_sequence_length: tokens of a prompt, None for as many as the base draws with.
+    """
+
+    settings: Settings
+    kind: str
+    pipeline: object
+    conditions: Sequence[int | str]
+    names: Sequence[str]
+    size: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of the conditions: those of the classes, or of prompts their places."""
+        return [c if isinstance(c, int) else place for place, c in enumerate(self.conditions)]
+
+    def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
+        settings, transformer, family = self.settings, self.pipeline.transformer, family_of(self.pipeline)
+        conditions = [self.conditions[index % len(self.conditions)] for index in share]
+        if of_base:  # alone: nothing leads from it to an adapter
+            settings = replace(settings, guidance=SamplerSettings.guidance)
+            conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
+        alone = disable_adapter(transformer) if of_base else None
+        with alone or (adapters_folded_in(transformer, settings) if family.folds_adapters else nullcontext()):
+            yield from generate_images(
+                self.pipeline,
+                conditions,
+                settings.seed,
+                share,
+                settings,
+                size=self.size,
+                max_sequence_length=self.max_sequence_length,
+                images_at_once=settings.images_at_once,
+                batch_size=min(settings.batch_size, settings.images_at_once or family.images_at_once),
+                progress=progress.update,
+            )
+
+
+def load(settings: Settings, adapter: AdapterFile, device: torch.device) -> Source:
+    """The base with its adapter, and what they draw; an error for what they do not."""
+    source = load_prompts(settings, adapter) if "family" in adapter.training else load_classes(settings, adapter)
+    settings, pipeline = source.settings, source.pipeline
+    settings.check_family(family_of(pipeline))
+    load_adapter(pipeline.transformer, settings.adapter)
+    settings.check(pipeline.transformer, pipeline.scheduler.config)
+    settings.place(pipeline.to(device), device)
+    return source
+
+
+def load_classes(settings: Settings, adapter: AdapterFile) -> Source:
+    if settings.prompts:
+        raise ValueError(f"the adapter in {settings.adapter} draws classes, not --prompts: give --classes")
+    pipeline = load_base(settings.base or adapter.base, None if settings.base else settings.adapter)
+    if adapter.config.num_classes is None:  # it serves the classes of its base
+        owner, base_classes = "the base", pipeline.transformer.config.num_embeds_ada_norm
+        classes = by_label(pipeline.labels) or told_apart({}, base_classes)
+    else:
+        owner, classes = "the adapter", told_apart(adapter.id2label, adapter.config.num_classes)
+    if settings.guidance_scale is None:
+        scale = defaults_of(adapter.training.get("dataset")).guidance_scale
+        settings = replace(settings, guidance_scale=scale)
+    conditions = [find_class(name, classes, owner) for name in settings.classes] or sorted(classes)
+    names = [classes[label] for label in conditions]
+    return Source(settings=settings, kind="classes", pipeline=pipeline, conditions=conditions, names=names)
+
+
+def load_prompts(settings: Settings, adapter: AdapterFile) -> Source:
+    is_embedded = adapter.training.get("dataset") == DIGITS
+    prompts = settings.prompts or (CAPTIONS if is_embedded else ())
+    if not prompts or settings.classes:
+        raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
+    precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
+    if precision is None:
+        raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
+    named_by = None if settings.base else settings.adapter
+    pipeline = load_base(settings.base or adapter.base, named_by, condition=str, precision=precision)
+    family = family_of(pipeline)
+    size = settings.resolution or number(adapter, "resolution") or family.resolution(pipeline)
+    family.check_resolution(pipeline, size)
+    if settings.guidance_scale is None:
+        scale = defaults_of(DIGITS).guidance_scale if is_embedded else family.guidance_scale(pipeline)
+        settings = replace(settings, guidance_scale=scale)
+    length = number(adapter, "max_sequence_length")
+    return Source(
+        settings=settings,
+        kind="prompts",
+        pipeline=pipeline,
+        conditions=prompts,
+        names=prompts,
+        size=size,
+        max_sequence_length=length,
+    )
+
+
+def number(adapter: AdapterFile, name: str) -> int | None:
+    """What an adapter's file says of its training, if it is a number."""
+    value = adapter.training.get(name)
+    return value if isinstance(value, int) else None
+
+
+def check_settings(settings: Settings) -> Path:
+    """Where the images go; an error for what can be known to be wrong before a model is loaded."""
+    for name in ("per_class", "num_images", "batch_size", "images_at_once"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not settings.adapter.exists():
+        train = typed_as("train_dit.py")
+        raise FileNotFoundError(f"no adapter at '{settings.adapter}': run {train} first, or give --adapter")
+    folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
+    output = settings.output or folder / "sample.png"
+    if output.suffix in (".png", ".npz"):
+        if output.is_dir():
+            raise ValueError(f"--output '{output}' is a folder, not a {output.suffix} file")
+        check_place(output)
+    elif output.suffix in Image.registered_extensions():
+        raise ValueError(f"--output '{output}': give a .png (a grid), an .npz or a folder")
+    elif settings.beside_base and output.suffix != ".png":
+        raise ValueError(f"--output '{output}': --beside-base makes a grid, a .png")
+    elif output.is_file():
+        raise ValueError(f"--output '{output}' exists already; give a new folder")
+    return output
+
+
+def write_grid(output: Path, files: list[Path], names: list[str], of_base: list[Path] | None = None) -> None:
+    """Write a row of images for each class, its name before it; image i belongs to class i mod len(names).
+
+    The base's images, if there are any, stand on the left in the same order.
+    """
+    grid = grid_of(files, len(names))
+    margin = math.ceil(max(ImageDraw.Draw(grid).textlength(name) for name in names)) + 12
+    left, top = (grid.width, HEADER) if of_base else (0, 0)
+    picture = Image.new("RGB", (left + margin + grid.width, top + grid.height), "white")
+    picture.paste(grid, (left + margin, top))
+    draw = ImageDraw.Draw(picture)
+    if of_base:
+        picture.paste(grid_of(of_base, len(names)), (0, top))
+        draw.text((left / 2, top / 2), "the base", fill="black", anchor="mm")
+        right = left + margin + grid.width / 2
+        draw.text((right, top / 2), "with the adapter, from the same noise", fill="black", anchor="mm")
+    for row, name in enumerate(names):
+        draw.text((left + margin / 2, top + (row + 0.5) * grid.height / len(names)), name, fill="black", anchor="mm")
+    with written_beside(output) as part:
+        picture.save(part, format="PNG")
+
+
+def grid_of(files: list[Path], rows: int) -> Image.Image:
+    """Images in rows, small ones enlarged; image i is in row i mod `rows`."""
+    images = torch.stack([torch.from_numpy(read_image(file)).permute(2, 0, 1) for file in files])
+    columns, size = math.ceil(len(files) / rows), images.shape[-1]
+    tiles = torch.full((rows * columns, 3, size, size), 255, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        tiles[index % rows * columns + index // rows] = image
+    enlarge = math.ceil(SMALLEST_TILE / size)
+    tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    return Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())
+
+
+def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
+    """Write `arr_0`, (N, H, W, 3) uint8, and `arr_1`, (N,) int64 labels, one image in memory at a time."""
+    with written_beside(output) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            shape = (len(files), *read_image(files[0]).shape)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for path in files:
+                array.write(read_image(path).tobytes())
+        with archive.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, np.array(class_of, dtype=np.int64))
+
+
+def read_image(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def run(arguments: list[str]) -> None:
+    """What the command does, with the words that follow it."""
+    start_all_processes()
+    quieten()
+    with one_line_errors("sample.py", same_everywhere=True):
+        asked = Settings(**precision_asked_by_launcher())
+    main(tyro.cli(Settings, args=arguments, default=asked, prog=typed_as("sample.py")))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,89 @@
+"""Train an adapter on a frozen text-to-image transformer: PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA.
+
+    onelora train-text-to-image                          # the embedded job: minutes on two cores, no network
+    onelora train-text-to-image --base stabilityai/stable-diffusion-3.5-medium --images dog --prompt "a sks dog"
+    onelora train-text-to-image --base black-forest-labs/FLUX.1-dev --base-precision nf4 --gradient-checkpointing \\
+        --images signs --resolution 512 --validation-prompt "a bold Q" "a violet triangle"
+    onelora train-text-to-image --config signs.yaml --learning-rate 2e-3   # flags override the recipe
+    accelerate launch --num_processes 2 -m onelora_diffusion.cli.train_text_to_image --base ... --images hf:NAME
+
+Images and captions are encoded once, to disk; then the text encoders leave memory, and the autoencoder leaves the
+GPU. The same command again resumes a run that was interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from onelora_diffusion import inject_adapter
+from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.captions import load_captioned
+from onelora_diffusion.data.identity import data_identity
+from onelora_diffusion.families import family_of
+from onelora_diffusion.launch import start_all_processes, started
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.storage.lora import check_export
+from onelora_diffusion.storage.naming import namings_of
+from onelora_diffusion.training.loop import start
+from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
+from onelora_diffusion.training.task import Task, TrainingData
+
+EMBEDDED = Path(__file__).parent / "recipes" / "digit_words.yaml"
+
+
+def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
+    """A text-to-image transformer with its adapter, and the captioned images that it learns."""
+    pipeline = load_base(settings.base, condition=str, precision=settings.base_precision)
+    family = family_of(pipeline)
+    resolution = settings.resolution or family.resolution(pipeline)
+    family.check_resolution(pipeline, resolution)
+    captioned = load_captioned(
+        settings.images,
+        settings.prompt,
+        settings.image_column,
+        settings.caption_column,
+        resolution,
+        settings.aspect_buckets,
+        multiple=family.multiple(pipeline),
+        broken=settings.broken_images,
+    )
+    inject_adapter(pipeline.transformer, settings.adapter_config(targets=family.targets))
+    for naming in namings_of(settings.export_lora):
+        check_export(pipeline.transformer, "default", naming)  # an error now, where it cannot be one
+    data = TrainingData(
+        images=captioned.dataset,
+        conditions=captioned.captions,
+        shown=[(prompt, prompt) for prompt in settings.validation_prompt],
+        identity=data_identity(captioned.dataset, captioned.captions),
+        resolution=resolution,
+        described=f"{captioned.name}: {len(captioned):,} images",
+        facts={
+            "dataset": captioned.name,
+            "family": family.name,
+            "prompt": settings.prompt,
+            "base_precision": settings.base_precision,
+            "resolution": resolution,
+            "max_sequence_length": settings.max_sequence_length,
+        },
+        buckets=captioned.buckets,
+    )
+    return Task(settings, accelerator, pipeline, data)
+
+
+def main(settings: PromptSettings, since: float | None = None) -> int:
+    """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
+    return start(settings, prepare_task, since)
+
+
+def run(arguments: list[str]) -> int:
+    """What the command does, with the words that follow it; returns the exit code."""
+    start_all_processes()
+    quieten()
+    with one_line_errors("train_text_to_image.py", same_everywhere=True):
+        settings = parse_command_line(arguments, EMBEDDED)
+    return main(settings, started())
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""What an adapter computes: one method a file."""
+"""The methods: what an adapter computes and holds at one layer, one method a file."""

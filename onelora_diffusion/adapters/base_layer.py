@@ -1,4 +1,4 @@
-"""What a base's linear layer computes, and whether its weight says so."""
+"""Checks on a linear layer of the base: whether it computes with its weight and bias as they stand."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from torch import nn
 from onelora_diffusion.files import first_line
 
 LINEAR_FORWARD = nn.Linear.forward
-TF32_ROUNDING = 1e-3  # of a product whose fp32 factors are rounded to ten bits, at most
+TF32_ROUNDING = 1e-3  # largest relative error of a product whose fp32 factors are rounded to ten bits
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer's forward is `nn.Linear`'s own."""
+    """Whether a layer's forward is that of `nn.Linear`."""
     return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
 
 
@@ -21,11 +21,12 @@ def is_plain_linear(layer: nn.Module) -> bool:
 def why_not_its_product(layer: nn.Module) -> str | None:
     """Why a layer does not compute W x + bias with its `weight` and `bias` read as floats, or None if it does.
 
-    PyTorch's own linear layer does. Of any other, with a scale beside its codes or a method in the place of its
-    `forward`, it is tried by value, on one input.
+    PyTorch's own linear layer does. Any other layer, such as one with quantised codes and a scale or with a replaced
+    `forward`, is tried on one input.
     """
     weight, kind = layer.weight, type(layer).__name__
-    hooked = not {"_diffusers_hook", "_hf_hook"}.isdisjoint(layer.__dict__)  # they wrap the forward, and keep outputs
+    # These hooks wrap the forward and do not change its outputs.
+    hooked = not {"_diffusers_hook", "_hf_hook"}.isdisjoint(layer.__dict__)
     forward = type(layer).forward.__get__(layer) if hooked else layer.forward
     if getattr(forward, "__func__", None) is LINEAR_FORWARD:
         return None
@@ -37,21 +38,21 @@ def why_not_its_product(layer: nn.Module) -> str | None:
         with torch.autocast(weight.device.type, enabled=False):
             expected, own = nn.functional.linear(x.float(), weight.float(), bias), forward(x)
             error, size = (own.float() - expected).norm(), expected.norm()
-    except Exception as error:  # the layer is another's, and may raise anything
+    except Exception as error:  # foreign code may raise anything
         return f"does not compute on one input, which would show what its weight is ({kind}: {first_line(error)})"
     tolerance = max(TF32_ROUNDING, torch.finfo(own.dtype).eps)
     return None if error <= tolerance * size else f"does not compute with its weight alone ({kind}'s own forward)"
 
 
 def offload_group(layer: nn.Module):
-    """What diffusers' group offload moves a layer with, or None."""
+    """The hook by which diffusers' group offload moves a layer, or None."""
     registry = layer.__dict__.get("_diffusers_hook")
     return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
 @contextlib.contextmanager
 def weights_present(module: nn.Module) -> Iterator[None]:
-    """Context manager: inside, parts of a module that accelerate has offloaded have their weights."""
+    """Context manager that loads the weights of submodules that accelerate has offloaded."""
     with contextlib.ExitStack() as stack:
         for part in module.modules():
             if getattr(getattr(part, "_hf_hook", None), "offload", False):

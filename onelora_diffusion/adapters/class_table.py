@@ -1,4 +1,4 @@
-"""New classes: a table of trained rows in the place of the base's."""
+"""New classes: a trained class table that replaces the base's."""
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ CLASS_TABLE = "class_embedding"
 class ClassTable(Adapter):
     """A trained class table: N + 1 rows, the null row last.
 
-    New classes start as N(0, 0.02) (DiT's own initialisation), the null row as the base's null row, which
-    classifier-free guidance already knows.
+    The rows of new classes start as N(0, 0.02) (DiT's own initialisation). The null row starts as a copy of the base's
+    null row, with which classifier-free guidance already works.
 
     Attributes:
         weight: (num_classes + 1, width), fp32.
@@ -29,7 +29,7 @@ class ClassTable(Adapter):
         self.weight = nn.Parameter(torch.cat([rows.to(null_row.device), null_row]))
 
     def forward(self) -> torch.Tensor:
-        """(num_classes + 1, width); a call, since accelerate brings an offloaded table for it."""
+        """The table, (num_classes + 1, width); reading it is a call, for which accelerate loads an offloaded table."""
         return self.weight
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
@@ -37,7 +37,7 @@ class ClassTable(Adapter):
 
     @classmethod
     def summed(cls, group, names, path):
-        """A table is no offset to the base's: one is taken as it is, several of the same classes averaged."""
+        """A single table is taken as it is; several tables of the same classes are averaged by their weights."""
         tables, weights = [table.weight for table, _ in group], [weight for _, weight in group]
         if len(tables) == 1:
             return {"weight": tables[0].clone()}
@@ -53,6 +53,6 @@ class ClassTable(Adapter):
 
 
 def serving_table(tables: nn.ModuleDict, active: dict[str, float]) -> str | None:
-    """Tables are not summed: the last named of the active adapters that brought one and weigh other than 0 serves."""
+    """The name of the adapter whose table serves: the last active one that has a table and a weight other than 0."""
     names = [name for name, weight in active.items() if name in tables and weight != 0]
     return names[-1] if names else None

@@ -1,4 +1,4 @@
-"""Compressions: C of y = W0 x + bias + B (C x), fixed and a function of the base alone, so no adapter stores it."""
+"""Compressions C in y = W0 x + bias + B (C x). C is fixed and a function of the base alone; no adapter stores it."""
 
 import functools
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Compression:
         Args:
             x: (..., in_features), the layer's input.
             out: (..., out_features), the base layer's output for x.
-            of_bias: what `of_bias` gives for the base layer.
+            of_bias: the result of the method `of_bias` for the base layer.
         """
         raise NotImplementedError
 
     def of_bias(self, bias: torch.Tensor) -> torch.Tensor | None:
-        """The part of the compressed values that comes from the base layer's bias (out_features,) and is taken off."""
+        """The share of the base layer's bias (out_features,) in the compressed values, which `compress` subtracts."""
         return None
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class OutputSums(Compression):
 
 @dataclass(frozen=True)
 class RandomDirections(Compression):
-    """Vectors of N(0, 1), the same for every layer with as many inputs (1LoRA, appendix B.2)."""
+    """Fixed random vectors of N(0, 1), the same for all layers of equal width (1LoRA, appendix B.2)."""
 
     seed: int = 0
 
@@ -92,7 +92,7 @@ def compression_of(config: AdapterConfig) -> Compression:
 
 
 def groups(rank: int, features: int, device: torch.device) -> torch.Tensor:
-    """Indicators of the groups, (rank, features) in fp32: 1 where a feature i has i mod rank = group."""
+    """Indicator matrix of the groups, (rank, features) in fp32: 1 where feature i is in group i mod rank, else 0."""
     index = torch.arange(features, device=device)
     return (index % rank == torch.arange(rank, device=device).unsqueeze(1)).float()
 
@@ -100,6 +100,6 @@ def groups(rank: int, features: int, device: torch.device) -> torch.Tensor:
 @functools.lru_cache
 @torch.inference_mode(False)  # autograd may have to keep them another time
 def random_directions(seed: int, rank: int, in_features: int, device: torch.device) -> torch.Tensor:
-    """(rank, in_features) of N(0, 1) in fp32; drawn anew from the seed wherever they are needed, and never stored."""
+    """Draw (rank, in_features) of N(0, 1) in fp32 from the seed; adapter files store the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rank, in_features, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Sums of features and their in-place add: the only hot code."""
+"""Feature sums and their in-place addition to a layer's output: the code that runs at every layer and step."""
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class _GroupSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s):
-        # ∂x = (∂s) G: the groups take turns, so that the features repeat ∂s.
+        # ∂x = (∂s) G: feature i is in group i mod rank, so ∂s repeats along the features.
         rank = grad_s.shape[-1]
         turns = -(-ctx.features // rank)
         repeated = grad_s.to(ctx.dtype).unsqueeze(-2).expand(*grad_s.shape[:-1], turns, rank)
@@ -40,7 +40,7 @@ class _AddOuter(torch.autograd.Function):
         if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
             result.add_(_outer(s, b))
         else:
-            s, b = s.to(out.dtype), b.to(out.dtype)  # saved as they are used: backward casts nothing again
+            s, b = s.to(out.dtype), b.to(out.dtype)  # cast before saving, so that backward does not cast again
             rank, features = _rank(b), b.shape[-1]
             result.view(-1, features).addmm_(s.reshape(-1, rank), b.view(rank, features))  # addr_ is slower in bf16
         ctx.save_for_backward(*inputs, s, b)
@@ -49,7 +49,7 @@ class _AddOuter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         own_s, own_b, s, b = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative follows, from the inputs themselves
+        if torch.is_grad_enabled():  # a second derivative is wanted, so the first must be a function of the inputs
             s, b = own_s.to(s.dtype), own_b.to(b.dtype)
         rows = grad.reshape(-1, b.shape[-1]).to(b.dtype)
         b, s_of_rows = (b, s.flatten()) if b.ndim == 1 else (b.T, s.flatten(0, -2).T)
@@ -67,7 +67,7 @@ def _outer(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _is_derived_elsewhere() -> bool:
-    """Whether the plain formula has to serve, which a compiler fuses, and torch.func and forward-mode AD derive."""
+    """Whether torch.compile, torch.func or forward-mode AD is at work, which need the plain formula."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -82,8 +82,8 @@ def feature_sum(x: torch.Tensor) -> torch.Tensor:
         x: (..., in_features), any floating dtype.
 
     Returns:
-        (...), accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones, and
-        then rounded to x's dtype, but fp32 for fp16.
+        (...), accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones. The result
+        has x's dtype, except that it is fp32 for fp16.
     """
     if _is_derived_elsewhere():
         return _sum(x)
@@ -122,9 +122,9 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 def _untracked(out: torch.Tensor) -> torch.Tensor:
     """The memory of a linear's output, as a tensor of its own, to be changed in place.
 
-    A linear on a 3-D input returns a view, and autograd answers an in-place change of a view with a copy of its
-    gradient. No backward reads a linear's output, so that the change needs no tracking. Should anything have saved
-    it all the same, its backward fails by the raised version instead of computing with other values.
+    A linear layer with a 3-D input returns a view, and autograd copies the gradient when a view is changed in place.
+    The backward of a linear layer does not read its output, so the change need not be tracked. If an operation has
+    saved the output all the same, its backward raises an error, because the tensor's version was increased.
     """
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
@@ -142,9 +142,9 @@ class _Parts(torch.autograd.Function):
 
 
 def parts_of(product: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-    """The equal parts of a product's features, in its memory, each of which may be changed in place.
+    """Split a product's features into equal parts that share its memory and may each be changed in place.
 
-    Autograd forbids that of `product.chunk(number, dim=-1)`, where the parts are views of one tensor.
+    Autograd does not allow that for `product.chunk(number, dim=-1)`, whose parts are views of one tensor.
     """
     if _is_derived_elsewhere() or not product.requires_grad:
         return product.chunk(number, dim=-1)
@@ -171,9 +171,9 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 
 def add_outer_rows_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The same with a `b` of its own for each sample, (batch, out_features) or (batch, rank, out_features).
+    """As `add_outer_`, with one `b` for each sample: (batch, out_features) or (batch, rank, out_features).
 
-    `out` is changed in place where no gradients are taken; it is (batch, ..., out_features).
+    `out` is (batch, ..., out_features), and is changed in place unless gradients are recorded.
     """
     if b.ndim == 2:
         return _add_rows(out, s.unsqueeze(-1), _beside(b, out))
@@ -186,7 +186,7 @@ def add_outer_rows_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torc
 
 
 def _beside(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """(batch, features) as (batch, 1, ..., features), which broadcasts over the tokens of `out`."""
+    """Reshape (batch, features) to (batch, 1, ..., features), which broadcasts over the tokens of `out`."""
     return rows.view(len(rows), *[1] * (out.ndim - 2), rows.shape[-1])
 
 
@@ -195,7 +195,7 @@ class _AddVector(torch.autograd.Function):
     def forward(ctx, out, beta):
         ctx.dtype = beta.dtype
         result = _untracked(out)
-        return result.add_(beta.to(out.dtype))  # of two dtypes, the add is several times slower
+        return result.add_(beta.to(out.dtype))  # an addition of two dtypes is several times slower
 
     @staticmethod
     def backward(ctx, grad):
@@ -216,12 +216,12 @@ def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 
 
 def add_vector_rows_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """The same with a β of its own for each sample, (batch, out_features)."""
+    """As `add_vector_`, with one β for each sample: (batch, out_features)."""
     return _add(out, _beside(beta, out))
 
 
 def scale_rows(out: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """γ ⊙ out with a γ of its own for each sample, (batch, out_features)."""
+    """γ ⊙ out, with one γ for each sample: (batch, out_features)."""
     return _beside(gamma, out).to(out.dtype) * out
 
 
@@ -237,5 +237,5 @@ def _add(out: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
 
 
 def _is_kept(out: torch.Tensor) -> bool:
-    """Whether `out` stays as it is: with gradients, and in compiled code, which reuses memory by itself."""
+    """Whether `out` must not be changed in place: when gradients are recorded, and in compiled code."""
     return torch.is_grad_enabled() or _is_derived_elsewhere()

@@ -1,4 +1,4 @@
-"""The methods by name: what builds the modules of each for the layers it serves."""
+"""The table of methods: each name with the function that builds its layer adapters."""
 
 from onelora_diffusion.adapters.mora import build_mora
 from onelora_diffusion.adapters.peft import build_peft_adapters

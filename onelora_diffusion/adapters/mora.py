@@ -70,7 +70,7 @@ def repeat_to(x: torch.Tensor, length: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of (..., n, r̂) by the index of the group; feature i turns with feature i + r̂/2."""
-    angles = _angles if torch.compiler.is_compiling() else _kept_angles  # a compiler keeps constants itself
+    angles = _angles if torch.compiler.is_compiling() else _kept_angles  # torch.compile caches constants itself
     cos, sin = angles(*x.shape[-2:], x.device, x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -78,7 +78,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache
 def _kept_angles(*args) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.inference_mode(False):  # autograd may have to keep them another time
+    with torch.inference_mode(False):  # the cached tensors may be saved for a backward later
         return _angles(*args)
 
 

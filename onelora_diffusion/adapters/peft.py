@@ -11,9 +11,9 @@ from onelora_diffusion.adapters.base_layer import offload_group, weights_present
 from onelora_diffusion.adapters.contract import Adapter
 from onelora_diffusion.config import AdapterConfig
 
-TUNER_NAME = "default"  # what PEFT calls the one adapter of each of its layers
+TUNER_NAME = "default"  # the name of the one adapter in each of PEFT's layers
 
-# Tuners of layers that are not linear, or that want calls from the training loop or inputs of their own.
+# Tuners of other than linear layers, or that need calls from the training loop or additional inputs.
 OTHER_TUNERS = {"ADALORA", "ADAPTION_PROMPT", "LN_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS"}
 
 READING = "DoRA, or another tuner whose forward reads a layer's weight, serves a layer that"
@@ -21,9 +21,9 @@ OTHER_METHODS = "serve adapters of another method there"
 
 
 class PeftAdapter(Adapter):
-    """One PEFT tuner layer, which serves a base layer that keeps its place and its name.
+    """One tuner layer of PEFT. The base layer stays in the model under its own name.
 
-    The tuner's base layer is a `BaseLinear`: it hands over the output that the base layer has already computed.
+    The tuner gets a `BaseLinear` as its base layer, which returns the output that the base layer has already computed.
     Trained tensors are fp32 and keep the names that PEFT gives them (`lora_A.weight`, `vera_lambda_b`).
     """
 
@@ -31,7 +31,7 @@ class PeftAdapter(Adapter):
         super().__init__()
         self.tuner = tuner
         base = tuner._modules.pop("base_layer")
-        tuner.__dict__["base_layer"] = base  # no child: the base's weights are not the adapter's
+        tuner.__dict__["base_layer"] = base  # no child module: the base's weights are not part of the adapter
         self.trained = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad]
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class PeftAdapter(Adapter):
             return self.tuner(x)
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base layer's fp32 weight and bias with this adapter in them, by the tuner's own merge."""
+        """The base layer's fp32 weight and bias with this adapter merged into them by the tuner itself."""
         with self.tuner.base_layer.replaced(weight, bias) as base:
             try:
                 self.tuner.merge()
@@ -60,14 +60,14 @@ class PeftAdapter(Adapter):
 
 
 class BaseLinear(nn.Linear):
-    """A base layer as its tuner sees it: its weights without owning them, and its output without computing it."""
+    """Stands in for the base layer inside a tuner: refers to its weights and returns its output, computing nothing."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.given = self.own = None
-        self.is_read_rightly = False  # its weight is known to be all that it computes with
-        self.is_built = False  # until then the weights are fp32, and with them all that a tuner derives from them
+        self.is_read_rightly = False  # set once `why_not_its_product` has found no reason
+        self.is_built = False  # until then weights are read in fp32, so that the tuner derives fp32 values from them
         self.serve(linear)
 
     def serve(self, linear: nn.Linear) -> None:
@@ -79,12 +79,12 @@ class BaseLinear(nn.Linear):
             return self.own[0]
         if self.is_built:
             return self._values("weight")
-        if self.linear.weight.is_meta:  # it has no values: the adapter's own are there all the same
+        if self.linear.weight.is_meta:  # the base has no values, but the adapter needs memory all the same
             return torch.zeros(()).expand(self.out_features, self.in_features)
         return self.linear.weight.float()
 
     def _values(self, name: str) -> torch.Tensor:
-        """What the layer computes with, for a tuner whose forward reads it; a packed weight is unpacked by PEFT."""
+        """The layer's weight or bias, for a tuner whose forward reads it; PEFT unpacks a quantised weight."""
         if getattr(offload_group(self.linear), "offload_to_disk_path", None):
             raise ValueError(f"{READING} is offloaded to the disk by enable_group_offload: {OTHER_METHODS}")
         with weights_present(self.linear):
@@ -105,7 +105,7 @@ class BaseLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.given is not None and x is self.given[0]:
             return self.given[1]
-        return nn.functional.linear(x, self.weight, self.bias)  # a tuner that changes the input
+        return nn.functional.linear(x, self.weight, self.bias)  # the tuner has changed the input
 
     @contextlib.contextmanager
     def already_computed(self, x: torch.Tensor, out: torch.Tensor):
@@ -117,7 +117,7 @@ class BaseLinear(nn.Linear):
 
     @contextlib.contextmanager
     def replaced(self, weight: torch.Tensor, bias: torch.Tensor):
-        """Inside, the tuner works on copies of these values."""
+        """Context manager in which the tuner reads copies of these values instead of the layer's."""
         self.own = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias)]
         try:
             yield self
@@ -128,9 +128,9 @@ class BaseLinear(nn.Linear):
 def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, PeftAdapter]:
     """PEFT's tuner layers for these linear layers, by path.
 
-    PEFT injects into a tree that holds nothing but stand-ins for the layers under their own paths, so that every
-    tuner is set up exactly as PEFT does it, state shared between layers included, and the model is not touched.
-    All that is drawn at random is drawn from `config.seed`.
+    PEFT injects into a tree that holds only stand-ins for the layers, under their own paths. So PEFT itself sets up
+    every tuner, including state that layers share, and the model is not touched. Random values come from
+    `config.seed`.
 
     Raises:
         ValueError: PEFT is not installed, or has no such tuner of linear layers, or the tuner no such setting.
@@ -140,7 +140,7 @@ def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> 
     settings = _peft_config(peft, config, layers)
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice to users of its own files
+        warnings.simplefilter("ignore")  # PEFT warns about its own files, which are not used here
         torch.manual_seed(config.seed)
         tuner_class(tree, settings, TUNER_NAME)
     adapters = {}
@@ -187,7 +187,7 @@ def _peft_config(peft, config: AdapterConfig, layers: dict[str, nn.Linear]):
 def _tree_of(modules: dict[str, nn.Module]) -> nn.Module:
     """A module tree that holds these modules under their paths."""
     tree = nn.Module()
-    tree.device_marker = nn.Parameter(torch.empty(0))  # PEFT asks a model's first parameter where the model is
+    tree.device_marker = nn.Parameter(torch.empty(0))  # PEFT takes the model's device from its first parameter
     for path, module in modules.items():
         *parents, name = path.split(".")
         parent = tree

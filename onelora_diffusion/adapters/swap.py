@@ -1,4 +1,4 @@
-"""Trained copies that take the place of the base's own tensors: norms, and full fine-tuning."""
+"""Trained copies that replace the base's own tensors: for norms, and for full fine-tuning."""
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ class SwapAdapter(Adapter):
     """Trained fp32 copies of a module's own parameters, under their own names.
 
     Args:
-        copies: the copies made so far by the id of the base's parameter, filled here, so that parameters that the
-            base shares between modules stay shared.
+        copies: the copies made so far, by the id of the base's parameter; new ones are added. Parameters that modules
+            of the base share stay shared in this way.
     """
 
     seat = IN_PLACE
@@ -32,16 +32,16 @@ class SwapAdapter(Adapter):
 
     @torch.no_grad()
     def start_as(self, module: nn.Module) -> None:
-        """Start as the base does, where no values were loaded since `start`."""
+        """Copy the values of the base's module, unless values were loaded since `start`."""
         for name, parameter in self._parameters.items():
             if parameter.isnan().all():
                 parameter.copy_(module._parameters[name])
         self.may_lack_values = False
 
     def forward(self, name: str) -> torch.Tensor:
-        """The tensor in the place of the base's parameter of this name, which is brought for it where it is offloaded.
+        """The tensor that replaces the base's parameter of this name; an offloaded one is loaded for the call.
 
-        A view of it, since diffusers takes the values out of the parameter itself after the call.
+        It is returned as a view, since diffusers frees the values of an offloaded parameter after the call.
         """
         parameter = getattr(self, name)
         return parameter.view_as(parameter)

@@ -21,12 +21,12 @@ from onelora_diffusion.config import AdapterConfig
 
 @dataclass
 class Vectors:
-    """b, β and γ of one adapter, of a weighted sum of adapters, or of each sample of a batch; None is not there.
+    """b, β and γ of one adapter, of a weighted sum of adapters, or of each sample of a batch; an absent part is None.
 
     Attributes:
-        b: decompression by compression: (out_features,), or (rank, out_features) for a rank above 1.
-        of_bias: what each compression takes off for the base layer's bias.
-        per_sample: each trained part has one more dimension in front, of the samples of a batch.
+        b: the trained decompression for each compression: (out_features,), or (rank, out_features) for a rank above 1.
+        of_bias: for each compression, the share of the base layer's bias that it subtracts.
+        per_sample: whether each trained part has a leading dimension for the samples of a batch.
     """
 
     b: dict[Compression, torch.Tensor] = field(default_factory=dict)
@@ -40,9 +40,9 @@ class Vectors:
 
         Args:
             x: (..., in_features), the layer's input.
-            out: (..., out_features), what the terms are added to; its memory is reused.
+            out: (..., out_features), to which the terms are added in place.
             base: the base layer's own output for x, which `out` may be.
-            sums: what x has been compressed to so far, filled here. Layers that read the same x share it.
+            sums: the compressed values of x by compression; new ones are added. Layers with the same x share it.
         """
         add_outer, add_vector, scale = (
             (add_outer_rows_, add_vector_rows_, scale_rows)
@@ -50,7 +50,7 @@ class Vectors:
             else (add_outer_, add_vector_, lambda out, gamma: gamma.to(out.dtype) * out)
         )
         sums = {} if sums is None else sums
-        compressed = []  # all of them before `out` changes, which may be `base`
+        compressed = []  # compute all before `out` is changed, as it may be the same tensor as `base`
         for compression, b in self.b.items():
             shared = sums if compression.reads_input else {}
             if compression not in shared:
@@ -75,13 +75,13 @@ class Vectors:
         return weight, bias
 
     def map(self, change) -> "Vectors":
-        """Each part that is there, changed."""
+        """Apply `change` to each part that is not None."""
         beta, gamma = (None if part is None else change(part) for part in (self.beta, self.gamma))
         return replace(self, b={kind: change(b) for kind, b in self.b.items()}, beta=beta, gamma=gamma)
 
     @staticmethod
     def stacked(mixtures: list["Vectors"]) -> "Vectors":
-        """Each part of K mixtures stacked, with what changes nothing where a mixture does not have it."""
+        """Stack each part of K mixtures; a missing part is filled with values that change nothing (0, or 1 for γ)."""
         kinds = dict.fromkeys(kind for vectors in mixtures for kind in vectors.b)
         return Vectors(
             {kind: _stack([vectors.b.get(kind) for vectors in mixtures], 0) for kind in kinds},
@@ -103,7 +103,7 @@ class Vectors:
 
     @staticmethod
     def combined(group: list[tuple["Vectors", float | torch.Tensor]]) -> "Vectors":
-        """The same by its formula whatever the weights are, so that compiled code need not look at them."""
+        """As `weighted_sum`, without branches on the weights, so that compiled code is right for all their values."""
         kinds = dict.fromkeys(kind for vectors, _ in group for kind in vectors.b)
         return Vectors(
             {kind: _sum([(vectors.b.get(kind), weight) for vectors, weight in group], 0) for kind in kinds},
@@ -116,9 +116,9 @@ class Vectors:
 class VectorAdapter(Adapter):
     """y = γ ⊙ (W0 x + bias + β + B (C x)); for one sum, B (C x) is b·Σᵢ xᵢ (1LoRA, equation 3 and table 1).
 
-    Holds only the parts its settings ask for, each in fp32: `b` of shape (out_features,), or (rank, out_features)
-    for a rank above 1, and `beta` start at 0, `gamma` (out_features,) at 1, so that the adapted layer starts as the
-    base layer. C is no part of it: `compressions` has it.
+    It holds the parts that its settings ask for, in fp32. `b`, (out_features,) or (rank, out_features) for a rank
+    above 1, and `beta`, (out_features,), start at 0; `gamma`, (out_features,), starts at 1. So the adapted layer
+    starts as the base layer. C is not stored: it is computed by `compressions`.
     """
 
     def __init__(self, linear: nn.Linear, config: AdapterConfig):
@@ -134,7 +134,7 @@ class VectorAdapter(Adapter):
         self.register_buffer("of_bias", None, persistent=False)
 
     def serve(self, layer: nn.Module) -> None:
-        object.__setattr__(self, "layer", layer)  # which is no child of its own adapter
+        object.__setattr__(self, "layer", layer)  # no child module: the base's layer is not part of the adapter
         if self.b is not None and layer.bias is not None:  # kept for when the bias is offloaded
             self.of_bias = self.compression.of_bias(layer.bias.detach())
 
@@ -186,7 +186,7 @@ class VectorAdapter(Adapter):
 
 @torch.no_grad()
 def plain_weight(linear: nn.Linear) -> torch.Tensor:
-    """A linear layer's weight (out_features, in_features) in fp32, by its own product where it is quantised."""
+    """A linear layer's weight (out_features, in_features) in fp32; of a quantised layer, computed by its forward."""
     if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
         return linear.weight.float()
     dtype = torch.float32 if linear.bias is None else linear.bias.dtype
@@ -217,7 +217,7 @@ def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral:
     present = [(part, weight) for part, weight in parts if part is not None]
     if not present:
         return None
-    # Without the zeros of the general formula: it is taken at every forward.
+    # This skips the zeros of the general formula, since it runs at every forward.
     terms = [weight * (part - neutral if neutral else part) for part, weight in present]
     total = functools.reduce(torch.add, terms)
     return neutral + total if neutral else total

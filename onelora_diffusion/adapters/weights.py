@@ -6,14 +6,14 @@ import torch
 
 UNET_BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
-Weight = float | dict[str, float]  # of an adapter: one number, or numbers by block
+Weight = float | dict[str, float]  # an adapter's weight: one number, or one for each block
 
 
 def weight_at(weight: Weight, path: str) -> float:
     """An adapter's weight at one layer: that of the longest key that names the layer or a block around it, else 1.
 
-    `transformer_blocks.3` is the block and all in it; `*` and `?` match as in a shell (`*.attn1`). Of equally long
-    keys that with fewer of these counts: `transformer_blocks.3` rather than `transformer_blocks.*`.
+    `transformer_blocks.3` is the block with all its layers; `*` and `?` match as in a shell (`*.attn1`). If two keys
+    are equally long, the one with fewer wildcards counts: `transformer_blocks.3` before `transformer_blocks.*`.
     """
     if not isinstance(weight, dict):
         return weight
@@ -22,7 +22,7 @@ def weight_at(weight: Weight, path: str) -> float:
 
 
 def by_path(weights: dict | list, prefix: str = "") -> dict[str, float]:
-    """diffusers' nested weights of a UNet by path: `{"up": {"block_0": 0.2}}` -> `{"up_blocks.0": 0.2}`."""
+    """diffusers' nested weights of a UNet, by path: `{"up_blocks.0": 0.2}` for `{"up": {"block_0": 0.2}}`."""
     flat = {}
     items = enumerate(weights) if isinstance(weights, list) else weights.items()
     for key, value in items:
@@ -34,19 +34,19 @@ def by_path(weights: dict | list, prefix: str = "") -> dict[str, float]:
 
 def scaled(weight: Weight, scale: float) -> Weight:
     if isinstance(weight, dict):
-        # "*" is what no other key names, which weighs 1.
+        # The key "*" stands for the blocks that no other key names; their weight is 1.
         return {"*": scale} | {block: value * scale for block, value in weight.items()}
     return weight * scale
 
 
 def as_tensor(weight: float) -> torch.Tensor:
-    """A tensor of its own: compiled code would take it for unchanging that two weights are one object."""
-    with torch.inference_mode(False):  # autograd may have to keep it
+    """The weight as a new tensor; shared tensors would make compiled code assume that two weights stay equal."""
+    with torch.inference_mode(False):  # it may be saved for backward
         return torch.tensor(weight, dtype=torch.float32, device="cpu")
 
 
 def keeping_precision(fn):
-    """`fn` of `Module._apply`, but that it moves tensors only: `model.half()` would ruin trained values."""
+    """Wrap `fn` of `Module._apply` so that it moves tensors but keeps their dtype: `model.half()` would round them."""
 
     def apply(tensor):
         moved = fn(tensor)

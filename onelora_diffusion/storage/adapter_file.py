@@ -1,4 +1,4 @@
-"""Adapter files: one self-describing .safetensors, strictly checked."""
+"""This library's adapter file: one .safetensors whose header describes the adapter, checked strictly when read."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, 
 
 logger = logging.getLogger(__name__)
 
-# What a header holds, and of what type.
+# The entries of a header and their types.
 HEADER = {
     "config": dict,
     "fingerprint": str | None,
@@ -33,7 +33,7 @@ HEADER = {
     "training": dict,
     "version": str,
 }
-FORMAT = 2  # of files with a checksum; those of format 1 do not say so
+FORMAT = 2  # since format 2 files have a checksum; files of format 1 have no entry `format`
 
 WEIGHTS_NAME = "onelora_weights.safetensors"
 
@@ -52,12 +52,12 @@ def save_adapter(
     """Write an adapter as one self-contained file, and return its path.
 
     Keys are `transformer.<path of the layer>.onelora_b` (`_beta`, `_gamma`, …) and
-    `transformer.class_embedding.weight`. The file is written beside, flushed and renamed.
+    `transformer.class_embedding.weight`. The file is written under a temporary name, flushed and renamed.
 
     Args:
         path: a `.safetensors` file, or a folder that will hold `onelora_weights.safetensors`.
-        adapter_name: None: the one that is active.
-        state_dict: other values for the same names, such as their moving average.
+        adapter_name: None takes the active adapter.
+        state_dict: values to write instead of the adapter's, by the same names, such as their moving average.
         id2label: class names by label, 0 to num_classes - 1.
         base: hub id or folder of the base model.
         training: a summary of the training that can be written as JSON.
@@ -65,7 +65,7 @@ def save_adapter(
 
     Raises:
         TypeError, ValueError: `id2label` is no dict, or has labels outside the adapter's classes.
-        OSError: the disk is full; an older file at `path` is still there.
+        OSError: the disk is full; an older file at `path` is kept.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"an adapter file is float32 or bfloat16, not {dtype}")
@@ -88,7 +88,7 @@ def save_adapter(
     }
     text = json.dumps(header)
     path = _file_of(path)
-    _described(strict_json(text, str(path)), own)  # what is written can be read
+    _described(strict_json(text, str(path)), own)  # raises if the file could not be read again
     metadata = {"onelora": text, "sha256": digest(tensors, text)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
@@ -99,7 +99,7 @@ def save_adapter(
 def _check_labels(id2label: dict[int, str] | None, num_classes: int | None) -> None:
     if not isinstance(id2label, dict | None):
         kind = type(id2label).__name__
-        raise TypeError(f"id2label is a dict of names by label, as in {{0: 'pizza'}}, and this is a {kind}")
+        raise TypeError(f"id2label must be a dict of names by label, as in {{0: 'pizza'}}, and this is a {kind}")
     for label in id2label or {}:
         if not (isinstance(label, Integral) and 0 <= label < (num_classes or math.inf)):
             labels = f"0 to {num_classes - 1}" if num_classes else "whole numbers from 0 on"
@@ -107,31 +107,28 @@ def _check_labels(id2label: dict[int, str] | None, num_classes: int | None) -> N
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
-    """Read an adapter file, or the one in a folder.
+    """Read an adapter file, or the adapter file in a folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, not an adapter of this library, of a newer format, or holds NaN or infinity.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, not an adapter of this library, of a newer format, or holds NaN or infinity.
     """
     with opened(_file_of(path)) as file:
         return read_opened(file)
 
 
 def describe_adapter(path: str | os.PathLike) -> AdapterFile:
-    """What an adapter file says of itself, checked against its shapes; its values are not looked at.
+    """Read the header of an adapter file and check it against the tensors' shapes; values are not read.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, but for its values.
+        FileNotFoundError, ValueError: as `read_adapter`, except that values are not checked.
     """
     with opened(_file_of(path)) as file:
         return _describe_opened(file)[0]
 
 
 def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
-    """The adapter in an open file, whose settings are checked against its shapes, and those against a model's.
-
-    Only then are its values looked at.
-    """
+    """Read the adapter in an open file; settings are checked against shapes, these against the model, values last."""
     adapter, header = _describe_opened(file)
     text, tensors = file.metadata["onelora"], file.tensors()
     if model is not None:
@@ -151,7 +148,7 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
 
 
 def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
-    """(the adapter by its header, which its shapes bear out; the header)."""
+    """(the adapter that the header describes, checked against the tensors' shapes; the header)."""
     if "onelora" not in file.metadata:
         raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
     header = strict_json(file.metadata["onelora"], file.source)
@@ -168,7 +165,7 @@ def _file_of(path: str | os.PathLike) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a header may say
+# Checks of a header
 
 LIBRARY_VERSION = version("onelora-diffusion")
 
@@ -191,7 +188,7 @@ def _remedy(header) -> str:
 
 
 def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
-    """The adapter by its header; ValueError if that says what none does, or what the tensors do not bear out."""
+    """The adapter that a header describes; ValueError if the header is invalid or contradicts the tensors."""
     if not isinstance(header, dict):
         raise ValueError("its header has no settings by name")
     written_as = header.get("format", 1)
@@ -205,7 +202,7 @@ def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
             raise ValueError(f"its {name} has {len(header[name]):,} characters, and {MAX_TEXT:,} is the most")
     config = AdapterConfig.from_json(json.dumps(header["config"]))
     if config.sum and any(name.endswith(".onelora_b") and tensor.ndim == 1 for name, tensor in tensors.items()):
-        config = dataclasses.replace(config, rank=1)  # version 0.1 wrote a rank that it had ignored
+        config = dataclasses.replace(config, rank=1)  # version 0.1 ignored the rank but wrote it
     _check_against(config, tensors)
     for label, name in header["id2label"].items():
         is_label = label.isascii() and label.isdecimal() and len(label) < 10
@@ -227,7 +224,7 @@ def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
 
 
 def _check_against(config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse settings that would make more than the tensors of the file fill."""
+    """ValueError for settings that would build more tensors than the file has."""
     if config.targets is not None and len(config.targets) > max(len(tensors), 100):
         raise ValueError(f"it names {len(config.targets):,} targets, and holds {len(tensors):,} tensors")
     table = tensors.get(f"{CLASS_TABLE}.weight")

@@ -1,4 +1,4 @@
-"""What an adapter file holds, whether it fits a model, and its way into one."""
+"""The content of an adapter file: check that it fits a model, and attach it."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,16 +20,16 @@ from onelora_diffusion.injection.book import AdapterBook, adapters_of, fingerpri
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file holds.
+    """The content of an adapter file.
 
     Attributes:
         config: the adapter's settings.
         tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
-        fingerprint: of the base's parameter names and shapes; None for an adapter that came without.
-        base: hub id or folder of the base model, if it was known.
+        fingerprint: fingerprint of the base's parameter names and shapes; None if the file has none.
+        base: hub id or folder of the base model, if known.
         id2label: class names by label.
         training: the training summary.
-        version: of onelora-diffusion, that wrote the file.
+        version: the version of onelora-diffusion that wrote the file.
     """
 
     config: AdapterConfig
@@ -42,7 +42,7 @@ class AdapterFile:
 
     @property
     def origin(self) -> dict:
-        """What a model remembers of the file."""
+        """What the model keeps about the file."""
         return {"id2label": self.id2label, "base": self.base, "training": self.training}
 
 
@@ -50,7 +50,7 @@ def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
     """Check every key and shape of an adapter, and its base, against a model; nothing is allocated.
 
     Raises:
-        ValueError: it does not fit, or its settings build nothing.
+        ValueError: the adapter does not fit, or its settings build no adapter.
     """
     expected = build_for_values(model, file.config, file.tensors, source, as_shapes=True)
     if expected is not None:
@@ -59,7 +59,7 @@ def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
 
 
 def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Build an adapter, check every key and shape of it against the file's, and only then attach it."""
+    """Build an adapter, check all its keys and shapes against the file's, and then attach it."""
     adapter = build_with_values(model, file.config, file.tensors, source)
     _check_base(model, file, source)
     attach_adapter(model, file.config, adapter_name, adapter, is_to_train=False)
@@ -67,7 +67,7 @@ def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, 
 
 
 def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source: str) -> None:
-    """Write a file's values into an adapter of the same kind, in place; what serves and what trains stays so."""
+    """Overwrite an adapter of the same kind with a file's values; the adapters that are active or train stay so."""
     book.require_unmerged("values are swapped")
     own = state_dict_of(book.adapters[adapter_name])
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -83,7 +83,7 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
             parameter.copy_(file.tensors[name])
         book.origins[adapter_name] = file.origin
         if book.serving:
-            book.activate(book.serving)  # what was summed up of the old values
+            book.activate(book.serving)  # sums of the old values are computed again
 
 
 def _check_base(model: nn.Module, file: AdapterFile, source: str) -> None:

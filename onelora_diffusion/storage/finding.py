@@ -1,4 +1,4 @@
-"""Find the file of an adapter: on disk, in a folder, or on the hub."""
+"""Find the file of an adapter on disk or on the Hugging Face hub."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 @dataclass(frozen=True)
 class Place:
-    """Which file of a folder or hub repository, under the names of diffusers' keyword arguments.
+    """Where a file is in a folder or hub repository, under the names of diffusers' keyword arguments.
 
     Attributes:
-        weight_name: which file.
-        subfolder, revision: where it is in the repository.
-        token, cache_dir, force_download, local_files_only: as `hf_hub_download` takes them.
-        use_safetensors: True or None; a pickle is never read.
-        proxies: None; the hub's client reads the environment.
+        weight_name: name of the file.
+        subfolder, revision: subfolder and git revision of the repository.
+        token, cache_dir, force_download, local_files_only: as for `hf_hub_download`.
+        use_safetensors: True or None, since pickles are never read.
+        proxies: must be None, since the hub's client reads proxies from the environment.
     """
 
     weight_name: str | None = None
@@ -50,11 +50,11 @@ class Place:
 
 
 def find_weights(source: str | os.PathLike, place: Place = Place()) -> Path:
-    """The file of an adapter: `source` itself, or the one in that folder or hub repository.
+    """Find the file of an adapter: `source` itself, or the file in that folder or hub repository.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a folder holds several, or the file is a pickle.
+        FileNotFoundError: there is no adapter file.
+        ValueError: the folder holds several, or the file is a pickle.
     """
     local = Path(source).expanduser()
     folder = local / place.subfolder if place.subfolder else local
@@ -119,7 +119,7 @@ def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
     for name in names:
         try:
             path = Path(hf_hub_download(repo_id, name, **settings))
-        except LocalEntryNotFoundError as error:  # it is not in the cache, and the hub is out of reach
+        except LocalEntryNotFoundError as error:  # the file is not in the cache, and the hub cannot be reached
             failure = f"'{repo_id}' is not in the cache, and the hub cannot be reached or is not to be used", error
         except EntryNotFoundError as error:
             failure = f"'{repo_id}' has no {' or '.join(names)}; give the weight_name", error
@@ -127,7 +127,7 @@ def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
             failure = f"'{repo_id}' cannot be had from the hub: {first_line(error)}", error
             break
         else:
-            if name == PEFT_LORA:  # its settings lie beside it
+            if name == PEFT_LORA:  # PEFT keeps the settings in a file of their own
                 with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
                     hf_hub_download(repo_id, PEFT_CONFIG, **settings)
             return path

@@ -1,4 +1,4 @@
-"""Share an adapter: its file, a model card and pictures in a repository of the Hugging Face hub."""
+"""Upload an adapter to the Hugging Face hub: its file, a model card and pictures."""
 
 import re
 import shutil
@@ -60,17 +60,17 @@ def push_to_hub(
 
     Args:
         path: the adapter file, or its folder.
-        repo_id: `user/name`; made if there is none.
-        base: hub id of the base model; None: what the adapter's file says.
-        dataset: hub id or name of what it was trained on.
-        metrics: figures that were measured, by name; with a data set, the hub shows them too.
-        sample_grid: a PNG.
-        gallery: what the hub shows first: class names or prompts, and the PNG of each.
-        license: of the adapter, as the hub writes it (`cc-by-nc-4.0`); that of the base binds it too.
+        repo_id: `user/name`; the repository is created if it does not exist.
+        base: hub id of the base model; None takes the one in the adapter's file.
+        dataset: hub id or name of the training data.
+        metrics: measured values by name; if `dataset` is given, the hub shows them as evaluation results.
+        sample_grid: path of a PNG.
+        gallery: (class name or prompt, path of a PNG) of each picture that the hub shows first.
+        license: the adapter's licence as the hub writes it (`cc-by-nc-4.0`); the base's licence applies too.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged adapter, or the hub refuses. Files are checked
-            before the hub is asked for anything.
+        FileNotFoundError, ValueError: a file is missing, the adapter is damaged, or the hub refuses. Files are
+            checked before the hub is contacted.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -120,7 +120,7 @@ def model_card(
     gallery: Sequence[tuple[str, str]] = (),
     license: str | None = None,
 ) -> str:
-    """The text of a model card: the hub's header, pictures, a snippet, metrics, classes and settings.
+    """Write the text of a model card: the hub's header, pictures, a snippet, metrics, classes and settings.
 
     Raises:
         ValueError: neither `base` nor the file names the base model.

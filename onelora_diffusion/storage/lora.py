@@ -1,4 +1,4 @@
-"""To LoRA and back: 1LoRA is the LoRA whose A says which inputs are summed up together, and MiSS of the same rank."""
+"""Convert between 1LoRA and LoRA: 1LoRA, like MiSS, is a LoRA whose fixed A has ones where inputs are summed up."""
 
 import json
 import logging
@@ -37,12 +37,12 @@ PEFT_CONFIG = "adapter_config.json"
 FOREIGN_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)\."
     r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block)"
-    r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's own state has the adapter's name in its keys
+    r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's state dicts have the adapter's name in their keys
 )
 TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
 BIASES = ("beta", "lora_B.bias")
 
-# What else files of adapters hold, told by a key.
+# Kinds of adapters that are not read, by a pattern of their keys.
 OTHER_KINDS = {
     r".+\.lokr_w[12](_[ab])?|.+\.lokr_t2": "LoKr",
     r".+\.hada_(w[12]_[ab]|t[12])": "LoHa",
@@ -70,29 +70,29 @@ def export_lora(
     dtype: torch.dtype = torch.float32,
     naming: Naming = "diffusers",
 ) -> Path:
-    """Write a 1LoRA adapter as an ordinary LoRA of its rank, which needs nothing of this library to load.
+    """Write a 1LoRA adapter as an ordinary LoRA of the same rank, which loads without this library.
 
         b · Σᵢ xᵢ = B A x,  A = (1 … 1), B = b
 
-    Of a higher rank, or of another compression, A is that compression as a matrix.
+    For a higher rank or another compression, A is the compression as a matrix.
 
     Args:
-        path: a `.safetensors` file for the `load_lora_weights` of diffusers' pipelines, or a folder that holds
-            that file (`pytorch_lora_weights.safetensors`) and the same as PEFT's `PeftModel.from_pretrained`
-            has it, which also serves models without LoRA verbs in diffusers, such as DiT.
-        adapter_name: None: the one that is active.
-        dtype: of the tensors written.
-        naming: what programs read it. "kohya": kohya's sd-scripts; "comfyui": ComfyUI, which reads β as well. Layers
-            have that program's names, and are fused as its layers are; a folder gets `kohya_lora.safetensors` or
-            `comfyui_lora.safetensors`.
+        path: a `.safetensors` file, which the `load_lora_weights` of diffusers' pipelines reads; or a folder, which
+            gets that file (`pytorch_lora_weights.safetensors`) and files that PEFT's `PeftModel.from_pretrained`
+            reads, for models that diffusers has no LoRA verbs for, such as DiT.
+        adapter_name: None takes the active adapter.
+        dtype: dtype of the written tensors.
+        naming: the program that reads the file: "diffusers", "kohya" (kohya's sd-scripts) or "comfyui" (ComfyUI, which
+            reads β as well). Layers have that program's names and are fused as its layers are; a folder gets
+            `kohya_lora.safetensors` or `comfyui_lora.safetensors`.
 
     Returns:
-        `path`. Its attribute `left_out` names the layers that the program does not take, which a warning tells too.
+        `path`. Its attribute `left_out` names the layers that the program does not read; a warning names them too.
 
     Raises:
-        ValueError: the adapter holds what a LoRA cannot carry: a class table, β, γ or norms, or it is of another
-            method; or that program's names for this model are not known. To keep all, merge and `save_pretrained`.
-            Nothing is written.
+        ValueError: the adapter has parts that a LoRA cannot have (a class table, β, γ or norms), is of another
+            method, or that program's names for this model are not known. Nothing is written. To keep all parts,
+            merge the adapter and call `save_pretrained`.
     """
     book = adapters_of(model)
     if naming not in ALL_NAMINGS:
@@ -106,7 +106,7 @@ def export_lora(
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
     rank = len(next(iter(pairs.values()))[0])
     settings = {"r": rank, "lora_alpha": rank, "target_modules": list(pairs), "bias": "none"}
-    settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 reads them without asking
+    settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 fails without them
     path = Path(path)
     if path.suffix == ".safetensors":
         write_lora(path, {component: lora}, {component: settings})
@@ -144,14 +144,14 @@ def _export_renamed(model: nn.Module, path: Path, adapter_name: str, dtype: torc
 
 
 def check_export(model: nn.Module, adapter_name: str, naming: Naming) -> None:
-    """ValueError where `export_lora` would raise one."""
+    """ValueError if `export_lora` would raise one."""
     lora_pairs(model, adapter_name) if naming == "diffusers" else renamed_lora(model, adapter_name, naming)
 
 
 def renamed_lora(
     model: nn.Module, adapter_name: str, naming: Naming
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of `export_lora` for another program, and the layers it does not take; ValueError as there."""
+    """The tensors that `export_lora` writes for another program, and the layers left out; raises as it does."""
     pairs = lora_pairs(model, adapter_name, with_bias=naming == "comfyui")
     return named_for(naming, adapters_of(model).model, pairs)
 
@@ -167,14 +167,14 @@ def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings:
     metadata = {f"{part}.{name}": value for part, own in settings.items() for name, value in (own or {}).items()}
     header = {"format": "pt"}
     if metadata:
-        header["lora_adapter_metadata"] = json.dumps(metadata, default=sorted)  # PEFT has sets among its settings
+        header["lora_adapter_metadata"] = json.dumps(metadata, default=sorted)  # some settings of PEFT are sets
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as part:
         save_file(tensors, part, header)
 
 
 def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> dict[str, LoraLayer]:
-    """A, B and β of each layer, by its path; ValueError if the adapter holds what a LoRA cannot carry."""
+    """A, B and β of each layer by its path; ValueError if the adapter has parts that a LoRA cannot have."""
     book = adapters_of(model)
     pairs, reasons = {}, []
     for layer, module in book.adapters[adapter_name].items():
@@ -195,7 +195,7 @@ def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> 
 
 
 def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
-    """ValueError for a file of a kind that is not read, which names it."""
+    """ValueError for a kind of adapter that is not read; the message names the kind."""
     for key, tensor in tensors.items():
         kind = next((kind for pattern, kind in OTHER_KINDS.items() if re.fullmatch(pattern, key)), None)
         if key.endswith(".dora_scale") and (tensor.ndim != 2 or tensor.shape[1] != 1):
@@ -210,10 +210,10 @@ def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
 
 
 def without_text_encoders(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """The tensors that are not for text encoders, of which a warning tells.
+    """Leave out the tensors for text encoders, with a warning.
 
     Raises:
-        ValueError: all are for text encoders.
+        ValueError: all tensors are for text encoders.
     """
     own = {key: tensor for key, tensor in tensors.items() if not TEXT_ENCODER_KEY.fullmatch(key)}
     if tensors and not own:
@@ -225,23 +225,23 @@ def without_text_encoders(tensors: dict[str, torch.Tensor], source: str) -> dict
 
 
 def is_foreign(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether any key is one of LoRA's, DoRA's or MiSS's."""
+    """Whether any key is that of a LoRA, DoRA or MiSS."""
     return any(FOREIGN_KEY.fullmatch(key) for key in tensors)
 
 
 def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str) -> AdapterFile:
-    """An adapter of this library from the tensors of a LoRA, DoRA or MiSS.
+    """Convert the tensors of a LoRA, DoRA or MiSS to an adapter of this library.
 
     A LoRA whose A repeats one number (c … c) in each row is exactly 1LoRA with b = α/r · B c; one of rank r whose
     row j has one number at each input i with i mod r = j, and zeros elsewhere, is 1LoRA of rank r, and so is MiSS.
     Any other LoRA or DoRA becomes an adapter of that method, which needs PEFT.
 
     Args:
-        settings: PEFT's settings of the adapter; empty where none came with it, alpha being r then.
-        source: named in errors.
+        settings: PEFT's settings of the adapter; empty if it came without any, in which case alpha is r.
+        source: the name of the file in errors.
 
     Raises:
-        ValueError: a key of another kind, tensors that do not pair up, or settings that cannot be kept.
+        ValueError: a key is of another kind, A or B of a layer is missing, or a setting has no equivalent here.
     """
     _check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
@@ -260,9 +260,9 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
         )
 
     targets = tuple(layers)
-    names = next(iter(values.values()))  # the same at every layer
+    names = next(iter(values.values()))  # every layer has the same names
     for path, linear in target_layers(model, targets).items():
-        if path not in values:  # it ends in another one's path
+        if path not in values:  # its path only ends in the path of a layer of the file
             values[path] = _neutral(linear, names)
     if "b" in names:
         rank = 1 if names["b"].ndim == 1 else len(names["b"])
@@ -280,10 +280,10 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
 
 
 def paths_by_name(model: nn.Module) -> dict[str, str]:
-    """Every name that LoRA files have for a layer of a model -> its path."""
+    """The path of each layer of a model, by every name that LoRA files use for it."""
     names = {path: path for path, _ in model.named_modules()}
     for path in list(names):
-        flat = path.replace(".", "_")  # as kohya's scripts and OneTrainer write it
+        flat = path.replace(".", "_")  # the form that kohya's scripts and OneTrainer write
         for prefix in ("transformer.", "unet.", COMFYUI):
             names.setdefault(f"{prefix}{path}", path)
         for prefix in ("lora_transformer_", "lora_unet_", "lycoris_"):
@@ -292,7 +292,7 @@ def paths_by_name(model: nn.Module) -> dict[str, str]:
 
 
 def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> dict[str, dict[str, torch.Tensor]]:
-    """path of a layer -> part (`lora_A`, `lora_B.bias`, `alpha`, …) -> tensor, in fp32."""
+    """The tensors of each layer, in fp32: path -> part (`lora_A`, `lora_B.bias`, `alpha`, …) -> tensor."""
     paths = paths_by_name(model)
     if not all(match and match["name"] in paths for match in map(FOREIGN_KEY.fullmatch, tensors)):
         tensors = by_diffusers_paths(model, tensors) or tensors
@@ -315,7 +315,7 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
 
 
 def _miss(model: nn.Module, path: str, parts: dict[str, torch.Tensor], settings: dict, source: str) -> torch.Tensor:
-    """b of shape (out_features,) or (rank, out_features) of a MiSS block; `mini` repeats a narrow one."""
+    """Convert a MiSS block to b, (out_features,) or (rank, out_features); the kind `mini` repeats a narrow block."""
     block, init = parts["miss_block"], settings.get("init_weights", True)
     features = model.get_submodule(path).out_features
     is_narrow = init == "mini" and block.ndim == 2 and block.shape[1] and features % block.shape[1] == 0
@@ -328,7 +328,7 @@ def _miss(model: nn.Module, path: str, parts: dict[str, torch.Tensor], settings:
 
 
 def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Values by path; the scale α/r is multiplied into B and its bias."""
+    """The values of each layer by its path, with the scale α/r multiplied into B and its bias."""
     is_dora = any("lora_magnitude_vector" in parts for parts in layers.values())
     if settings.get("use_dora") and not is_dora:
         raise ValueError(f"{source}: its use_dora is true, and it has no lora_magnitude_vector; save it again, whole")
@@ -352,7 +352,7 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
     elif not is_dora and len({len(a) for a, _, _ in scaled.values()}) == 1 and all(map(_sums_groups, scaled.values())):
         values = {path: {"b": a.diagonal()[:, None] * b.T, "beta": bias} for path, (a, b, bias) in scaled.items()}
     else:
-        rank = max(len(a) for a, _, _ in scaled.values())  # layers of a lower rank are filled up with zeros
+        rank = max(len(a) for a, _, _ in scaled.values())  # layers of a lower rank are padded with zeros
         held = sum(a.numel() + b.numel() for a, b, _ in scaled.values())
         filled = sum(rank * (a.shape[1] + len(b)) for a, b, _ in scaled.values())
         if filled > held + sum(parameter.numel() for parameter in model.parameters()):
@@ -389,30 +389,31 @@ def _alpha(path: str, rank: int, settings: dict) -> float:
 
 
 def _plain_name(pattern: str) -> str:
-    """The layer that a pattern of PEFT names; no file has regular expressions compiled."""
+    """The layer that a pattern of PEFT names. Regular expressions of a file are never compiled."""
     return pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".")
 
 
-# PEFT's settings that are read, or say nothing of what the tensors compute: these may have any value.
+# Settings of PEFT that may have any value, since they are read here or do not affect what the tensors compute.
 READ = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),  # the tensors' names say it
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),  # told by the tensors' names
     *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
-    *("lora_bias", "use_dora"),  # the tensors show it
-    *("lora_dropout", "miss_dropout"),  # of training
-    *("init_weights", "mini_r"),  # of MiSS, where its shape is checked
-    *("megatron_core", "qalora_group_size", "runtime_config"),  # how others compute, once they are asked to
+    *("lora_bias", "use_dora"),  # told by the tensors
+    *("lora_dropout", "miss_dropout"),  # used in training alone
+    *("init_weights", "mini_r"),  # checked with the shape of MiSS
+    *("megatron_core", "qalora_group_size", "runtime_config"),  # without effect unless they are used
 }
 VALUES = {
     "peft_type": ("LORA", "MISS", None),
     "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # others change the base, or want to be redone
+    # Other initialisations change the base, or have to be computed again when the adapter is loaded.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
 }
-NEUTRAL = (None, False, "", [], {}, "none")  # what a setting is that nobody has set
+NEUTRAL = (None, False, "", [], {}, "none")  # values of a setting that is not set
 
 
 def _check_values(settings: dict, source: str) -> None:
-    """ValueError for a setting of PEFT that is not known to leave alone what the tensors and the base compute."""
+    """ValueError for a setting of PEFT that may change what the tensors or the base compute."""
     for name, value in settings.items():
         is_known = name in READ or value in VALUES.get(name, NEUTRAL)
         if not is_known and not (name not in VALUES and _is_default(name, value)):
@@ -423,7 +424,7 @@ def _check_values(settings: dict, source: str) -> None:
 
 
 def _is_default(name: str, value) -> bool:
-    """Whether the installed PEFT gives a setting this value where nobody has set it."""
+    """Whether this value is the installed PEFT's default of a setting."""
     try:
         from peft import LoraConfig, MissConfig
     except ImportError:
@@ -432,7 +433,7 @@ def _is_default(name: str, value) -> bool:
 
 
 def _check_settings(settings: dict, source: str) -> None:
-    """ValueError for settings that are not understood, of another type or no finite number."""
+    """ValueError for settings that are not understood, of the wrong type or not finite."""
     _check_values(settings, source)
     alphas = {"lora_alpha": settings.get("lora_alpha", 1)}
     if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
@@ -457,7 +458,7 @@ def _check_settings(settings: dict, source: str) -> None:
 
 
 def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values that leave a layer as it is, for one that only shares its name with a layer of the file."""
+    """Values that do not change a layer, for a layer that only shares the end of its name with one in the file."""
     rank = len(parts.get("lora_A.weight", ()))
     shapes = {
         "b": (*parts.get("b", torch.empty(0)).shape[:-1], linear.out_features),

@@ -1,4 +1,4 @@
-"""Layers under the names that other programs have for them: a model's native names, with its fused layers.
+"""Names that other programs use for layers: a model's native names, with its fused layers.
 
 The native names are those that diffusers' own converters of checkpoints read (`diffusers.loaders.single_file_utils`).
 """
@@ -18,10 +18,10 @@ Naming = Literal["diffusers", "kohya", "comfyui"]
 
 ALL_NAMINGS = get_args(Naming)
 COMFYUI = "diffusion_model."  # before a model's native names in ComfyUI
-KOHYA = "lora_unet_"  # before a layer's name, whose dots are underscores then
+KOHYA = "lora_unet_"  # before a layer's name with underscores for dots
 
-# Of each class, `native name = diffusers' path`. `*` is the number of a block. Braces on both sides are two lines or
-# more; on the right alone, the native layer is those layers one above the other, with their rows in that order.
+# For each class, lines of `native name = diffusers' path`. `*` is the number of a block. Braces on both sides stand
+# for several lines; braces on the right alone for a native layer that has the rows of those layers, in that order.
 _DOUBLE_BLOCKS = """
     double_blocks.*.img_attn.qkv = transformer_blocks.*.attn.{to_q,to_k,to_v}
     double_blocks.*.txt_attn.qkv = transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj}
@@ -150,12 +150,12 @@ TABLES = {
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
 
 UNET = "UNet2DConditionModel"
-# Whose layers ComfyUI takes by diffusers' names, `transformer.` before them.
+# Classes whose layers ComfyUI reads by diffusers' names after `transformer.`.
 BY_DIFFUSERS_NAMES = (
     *("FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel"),
     *("PixArtTransformer2DModel", "QwenImageTransformer2DModel", "AuraFlowTransformer2DModel"),
 )
-# What each program takes of a class: layers by their native names, of a UNet by diffusers'.
+# The layers of each class that a program reads, by their native names (of a UNet, by diffusers').
 TAKEN = {
     "kohya": {
         UNET: r".+_blocks?\..+",
@@ -166,7 +166,7 @@ TAKEN = {
     "comfyui": {UNET: r".+_blocks?\..+|(time|add|class)_embedding\.linear_[12]"} | dict.fromkeys(TABLES, ".*"),
 }
 
-# ComfyUI's own names of native layers, which it does not take by the others.
+# Native layers for which ComfyUI reads a name of its own alone.
 COMFYUI_OWN = {
     r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.0": r"\1.in_layer",
     r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.2": r"\1.out_layer",
@@ -185,12 +185,12 @@ class LoraLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class NativeLayer:
-    """A layer of a model as it was published.
+    """A layer of a model in its native form, in which the model was published.
 
     Attributes:
-        paths: the layers of diffusers that it is, one above the other.
-        rows: of each of them.
-        is_swapped: the two halves of its rows change places: diffusers has scale before shift, others shift first.
+        paths: the layers of diffusers whose rows, in this order, are its rows.
+        rows: the number of rows of each of them.
+        is_swapped: whether its two halves are in the other order: diffusers has scale before shift, others after it.
     """
 
     paths: tuple[str, ...]
@@ -198,7 +198,7 @@ class NativeLayer:
     is_swapped: bool = False
 
     def joined(self, layers: dict[str, LoraLayer]) -> LoraLayer:
-        """Its change from those of its paths, some of which may be absent; equal A of rank r are one of rank r."""
+        """Join the changes of its paths, some may be absent; if all have the same A, the rank does not grow."""
         present = [path for path in self.paths if path in layers]
         first = layers[present[0]].a
         if all(torch.equal(layers[path].a, first) for path in present):
@@ -217,7 +217,7 @@ class NativeLayer:
         return LoraLayer(a, self._swapped(torch.cat(b)), self._swapped(torch.cat(beta)) if changes_bias else None)
 
     def parted(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rows of each path, from native ones."""
+        """Split native rows into those of each path."""
         return self._swapped(rows).split(self.rows)
 
     def _swapped(self, rows: torch.Tensor) -> torch.Tensor:
@@ -225,12 +225,12 @@ class NativeLayer:
 
 
 def namings_of(flag: tuple[Naming, ...] | None) -> tuple[Naming, ...]:
-    """What `--export-lora` asks for: nothing where it is not given, and diffusers' names where it is given alone."""
+    """The namings that `--export-lora` asks for: none without the flag, diffusers' for the flag without a value."""
     return () if flag is None else flag or ("diffusers",)
 
 
 def native_layers(model: nn.Module) -> dict[str, NativeLayer] | None:
-    """The linear layers of a model by their native names, of a UNet by diffusers'; None for a class not known here."""
+    """The linear layers of a model by their native names, of a UNet by diffusers'; None for an unknown class."""
     kind = type(model).__name__
     linears = {path: layer for path, layer in model.named_modules() if is_linear(layer)}
     if kind == UNET:
@@ -245,7 +245,7 @@ def native_layers(model: nn.Module) -> dict[str, NativeLayer] | None:
                 number = match[1] if match.groups() else ""
                 paths = tuple(pattern.replace("*", number) for pattern in patterns)
                 if not linears.keys() >= set(paths):
-                    continue  # diffusers' fuse_qkv_projections has made one of some
+                    continue  # diffusers' fuse_qkv_projections has fused some of them
                 rows = tuple(linears[path].out_features for path in paths)
                 norm = type(model.get_submodule(path.rpartition(".")[0])).__name__ if "." in path else ""
                 found[native.replace("*", number)] = NativeLayer(paths, rows, norm == "AdaLayerNormContinuous")
@@ -272,11 +272,11 @@ def _expanded(name: str) -> list[str]:
 
 
 def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """The tensors of a LoRA under diffusers' paths, its fused layers parted; None unless all have native names.
+    """Rename the tensors of a LoRA to diffusers' paths and split fused layers; None unless all have native names.
 
     Args:
-        tensors: `NAME.part`, where a part is of the rows of a native layer (`lora_B.weight`), or the same for all of
-            its paths (`lora_A.weight`, `alpha`).
+        tensors: tensors by `NAME.part`. A part has the rows of the native layer (`lora_B.weight`) and is split, or is
+            the same for all its paths (`lora_A.weight`, `alpha`).
     """
     natives = native_layers(model) or {}
     known = {}
@@ -303,7 +303,7 @@ OF_ROWS = re.compile(r"\.(lora_B|lora[._]up|lora_magnitude_vector|dora_scale)\b"
 
 
 def _dots(key: str) -> list[int]:
-    """Where the dots of a key are, the last first."""
+    """The positions of the dots in a key, from the last to the first."""
     return [match.start() for match in re.finditer(r"\.", key)][::-1]
 
 
@@ -315,7 +315,7 @@ class ExportedPath(type(Path())):
     """The path of a LoRA that was written.
 
     Attributes:
-        left_out: paths of the layers of the adapter that the program does not take, and which the file does not have.
+        left_out: paths of the adapter's layers that the file does not have, since the program does not read them.
     """
 
     left_out: tuple[str, ...] = ()
@@ -324,11 +324,11 @@ class ExportedPath(type(Path())):
 def named_for(
     naming: Naming, model: nn.Module, layers: dict[str, LoraLayer]
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of a LoRA as another program names them, and the paths of the layers that it does not take.
+    """Rename the tensors of a LoRA for another program; also the paths of the layers that it does not read.
 
     Args:
-        naming: "kohya" for kohya's sd-scripts; "comfyui".
-        layers: by path. A native layer that several of them make up has rank r too where they have the same A.
+        naming: "kohya" for kohya's sd-scripts, or "comfyui".
+        layers: the layers by their paths. If layers that are fused natively have the same A, the rank does not grow.
 
     Raises:
         ValueError: the program's names for this class are not known, it takes none of the layers, or it does not

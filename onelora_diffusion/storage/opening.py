@@ -1,4 +1,4 @@
-"""Open a safetensors file that a stranger may have written: nothing of it is used before it is checked.
+"""Open a safetensors file from an untrusted source: everything is checked before it is used.
 
 Every error is `FILE: what is wrong; what to do`.
 """
@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from onelora_diffusion.files import printable
 
-MAX_HEADER_BYTES = 4 << 20  # 20,000 tensors, or names of as many classes
+MAX_HEADER_BYTES = 4 << 20  # enough for 20,000 tensors or class names
 MAX_DIMENSIONS = 8
-MAX_TEXT = 1000  # characters of a class name, or of the base's
-MAX_VALUE = torch.finfo(torch.float16).max  # beyond it half precision has infinity, and no trained value comes near
+MAX_TEXT = 1000  # characters of a name of a class or base
+MAX_VALUE = torch.finfo(torch.float16).max  # larger values are infinite in fp16; trained ones are far smaller
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -28,18 +28,18 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
-INTEGER = re.compile(r".+\.alpha")  # of LoRA: one number, which some write without a fraction
+INTEGER = re.compile(r".+\.alpha")  # the alpha of a LoRA is one number, which some programs write as an integer
 NAME = re.compile(r"[!-~]{1,512}")  # visible ASCII
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file whose header is checked, and whose tensors are not read yet.
+    """An open file with a checked header, whose tensors are not read yet.
 
     Attributes:
-        source: its path, as errors name it.
-        metadata: the texts in its header.
-        names: of its tensors.
+        source: the path, for errors.
+        metadata: the texts in the header.
+        names: the names of the tensors.
     """
 
     source: str
@@ -48,17 +48,17 @@ class OpenFile:
     handle: safe_open = field(repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, mapped: a value takes memory when it is looked at. `check_values` is the caller's."""
+        """All tensors by name, memory-mapped, so that values are read when used. The caller runs `check_values`."""
         return {name: self.handle.get_tensor(name) for name in self.names}
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[OpenFile]:
-    """Context manager: a safetensors file, open.
+    """Context manager that opens a safetensors file and checks its header.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no safetensors file, or larger or other in its header than a file of weights is.
+        ValueError: the file is damaged, no safetensors file, or its header is not that of a file of weights.
     """
     source = str(path)
     if not path.is_file():
@@ -73,7 +73,7 @@ def opened(path: Path) -> Iterator[OpenFile]:
 
 
 def check_state_dict(tensors: dict[str, torch.Tensor], source: str) -> None:
-    """ValueError unless these are names and values that a file of weights could hold."""
+    """ValueError unless all names and values could be those of a file of weights."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{source}: {name!r} is no name of a tensor, but {type(tensor).__name__}; give tensors")
@@ -93,10 +93,10 @@ def check_values(name: str, tensor: torch.Tensor, source: str) -> None:
 
 
 def strict_json(text: str | bytes, source: str):
-    """What a JSON text says, without control characters in it.
+    """Parse a JSON text and remove control characters from its strings.
 
     Raises:
-        ValueError: no JSON, a key given twice, NaN, infinity, or nested too deeply.
+        ValueError: the text is no JSON, gives a key twice, has NaN or infinity, or is nested too deeply.
     """
     try:
         return printable(json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number))
@@ -105,9 +105,9 @@ def strict_json(text: str | bytes, source: str):
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file of settings; ValueError if it is larger than a header may be."""
+    """Read a file of settings; ValueError if it is larger than a header may be."""
     if (size := path.stat().st_size) > MAX_HEADER_BYTES:
-        raise ValueError(f"{path}: is of {size:,} bytes, and settings of at most {MAX_HEADER_BYTES:,}; remove it")
+        raise ValueError(f"{path}: has {size:,} bytes, and settings have at most {MAX_HEADER_BYTES:,}; remove it")
     return path.read_bytes()
 
 
@@ -130,7 +130,7 @@ def _header(path: Path, source: str) -> dict:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
-            raise _damaged(source, f"its header is of {size:,} bytes, and {MAX_HEADER_BYTES:,} is the most")
+            raise _damaged(source, f"its header has {size:,} bytes, and {MAX_HEADER_BYTES:,} is the most")
         text = file.read(size)
     header = strict_json(text, source)
     try:

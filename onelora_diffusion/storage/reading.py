@@ -1,4 +1,4 @@
-"""Read whatever adapter a file holds."""
+"""Read an adapter of any supported kind from a file, a folder, the hub or a state dict."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def load_adapter(
 ) -> nn.Module:
     """Load an adapter into its base model, make it the active one, and return the model.
 
-    Reads what a pipeline's `load_lora_weights` reads: a file of this library, a LoRA or DoRA of linear layers, or
-    MiSS; as a file, a folder, a hub id or a state dict. Names have to be the model's, or kohya's for
-    them: another program's tree is converted by the pipeline's verb alone. What trains beside it goes on training
-    (`train_adapters`).
+    It reads what a pipeline's `load_lora_weights` reads: an adapter of this library, a LoRA or DoRA of linear layers,
+    or MiSS; given as a file, a folder, a hub id or a state dict. Keys must have the model's own layer names or kohya's
+    form of them; only the pipeline's verb converts other programs' names. Adapters that train go on training (see
+    `train_adapters`).
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter`; or a base, a key or a shape does not fit.
-            The model is left exactly as it was.
+        FileNotFoundError, ValueError: as `read_adapter`, or a base, a key or a shape does not fit. The model is not
+            changed then.
     """
     check_name(model, adapter_name)
     inner = unwrapped(model)
@@ -57,7 +57,7 @@ def read_source(
     translate: Translate,
     place: Place = ANYWHERE,
 ) -> tuple[AdapterFile, str]:
-    """(the adapter in a file, a folder, a hub repository or a state dict; what errors call it)."""
+    """(the adapter in a file, a folder, a hub repository or a state dict; its name in errors)."""
     if isinstance(source, dict):
         return read_dict(model, source, {}, "the state dict", translate), "the state dict"
     path = find_weights(source, place)
@@ -65,7 +65,7 @@ def read_source(
 
 
 def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:
-    """The adapter in a file, of whatever kind; `translate` as in `read_dict`."""
+    """Read the adapter in a file of any supported kind; `translate` is as in `read_dict`."""
     with opened(path) as file:
         if "onelora" in file.metadata:
             return read_opened(file, model)
@@ -79,7 +79,7 @@ def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile
 
 
 def _of_denoiser(settings: dict) -> dict:
-    """PEFT's settings of the denoiser, from a header that may have those of several components.
+    """Select PEFT's settings of the denoiser from a header that may have those of several components.
 
     A pipeline's `save_lora_weights` writes `transformer.lora_alpha`, a model's `save_lora_adapter` `lora_alpha`.
     """
@@ -102,12 +102,12 @@ def _settings(text: str | bytes, source: str) -> dict:
 def read_dict(
     model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str, translate: Translate
 ) -> AdapterFile:
-    """An adapter from bare tensors, told by their keys.
+    """Read an adapter from tensors without a header; their keys tell its kind.
 
     Args:
-        settings: PEFT's, of a LoRA.
-        source: named in errors.
-        translate: (tensors, source) -> those of them that are for this model, by names that it knows.
+        settings: PEFT's settings of a LoRA.
+        source: the name in errors.
+        translate: (tensors, source) -> the tensors for this model, renamed to its layers.
     """
     check_state_dict(tensors, source)
     own = [key for key in tensors if ".onelora_" in key or key.removeprefix(PREFIX).startswith(f"{CLASS_TABLE}.")]
@@ -124,7 +124,7 @@ def read_dict(
 
 
 def _read_own(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> AdapterFile:
-    """Settings are read off the keys: of a vector adapter of all layers these are all but a random compression."""
+    """Read a vector adapter of all layers, whose keys tell all its settings but a random compression."""
     values = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     parts = {tuple(key.rsplit(".onelora_", 1)) for key in values if ".onelora_" in key}
     vectors = {path for path, part in parts if part in ("b", "beta", "gamma")}

@@ -87,7 +87,7 @@ def test_names_of_classes(dit, tmp_path):
         (
             ["pizza", "sushi"],
             TypeError,
-            "id2label is a dict of names by label, as in {0: 'pizza'}, and this is a list",
+            "id2label must be a dict of names by label, as in {0: 'pizza'}, and this is a list",
         ),
         ({3: "ramen"}, ValueError, "id2label names 3 'ramen', and this adapter's labels are 0 to 2"),
         ({"pizza": 0}, ValueError, "id2label names 'pizza' '0', and this adapter's labels are 0 to 2"),

@@ -189,7 +189,7 @@ def test_headers_of_safetensors_that_are_wrong(saved, old, new):
 
 def test_a_header_that_is_too_long_is_not_read(saved):
     saved.write_bytes((1 << 62).to_bytes(8, "little") + saved.read_bytes())
-    refused(saved, "its header is of 4,611,686,018,427,387,904 bytes")
+    refused(saved, "its header has 4,611,686,018,427,387,904 bytes")
 
 
 def test_every_byte_that_changes_is_noticed(saved):

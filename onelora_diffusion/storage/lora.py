@@ -36,7 +36,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 FOREIGN_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)\."
-    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block)"
+    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block|diff_b)"
     r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's state dicts have the adapter's name in their keys
 )
 TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
@@ -49,7 +49,7 @@ OTHER_KINDS = {
     r".+\.(oft_.+|boft_.+)": "OFT or BOFT",
     r".+\.(on_input|ia3_l(\..+)?)": "IA3",
     r".+\.(lora_mid|lora[._]mid)\.weight": "a LoRA of convolutions (LoCon)",
-    r".+\.(diff|diff_b|w_norm|b_norm|set_weight)": "changes of whole weights beside a LoRA",
+    r".+\.(diff|w_norm|b_norm|set_weight)": "changes of whole weights beside a LoRA",
     r".+\.(a1|a2|b1|b2|bm)\.weight": "GLoRA",
     r".+\.(vera_lambda|hra_u|fourierft|randlora|shira|road|c3a|waveft|delora|lora_E).*": "another tuner",
     r"(emb_params|clip_[lg]|string_to_param.*)": "a textual inversion",
@@ -245,9 +245,11 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     """
     _check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
-    kinds = {frozenset(parts) - {"alpha", "lora_B.bias"} for parts in layers.values()}
+    kinds = {frozenset(parts) - {"alpha", "lora_B.bias", "diff_b"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
         values = {path: {"b": _miss(model, path, p, settings, source)} for path, p in layers.items()}
+    elif kinds == {frozenset()} and all(set(parts) == {"diff_b"} for parts in layers.values()):
+        values = {path: {"beta": parts["diff_b"]} for path, parts in layers.items()}
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
         values = _lora(model, layers, settings, source)
     else:
@@ -264,7 +266,9 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     for path, linear in target_layers(model, targets).items():
         if path not in values:  # its path only ends in the path of a layer of the file
             values[path] = _neutral(linear, names)
-    if "b" in names:
+    if set(names) == {"beta"}:
+        config = AdapterConfig("bitfit", targets=targets)
+    elif "b" in names:
         rank = 1 if names["b"].ndim == 1 else len(names["b"])
         config = AdapterConfig(rank=rank, bias="beta" in names, targets=targets)
     else:
@@ -307,6 +311,10 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         if layer is None or not is_linear(layer):
             found = "" if layer is None else f", but {path}, a {type(layer).__name__}, which no adapter here serves"
             raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}{found}")
+        if part == "diff_b" and (layer.bias is None or tensor.shape != layer.bias.shape):
+            raise ValueError(
+                f"{source}: {key} with shape {tuple(tensor.shape)} changes a bias that {path} has not; leave it out"
+            )
         parts = layers.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
@@ -332,9 +340,9 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
     is_dora = any("lora_magnitude_vector" in parts for parts in layers.values())
     if settings.get("use_dora") and not is_dora:
         raise ValueError(f"{source}: its use_dora is true, and it has no lora_magnitude_vector; save it again, whole")
-    has_bias = any("lora_B.bias" in parts for parts in layers.values())
+    has_bias = any("lora_B.bias" in parts or "diff_b" in parts for parts in layers.values())
     if is_dora and has_bias:
-        raise ValueError(f"{source}: its lora_bias goes with LoRA, not with a DoRA")
+        raise ValueError(f"{source}: its lora_bias or diff_b goes with LoRA, not with a DoRA")
     scaled = {}
     for path, parts in layers.items():
         a, b = parts["lora_A"], parts["lora_B"]
@@ -346,7 +354,9 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
             raise ValueError(f"{source}: alpha of {path} has shape {tuple(parts['alpha'].shape)}; it is one number")
         alpha = parts["alpha"].item() if "alpha" in parts else _alpha(path, len(a), settings)
         scale = alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
-        scaled[path] = a, scale * b, scale * parts.get("lora_B.bias", torch.zeros(len(b)))
+        none = torch.zeros(len(b))
+        bias = scale * parts.get("lora_B.bias", none) + parts.get("diff_b", none)
+        scaled[path] = a, scale * b, bias
     if not is_dora and all((a == a[:, :1]).all() for a, _, _ in scaled.values()):
         values = {path: {"b": b @ a[:, 0], "beta": bias} for path, (a, b, bias) in scaled.items()}
     elif not is_dora and len({len(a) for a, _, _ in scaled.values()}) == 1 and all(map(_sums_groups, scaled.values())):

@@ -299,7 +299,7 @@ def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> di
     return found
 
 
-OF_ROWS = re.compile(r"\.(lora_B|lora[._]up|lora_magnitude_vector|dora_scale)\b")
+OF_ROWS = re.compile(r"\.(lora_B|lora[._]up|lora_magnitude_vector|dora_scale|diff_b)\b")
 
 
 def _dots(key: str) -> list[int]:

@@ -107,7 +107,8 @@ def test_a_path_written_with_underscores():
     "change, message",
     [
         ({"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(96, 1)}, "has no lora_magnitude_vector"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.ones(96)}, "is part of changes of whole weights"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(96, 32)}, "is part of changes of whole weights"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.diff_b": torch.ones(95)}, "is no part of a LoRA that"),
         (kohya({"lora_unet_double_blocks_0_nowhere": (8, 8)}), "cannot be converted for FluxPipeline: .*_0_nowhere"),
         (kohya({"lora_unet_single_blocks_0_linear1": (223, 32)}), "cannot be converted for FluxPipeline: Assert"),
     ],

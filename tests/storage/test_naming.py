@@ -252,6 +252,18 @@ def test_bitfit_goes_to_comfyui_as_changes_of_biases(tmp_path):
     assert all(key.endswith(".diff_b") for key in tensors)
 
 
+@pytest.mark.parametrize("settings", [{"method": "bitfit"}, {"bias": True}], ids=str)
+def test_changes_of_biases_are_read_again(settings, tmp_path):
+    stock, model, inputs = adapted(flux, targets=("to_q", "to_k", "to_v", "ff.net.2"), **settings)
+    path = export_lora(model, tmp_path / "x.safetensors", naming="comfyui")
+    assert_rounded(run(load_adapter(copy.deepcopy(stock), path), inputs), run(model, inputs), stock)
+    tensors = load_file(path)
+    with pytest.raises(ValueError, match=r"to_q.diff_b with shape \(8,\) changes a bias that .* has not"):
+        load_adapter(unet()[0], {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.diff_b": torch.ones(8)})
+    shifted = {key: t + 1 if key.endswith("diff_b") else t for key, t in tensors.items()}
+    assert not torch.allclose(run(load_adapter(copy.deepcopy(stock), shifted), inputs), run(model, inputs), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "make, settings, naming, reason",
     [

@@ -232,7 +232,7 @@ KINDS = [
     ({f"{FIRST}.lokr_w1": (4, 4), f"{FIRST}.lokr_w2": (8, 8)}, "LoKr"),
     ({f"{FIRST}.hada_w1_a": (32, 2), f"{FIRST}.hada_w1_b": (2, 32)}, "LoHa"),
     ({f"{FIRST}.dora_scale": (1, 32)}, "a DoRA whose scale is not one number for each output"),
-    ({f"{FIRST}.diff_b": (32,)}, "changes of whole weights"),
+    ({f"{FIRST}.diff": (32, 32)}, "changes of whole weights"),
     ({"lora_unet_norm.w_norm": (32,)}, "changes of whole weights"),
     ({f"{FIRST}.on_input": (32,)}, "IA3"),
     ({f"{FIRST}.oft_blocks": (4, 8, 8)}, "OFT"),

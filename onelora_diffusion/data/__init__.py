@@ -1,4 +1,4 @@
-"""Data sets of (image, label) with their class names, and the latents that a VAE makes of them."""
+"""Data sets of images with classes or captions, and caches of their latents and prompts."""
 
 from pathlib import Path
 
@@ -23,21 +23,21 @@ def load_dataset(
     It has the attributes `name`, `num_classes` and `id2label: dict[int, str]`.
 
     Args:
-        name: one of `data.table.DATASETS`; so `torchvision:CLASS`, any of torchvision's classification data sets, and
-            `hf:NAME`, one of the Hugging Face hub or a folder that its library `datasets` reads.
-        root: where the files lie: for `food101` the folder that holds `food-101/` (default `data`), for
-            `imagefolder` the folder of one folder a class, or of `train/` and `test/` with those inside, for
-            `fashion-mnist` see `data.fashion`.
-        split: `train` or `test`; of the last two also others that they have.
-        classes: for `digits` and `fashion-mnist`, which of the ten; None is its own default.
-        download: for `food101` (5 GB), `fashion-mnist` (30 MB) and torchvision's, fetch the files where they are
-            missing; `hf:` does without being asked.
-        broken: what an unreadable photograph is: `fatal`, or `skip` (see `data.images.ClassifiedImages`).
-        image_column, label_column: of `hf:`, where there are several (see `data.from_hub.hub_images`).
+        name: a row of `data.table.DATASETS`. `torchvision:CLASS` is a classification data set of torchvision, and
+            `hf:NAME` a data set of the Hugging Face hub or a folder that the library `datasets` reads.
+        root: the folder of the files. For `food101` it holds `food-101/` (default `data`); for `imagefolder` it holds
+            one folder for each class, or `train/` and `test/` with these inside; for `fashion-mnist` see
+            `data.fashion`.
+        split: `train` or `test`; `torchvision:` and `hf:` data sets may have others.
+        classes: for `digits` and `fashion-mnist`, the chosen ones of the ten classes; None takes the default.
+        download: for `food101` (5 GB), `fashion-mnist` (30 MB) and torchvision's data sets, download missing files;
+            `hf:` always does.
+        broken: what to do about an unreadable photograph: `fatal` or `skip` (see `data.images.SizedImages`).
+        image_column, label_column: for `hf:`, the columns to read (see `data.from_hub.hub_images`).
 
     Raises:
         ValueError: an unknown name, or `classes` or columns for a data set that cannot choose.
-        FileNotFoundError: there is no such data, with what to do about it.
+        FileNotFoundError: the files are missing; the message says what to do.
     """
     kind, rest = kind_of(name)
     check_columns(name, image_column, label_column)

@@ -1,15 +1,15 @@
-"""Sizes of several shapes and about the same number of pixels, and which of them suits an image."""
+"""Aspect ratio buckets: image sizes of several shapes with about the same number of pixels."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-STEPS = 16  # of the shorter side, from the resolution's square down: half of them, so shapes are 1:4 at most
+STEPS = 16  # steps in which the shorter side falls from the resolution to 0; half are used, so shapes are 1:4 at most
 
 
 class Buckets(NamedTuple):
-    """The sizes that images are brought to; a batch is of one bucket."""
+    """The sizes to which images are resized; all images of a batch are in one bucket."""
 
     sizes: list[tuple[int, int]]
     """Height and width in pixels of each bucket."""
@@ -22,7 +22,7 @@ def one_bucket(num_images: int, resolution: int) -> Buckets:
 
 
 def nearest_buckets(image_sizes: list[tuple[int, int]], resolution: int, multiple: int) -> Buckets:
-    """Each image, (height, width), in the bucket whose aspect ratio is nearest to its own; empty ones are left out."""
+    """Assign each image size (height, width) to the bucket of the nearest aspect ratio; empty buckets are left out."""
     sizes = bucket_sizes(resolution, multiple)
     ratios = np.log([width / height for height, width in sizes])
     wanted = np.log([width / height for height, width in image_sizes])
@@ -32,11 +32,11 @@ def nearest_buckets(image_sizes: list[tuple[int, int]], resolution: int, multipl
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
-    """(height, width) of all buckets, from 1:4 to 4:1; both sides are multiples of what the model needs.
+    """(height, width) of all buckets, from 1:4 to 4:1. Both sides are multiples of `multiple`.
 
-    The shorter side falls from the resolution to its half in about eight steps; the longer one is the multiple that
-    brings the area nearest to the square's. So with (resolution / multiple)² tokens in the square, n², a bucket has at
-    most n / 2 tokens more or less.
+    The shorter side falls from the resolution to half of it in about eight steps, and the longer side is the multiple
+    whose area is nearest to the square's. If the square has n² tokens, n = resolution / multiple, a bucket has at most
+    n / 2 tokens more or less.
     """
     step = multiple * math.ceil(resolution / STEPS / multiple)
     tall = [

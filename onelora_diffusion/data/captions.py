@@ -1,6 +1,6 @@
-"""Images with captions: a folder and what describes it, one prompt for all of a folder, or the Hugging Face hub.
+"""Images with captions, from a folder with captions, a folder with one prompt for all images, or the Hugging Face hub.
 
-Without any of them there are scikit-learn's handwritten digits, "a handwritten seven", which need no file.
+The default is scikit-learn's handwritten digits with captions such as "a handwritten seven", which need no files.
 """
 
 import csv
@@ -28,15 +28,15 @@ from onelora_diffusion.files import printable
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
 DIGITS = "handwritten digits"
-MOST_CHARACTERS = 10_000  # of a caption: twenty times what the longest text encoder reads
+MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the longest text encoder reads
 
 
 class CaptionedImages(FlippableImages):
-    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored where asked.
+    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored if `flip`.
 
     Attributes:
-        captions: one for each image. Where an unreadable image is replaced by another, it comes with that one's.
-        dataset: the images without their captions, `[index] -> (image, caption index)`; what latents depend on.
+        captions: one for each image. An image that replaces an unreadable one comes with its own caption.
+        dataset: the images without captions, `[index] -> (image, caption index)`, on which the latents depend.
     """
 
     dataset: "BucketedImages"
@@ -59,9 +59,9 @@ class CaptionedImages(FlippableImages):
 
 
 class BucketedImages(SizedImages):
-    """`[index] -> (image, index)`, image uint8 (3, height, width), of the size of its bucket.
+    """`[index] -> (image, index)`: image uint8 (3, height, width), with the size of its bucket.
 
-    An unreadable image is replaced, if it is not fatal, by the next one of its bucket.
+    Unless unreadable images are fatal, one is replaced by the next image of its bucket.
     """
 
     def __init__(self, name: str, source: "Pictures", buckets: Buckets, broken: str = "fatal"):
@@ -92,25 +92,25 @@ def load_captioned(
     split: str = "train",
     broken: str = "fatal",
 ) -> CaptionedImages:
-    """Images and their captions, of a folder or of the hub.
+    """Load images and their captions from a folder or the hub.
 
     Args:
-        source: a folder of images, which may lie in folders inside; or `hf:NAME`, see `data.from_hub`. None: the
-            handwritten digits, in words.
-        prompt: the caption of all images; then no other is looked for. None: the folder has `metadata.jsonl` or
-            `metadata.csv` as Hugging Face's image folders do, or a text file of the same name beside each image.
-        image_column: of the metadata, where the path of an image is, None: file_name; of the hub, where the image is,
-            None: its only column of images.
-        caption_column: where the metadata, or the hub, has the caption.
-        resolution: pixels a side of the square that images are cropped to.
-        aspect_buckets: crop each to the nearest of several shapes of about as many pixels; see `data.buckets`.
-        multiple: of what both sides must be multiples: pixels of a latent by latents of a patch.
-        root, split: of `hf:NAME` alone: where downloads are kept, and the part of it.
-        broken: what an unreadable image is: `fatal`, or `skip` (see `data.images.SizedImages`).
+        source: a folder of images, which are also looked for in its subfolders; or `hf:NAME`, see `data.from_hub`.
+            None takes the handwritten digits with captions.
+        prompt: a caption for all images, instead of those in the data. None reads captions from `metadata.jsonl` or
+            `metadata.csv`, as Hugging Face's image folders have them, or from a text file beside each image.
+        image_column: the column of the metadata with the paths of images (None: `file_name`), or the column of the hub
+            data set with the images (None: its only column of images).
+        caption_column: the column of the metadata or hub data set with the captions.
+        resolution: side of the square in pixels to which images are cropped.
+        aspect_buckets: crop each image to the nearest of several shapes with about as many pixels; see `data.buckets`.
+        multiple: number of pixels per token along one side; the sides of images must be multiples of it.
+        root, split: for `hf:NAME` alone, the folder of downloads and the split to load.
+        broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it, or not one that the metadata names.
-        ValueError: captions are missing, empty, too long or said twice, or the resolution does not suit the model.
+        FileNotFoundError: the folder, all images, or an image that the metadata names is missing.
+        ValueError: captions are missing, empty, too long or given twice, or `resolution` is no multiple of `multiple`.
         BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
     if resolution < 1 or resolution % multiple:
@@ -135,7 +135,7 @@ def load_captioned(
 
 
 def bucketed(pictures: "Pictures", resolution: int, multiple: int, broken: str) -> Buckets:
-    """The bucket of each image; one whose size cannot be read, if it is not fatal, is in that of the next."""
+    """The bucket of each image. Unless fatal, an image of unreadable size gets the bucket of the next one."""
     sizes: list[tuple[int, int]] = []
     unread = 0
     for index in range(len(pictures)):
@@ -154,27 +154,27 @@ def bucketed(pictures: "Pictures", resolution: int, multiple: int, broken: str) 
 
 
 def checked(caption: str, named: str) -> str:
-    """A caption without space around it; ValueError if it is no text, empty, or too long."""
+    """Strip a caption of surrounding space; ValueError if it is no text, empty or too long."""
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"{named} is {printable(repr(caption), 40)}: write some words")
     if len(caption) > MOST_CHARACTERS:
         raise ValueError(f"{named} has {len(caption)} characters: {MOST_CHARACTERS} are the most")
     try:
         caption.encode()
-    except UnicodeEncodeError:  # half of a character, which JSON can write
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         raise ValueError(f"{named} is no text: {printable(caption, 40)}") from None
     return caption.strip()
 
 
 # ---------------------------------------------------------------------------------------------------
-# Where the images are
+# Sources of images
 
 
 class Pictures(Dataset):
-    """`[index] -> (image, index)`: PIL images, turned as their cameras say; `size` needs no pixels."""
+    """`[index] -> (image, index)`: PIL images, rotated as their metadata say; `size` does not decode pixels."""
 
     def opened(self, index: int):
-        """Context manager: the image as PIL opens it; BrokenImageError names one that is unreadable."""
+        """Context manager that opens an image with PIL; BrokenImageError names an unreadable one."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -182,13 +182,13 @@ class Pictures(Dataset):
             return decoded(image), index
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width of an image in pixels."""
         with self.opened(index) as image:
             return upright_size(image)
 
 
 class Files(Pictures):
-    """Images of a folder, by their names in its listing."""
+    """The images of a folder, by their names in its listing."""
 
     def __init__(self, listing: Listing, names: list[str]):
         self.root, self.listing = listing.root, listing
@@ -202,7 +202,7 @@ class Files(Pictures):
 
 
 class WrittenDigits(Pictures):
-    """Those of `data.digits`, each with the digit that it shows."""
+    """The images of `data.digits`, each with its digit."""
 
     def __init__(self, dataset: digits.Digits):
         self.images = ((dataset.images + 1) * 127.5).round().to(torch.uint8)
@@ -217,7 +217,7 @@ class WrittenDigits(Pictures):
 
 
 class HubPictures(Pictures):
-    """A column of images of a `datasets.Dataset` that gives them as they are stored."""
+    """A column of undecoded images of a `datasets.Dataset`."""
 
     def __init__(self, name: str, rows, column: str):
         self.name, self.rows, self.column = name, rows, column
@@ -257,7 +257,9 @@ def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_colum
     listing = list_images(folder)
     images = set(listing.images)
     found = sorted(name for name in listing.others if os.path.basename(name) in METADATA)
-    metadata = [name for name in found if name in METADATA] or found  # at the top, else in a folder such as train/
+    metadata = [
+        name for name in found if name in METADATA
+    ] or found  # in the folder itself, else in a subfolder such as train/
     texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
     texts &= {os.path.splitext(name)[0] for name in images}
 
@@ -299,7 +301,7 @@ def _text_beside(image: Path) -> str:
 
 
 def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> dict[str, str]:
-    """The caption of each file that a metadata.jsonl or .csv names, by its path in the folder."""
+    """Read the captions of a metadata.jsonl or .csv, by the path of each file relative to the folder."""
     captions: dict[str, str] = {}
     for line, row in _rows_of(path):
         named = printable(f"line {line} of {path}")
@@ -310,7 +312,7 @@ def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> d
         file = row[file_column]
         if not isinstance(file, str) or not file:
             raise ValueError(f"{named} names no file: {file_column} is {printable(repr(file), 40)}")
-        # By its name alone: folders of links to files elsewhere, such as the hub's cache, are as good as any.
+        # Only the name is checked, since links to other folders are valid, as in the hub's cache.
         name = os.path.normpath(file)
         if os.path.isabs(name) or name.split(os.sep)[0] == "..":
             raise ValueError(f"{named} leaves the folder: {printable(file, 200)}")
@@ -325,7 +327,7 @@ def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> d
 
 
 def _rows_of(path: Path) -> Iterator[tuple[int, dict]]:
-    """Each row of a metadata file with the number of its line."""
+    """The rows of a metadata file with their line numbers."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _rows_of_json(path, file) if path.suffix == ".jsonl" else _rows_of_csv(path, file)
@@ -353,7 +355,7 @@ def _rows_of_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]
         if len(set(columns)) < len(columns):
             raise ValueError(f"{path} has two columns of one name: {printable(', '.join(columns), 200)}")
         for row in rows:
-            if None in row or None in row.values():  # too many values, or too few
+            if None in row or None in row.values():  # the row has too many or too few values
                 raise ValueError(
                     f"line {rows.line_num} of {path} has not one value for each of {len(rows.fieldnames)} columns"
                 )

@@ -1,4 +1,4 @@
-"""From the file of an image to its pixels, the same way for every data set: upright, over white, in 8-bit sRGB."""
+"""Decode image files in the same way for every data set: upright, on a white background, in 8-bit sRGB."""
 
 import io
 import struct
@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from onelora_diffusion.data.identity import OF_THE_FILE
 
-# What PIL raises for an image that is damaged, missing, too large or none.
+# The errors of PIL for an image that is damaged, missing or too large, or a file that is no image.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,9 +23,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# ICC's names of the colour spaces of modes.
+# ICC's name of the colour space of each mode.
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
-BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags
 
 
 class BrokenImageError(ValueError):
@@ -33,14 +33,14 @@ class BrokenImageError(ValueError):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A file's image as `decoded` makes it; BrokenImageError names a file that is missing, damaged or no image."""
+    """Read an image file and decode it; BrokenImageError names one that is missing, damaged or no image."""
     with opened(path, str(path)) as image:
         return decoded(image)
 
 
 @contextmanager
 def opened(file, named: str) -> Iterator[Image.Image]:
-    """Context manager: an image as PIL opens it; what is wrong with it, also inside, is a BrokenImageError."""
+    """Context manager that opens an image with PIL; errors on opening it and inside become a BrokenImageError."""
     try:
         with Image.open(file) as image:
             yield image
@@ -51,14 +51,14 @@ def opened(file, named: str) -> Iterator[Image.Image]:
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """An image as it is meant to be seen, as RGB of 8 bits; of several frames the first.
+    """Convert an image to upright 8-bit RGB; of several frames, the first is taken.
 
-    It is turned as its EXIF or XMP data say. A colour profile is converted to sRGB; one that is damaged or belongs to
-    another colour space is ignored, as browsers do. What is transparent shows white. Grey values of 16 bits, integers
-    from 0 to 65535, and floating-point numbers from 0 to 1 are scaled to 0..255.
+    The image is rotated and mirrored as its EXIF or XMP data say. A colour profile is converted to sRGB; it is ignored
+    if it is damaged or belongs to another colour space, as in browsers. Transparent pixels become white. 16-bit grey
+    values, integers from 0 to 65535, and floating-point values from 0 to 1 are scaled to 0..255.
 
     Raises:
-        ValueError: grey values have another range.
+        ValueError: the range of the grey values is not known.
     """
     image.load()
     if image.mode == "RGB" and not image.info:
@@ -85,7 +85,7 @@ def decoded(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's number of how an image is turned and mirrored; 1, as it is, where there is none or it is damaged."""
+    """The EXIF orientation of an image, 1 to 8; 1 (upright) if it has none or its EXIF data are damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (*UNREADABLE, TypeError, struct.error):
@@ -93,17 +93,17 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image when it is turned as it says; the pixels are not read."""
-    # A PNG that does not say so at its head would be decoded to the end in search of it.
+    """Height and width of an opened image after rotation by its orientation; pixels are not decoded."""
+    # Looking for an orientation that is not at the start of a PNG would decode the whole file.
     says = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
     return image.size if says and orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
 def in_8_bits(image: Image.Image, file_format: str | None, tags: dict) -> Image.Image:
-    """Grey values of more bits, or floating-point ones, as 8 bits; ValueError if their range is not known.
+    """Convert grey values of more than 8 bits or in floating point to 8 bits; ValueError if their range is not known.
 
     Args:
-        tags: of a TIFF file, by their numbers.
+        tags: the tags of a TIFF file by their numbers.
     """
     values, mode, bits = np.asarray(image), image.mode, tags.get(BITS, (16,))[0]
     low, high = values.min(), values.max()
@@ -121,17 +121,17 @@ def in_8_bits(image: Image.Image, file_format: str | None, tags: dict) -> Image.
             "bits, or as floating-point numbers from 0 to 1"
         )
     grey = np.round(values.astype(np.float32) * (255 / top)).astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+    if tags.get(PHOTOMETRIC) == 0:  # 0 stands for white
         grey = 255 - grey
     found = Image.fromarray(grey)
-    if "transparency" in image.info:  # the value of a grey that is transparent
+    if "transparency" in image.info:  # the grey value that stands for transparent
         found.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return found
 
 
 @lru_cache(maxsize=16)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from a colour profile; None if it is sRGB already, damaged, or none of images of this mode."""
+    """The transform from a colour profile to sRGB; None if it is sRGB, damaged, or not for images of this mode."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != SPACES.get(mode):

@@ -30,7 +30,7 @@ class Digits(torch.utils.data.Dataset):
             raise ValueError(f"digits: classes {tuple(classes)} must be different digits from 0 to 9")
 
         pixels, digits = (load_digits()[key] for key in ("images", "target"))
-        rank = np.zeros_like(digits)  # how many images of the same digit came before
+        rank = np.zeros_like(digits)  # for each image, the number of earlier images of the same digit
         for digit in range(10):
             rank[digits == digit] = np.arange((digits == digit).sum())
         is_test = rank % 5 == 4
@@ -39,7 +39,7 @@ class Digits(torch.utils.data.Dataset):
         grey = torch.from_numpy(pixels[chosen]).float()[:, None] / 8 - 1
         grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", align_corners=False)
         self.split = split
-        self.images = grey.expand(-1, 3, -1, -1)  # the three channels are views of one
+        self.images = grey.expand(-1, 3, -1, -1)  # three views of one channel
         self.labels = [classes.index(digit) for digit in digits[chosen].tolist()]
         self.id2label = {label: str(digit) for label, digit in enumerate(classes)}
         self.num_classes = len(classes)

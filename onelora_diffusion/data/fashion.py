@@ -8,24 +8,24 @@ import torch
 from torch.nn.functional import interpolate, pad
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts the files
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 
 
 class FashionMNIST(torch.utils.data.Dataset):
     """Fashion-MNIST with a margin of two black pixels, 32 by 32, as RGB.
 
     Item: `(image, label)`, image float32 `(3, resolution, resolution)` in [-1, 1] (background -1), label an int
-    in `0..len(classes)-1`: the position of the class in `classes`. Another resolution than 32 is resized to.
+    in `0..len(classes)-1`: the position of the class in `classes`. Images are resized if the resolution is not 32.
 
     Args:
         root: the folder that holds `FashionMNIST/raw/` (torchvision's layout), or the raw files themselves, gzipped
-            or not. None: `data`, else where Debian's package puts them.
+            or not. None looks in `data`, and then in the folder of Debian's package.
         split: `train` (60,000 images) or `test` (10,000).
-        classes: which of the ten (0..9, in the order of `CLASSES`).
-        download: let torchvision fetch the files (30 MB) where they are missing.
+        classes: the chosen ones of the ten classes (0..9, in the order of `CLASSES`).
+        download: let torchvision download missing files (30 MB).
 
     Raises:
-        FileNotFoundError: there are no such files.
+        FileNotFoundError: the files are missing.
         ValueError: the split or a class is unknown, or a file is damaged.
     """
 
@@ -55,7 +55,7 @@ class FashionMNIST(torch.utils.data.Dataset):
         if resolution != 32:
             grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", antialias=True)
         self.split = split
-        self.images = grey.expand(-1, 3, -1, -1)  # the three channels are views of one
+        self.images = grey.expand(-1, 3, -1, -1)  # three views of one channel
         self.labels = [classes.index(label) for label in labels[chosen].tolist()]
         self.id2label = {label: CLASSES[number] for label, number in enumerate(classes)}
         self.num_classes = len(classes)
@@ -86,7 +86,7 @@ def find_folder(root: str | Path | None, download: bool) -> Path:
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The uint8 array in an idx file (LeCun's format: two zero bytes, type, rank, sizes, values), gzipped or not."""
+    """Read an idx file of uint8 values (LeCun's format: two zero bytes, type, rank, sizes, values), gzipped or not."""
     path = folder / name
     try:
         content = path.read_bytes() if path.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through its library `datasets`, which is an extra."""
+"""Data sets of the Hugging Face hub, read by the library `datasets`, an optional dependency."""
 
 from pathlib import Path
 
@@ -33,16 +33,16 @@ def hub_images(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ClassifiedImages:
-    """A data set of images and labels, by its name on the hub, or a local folder.
+    """Load a data set of images and labels by its name on the hub, or from a local folder.
 
     Args:
-        root: where downloads are kept; None: the library's own cache.
-        image_column: None: the only column of images.
-        label_column: of class labels, or of texts or integers, which are then the classes in their order. None: the
-            only column of class labels.
+        root: the folder of downloads; None takes the library's own cache.
+        image_column: the column of images; None takes the only one.
+        label_column: a column of class labels, texts or integers; distinct texts or integers are the classes, in
+            sorted order. None takes the only column of class labels.
 
     Raises:
-        ValueError: the library is missing, there is no such data set, split or column, or a row has no label.
+        ValueError: the library, the data set, the split or a column is missing, or a row has no label.
     """
     rows = hub_rows(name, root, split)
     image_column = column_of_type(name, rows, "Image", image_column, "--image-column")
@@ -53,7 +53,7 @@ def hub_images(
 
 
 def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:
-    """The label of each row, and the names of the classes; ValueError if a row has none, or something else."""
+    """(the label of each row, the names of the classes); ValueError if a row has no valid label."""
     values, names = values_of(rows, column), getattr(rows.features[column], "names", None)
     kinds = str | int if names is None else int
     missing = [row for row, value in enumerate(values) if value is None or names is not None and value == -1]
@@ -76,30 +76,30 @@ def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:
 
 
 def hub_rows(name: str, root: str | Path | None, split: str):
-    """The `datasets.Dataset` of a split; ValueError if the library is missing, or it does not load."""
+    """Load a split as a `datasets.Dataset`; ValueError if the library is missing or loading fails."""
     try:
         import datasets
     except ImportError:
         raise ValueError(f"hf:{name} needs a package that is missing: pip install datasets") from None
     try:
         return datasets.load_dataset(name, split=split, cache_dir=root and str(root))
-    except Exception as error:  # the hub's client raises its own, the library's and the system's
+    except Exception as error:  # errors of the hub's client, the library or the system
         raise ValueError(f"hf:{name}, split {split}, does not load: {first_line(error)}") from error
 
 
 def values_of(rows, column: str) -> list:
-    """All values of a column."""
+    """The values of a column."""
     try:
         return list(rows[column])
-    except TypeError:  # a plain list of rows
+    except TypeError:  # `rows` is a plain list
         return [row[column] for row in rows]
 
 
 def column_of_type(name: str, rows, kind: str, chosen: str | None, flag: str) -> str:
-    """The column that is chosen, or the one whose feature is of a type, `Image` or `ClassLabel`.
+    """The chosen column, or else the only one whose feature has the type `kind`, `Image` or `ClassLabel`.
 
     Raises:
-        ValueError: there is no such column, or not one alone of the type; or what is chosen for images has none.
+        ValueError: there is no such column, none or several have the type, or the chosen column has no images.
     """
     listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
     if chosen is None:

@@ -1,4 +1,4 @@
-"""Any of torchvision's classification data sets, by the name of its class."""
+"""torchvision's classification data sets, by the names of their Python classes."""
 
 import difflib
 import inspect
@@ -15,14 +15,14 @@ from onelora_diffusion.files import first_line
 def torchvision_images(
     name: str, root: str | Path, split: str, resolution: int, download: bool = False, broken: str = "fatal"
 ) -> ClassifiedImages:
-    """`torchvision.datasets.<name>` in `root`, with its class names, or the labels' numbers where it has none.
+    """Load `torchvision.datasets.<name>` from `root`; classes without names are named by their labels.
 
-    `train` is the part that the class gives by itself (`trainval` of OxfordIIITPet, say), or all of a set without
-    parts; every other split is asked for by its name.
+    `train` is the default split of the class (such as `trainval` of OxfordIIITPet), or all images of a data set that
+    has no splits. Any other split is chosen by its own name.
 
     Raises:
-        ValueError: there is no such class, no such split, or its labels are no classes.
-        FileNotFoundError: its files are not there.
+        ValueError: the class or the split does not exist, or the labels are no classes.
+        FileNotFoundError: the files are missing.
     """
     kind = class_of(name)
     parameters = inspect.signature(kind.__init__).parameters
@@ -44,7 +44,7 @@ def torchvision_images(
     try:
         source = kind(**arguments)
         _, label = source[0]
-    except (RuntimeError, FileNotFoundError) as error:  # torchvision's words for files that are missing
+    except (RuntimeError, FileNotFoundError) as error:  # torchvision's errors for missing files
         hint = "--download fetches them, or give another --data-root" if "download" in parameters else "--data-root"
         reason = first_line(error).split(" You can use")[0]
         raise FileNotFoundError(f"torchvision:{name} in {root}: {reason} ({hint})") from None
@@ -67,7 +67,7 @@ def class_of(name: str) -> type:
 
 def _class_names(source, name: str) -> list[str]:
     names = getattr(source, "classes", None) or getattr(source, "categories", None)
-    if names is not None:  # ImageNet has several names for a class
+    if names is not None:  # each class of ImageNet has several names
         return [each if isinstance(each, str) else each[0] for each in names]
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(source, attribute):

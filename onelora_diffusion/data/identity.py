@@ -1,4 +1,4 @@
-"""Which data a data set holds, wherever it lies: class names, number of images, and a fingerprint of the contents."""
+"""The identity of a data set wherever it is stored: class names, number of images, a fingerprint of the contents."""
 
 import errno
 import hashlib
@@ -13,28 +13,28 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-BLOCK = 2**14  # bytes of a file that are read at its start, and as many at its end
-# Errors that belong to the file itself. All others are the system's (too many open files, a failing network disk) and
-# may be gone at the next try.
+BLOCK = 2**14  # bytes that are read at the start of a file, and at its end
+# Errors of the file itself. All others come from the system (too many open files, a failing network disk), and a later
+# attempt may succeed.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class DataIdentity(NamedTuple):
-    """What tells one data set from another. Copies of one data set have the same identity on every machine."""
+    """Identifies a data set. Copies of it have the same identity on every machine."""
 
     name: str
     images: int
     classes: list[str] | None
-    """Names in the order of the labels; None where images have captions."""
+    """Names of the classes in the order of their labels; None for images with captions."""
     fingerprint: str
-    """sha256 of names, labels or captions, and of the files as `fingerprint` reads them."""
+    """sha256 of names, labels or captions, and of the files (see the function `fingerprint`)."""
 
     def __str__(self) -> str:
-        """One line that is equal for equal data."""
+        """One line of text, equal for equal identities."""
         return json.dumps(self)
 
     def describe(self) -> str:
-        """The name, the number of images, and the first few class names."""
+        """The number of images, with the data set's name or the first few class names."""
         if self.classes is None:
             return f"{self.images:,} images of {self.name}"
         more = f" and {len(self.classes) - 6} more" if len(self.classes) > 6 else ""
@@ -45,7 +45,7 @@ def data_identity(dataset: Dataset, captions: Sequence[str] | None = None) -> Da
     """The identity of a data set of `onelora_diffusion.data`.
 
     Args:
-        captions: one for each image, of a data set without classes.
+        captions: the captions of a data set without classes, one for each image.
 
     Raises:
         OSError: the system could not read a file now; it names the file.
@@ -57,11 +57,11 @@ def data_identity(dataset: Dataset, captions: Sequence[str] | None = None) -> Da
 
 
 def fingerprint(dataset: Dataset, times: bool = True) -> str:
-    """sha256 of all that a data set is made of: its files, arrays, labels and settings.
+    """sha256 of the contents of a data set: its files, arrays, labels and settings.
 
-    A file counts by its name below the data set's root, its size, its first and its last 16 KiB and, with `times`, the
-    time of its last change. So a change is noticed unless it lies in the middle of a file of more than 32 KiB and
-    keeps both the size and, with `times`, the time.
+    Of each file it covers the name relative to the root, the size, the first and last 16 KiB and, with `times`, the
+    time of the last change. So it misses a change only in the middle of a file of more than 32 KiB whose size (and,
+    with `times`, time) stays the same.
 
     Raises:
         OSError: the system could not read a file now; it names the file.
@@ -90,7 +90,7 @@ def fingerprint(dataset: Dataset, times: bool = True) -> str:
             sha256.update(array.tobytes())
         elif value is None or isinstance(value, bool | int | float):
             sha256.update(repr(value).encode())
-        elif hasattr(value, "_fingerprint"):  # of Hugging Face's library
+        elif hasattr(value, "_fingerprint"):  # a `datasets.Dataset`
             sha256.update(value._fingerprint.encode())
         else:
             sha256.update(type(value).__qualname__.encode())
@@ -100,18 +100,18 @@ def fingerprint(dataset: Dataset, times: bool = True) -> str:
                 add({name: part for name, part in sorted(parts.items()) if name not in ("broken", "root")}, root)
 
     add(dataset, None)
-    with ThreadPoolExecutor(16) as threads:  # the time goes into waiting for a disk or a network
+    with ThreadPoolExecutor(16) as threads:  # most of the time is spent waiting for a disk or network
         for digest in threads.map(lambda file: _file_digest(file, times), files):
             sha256.update(digest)
     return sha256.hexdigest()
 
 
 def _file_digest(path: str, times: bool) -> bytes:
-    """sha256 of a file as `fingerprint` counts it; a folder, and a file that is not there, count by their names."""
+    """sha256 of a file for `fingerprint`; of a folder and of a missing file, only the name counts."""
     try:
         status = os.stat(path)
         content = _ends(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    except ValueError:  # a name with a zero in it
+    except ValueError:  # the name contains a null character
         return b""
     except OSError as error:
         if error.errno not in OF_THE_FILE:
@@ -121,9 +121,9 @@ def _file_digest(path: str, times: bool) -> bytes:
     return hashlib.sha256(f"{status.st_size} {time}".encode() + content).digest()
 
 
-@cache  # a run asks for the identity, and then for the keys of caches
+@cache  # a run needs it for the identity, and again for the keys of caches
 def _ends(path: str, size: int, *status: int) -> bytes:
-    """The sha256 of a file's first and last block, of a file of this state."""
+    """sha256 of the first and the last block of a file; size and status are part of the cache's key."""
     with open(path, "rb") as file:
         sha256 = hashlib.sha256(file.read(BLOCK))
         file.seek(max(BLOCK, size - BLOCK))

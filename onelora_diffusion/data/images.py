@@ -1,4 +1,4 @@
-"""Photographs of a size: Food-101, any folder of one folder a class, and whatever else gives (PIL image, label)."""
+"""Photographs cropped to a size: Food-101, folders with one folder for each class, and other sources of PIL images."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,20 +16,20 @@ from onelora_diffusion.data.decoding import UNREADABLE, BrokenImageError, decode
 from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.files import printable
 
-MOST_PIXELS = 2**27  # of an image on its way to its size: 400 MB in bytes
-# Folders that are parts of a data set, not classes of it.
+MOST_PIXELS = 2**27  # most pixels of an image while it is resized: 400 MB
+# Names of folders that are splits of a data set and not classes.
 SPLITS = ("train", "val", "validation", "test")
 
 
 class SizedImages(Dataset):
-    """A source of (PIL image, label), each image brought to a size, and what is done about those that cannot be read.
+    """Crops the images of a source of (PIL image, label) to a size, and skips unreadable ones or raises an error.
 
     Args:
-        broken: `fatal`, an unreadable image is a BrokenImageError; or `skip`, it is named on stderr, and the next
-            readable one is in its place, so that an index means the same image in every run.
+        broken: `fatal` raises a BrokenImageError for an unreadable image; `skip` names it on stderr and replaces it by
+            the next readable one, so that an index stands for the same image in every run.
 
     Attributes:
-        broken: (images,) bool, which images were found unreadable; loader processes share it.
+        broken: (images,) bool, True for images that were found unreadable; loader processes share it.
     """
 
     def __init__(self, name: str, source: Dataset, broken: str = "fatal"):
@@ -41,15 +41,15 @@ class SizedImages(Dataset):
         return len(self.source)
 
     def in_place_of(self, index: int) -> Iterator[int]:
-        """An image, and then the others in the order in which they may stand for it."""
+        """The index of an image, then those of the images that may replace it, in this order."""
         return chain(range(index, len(self)), range(index))
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """Height and width that an image is brought to."""
+        """The (height, width) to which an image is cropped."""
         raise NotImplementedError
 
     def decoded(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels uint8 (height, width, 3) of an image, and its label; one of `UNREADABLE` if it cannot be read."""
+        """(pixels uint8 (height, width, 3), label) of an image; raises one of `UNREADABLE` if it cannot be read."""
         image, label = self.source[index]
         return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
 
@@ -62,7 +62,7 @@ class SizedImages(Dataset):
         return True
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """Pixels uint8 (3, height, width) of an image, and its label; or of the next that can be read."""
+        """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped."""
         for candidate in self.in_place_of(index):
             try:
                 pixels, label = self.decoded(candidate)
@@ -80,7 +80,7 @@ class SizedImages(Dataset):
 
 
 class ClassifiedImages(SizedImages):
-    """A source of (PIL image, label), cropped to squares and scaled to [-1, 1], with its class names."""
+    """Crops the images of a source of (PIL image, label) to squares in [-1, 1], and has the names of the classes."""
 
     crop = "ADM centre crop"
 
@@ -114,7 +114,7 @@ def food101(
     from torchvision.datasets import Food101
 
     root = Path(root)
-    if root.name == "food-101" and (root / "meta").is_dir():  # the folder itself, not the one it lies in
+    if root.name == "food-101" and (root / "meta").is_dir():  # `root` is food-101 itself and not its parent
         root = root.parent
     folder = root / "food-101"
     if not download and not ((folder / "meta" / f"{split}.json").is_file() and (folder / "images").is_dir()):
@@ -128,10 +128,10 @@ def food101(
 
 
 class ClassFolders(Dataset):
-    """(PIL image, label) of the images in `listing.root/<class>/`, however deep.
+    """(PIL image, label) of all images below `listing.root/<class>/`.
 
     Raises:
-        FileNotFoundError: there are none, or a class has none.
+        FileNotFoundError: there are no images, or a class has none.
     """
 
     def __init__(self, listing: Listing, part: str = ""):
@@ -164,12 +164,12 @@ class ClassFolders(Dataset):
 
 
 def image_folder(root: str | Path, split: str, resolution: int, broken: str = "fatal") -> ClassifiedImages:
-    """Images in `root/<split>/<class>/`; or in `root/<class>/`, a set without parts, which is all for `train`.
+    """Load the images in `root/<split>/<class>/`, or in `root/<class>/` if there are no splits; that is all `train`.
 
-    A folder has parts if all folders with images in it have names of parts: `train` beside `bus` is a class.
+    There are splits if all folders with images in `root` are named as splits: `train` beside `bus` is a class.
 
     Raises:
-        FileNotFoundError: there are no images, not this split, or a class has none.
+        FileNotFoundError: there are no images, the split is missing, or a class has no images.
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no images in {root}: there is no such folder")
@@ -191,15 +191,15 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The centre of an image at a size: the largest part of it that has this shape.
+    """Crop the largest central part of an image that has the given shape, and resize it.
 
-    The image is halved by box filtering while it is at least twice the size both ways, scaled until it just covers the
-    size by bicubic filtering, and cut. ValueError for a strip that would take all memory on the way.
+    The image is halved with a box filter while both sides are at least twice the size, resized with a bicubic filter
+    until it just covers the size, and cropped. ValueError for a long strip, which would take too much memory.
     """
     scale = max(height / image.height, width / image.width)
-    if image.height * image.width * scale**2 > MOST_PIXELS:  # pixels of the whole image, before it is cut
+    if image.height * image.width * scale**2 > MOST_PIXELS:  # pixels of the whole image before cropping
         raise ValueError(
-            f"{image.width}x{image.height} pixels are too long a strip to be brought to {width}x{height}: cut it first"
+            f"{image.width}x{image.height} pixels are too long a strip to be cropped to {width}x{height}: cut it first"
         )
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

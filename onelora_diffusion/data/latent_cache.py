@@ -1,4 +1,4 @@
-"""Latents on disk: what a VAE makes of every image of a data set, both flips, encoded once (see `data.row_cache`).
+"""A cache of latents on disk: each image of a data set is encoded once by the VAE, with both flips (`data.row_cache`).
 
 A shard has the tensors `moments`, `(images, flips, ...)`, `labels` and `broken`.
 """
@@ -19,12 +19,12 @@ from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.files import digest
 
 SHARD_SIZE = 1024  # images
-BUCKET_SHARD_SIZE = 64  # of images in buckets, which may be of any size: a shard is put together in memory
+BUCKET_SHARD_SIZE = 64  # images in buckets may be large, and a shard is assembled in memory
 TRANSFORM = "ADM centre crop, [-1, 1]; mean and std of the scaled latents, float32; 1"
 
 
 class LatentCache(RowCache):
-    """`[index, flip] -> (moments, label)` from the files of a whole cache, read as they are asked for."""
+    """`[index, flip] -> (moments, label)`, read on demand from the files of a complete cache."""
 
     def __init__(self, folder: Path, num_images: int, buckets: Buckets | None = None):
         super().__init__(folder, shards_of(num_images, buckets))
@@ -35,14 +35,14 @@ class LatentCache(RowCache):
         return row["moments"][int(flip)], row["labels"]
 
     def broken(self) -> Tensor:
-        """(images,) bool: which images could not be read when they were encoded."""
+        """(images,) bool: True for images that could not be read when they were encoded."""
         found = torch.empty(len(self), dtype=torch.bool)
         found[torch.from_numpy(self.rows)] = torch.cat([shard["broken"] for shard in self.shards])
         return found
 
 
 def shards_of(num_images: int, buckets: Buckets | None) -> list[np.ndarray]:
-    """The images in each file: all of one shape."""
+    """The indices of the images in each file; all images of a file have one shape."""
     if buckets is None:
         return split(np.arange(num_images), SHARD_SIZE)
     images = [np.flatnonzero(buckets.of_image == number) for number in range(len(buckets.sizes))]
@@ -50,7 +50,7 @@ def shards_of(num_images: int, buckets: Buckets | None) -> list[np.ndarray]:
 
 
 def cache_size(num_images: int, flip: bool, latent_shape: tuple[int, ...]) -> int:
-    """Bytes that the moments take."""
+    """The size of all moments in bytes."""
     return num_images * (1 + flip) * 2 * int(np.prod(latent_shape)) * 4
 
 
@@ -68,17 +68,17 @@ def build_cache(
     is_stopped: Callable[[], object] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Encodes the images that are not there yet, and returns the cache's folder in `parent`: see `build_rows`.
+    """Encode the images that the cache lacks, and return its folder in `parent` (see `build_rows`).
 
     Args:
-        dataset: `[index] -> (image, label)`; where it has `buckets`, images of one have one shape.
-        vae: of diffusers.
-        encode: `encode(vae, images)`, a family's `encode_images`. None: `encode_moments`.
+        dataset: `[index] -> (image, label)`; if it has `buckets`, all images of a bucket have one shape.
+        vae: a VAE of diffusers.
+        encode: `encode(vae, images)`, a family's `encode_images`; None takes `encode_moments`.
     """
     inputs = inputs_of(dataset, vae, flip)
 
     def is_outdated(path: Path, images: np.ndarray) -> bool:
-        """Whether an image that was skipped can be read now: a network disk may have failed, or PIL has learned it."""
+        """Whether a skipped image can be read now, since a network disk works again or PIL supports its format."""
         with safe_open(path, framework="pt") as file:
             skipped = images[file.get_tensor("broken").numpy()]
         found = next((int(image) for image in skipped if dataset.can_be_read(image)), None)
@@ -115,11 +115,11 @@ def _encoded(
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a cache depends on
+# The key of the cache
 
 
 def inputs_of(dataset: Dataset, vae, flip: bool) -> dict:
-    """Everything that the moments are a function of, as JSON."""
+    """All inputs on which the moments depend, as JSON."""
     return {
         "dataset": getattr(dataset, "name", type(dataset).__name__),
         "images": len(dataset),

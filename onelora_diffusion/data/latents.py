@@ -1,4 +1,4 @@
-"""Samples of latents from their mean and standard deviation, and images that may be mirrored."""
+"""Sample latents from their mean and standard deviation, and mirror images."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch.utils.data import Dataset
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents mean + std · noise, (batch, C, H, W), of moments (batch, 2, C, H, W)."""
+    """Sample latents mean + std · noise, (batch, C, H, W), from moments (batch, 2, C, H, W)."""
     mean, std = moments.unbind(1)
     return torch.addcmul(mean, std, noise)
 
 
 class FlippableImages(Dataset):
-    """`[index, flip] -> (image, label)`: the images of a data set, mirrored where asked."""
+    """`[index, flip] -> (image, label)`: the images of a data set, mirrored if `flip`."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

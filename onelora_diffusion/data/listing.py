@@ -1,4 +1,4 @@
-"""The images in a folder and all folders inside, the same for every data set of files, and what is left out."""
+"""List the images in a folder and its subfolders, with what is left out; all data sets of files use this."""
 
 import os
 from collections import Counter
@@ -14,26 +14,26 @@ IMAGES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"),
     *(".jp2", ".heic", ".heif", ".jxl"),
 }
-# What operating systems leave in folders, beside all names that begin with a dot.
+# Files and folders of operating systems, in addition to all names that begin with a dot.
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
-# One of these is in the folder of a training run; and what such a folder holds that may have images in it.
+# A folder with one of these files is that of a training run; and its outputs, which may contain images.
 OF_A_RUN = {"clock.json", "clock.lock", "onelora_weights.safetensors"}
 RUN_OUTPUT = {"samples", "checkpoints", "latents", "lora", "wandb", "onelora-diffusion", "distance.png"}
-LABELS = ("labels", "targets", "_labels")  # where data sets keep them, in this package and in torchvision
+LABELS = ("labels", "targets", "_labels")  # attributes with the labels, of data sets here and in torchvision
 
 
 @dataclass
 class Listing:
-    """What is in a folder.
+    """The content of a folder and its subfolders.
 
-    Hidden names (`.ipynb_checkpoints`, `._1.png`) and those of operating systems (`__MACOSX`, `Thumbs.db`) are no part
-    of it. Linked folders are.
+    Hidden files and folders (`.ipynb_checkpoints`, `._1.png`) and those of operating systems (`__MACOSX`, `Thumbs.db`)
+    are ignored. Links to folders are followed.
 
     Attributes:
-        root: absolute.
-        folders, images, others: names below `root`, with / between folders.
-        left_out: how often images were left out for each reason.
-        used: those of the others that are read, such as captions.
+        root: the absolute path of the folder.
+        folders, images, others: paths of folders, images and other files relative to `root`, separated by /.
+        left_out: the number of files that were left out, by reason.
+        used: the other files that are read, such as captions.
     """
 
     root: Path
@@ -44,7 +44,7 @@ class Listing:
     used: set[str] = field(default_factory=set)
 
     def describe_left_out(self) -> str:
-        """What was left out and why, in a few words; "" where there is nothing of the kind."""
+        """The files that were left out and the reasons, as text; "" if there are none."""
         reasons = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
         others = [name for name in self.others if name not in self.used]
         kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
@@ -55,10 +55,10 @@ class Listing:
 
 
 def list_images(root: str | Path) -> Listing:
-    """The images below a folder, in the order of their folders' names and then their own.
+    """List the images below a folder, sorted by the path of their folder and then by name.
 
     Raises:
-        OSError: a folder cannot be read; it names the folder.
+        OSError: a folder cannot be read; the message names it.
     """
     found, runs = Listing(Path(root).absolute()), []
     extensions = Image.registered_extensions()
@@ -74,7 +74,7 @@ def list_images(root: str | Path) -> Listing:
         else:
             found.others.append(name)
     found.images.sort(key=os.path.split)
-    for run in runs:  # a folder of nothing but runs and their caches is none of the data
+    for run in runs:  # a folder that holds only runs and their caches is not part of the data
         parent = os.path.dirname(run)
         if parent and not any(name.startswith(f"{parent}/") for name in found.images):
             found.folders = [name for name in found.folders if not f"{name}/".startswith(f"{parent}/")]
@@ -83,15 +83,15 @@ def list_images(root: str | Path) -> Listing:
 
 
 def labels_of(dataset) -> Sequence[int] | None:
-    """The label of each image, where a data set or its source lists them; else None."""
+    """The label of each image if the data set or its source lists them, else None."""
     source = getattr(dataset, "source", dataset)
-    if column := getattr(source, "label_column", None):  # of Hugging Face's library
+    if column := getattr(source, "label_column", None):  # a `datasets.Dataset`
         return source.rows[column]
     return next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
 
 
 def describe(dataset) -> str:
-    """One line on a data set: its images, as far as they are known those of each class, and what was left out."""
+    """One line about a data set: the number of images, in all and of each class if known, and what was left out."""
     source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {len(dataset):,} images"
     if names := getattr(dataset, "id2label", None):
         words += f" of {len(names)} classes"
@@ -113,11 +113,11 @@ def describe(dataset) -> str:
 def _entries(
     found: Listing, runs: list[str], folder: str, prefix: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, os.DirEntry]]:
-    """(name below the root, entry) of all but folders.
+    """Yield (path relative to the root, entry) of all files.
 
     Args:
-        runs: to which the names of folders of training runs are added.
-        above: the folders on the way here, to which links may lead.
+        runs: a list to which the paths of training runs' folders are added.
+        above: the parent folders, to detect links that lead back to them.
     """
     status = os.stat(folder)
     above = (*above, (status.st_dev, status.st_ino))

@@ -1,6 +1,6 @@
-"""Prompts on disk: what text encoders make of every caption, and of the empty one, encoded once (`data.row_cache`).
+"""A cache of encoded prompts on disk: each caption and the empty one are encoded once (`data.row_cache`).
 
-A caption that several images have is one row. The text encoders can leave memory once the cache is built.
+Images with equal captions share a row. The text encoders can be freed once the cache is built.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split, weights_digest
 
 SHARD_SIZE = 64  # prompts: a few megabytes each
-# Of what a tokenizer is saved with: where it came from, and the padding and truncation of its last call.
+# Entries of a saved tokenizer that do not matter: its origin, and the padding and truncation of its last call.
 NOT_OF_A_TOKENIZER = {"name_or_path", "is_local", "local_files_only", "transformers_version", "padding", "truncation"}
 
 
 class PromptCache(RowCache):
-    """What the text encoders made of captions, from the files of a whole cache, read as they are asked for."""
+    """The encoded captions, read on demand from the files of a complete cache."""
 
     def __init__(self, folder: Path, captions: Sequence[str]):
         prompts = distinct(captions)
@@ -30,21 +30,21 @@ class PromptCache(RowCache):
         self.row_of_caption = torch.tensor([row_of[caption] for caption in captions])
 
     def embeddings(self, captions: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """Tensors `(batch, ...)` by name, those of the empty caption where one is dropped.
+        """The tensors of captions by name, `(batch, ...)`; a dropped caption is replaced by the empty one.
 
         Args:
             captions: (batch,) int64, indices of captions.
-            dropped: (batch,) bool.
+            dropped: (batch,) bool, True for captions to drop.
         """
         rows = [self.row(row) for row in torch.where(dropped, 0, self.row_of_caption[captions]).tolist()]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class ConditionRows:
-    """The same of conditions that are encoded at no cost, as a class is, in memory.
+    """The counterpart in memory for conditions that are cheap to encode, such as classes.
 
     Args:
-        rows: tensors of all conditions by name, that of no condition first.
+        rows: tensors of all conditions by name; row 0 is the empty condition.
     """
 
     def __init__(self, rows: dict[str, Tensor]):
@@ -68,13 +68,13 @@ def build_prompt_cache(
     is_stopped: Callable[[], object] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Encodes the prompts that are not there yet, and returns the cache's folder in `parent`: see `build_rows`.
+    """Encode the prompts that the cache lacks, and return its folder in `parent` (see `build_rows`).
 
     Args:
-        encode: from prompts to tensors `(prompts, ...)` by name, of the same shapes for all.
-        encoders: the text encoders and their tokenizers, as `identity_of` has them.
-        kind: what `encode` does with them, in words, such as the family's name and its number of tokens: other words
-            make another cache.
+        encode: a function from prompts to tensors `(prompts, ...)` by name, of equal shapes for all prompts.
+        encoders: the result of `identity_of` for the text encoders and tokenizers.
+        kind: a text that says what `encode` does, such as the family's name and number of tokens. It is part of the
+            cache's key.
     """
     prompts = distinct(captions)
     inputs = {
@@ -105,10 +105,10 @@ def build_prompt_cache(
 
 
 def identity_of(parts: dict[str, object]) -> dict:
-    """What tells text encoders and tokenizers from others, as JSON by name: configurations and hashes.
+    """The configurations and hashes of text encoders and tokenizers by name, as JSON.
 
     Args:
-        parts: models and tokenizers of transformers; None for one that the pipeline goes without.
+        parts: models and tokenizers of transformers by name; None for one that the pipeline does not have.
     """
     return {
         name: {"weights": weights_digest(part), "config": config_of(part)}
@@ -120,7 +120,7 @@ def identity_of(parts: dict[str, object]) -> dict:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """sha256 of a tokenizer's files, without where it was loaded from and how it was last called."""
+    """sha256 of a tokenizer's files, without its origin and the options of its last call."""
     sha256 = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -135,7 +135,7 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def distinct(captions: Sequence[str]) -> list[str]:
-    """Each caption once; the empty one, which stands for those that are dropped, is the first."""
+    """The distinct captions; the first is the empty one, which replaces dropped captions."""
     return list(dict.fromkeys(["", *captions]))
 
 

@@ -1,12 +1,12 @@
 """Rows of tensors on disk, encoded once and mapped to memory: an image's latents, a prompt's embeddings.
 
     latents/food101-2f6e1c0a9b34/
-        inputs.json                    what the name is a hash of
-        shard-00000.safetensors        tensors of some rows by name, their sha256 in the header
+        inputs.json                    the inputs, whose hash is in the folder's name
+        shard-00000.safetensors        tensors of some rows by name, with their sha256 in the header
         shard-00001.safetensors        ...
 
-A shard is written beside, flushed and renamed, so an interrupted build goes on where it was. Any change of what the
-rows are a function of makes another folder.
+A shard is written under a temporary name, flushed and renamed, so an interrupted build can be continued. If an input
+changes, the cache is another folder.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from onelora_diffusion.files import digest, write_bytes
 
 
 class NotFiniteRowError(ValueError):
-    """What was encoded has infinity or NaN in it; the message names the row."""
+    """An encoded row contains infinity or NaN; the message names the row."""
 
 
 class RowCache(Dataset):
-    """The rows of a whole cache, read from its files as they are asked for.
+    """The rows of a complete cache, read on demand from its files.
 
     Args:
-        shards: the numbers of the rows in each file.
+        shards: the row numbers in each file.
     """
 
     def __init__(self, folder: Path, shards: list[np.ndarray]):
         self.shards = [load_file(shard_path(folder, number)) for number in range(len(shards))]
-        self.rows = np.concatenate(shards)  # in the order of the files
+        self.rows = np.concatenate(shards)  # row numbers in the order of the files
         self.shard_of, self.place_of = np.empty_like(self.rows), np.empty_like(self.rows)
         self.shard_of[self.rows] = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])
         self.place_of[self.rows] = np.concatenate([np.arange(len(shard)) for shard in shards])
@@ -67,20 +67,20 @@ def build_rows(
     is_stopped: Callable[[], object] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Encodes what is not there yet, and returns the cache's folder in `parent`.
+    """Encode the rows that the cache lacks, and return its folder in `parent`.
 
-    Every process takes the shards whose number it is, modulo the number of processes; the cache is whole once all of
-    them are back, unless `is_stopped` made one of them leave midway. A damaged shard is reported and encoded again.
+    The shards are dealt out to the processes by their numbers. The cache is complete once all processes have returned,
+    unless `is_stopped` has ended one of them early. A damaged shard is reported and encoded again.
 
     Args:
-        inputs: everything that the rows are a function of, as JSON.
-        shards: the numbers of the rows in each file, which have tensors of the same shapes.
-        encode: from batches of row numbers, one after the other, to the tensors of each, `(rows, ...)` by name.
-        is_outdated: whether a whole file of these rows must be encoded again; it says why.
+        inputs: all inputs on which the rows depend, as JSON.
+        shards: the row numbers in each file; the tensors of these rows have equal shapes.
+        encode: a function from batches of row numbers to the tensors of each batch, `(rows, ...)` by name.
+        is_outdated: a function that tells whether a complete file must be encoded again; it reports the reason.
 
     Raises:
         NotFiniteRowError: a row is not finite.
-        OSError: the disk is full; it names the shard, and those before it are whole.
+        OSError: the disk is full; the message names the shard, and earlier shards are complete.
     """
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = parent / f"{name.replace(':', '-').replace('/', '-')}-{key[:12]}"
@@ -132,7 +132,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a shard holds what was written."""
+    """Whether a shard is complete and undamaged."""
     try:
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get("sha256")
@@ -142,8 +142,8 @@ def is_whole(path: Path) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of the digests of a model's tensors, several at a time: text encoders have gigabytes."""
-    with ThreadPoolExecutor() as threads:  # sha256 runs without Python's lock
+    """sha256 of the digests of a model's tensors, computed in parallel, since text encoders have gigabytes."""
+    with ThreadPoolExecutor() as threads:  # sha256 releases Python's global lock
         parts = threads.map(lambda item: digest(dict([item])), sorted(model.state_dict().items()))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 

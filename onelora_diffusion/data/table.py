@@ -1,4 +1,4 @@
-"""The data sets by name, a row each: what reads one, and what suits it where nothing is chosen."""
+"""The table of data sets: each name with the function that loads the data and its default settings."""
 
 import difflib
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from onelora_diffusion.data.fashion import CLASSES
 
 @dataclass(frozen=True)
 class Defaults:
-    """The values of a data set; those written here are for photographs."""
+    """The default settings of a data set; the values given here suit photographs."""
 
     recipe: str = "food101.yaml"
-    """Of training, in cli/recipes/."""
+    """The training recipe, a file in cli/recipes/."""
     resolution: int = 256
-    """Pixels a side of the real images."""
+    """Side of the real images in pixels."""
     features: str = "inception"
-    """What generated and real images are compared by."""
+    """The features by which generated and real images are compared."""
     guidance_scale: float = 4.0
-    """Of pictures to look at."""
+    """The guidance scale of sample pictures."""
     eval_guidance_scale: float = 1.5
-    """Of images to measure: a distance likes less of it."""
+    """The guidance scale of images to measure; distances are smallest with less guidance than people prefer."""
     eval_images: int = 10_000
     eval_steps: int = 50
     compares_base: bool = False
-    """Whether the base is measured beside the adapter."""
+    """Whether the base is measured in addition to the adapter."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set: see `load_dataset`. `name` is what follows the colon, as in `hf:NAME`."""
+    """The arguments of `load_dataset`; `name` is the part after the colon, as in `hf:NAME`."""
 
     name: str
     root: Path | str | None
@@ -54,12 +54,12 @@ class DatasetKind:
     """A row of `DATASETS`.
 
     Attributes:
-        load: what is asked for -> the data set.
-        defaults: what suits it.
-        classes: the names of all its classes, where some of them can be chosen by their numbers.
+        load: the function from a `Request` to the data set.
+        defaults: the default settings.
+        classes: the names of all classes, if some of them can be chosen by number.
         has_columns: whether the columns of images and labels can be chosen.
-        of_many: what a name has after a colon, where the row stands for many data sets.
-        check_name: ValueError for such a name that is known to be wrong.
+        of_many: for a row that stands for many data sets, a word for the part of the name after the colon.
+        check_name: a function that raises ValueError if that part is known to be wrong.
     """
 
     load: Callable[[Request], Dataset]
@@ -132,10 +132,10 @@ DATASETS = {
 
 
 def kind_of(name: str) -> tuple[DatasetKind, str]:
-    """The row of a data set, and what follows the colon in its name.
+    """(the row of a data set, the part of its name after the colon).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such data set.
     """
     row, _, rest = name.partition(":")
     kind = DATASETS.get(row)
@@ -149,12 +149,12 @@ def kind_of(name: str) -> tuple[DatasetKind, str]:
 
 
 def check_columns(name: str, image_column: str | None, label_column: str | None) -> None:
-    """ValueError for columns of a data set that has none."""
+    """ValueError if columns are chosen for a data set without columns."""
     if not kind_of(name)[0].has_columns and (image_column or label_column):
         flag = f"--image-column {image_column}" if image_column else f"--label-column {label_column}"
         raise ValueError(f"{flag} is for hf:NAME, not for {name}")
 
 
 def classes_of(name: str) -> tuple[str, ...]:
-    """The names of all classes of a data set of which some can be chosen; none of any other."""
+    """The names of all classes of a data set whose classes can be chosen; () for any other."""
     return DATASETS[name].classes if name in DATASETS else ()

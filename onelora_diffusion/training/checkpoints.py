@@ -1,8 +1,8 @@
 """Checkpoints of a run: one safetensors file each, `checkpoints/step-00000500.safetensors`.
 
-Its header holds the step, what the caller gave as JSON, and a SHA-256 of the whole file. A checkpoint is written
-beside, flushed to the disk and renamed; older ones are removed afterwards. Version 0.1 wrote a folder for each, with
-`tensors.safetensors` and `state.json`, which is read as well.
+Its header holds the step, the caller's state as JSON, and a SHA-256 of the whole file. A checkpoint is written under a
+temporary name, flushed to the disk and renamed, and then older ones are removed. Checkpoints of version 0.1, folders
+with `tensors.safetensors` and `state.json`, are read as well.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from onelora_diffusion.files import write_bytes
 
-# The digits of the checksum, which it leaves out, in a file's header or in a `state.json`. Quotes inside the header's
-# other values are escaped.
+# The checksum in a file's header or in a `state.json`, whose own digits it does not cover. Other values cannot match,
+# since quotes in them are escaped.
 CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 NAME = re.compile(r"step-[0-9]{8,}(\.safetensors)?")
 
@@ -39,12 +39,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     """Write `folder/step-<step>.safetensors`, then remove all but the `keep` newest up to it; return its path.
 
     Raises:
-        OSError: the disk is full, for one. The checkpoints that were there are still there, and no rest of this one.
+        OSError: writing failed, for example because the disk is full. Earlier checkpoints are kept, and no part of
+            this one.
     """
     path = checkpoint_path(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"state": json.dumps({"step": step, **state}), "sha256": "0" * 64}
-    # Bytes written by Python: safetensors' own writer hides a full disk in an error that is no OSError.
+    # Python writes the bytes, since safetensors' own writer reports a full disk as another error than OSError.
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     write_bytes(path, sealed(content))
     for old in [p for p in checkpoint_paths(folder) if p <= path][:-keep]:
@@ -53,23 +54,23 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 
 def sealed(content: bytes) -> bytes:
-    """A checkpoint's bytes with the checksum that fits in its place."""
+    """Insert the checksum into the bytes of a checkpoint."""
     return CHECKSUM.sub(b'"sha256":"' + checksum(content).encode() + b'"', content, count=1)
 
 
 def checksum(*contents: bytes) -> str:
-    """SHA-256 of a checkpoint's files one after another, without the digits of the checksum itself."""
+    """SHA-256 of the concatenated files of a checkpoint, without the digits of the checksum itself."""
     return hashlib.sha256(b"".join(CHECKSUM.sub(b"", content, count=1) for content in contents)).hexdigest()
 
 
 def load_newest_checkpoint(
     folder: Path, report=print, kinds: Mapping[str, type | UnionType] = MappingProxyType({})
 ) -> Checkpoint | None:
-    """The newest whole checkpoint, or None if there is none; each damaged one is reported and passed over.
+    """Read the newest undamaged checkpoint, or None if there are no checkpoints; damaged ones are reported.
 
-    Its state must have values of these kinds: version 0.1 kept no checksum of the state.
+    The state must have values of the types in `kinds`, since version 0.1 has no checksum of the state.
 
-    ValueError if there are checkpoints and none of them is whole.
+    ValueError if there are checkpoints and all are damaged.
     """
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
@@ -83,7 +84,7 @@ def load_newest_checkpoint(
 
 
 def read_checkpoint(path: Path, kinds: Mapping[str, type | UnionType] = MappingProxyType({})) -> Checkpoint:
-    """ValueError or OSError if anything in it is missing, cut or changed, or is not of these kinds."""
+    """Read a checkpoint; ValueError or OSError if it is damaged, or a value is not of the type in `kinds`."""
     try:
         content, text = _contents_of_0_1(path) if path.is_dir() else _contents(path)
         state, tensors = json.loads(text), load(content)
@@ -98,12 +99,12 @@ def read_checkpoint(path: Path, kinds: Mapping[str, type | UnionType] = MappingP
             raise ValueError(f"{key} in its state is {state[key]}")
     if path.stem != checkpoint_path(path.parent, state["step"]).stem:
         raise ValueError("its state is of another step")
-    state.pop("sha256", None)  # of version 0.1
+    state.pop("sha256", None)  # written by version 0.1
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
 def _contents(path: Path) -> tuple[bytes, str]:
-    """A checkpoint's bytes, and its state as JSON."""
+    """(the bytes of a checkpoint, its state as JSON)."""
     content = path.read_bytes()
     written = CHECKSUM.search(content)
     if not written or written[1].decode() != checksum(content):
@@ -115,7 +116,7 @@ def _contents(path: Path) -> tuple[bytes, str]:
 def _contents_of_0_1(folder: Path) -> tuple[bytes, bytes]:
     content, text = (folder / "tensors.safetensors").read_bytes(), (folder / "state.json").read_bytes()
     written = CHECKSUM.search(text)
-    # The first ones counted the tensors alone.
+    # The first versions covered the tensors alone.
     if not written or written[1].decode() not in (checksum(content, text), hashlib.sha256(content).hexdigest()):
         raise ValueError("it is not what was written")
     return content, text
@@ -126,5 +127,5 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """The paths of the checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))

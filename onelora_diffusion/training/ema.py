@@ -10,7 +10,7 @@ from torch import Tensor
 class ExponentialMovingAverage:
     """ema ← d·ema + (1 - d)·value with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ...
 
-    The growing decay is TensorFlow's `num_updates` rule: a short run is not held back by where it started.
+    The growing decay is TensorFlow's `num_updates` rule: so the start does not dominate the average of a short run.
     `values` holds the averages in float32, by the names of the trained tensors.
     """
 
@@ -26,7 +26,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averages inside the context, and with its own values after it."""
+        """Context manager in which the model computes with the averages."""
         kept = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
         try:
             copy_values(self.trained, self.values)

@@ -21,10 +21,10 @@ from onelora_diffusion.training.settings import Settings
 
 
 class Evaluation:
-    """Generates images with the values that the model has, the same noise every time, and measures them.
+    """Generates images with the model's current values, from the same noise each time, and measures them.
 
     Raises:
-        ValueError, FileNotFoundError: features, their weights or the reference are not what they should be.
+        ValueError, FileNotFoundError: the features, their weights or the reference are missing or invalid.
     """
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipeline, dataset):
@@ -33,7 +33,7 @@ class Evaluation:
 
         resolution = resolution_of(pipeline)
         name = settings.eval_features or defaults_of(settings.dataset).features
-        with first_on_each_machine(accelerator):  # it may download
+        with first_on_each_machine(accelerator):  # this may download weights
             features = load_features(name, resolution, settings.eval_weights)
         self.source = Source(settings.dataset, resolution)
         origin = Origin.of(features, self.source)
@@ -53,7 +53,7 @@ class Evaluation:
     def measure(self, stop) -> dict | None:
         """`{"distance": ..., "recognition": ...}` of images made by all processes, or None if stopped midway."""
         settings, accelerator = self.settings, self.accelerator
-        # As many images on each process, so that all of them meet at every batch; the rest are not counted.
+        # All processes generate equally many images, so that they meet at every batch; surplus images are not counted.
         padded = -(-settings.eval_images // accelerator.num_processes) * accelerator.num_processes
         indices = share(padded, accelerator.process_index, accelerator.num_processes)
         sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale)
@@ -81,11 +81,11 @@ class Evaluation:
 
 
 class Stopped(Exception):
-    """The run is to stop, in the midst of an evaluation."""
+    """The run was told to stop during an evaluation."""
 
 
 def counted(batches: Batches, num_images: int, stop) -> Batches:
-    """The batches without what is beyond `num_images`; Stopped as soon as all processes have agreed on it."""
+    """Yield the first `num_images` images of the batches; Stopped as soon as all processes agree to stop."""
     for indices, images in batches:
         if stop.agreed():
             raise Stopped
@@ -95,7 +95,7 @@ def counted(batches: Batches, num_images: int, stop) -> Batches:
 
 
 def plot_distances(metrics: Path, picture: Path, distance_name: str) -> None:
-    """The distances in metrics.jsonl over steps and over wall-clock time, as a PNG."""
+    """Plot the distances in metrics.jsonl over steps and over wall-clock time, as a PNG."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

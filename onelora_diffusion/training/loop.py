@@ -1,4 +1,4 @@
-"""A run of training: what must be ready before its first step, the loop, and how it ends."""
+"""A training run: prepare everything before the first step, run the loop, and end."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -43,26 +43,26 @@ from onelora_diffusion.training.weighting import check_weighting, loss_weights, 
 
 @dataclass
 class Job:
-    """What a run trains with; what it changes is the record `run`."""
+    """Everything that a run uses; the part that training changes is the record `run`."""
 
     settings: RunSettings
     accelerator: Accelerator
     task: Task
     rows: list[slice]
-    """Of the global batch, those that this process takes, a slice for each of its passes."""
+    """The rows of the global batch that this process takes, one slice for each of its passes."""
     evaluation: object | None
     run: Run
     is_cached: bool = False
-    """Whether batches have the moments of latents in the place of images."""
+    """Whether batches contain moments of latents instead of images."""
     model: nn.Module | None = None
-    """The transformer as the processes share it, from `begin` on, with its optimiser."""
+    """The transformer as `begin` has prepared it for several processes."""
     optimizer: Optimizer | None = None
 
 
 def start(
     settings: RunSettings, make_task: Callable[[RunSettings, Accelerator], Task], since: float | None = None
 ) -> int:
-    """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
+    """Train, or print in one line why not, and return the exit code. The budget counts from `started`."""
     script = typed_as(settings.script)
     with ExitStack() as held:
         with one_line_errors(settings.script, same_everywhere=True):
@@ -79,10 +79,10 @@ def start(
             said = f"{script}: {diverged(error, settings)}"
             raise SystemExit(said if job.accelerator.is_main_process else 1) from None
         except BrokenImageError as error:
-            # A loader's process sends its whole traceback as the message.
+            # The message of an error in a loader process contains its traceback.
             broken = str(error).splitlines()[-1].split("BrokenImageError: ")[-1]
             raise SystemExit(f"{script}: {broken}") from None
-        except (NotFiniteRowError, OSError) as error:  # a full disk, for one; the last good checkpoint is still there
+        except (NotFiniteRowError, OSError) as error:  # such as a full disk; the last good checkpoint is kept
             raise SystemExit(f"{script}: {error}") from None
         if settings.push_to_hub is not None and code == 0 and PartialState().is_main_process:
             with one_line_errors(settings.script):
@@ -96,14 +96,14 @@ def prepare(
     since: float | None,
     held: ExitStack,
 ) -> Job | None:
-    """All that a run needs, as far as its newest checkpoint, or an error; None if there is nothing to do.
+    """Prepare everything that a run needs, up to its newest checkpoint; None if there is nothing to do.
 
-    Nothing has been written then but the clock in the output folder, which is this run's until `held` is closed.
+    Only the clock in the output folder is written; the folder is locked until `held` is closed.
     """
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes without GPUs would not know of each other
+        cpu=not torch.accelerator.is_available(),  # otherwise processes without GPUs would not form a group
         mixed_precision=settings.mixed_precision,
-        # What the launcher asks for is among the settings: accelerate must not see to it a second time.
+        # The settings include the launcher's options, so accelerate must not apply these again.
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if settings.track == "none" else settings.track,
@@ -128,7 +128,7 @@ def prepare(
     checkpoint, finished = agree_on_checkpoint(settings, clock, accelerator)
     if finished and checkpoint.step == 0:
         raise ValueError(no_update(settings))
-    # The data of a finished run are looked at where another place is named.
+    # A finished run checks its data only if they are in another folder.
     if told_by_main(accelerator, lambda: not finished or is_elsewhere(settings, checkpoint)):
         held.enter_context(folder.counting(clock))
         task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
@@ -167,24 +167,24 @@ def prepare(
         run.restore(checkpoint)
         say(accelerator, f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
     if accelerator.num_processes > 1:
-        vae = digest(task.pipeline.vae.state_dict())  # every machine encodes for itself
+        vae = digest(task.pipeline.vae.state_dict())  # every machine encodes with its own copy
         check_equal(accelerator, {"the step": run.step, "the adapter": digest(trained), "the autoencoder": vae})
     return Job(settings, accelerator, task, rows, evaluation, run)
 
 
 def train(job: Job, stop: Stop) -> int:
-    """Makes updates until all are made, the time is up or a signal comes, and writes what is due; the exit code."""
+    """Run updates and write outputs until the last step, the end of the time or a signal; return the exit code."""
     settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
     examples, batches = begin(job, stop)
-    # From here on something is written.
+    # From here on outputs are written.
     outputs = Outputs(run, accelerator, task, job.evaluation, stop)
     first, last = run.step, float("inf") if settings.max_steps is None else settings.max_steps
-    measures = settings.rates_by_sum and run.rate_factors is None  # in the first update
+    measures = settings.rates_by_sum and run.rate_factors is None  # rates are measured in the first update
     progress = tqdm(total=settings.max_steps, initial=first, unit="step", disable=not accelerator.is_main_process)
     with progress:
         while not (ended := stop.agreed()) and run.step < last:
-            # Blocks are compiled in the first update of a start, or the second where the first measures without that,
-            # which may take minutes and has nothing to lose.
+            # The first update compiles the blocks (the second, if the first measures rates). That may take minutes,
+            # and there is no progress to save yet.
             is_compiling = settings.compile and run.step <= first + measures
             with stop.suspended() if is_compiling else nullcontext():
                 update(job, islice(batches, len(job.rows)))
@@ -212,7 +212,7 @@ def train(job: Job, stop: Stop) -> int:
 
 
 def begin(job: Job, stop: Stop) -> tuple[Dataset, Iterator[tuple[Tensor, Tensor]]]:
-    """Encodes what is learned and shares out the model; returns the examples, and the endless batches of them."""
+    """Encode the data and prepare the model for several processes; return (the examples, endless batches of them)."""
     settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
     examples, job.is_cached = task.encode(stop)
     buckets = task.data.buckets
@@ -242,7 +242,7 @@ def begin(job: Job, stop: Stop) -> tuple[Dataset, Iterator[tuple[Tensor, Tensor]
 
 
 def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Makes one update of the adapter and of its averages.
+    """Update the adapter and its averages once.
 
     Args:
         batch: for each of the job's rows, images or the moments of their latents, and the numbers of their conditions.
@@ -257,7 +257,7 @@ def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
         for rows, (images, numbers) in zip(job.rows, batch, strict=True):
             images = images.to(accelerator.device, non_blocking=True)
             moments = images if job.is_cached else job.task.family.encode_images(job.task.pipeline.vae, images)
-            # Everything random in an update is drawn for the global batch, and sliced.
+            # All random values of an update are drawn for the global batch and then sliced.
             drawn = drawn or draw_step(
                 settings.seed,
                 run.step,
@@ -267,7 +267,7 @@ def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
                 job.task.condition_drop,
                 settings.density(),
             )
-            is_last = rows is job.rows[-1]  # processes exchange gradients once an update
+            is_last = rows is job.rows[-1]  # gradients are exchanged once per update
             with nullcontext() if is_last else accelerator.no_sync(job.model):
                 losses = losses_of(job, moments, numbers, drawn, rows)
                 accelerator.backward(losses["loss"].mean() / len(job.rows))
@@ -290,7 +290,7 @@ def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def losses_of(job: Job, moments: Tensor, numbers: Tensor, drawn: StepDraws, rows: slice) -> dict[str, Tensor]:
-    """The losses of some rows of a global batch by name, (rows,) each."""
+    """The losses of rows of a global batch by name, each (rows,)."""
     settings, accelerator, task = job.settings, job.accelerator, job.task
     scheduler, draws = task.pipeline.scheduler, drawn.rows(rows, accelerator.device)
     conditions = task.conditions(numbers, drawn.label_drops[rows])
@@ -310,6 +310,6 @@ def scheduled(step: int, settings: RunSettings) -> float:
 
 
 def leave_signals_to_main(worker: int) -> None:
-    # Ctrl-C reaches the loader's processes too; they end with the main one, which stops at the next step.
+    # Ctrl-C also reaches the loader processes; they ignore it and end with the main one, which stops at the next step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

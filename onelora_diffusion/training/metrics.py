@@ -1,4 +1,4 @@
-"""Losses of a run: kept on the device, read once a line, checked to be finite."""
+"""The losses of a run: kept on the device, read for each line of metrics, and checked to be finite."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def check_finite(tensors: dict[str, Tensor], step: int) -> None:
-    """NonFiniteError that names the first tensor with infinity or NaN in it."""
+    """NonFiniteError, naming the first tensor that contains infinity or NaN."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NonFiniteError(f"{name} is not finite", step)
@@ -28,8 +28,8 @@ def check_finite(tensors: dict[str, Tensor], step: int) -> None:
 class LossWindow:
     """The losses of the steps since the last line of metrics.
 
-    Adding a step does not wait for the device. `read` does: it averages over processes and names the first
-    step with a non-finite loss. The window goes into checkpoints, so that lines do not depend on interruptions.
+    Adding a step does not wait for the device; `read` does, averages over processes, and names the first step with a
+    non-finite loss. The window is saved in checkpoints, so that interruptions do not change the lines.
     """
 
     def __init__(self, rows: list[dict[str, float]] | None = None):
@@ -37,7 +37,7 @@ class LossWindow:
         self.rows: list[Tensor] = [torch.tensor([float(row[name]) for name in self.names]) for row in rows or []]
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Adds a step's losses, scalars by name."""
+        """Add the losses of a step, scalars by name."""
         self.names = list(losses)
         self.rows.append(torch.stack([loss.detach().float() for loss in losses.values()]))
 
@@ -59,14 +59,14 @@ class LossWindow:
 
 
 class MetricsFile:
-    """metrics.jsonl: a line of losses every so often, and lines of evaluations."""
+    """The file metrics.jsonl, with lines of losses and lines of evaluations."""
 
     def __init__(self, path: Path, accelerator, batch_size: int, step: int, clock: Clock):
         self.path, self.accelerator, self.batch_size, self.clock = path, accelerator, batch_size, clock
         self.last_step, self.last_seconds = step, clock.seconds
 
     def write_losses(self, window: LossWindow, step: int, learning_rate: float) -> dict:
-        """Writes the means over the window, empties it, and returns the line."""
+        """Write the means over the window, empty it, and return the line."""
         losses = window.read(self.accelerator, step)
         line = {"step": step} | {name: sum(row[name] for row in losses) / len(losses) for name in losses[0]}
         seconds = self.clock.seconds
@@ -89,9 +89,9 @@ def append_line(path: Path, values: dict) -> None:
 
 
 def cut_lines_after(path: Path, step: int, steps_without_line: int = 0) -> None:
-    """Drops what an interrupted run wrote after the checkpoint it is resumed from, and a line cut in half.
+    """Remove the lines that an interrupted run wrote after its last checkpoint, and an incomplete line.
 
-    The losses of the last `steps_without_line` steps come in a line that is still to be written.
+    The losses of the last `steps_without_line` steps will be in a later line.
     """
     if not path.exists():
         return

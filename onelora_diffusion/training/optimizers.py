@@ -1,4 +1,4 @@
-"""Optimisers of the trained tensors: the class table and the vectors, each with its learning rate."""
+"""Optimisers of the trained tensors, with separate learning rates for the class table and the vectors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# What schedule-free's groups know beside their settings; a checkpoint must hold it.
+# Entries of schedule-free's groups that are state and no settings; checkpoints must contain them.
 RUNNING = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")
 
 
@@ -16,7 +16,7 @@ def make_optimizer(
 ) -> Optimizer:
     """AdamW, bitsandbytes' 8-bit AdamW, or schedule-free AdamW (Defazio et al., 2024), without weight decay.
 
-    Each group has `peak_lr`, which the schedule multiplies; the class table's is `table_rate`, if that is given.
+    Each group has `peak_lr`, which the schedule multiplies; for the class table it is `table_rate`, if given.
     """
     table = [tensor for name, tensor in trained.items() if name.startswith("class_embedding.")]
     vectors = [tensor for name, tensor in trained.items() if not name.startswith("class_embedding.")]
@@ -36,7 +36,7 @@ def make_optimizer(
 
 
 def running_values(optimizer: Optimizer) -> list[dict]:
-    """The numbers of each group that steps have changed, for JSON."""
+    """The values of each group that steps change, for JSON."""
     return [{key: group[key] for key in RUNNING if key in group} for group in optimizer.param_groups]
 
 
@@ -47,7 +47,7 @@ def restore_running(optimizer: Optimizer, values: list[dict]) -> None:
 
 @contextmanager
 def averaged_values(optimizer: Optimizer) -> Iterator[None]:
-    """Inside the context, the trained tensors hold schedule-free's own average; of other optimisers, what they are."""
+    """Context manager in which trained tensors hold schedule-free's own average; other optimisers change nothing."""
     is_schedule_free = "train_mode" in optimizer.param_groups[0]
     if is_schedule_free:
         optimizer.eval()

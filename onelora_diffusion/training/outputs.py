@@ -1,4 +1,4 @@
-"""What a run writes and says: metrics, samples, evaluations, checkpoints and adapters."""
+"""The outputs of a run: messages, metrics, samples, evaluations, checkpoints and adapters."""
 
 import json
 import shutil
@@ -30,10 +30,10 @@ from onelora_diffusion.training.trackers import show_picture, start_trackers
 
 
 class Outputs:
-    """The output folder of a run, brought to the step that the run is at; every process calls every method.
+    """The output folder of a run. Creating it discards outputs of later steps; every process calls every method.
 
     Attributes:
-        num_broken: images that could not be read, for the adapters' headers.
+        num_broken: the number of unreadable images, for the headers of adapters.
     """
 
     def __init__(self, run: Run, accelerator: Accelerator, task, evaluation, stop: Stop):
@@ -64,9 +64,9 @@ class Outputs:
         progress.set_postfix_str(f"loss {line['loss']:.4f}{left}", refresh=False)
 
     def write_samples(self) -> None:
-        """A grid of samples, unless a signal comes."""
+        """Write a grid of samples, unless a signal comes."""
         is_main, is_sharded = self.accelerator.is_main_process, self.settings.engine == "fsdp2"
-        # The processes that share out the base must run it together; else only one of them draws.
+        # With FSDP2 all processes must run the model together; otherwise one of them draws.
         if not (is_main or is_sharded):
             return
         is_stopped, alone = (self.stop.agreed, nullcontext) if is_sharded else (self.stop.asked, self.stop.at_once)
@@ -78,7 +78,7 @@ class Outputs:
             show_picture(self.accelerator, "samples", png, self.run.step)
 
     def write_evaluation(self) -> None:
-        """A line of metrics with the distance, and the adapter if it is the best so far, unless a signal comes."""
+        """Write a line of metrics with the distance, and the adapter if it is the best, unless a signal comes."""
         run, measured = self.run, None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
         with suppress(Interrupted), run.averages[0].applied(), self.accelerator.autocast(), alone():
@@ -94,10 +94,10 @@ class Outputs:
                 show_picture(self.accelerator, "distance", plot.read_bytes(), run.step)
 
     def write_checkpoint(self) -> None:
-        """A checkpoint of this step, or a line that says why there is none.
+        """Write a checkpoint of this step, or print in one line why it could not be written.
 
         Raises:
-            NonFiniteError: something in it is infinite or NaN; nothing is written.
+            NonFiniteError: a value is infinite or NaN; nothing is written.
         """
         run = self.run
         tensors, state = run.state()
@@ -112,7 +112,7 @@ class Outputs:
             tqdm.write(f"{script}: no checkpoint at step {run.step} ({error}); the last good one is {last_good}")
 
     def write_adapters(self) -> None:
-        """The best adapter measured, else the last average; and the other averages."""
+        """Write the adapter, which is the best one measured or else the last average, and the other averages."""
         run = self.run
         values = [({"ema_decay": average.decay}, average.values) for average in run.averages]
         if run.best:
@@ -155,7 +155,7 @@ class Outputs:
         )
 
     def say_end(self, ended: int) -> int:
-        """How the run ended and what comes next; returns the exit code."""
+        """Print how the run ended and which commands to run next; return the exit code."""
         run, told = self.run, partial(say, self.accelerator)
         if run.step == 0 and not Stop.is_signal(ended):
             told(f"{typed_as(self.settings.script)}: {no_update(self.settings)}")
@@ -176,7 +176,7 @@ class Outputs:
 
 
 def no_update(settings: RunSettings) -> str:
-    """What to say where the budget has ended before the first update."""
+    """The message for a run whose budget has ended before the first update."""
     return f"no update was made within --max-train-time {settings.max_train_time}: the same command with more goes on"
 
 
@@ -185,7 +185,7 @@ def last_checkpoint(settings: RunSettings) -> Path | None:
 
 
 def diverged(error: NonFiniteError, settings: RunSettings) -> str:
-    """What to say of a loss that is not finite."""
+    """The message for a run whose loss is not finite."""
     factor = learning_rate_factor(error.step - 1, settings.lr_schedule, settings.warmup_steps, settings.max_steps)
     last_good = last_checkpoint(settings)
     go_on = "Go on from it with --allow-changed-settings and a lower --learning-rate, or start over with --fresh"

@@ -1,4 +1,4 @@
-"""What a run that has ended sends to the Hugging Face hub: its adapter, with what was measured and drawn of it."""
+"""Upload the adapter of a finished run to the Hugging Face hub, with its metrics and samples."""
 
 import tempfile
 from pathlib import Path
@@ -11,13 +11,13 @@ from onelora_diffusion.training.settings import RunSettings
 
 
 def publish(settings: RunSettings) -> str:
-    """Uploads the adapter in the run's folder to `push_to_hub`; returns its address.
+    """Upload the adapter in the run's folder to `push_to_hub`, and return the repository's address.
 
-    Its card has the distance of the best evaluation, if there was one, and the newest samples that were drawn up to
-    the adapter's step, if there are any.
+    The model card has the distance of the best evaluation and the newest samples up to the adapter's step, if there
+    are any.
 
     Raises:
-        ValueError: the hub refuses; the run's folder is as it was.
+        ValueError: the hub refuses; the run's folder is not changed.
     """
     folder = settings.output_dir
     training = read_adapter(folder).training
@@ -44,7 +44,7 @@ def publish(settings: RunSettings) -> str:
 
 
 def check_hub(settings: RunSettings) -> None:
-    """ValueError for an upload that cannot be, as far as it is known without the hub."""
+    """ValueError for an upload that is known to fail before the hub is contacted."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

@@ -1,8 +1,8 @@
 """Randomness that is a function of the seed and the step alone.
 
-Everything random in a step is drawn for the global batch and sliced by processes and micro-batches, so a run
-does not depend on how it is spread over processes, on accumulation or on interruptions, and resuming it needs
-the number of the step and no generator states.
+All random values of a step are drawn for the global batch and then sliced for processes and micro-batches. So a run
+does not depend on the number of processes, on accumulation or on interruptions, and resuming it needs only the number
+of the step.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One independent stream of numbers for each purpose: drawing more for one does not move another.
+# One independent stream of random numbers for each purpose, so that drawing more for one does not change another.
 BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER = range(7)
 
 
 def keyed_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
-    # NumPy's seed sequence mixes the whole key; torch's CPU generator keeps 32 bits of a seed.
+    # NumPy's seed sequence uses the whole key, while torch's CPU generator uses only 32 bits of a seed.
     return np.random.default_rng((seed, purpose, index))
 
 
@@ -28,7 +28,7 @@ def batch_flips(seed: int, step: int, batch_size: int) -> list[bool]:
 
 
 class TimestepDensity(NamedTuple):
-    """How often a timestep is drawn: all alike, or of Esser et al. (2024, section 3.1) logit-normal or by mode.
+    """The density of timesteps: uniform, or logit-normal or by mode (Esser et al., 2024, section 3.1).
 
     As in diffusers' scripts, u = 0 is the noise and u = 1 the image: a positive `logit_mean` draws less noise. A
     positive `mode_scale` draws the middle more often, a negative one the ends.
@@ -40,7 +40,7 @@ class TimestepDensity(NamedTuple):
     mode_scale: float = 1.29
 
     def draw(self, generator: np.random.Generator, batch_size: int, num_timesteps: int) -> Tensor:
-        """(batch,) int64 in [0, num_timesteps), the more the noisier."""
+        """Draw (batch,) int64 timesteps in [0, num_timesteps); larger ones are noisier."""
         if self.kind == "uniform":
             return torch.from_numpy(generator.integers(0, num_timesteps, batch_size))
         from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -53,7 +53,7 @@ class TimestepDensity(NamedTuple):
             self.mode_scale,
             generator=torch.Generator().manual_seed(int(generator.integers(2**32))),
         )
-        # u may round to 1, which diffusers' scripts would take for the timestep after the last.
+        # u may round to 1, for which the formula of diffusers' scripts gives a timestep after the last one.
         return num_timesteps - 1 - (u * num_timesteps).long().clamp(0, num_timesteps - 1)
 
 
@@ -61,12 +61,12 @@ UNIFORM = TimestepDensity()
 
 
 class StepDraws(NamedTuple):
-    """What a step draws for each sample of its batch, before any is sliced."""
+    """The random values of a step for all samples of the global batch."""
 
-    posterior_noise: Tensor  # (batch, C, H, W) float32, of the VAE's posterior
-    noise: Tensor  # (batch, C, H, W) float32, of the diffusion
+    posterior_noise: Tensor  # (batch, C, H, W) float32, to sample the VAE's posterior
+    noise: Tensor  # (batch, C, H, W) float32, the noise to predict
     timesteps: Tensor  # (batch,) int64
-    label_drops: Tensor  # (batch,) bool, samples that train the null label
+    label_drops: Tensor  # (batch,) bool, True for samples that train the null label
 
     def rows(self, rows: slice, device: torch.device) -> "StepDraws":
         return StepDraws(*(drawn[rows].to(device, non_blocking=True) for drawn in self))
@@ -91,9 +91,9 @@ def draw_step(
 
 
 def micro_batches(batch_size: int, num_processes: int, process_index: int, accumulation: int) -> list[slice]:
-    """Which rows of the global batch a process takes, one slice for each of its micro-batches.
+    """The rows of the global batch that a process takes, one slice for each of its micro-batches.
 
-    ValueError if they cannot all be of one size: the mean of their means would not be the batch's.
+    ValueError if they cannot have equal sizes, as the mean of their means would then not be the mean of the batch.
     """
     size, rest = divmod(batch_size, num_processes * accumulation)
     if rest or not size:
@@ -108,14 +108,14 @@ def micro_batches(batch_size: int, num_processes: int, process_index: int, accum
 class StepKeyedBatches:
     """An endless batch sampler for DataLoader: the (index, flip) pairs of a process's micro-batches, in order.
 
-    Batches are cut from an endless row of permutations of the images, one an epoch. Where images are in buckets, a
-    batch is of one of them: each has its own row, and in an epoch as many batches as it has filled, in an order drawn
-    for the epoch. So in the long run all images are shown equally often; a bucket smaller than a batch is repeated in
-    it.
+    Batches are consecutive parts of an endless sequence of permutations of the images, one permutation per epoch. If
+    images are in buckets, each bucket has its own sequence and all images of a batch are in one bucket. The buckets of
+    an epoch's batches are in random order, and a bucket has as many batches as its images have filled by then. So in
+    the long run all images are shown equally often. A bucket with fewer images than a batch repeats them within it.
 
     Args:
-        rows: of the global batch, those of each micro-batch.
-        bucket_of: (images,) int64, the number of each image's bucket; None: all are in one.
+        rows: the rows of the global batch for each micro-batch.
+        bucket_of: (images,) int64, the number of each image's bucket; None puts all images into one bucket.
     """
 
     def __init__(
@@ -142,26 +142,28 @@ class StepKeyedBatches:
                 yield keys[rows]
 
     def global_batch(self, step: int) -> list[tuple[int, bool]]:
-        """The (index, flip) pairs of all processes."""
+        """The (index, flip) pairs of the global batch of a step."""
         flips = batch_flips(self.seed, step, self.batch_size) if self.flip else [False] * self.batch_size
         return list(zip(self.indices(step), flips, strict=True))
 
     def indices(self, step: int) -> list[int]:
-        """The images of a global batch."""
-        epoch = step * self.batch_size // self.num_images  # or later: buckets fill no more than their share
+        """The indices of the images of a step's global batch."""
+        epoch = (
+            step * self.batch_size // self.num_images
+        )  # the epoch is this one or a later one, as buckets fill at most their share of batches
         while self.filled(epoch + 1).sum() <= step:
             epoch += 1
         filled = self.filled(epoch)
         buckets = self.order(epoch)[: step - filled.sum() + 1]
         bucket = buckets[-1]
         size, batch = int(self.sizes[bucket]), int(filled[bucket] + np.count_nonzero(buckets[:-1] == bucket))
-        first, last = batch * self.batch_size, (batch + 1) * self.batch_size - 1  # in the bucket's row
+        first, last = batch * self.batch_size, (batch + 1) * self.batch_size - 1  # positions in the bucket's sequence
         epochs = range(first // size, last // size + 1)
         row = np.concatenate([self.permutation(bucket, each) for each in epochs])
         return row[first % size :][: self.batch_size].tolist()
 
     def filled(self, epochs: int) -> np.ndarray:
-        """(buckets,) how many batches the images of each fill in so many epochs; what is over goes into the next."""
+        """(buckets,) the number of batches that each bucket fills in `epochs` epochs; a remainder is carried over."""
         return epochs * self.sizes // self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
@@ -170,6 +172,6 @@ class StepKeyedBatches:
         return keyed_generator(self.seed, BUCKET_ORDER, epoch).permutation(buckets)
 
     def permutation(self, bucket: int, epoch: int) -> np.ndarray:
-        """The images of a bucket in the order of an epoch: that of all images, without the others'."""
+        """The images of a bucket in the order of an epoch: the permutation of all images, restricted to the bucket."""
         images = keyed_generator(self.seed, BATCH_ORDER, epoch).permutation(self.num_images)
         return images[self.bucket_of[images] == bucket]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether its settings allow it, and whether there is anything to do."""
+"""Find the checkpoint to resume from, check that settings and data fit, and tell whether the run is finished."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from onelora_diffusion.training.stopping import Clock
 
 
 def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, or None at its start.
+    """The newest undamaged checkpoint of the run, or None if there is none yet.
 
-    ValueError if it was trained with other settings, or if there are only damaged ones.
+    ValueError if it was trained with other settings, or if all checkpoints are damaged.
     """
     if settings.fresh:
         return None
@@ -31,9 +31,9 @@ def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
 def agree_on_checkpoint(
     settings: RunSettings, clock: Clock, accelerator: Accelerator
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint that the main process finds, on every process, and whether the run is finished with it.
+    """(the checkpoint that the main process finds, sent to all processes; whether the run is finished).
 
-    The others need not see its folder: they are sent what is in it. The clock has counted the checkpoint's seconds.
+    Only the main process needs access to the folder. The clock is set to the checkpoint's seconds.
 
     Raises:
         OSError, ValueError: as `find_checkpoint`, on every process.
@@ -54,7 +54,7 @@ def agree_on_checkpoint(
     clock.resume(checkpoint.state["seconds"])
     tensors = {}
     for name, shape in checkpoint.tensors.items():
-        # One after the other: of a whole trained base they are several times its size.
+        # Tensors are sent one by one, since those of full fine-tuning are several times the size of the base.
         tensor = torch.empty_like(shape, device=accelerator.device)
         if found[0]:
             tensor.copy_(found[0].tensors[name])
@@ -64,7 +64,7 @@ def agree_on_checkpoint(
 
 
 def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
-    # A setting that is newer than the checkpoint was what it is by default.
+    # A setting that the checkpoint does not know yet had its default value.
     then, now = type(settings)().as_json() | checkpoint.state["settings"], settings.as_json()
     free = FREE_SETTINGS - ({"max_steps"} if settings.lr_schedule != "constant" else set())
     changed = [name for name in now if name not in free and then[name] != now[name]]
@@ -79,7 +79,7 @@ def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
 def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIdentity, report) -> None:
     """ValueError if the checkpoint was trained on other data, unless changes are allowed.
 
-    A checkpoint of an earlier version does not say what it was trained on, which is reported.
+    A checkpoint of an earlier version does not identify its data; this is reported.
     """
     if settings.allow_changed_settings:
         return
@@ -104,9 +104,9 @@ def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIde
 
 
 def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
-    """Whether the checkpoint is the last of its run, and the adapters of that step are there.
+    """Whether the checkpoint is that of the last step and the adapters of that step are written.
 
-    One that is missing or damaged, which is reported, is written anew by going on.
+    If an adapter is missing or damaged, this is reported, and the run goes on in order to write it again.
     """
     steps = float("inf") if settings.max_steps is None else settings.max_steps
     if checkpoint is None or (checkpoint.step < steps and clock.left > 0):
@@ -124,13 +124,13 @@ def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clo
 
 
 def is_elsewhere(settings: RunSettings, checkpoint: Checkpoint) -> bool:
-    """Whether the data are looked for at another place than when the checkpoint was written."""
+    """Whether the settings name another source of data than the checkpoint."""
     now = settings.as_json()
     return any(now.get(name) != checkpoint.state["settings"].get(name) for name in ("data_root", "images"))
 
 
 def adapter_names(settings: RunSettings, is_measured: bool) -> list[str]:
-    """Files that a run ends with: the adapter; the last average, if that is not the best one; further averages."""
+    """The files of a finished run: the adapter, the last average (if evaluations chose another), other averages."""
     stem = Path(WEIGHTS_NAME).stem
     averages = [f"{stem}_ema_{decay}.safetensors" for decay in settings.ema_decay[1:]]
     return [WEIGHTS_NAME, *([f"{stem}_last.safetensors"] if is_measured else []), *averages]

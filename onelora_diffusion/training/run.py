@@ -1,4 +1,4 @@
-"""The record of a run: all that an update changes, and so all that a checkpoint holds."""
+"""The state of a run: everything that updates change and checkpoints contain."""
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -14,7 +14,7 @@ from onelora_diffusion.training.state import restore_training_tensors, training_
 from onelora_diffusion.training.stopping import Clock
 from onelora_diffusion.training.sum_rates import divide_groups
 
-# What `Run.state` gives beside tensors, and its kinds in JSON.
+# The values of `Run.state` besides tensors, and their types in JSON.
 STATE = {
     "seconds": int | float,
     "window": list,
@@ -26,19 +26,19 @@ STATE = {
 
 
 class Run:
-    """What training changes.
+    """The state that training changes.
 
     Attributes:
-        step: updates made.
+        step: the number of updates so far.
         trained: the trained tensors of the model, by name.
-        optimizer: theirs.
-        averages: their moving averages; the first one is the adapter that is saved.
-        losses: those of the steps since the last line of metrics.
-        rate_factors: of the learning rates of the sums' vectors, by name; None: they are those of the settings.
-        best: the line of metrics with the smallest distance, None before the first, and `best_values` the averages
-            that it was measured with.
-        clock: seconds used, over all resumes.
-        data: the identity of what the run is trained on, once it is known.
+        optimizer: the optimiser of the trained tensors.
+        averages: moving averages of the trained tensors; the first one is the adapter that is saved.
+        losses: the losses since the last line of metrics.
+        rate_factors: factors on the learning rates of the vectors b, by name; None if there are none.
+        best: the line of metrics with the smallest distance, or None before the first evaluation.
+        best_values: the averages that were measured in `best`.
+        clock: the seconds used, over all resumes.
+        data: the identity of the training data, once it is known.
     """
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
@@ -60,17 +60,17 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last update, for a factor of 1."""
+        """The learning rate of the last update, for a factor of 1."""
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("factor", 1.0)
 
     def scale_rates(self, factors: dict[str, float]) -> None:
-        """Multiplies the learning rates of these trained tensors from now on."""
+        """Multiply the learning rates of trained tensors by factors, given by name."""
         self.rate_factors = factors
         divide_groups(self.optimizer, self.trained, factors)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors by name, and all else as JSON has it; every process must call it.
+        """(tensors by name, all other values for JSON); every process must call it.
 
         Raises:
             NonFiniteError: a loss is infinite or NaN.
@@ -97,7 +97,7 @@ class Run:
         """The inverse of `state`.
 
         Raises:
-            ValueError: the checkpoint, whole as it may be, holds something else.
+            ValueError: the checkpoint is undamaged but does not contain the state of such a run.
         """
         try:
             self._restore(checkpoint)
@@ -124,7 +124,7 @@ class Run:
             self.best_values = best_values
 
     def keep_if_best(self, line: dict) -> bool:
-        """Whether a line's distance is smaller than all before it; then the averages of now are kept."""
+        """Keep a line and the current averages if its distance is the smallest so far; return whether it is."""
         if self.best is not None and line["distance"] >= self.best["distance"]:
             return False
         self.best, self.best_values = line, {name: value.clone() for name, value in self.averages[0].values.items()}

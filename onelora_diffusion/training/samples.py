@@ -1,4 +1,4 @@
-"""Grids of samples with the same noise all along a run."""
+"""Grids of samples, drawn from the same noise throughout a run."""
 
 import io
 import json
@@ -17,7 +17,7 @@ COLUMNS = "columns"
 
 
 def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
-    """Some labels with their names, from the first class to the last, of which samples are drawn."""
+    """The (label, name) of the classes of which samples are drawn, spread from the first to the last."""
     num_classes = len(id2label)
     columns = min(GRID_CLASSES, num_classes)
     labels = [column * (num_classes - 1) // max(1, columns - 1) for column in range(columns)]
@@ -25,7 +25,7 @@ def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
 
 
 def png_of(images: Tensor, columns: Sequence[str]) -> bytes:
-    """Images (N, 3, R, R) in uint8 as a grid, which says in its header what its columns show."""
+    """The PNG of a grid of images (N, 3, R, R) in uint8, with the names of its columns in a text chunk."""
     png, header = io.BytesIO(), PngInfo()
     header.add_itxt(COLUMNS, json.dumps(list(columns)))
     grid = make_grid(images, nrow=len(columns), padding=PADDING)
@@ -34,7 +34,7 @@ def png_of(images: Tensor, columns: Sequence[str]) -> bytes:
 
 
 def last_row(path: Path) -> list[tuple[str, Image.Image]]:
-    """What each column of such a grid shows, and its last image; the whole grid where it does not say."""
+    """(name, last image) of each column of such a grid; the whole grid if the columns have no names."""
     with Image.open(path) as grid:
         grid.load()
         columns = json.loads(grid.info.get(COLUMNS, "[]"))

@@ -1,13 +1,13 @@
-"""Learning rate schedules as functions of the step, so that there is no scheduler to save or to shard."""
+"""Learning rate schedules as functions of the step, so that checkpoints need no scheduler state."""
 
 import math
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int | None) -> float:
-    """What the learning rate is multiplied by at a step counted from 0.
+    """The factor on the learning rate at a step, counted from 0.
 
-    (step + 1) / warmup_steps in the warm-up; then 1, or from 1 towards 0 at `max_steps` along half a cosine
-    or a line.
+    It is (step + 1) / warmup_steps during warm-up. Then it is 1, or falls from 1 to 0 at `max_steps` along half a
+    cosine or a line.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,7 +1,7 @@
-"""FSDP2 of the frozen base alone: each process holds a share of it; trained tensors are whole on all of them.
+"""FSDP2 of the frozen base alone: each process holds a shard of the base and all trained tensors.
 
-So optimiser, moving averages, checkpoints and adapter files are those of a single process, and the only gradients
-to exchange are those of the vectors, in one message.
+So the optimiser, moving averages, checkpoints and adapter files are as in a single process, and only the gradients of
+the vectors are exchanged, in one message.
 """
 
 import warnings
@@ -14,17 +14,17 @@ from onelora_diffusion.families import Family
 
 
 def shard_base(transformer: nn.Module, family: Family, trained: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """Share out a transformer's frozen weights over all processes, in place: a unit a block, one for the rest.
+    """Shard a transformer's frozen weights over all processes, in place: each block is a unit, and the rest is one.
 
-    What is computed for all blocks together is a unit of its own, gathered once a step.
+    The part that is computed once for all blocks is a unit of its own, which is gathered once per step.
     """
     from torch.distributed.fsdp import fully_shard
 
-    # A block hands the conditioning through its own copy as it is; nothing changes it in place.
+    # A block returns the conditioning unchanged from its own copy of the embedder, and nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     ignored = set(trained.values())
-    for module in transformer.modules():  # nobody reads the base's tensors where trained ones are in their place
+    for module in transformer.modules():  # base tensors that trained ones replace are never read
         if hasattr(module, "onelora_swap"):
             ignored.update(module.parameters(recurse=False))
     for shared in family.shared_by_blocks(transformer):
@@ -35,7 +35,7 @@ def shard_base(transformer: nn.Module, family: Family, trained: dict[str, Tensor
 
 
 def average_gradients(trained: dict[str, Tensor]) -> None:
-    """The mean of the gradients over all processes, by one message."""
+    """Average the gradients over all processes in one message."""
     gradients = [tensor.grad for tensor in trained.values()]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)

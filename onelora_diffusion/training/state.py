@@ -1,4 +1,4 @@
-"""Trained values, their averages and the optimiser's moments, to and from one flat dictionary of tensors."""
+"""Convert trained values, their averages and the optimiser's state to one flat dictionary of tensors, and back."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def training_tensors(
 
 
 def check_same_adapter(tensors: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
-    """ValueError if what `training_tensors` gave is of an adapter with other names or shapes than `trained`."""
+    """ValueError if the result of `training_tensors` is of an adapter with other names or shapes than `trained`."""
     stored = {name.removeprefix("trained."): t for name, t in tensors.items() if name.startswith("trained.")}
     try:
         _check_same_shapes("trained", stored, trained)
@@ -40,12 +40,12 @@ def restore_training_tensors(
     emas: list[ExponentialMovingAverage],
     optimizer: Optimizer,
 ) -> dict[str, Tensor]:
-    """The inverse of `training_tensors`; returns the best values, if any were kept.
+    """The inverse of `training_tensors`; returns the best values, if there are any.
 
-    An average that is new since then starts from the trained values.
+    An average that the tensors do not contain starts from the trained values.
 
     Raises:
-        ValueError: what the optimiser kept is not what this one keeps; its kernels would read past other shapes.
+        ValueError: the optimiser's state has other names or shapes; its kernels would read outside such tensors.
     """
     parts: dict[str, dict[str, Tensor]] = {}  # "trained", "ema", "exp_avg", ... -> name -> tensor
     for key, tensor in tensors.items():
@@ -53,11 +53,13 @@ def restore_training_tensors(
         parts.setdefault(part, {})[name] = tensor
     stored, best = parts.pop("trained"), parts.pop("best", {})
     averages = {key: parts.pop(key, stored) for key in _keyed(emas)}
-    parts = {key: values for key, values in parts.items() if not key.startswith("ema")}  # dropped since then
+    parts = {
+        key: values for key, values in parts.items() if not key.startswith("ema")
+    }  # averages that the settings no longer ask for
 
     for key, values in (averages | ({"best": best} if best else {})).items():
         _check_same_shapes(key, values, trained)
-    if parts:  # none were kept before the first step
+    if parts:  # there is no optimiser state before the first step
         expected = _after_a_step(trained, optimizer)
         for part in expected.keys() | parts.keys():
             _check_same_shapes(part, parts.get(part, {}), expected.get(part, {}))
@@ -77,7 +79,7 @@ def restore_training_tensors(
 
 
 def _after_a_step(trained: dict[str, Tensor], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What the optimiser keeps of each trained tensor once it has made a step, which must all be overwritten then."""
+    """Make a step, so that the optimiser creates its state, and return the state of each tensor, to be overwritten."""
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -102,5 +104,5 @@ def _keyed(emas: list[ExponentialMovingAverage]) -> dict[str, ExponentialMovingA
 
 
 def _value(tensor: Tensor) -> Tensor | int:
-    # Optimisers count in Python's integers, or in float tensors.
+    # Optimisers count steps in Python integers or in float tensors.
     return int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.int64 else tensor

@@ -1,4 +1,4 @@
-"""When training ends: a time budget, or a signal; all processes agree on the step."""
+"""Stop training by a time budget or a signal, at the same step on all processes."""
 
 import re
 import signal
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_GO_ON, _BUDGET = 0, 1  # what processes tell each other, beside the number of a signal (2 is the lowest used)
+_GO_ON, _BUDGET = 0, 1  # messages between processes, besides the number of a signal, which is at least 2
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `30m`, `24h`, `1h30m`, `2d`; ValueError for anything else."""
+    """Convert a duration such as `90s`, `30m`, `24h`, `1h30m` or `2d` to seconds; ValueError for other texts."""
     parts = re.fullmatch(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+", text.strip())
     if not parts:
         raise ValueError(f"{text!r} is not a duration: write it like 90s, 30m, 24h or 1h30m")
@@ -21,7 +21,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """`47s`, `3m05s`, `1h30m`, `2d04h`: the two largest units."""
+    """Write seconds in the two largest units: `47s`, `3m05s`, `1h30m` or `2d04h`."""
     seconds = max(0, int(seconds))
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
@@ -32,9 +32,9 @@ def format_duration(seconds: float) -> str:
 
 
 class Clock:
-    """Wall-clock seconds of a run over all its resumes, against a budget (None: no end).
+    """Wall-clock seconds of a run over all its resumes, with a budget (None for none).
 
-    `started` is the `time.monotonic()` from which this start of the run counts; None: now.
+    `started` is the `time.monotonic()` at which counting begins; None takes the present.
     """
 
     def __init__(self, budget: float | None = None, started: float | None = None):
@@ -43,7 +43,7 @@ class Clock:
         self._earlier = 0.0  # seconds spent before this start
 
     def resume(self, seconds: float) -> None:
-        """The run is known to have used so many seconds before this start."""
+        """Set the seconds that the run has used before this start."""
         self._earlier = max(self._earlier, seconds)
 
     @property
@@ -56,21 +56,21 @@ class Clock:
 
 
 class Interrupted(BaseException):
-    """A signal has come where it need not be kept: see `Stop.at_once`."""
+    """A signal has arrived inside `Stop.at_once`."""
 
 
 class Stop:
-    """SIGTERM, SIGINT and the time budget, as one answer that is the same on every process.
+    """Combines SIGTERM, SIGINT and the time budget into one decision, equal on every process.
 
-    Inside its context a signal is kept for the loop to see. A second Ctrl-C, two seconds later, acts as always;
-    sooner it may be the same one, sent by the terminal and passed on by the launcher.
+    Inside this context manager a signal is recorded for the loop. A second Ctrl-C acts as usual if it comes at least
+    two seconds later; a sooner one may be the first again, sent by both the terminal and the launcher.
     """
 
     def __init__(self, clock: Clock, num_processes: int):
         self.clock = clock
         self.signal = _GO_ON
         self._is_kept = True
-        # A group of its own on the CPU: the flag costs a message a step, and no wait for the GPU.
+        # This CPU group exchanges one message per step without waiting for the GPU.
         self.group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def __enter__(self) -> "Stop":
@@ -91,7 +91,7 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal is kept and raises Interrupted too: for long work that may be left at any point."""
+        """Context manager in which a signal also raises Interrupted, for long work that may end at any point."""
         self._is_kept = False
         try:
             yield
@@ -100,9 +100,9 @@ class Stop:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, signals act as if there were no run: for long work while there is nothing to lose.
+        """Context manager in which signals have their usual effect, for long work without progress to save.
 
-        No Python needs to run for that, so it holds in the compiler's threads as well.
+        The system itself then handles a signal, even while a compiler runs and Python code does not.
         """
         self.__exit__()
         try:
@@ -111,11 +111,11 @@ class Stop:
             self.__enter__()
 
     def asked(self) -> int:
-        """This process's own answer: 0, 1 for the budget, or the number of the signal."""
+        """The decision of this process: 0 to go on, 1 for the budget, or the number of the signal."""
         return self.signal or (_BUDGET if self.clock.left <= 0 else _GO_ON)
 
     def agreed(self) -> int:
-        """The answer of all processes, their largest. Every process must call it at the same step."""
+        """The decision of all processes, which is their largest; every process must call it at the same step."""
         if self.group is None:
             return self.asked()
         flag = torch.tensor(self.asked())

@@ -1,8 +1,8 @@
-"""Learning rates by the scale of the sum: one rate for b is many, where the sums that it multiplies are of many sizes.
+"""Learning rates of b for each layer, divided by the size of the feature sums that b multiplies there.
 
-Adam moves every number of b by about the learning rate, whatever its gradient, and so the layer's output by that times
-the sum, whose RMS over the layers of one model differs by a factor of ten and more. Here each layer's rate is divided
-by it. Nothing else changes: neither the forward pass, nor the file, nor merging.
+Adam changes every number of b by about the learning rate, whatever its gradient. So the layer's output changes by the
+learning rate times the sum, whose RMS differs between the layers of a model by a factor of ten and more. Therefore
+each layer's learning rate is divided by that RMS. The forward pass, files and merging stay the same.
 """
 
 import math
@@ -23,7 +23,7 @@ class SumScales:
     """The mean square of each layer's sum, over the forward passes inside `watching`.
 
     Args:
-        trained: the trained tensors of the transformer, by name; those called `<path>.onelora_b` are of a sum.
+        trained: the trained tensors of the transformer, by name; those named `<path>.onelora_b` multiply a sum.
     """
 
     def __init__(self, transformer: nn.Module, trained: dict[str, Tensor]):
@@ -35,7 +35,7 @@ class SumScales:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Compiled blocks run as they were written in here, since compiled code has no such hooks."""
+        """Context manager that measures the sums. Blocks run uncompiled in it, as compiled code skips these hooks."""
         handles = [seat.register_forward_pre_hook(self._look(name)) for name, seat in self.seats.items()]
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -57,8 +57,8 @@ class SumScales:
     def factors(self, accelerator: Accelerator) -> dict[str, float]:
         """k^¼ / RMS(Σx) for each layer of k inputs, the same on every process, rounded to a power of √2.
 
-        Layers of one factor share a group of the optimiser, whose update is then a few kernels. k^¼ is halfway between
-        the 1 of a plain bias and the √k that k independent inputs of unit variance sum up to.
+        Layers of equal factors share a group of the optimiser, so that its update takes few kernels. k^¼ is the
+        geometric mean of 1, a bias's input, and √k, the RMS of a sum of k independent inputs of unit variance.
         """
         names = list(self.seats)
         if not names:
@@ -83,7 +83,7 @@ def _rounded(factor: float) -> float:
 
 
 def divide_groups(optimizer: Optimizer, trained: dict[str, Tensor], factors: dict[str, float]) -> None:
-    """Splits the groups of an optimiser that has made no step, so that a tensor's rate is multiplied by its factor."""
+    """Split the groups of an optimiser before its first step, and multiply each tensor's rate by its factor."""
     factor_of = {trained[name]: factor for name, factor in factors.items()}
     groups = []
     for group in optimizer.param_groups:

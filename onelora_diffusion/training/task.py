@@ -1,4 +1,4 @@
-"""What a run trains: a base with its adapter, and the images and conditions that it learns."""
+"""The task of a run: a base with its adapter, and the images and conditions to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,19 +30,19 @@ from onelora_diffusion.training.stopping import Stop
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """Images and their conditions, from wherever they come.
+    """The images of a run and their conditions.
 
     Attributes:
-        images: `[index] -> (image, number of its condition)`; with `broken`, (images,) bool, if unreadable ones are
-            skipped.
-        conditions: labels or prompts, by their numbers.
+        images: `[index] -> (image, number of its condition)`; it has `broken`, (images,) bool, if unreadable images
+            are skipped.
+        conditions: labels or prompts, in the order of their numbers.
         shown: the conditions of which samples are drawn, with their names.
-        identity: of images and conditions, which must be the same on every process and in every start of a run.
-        resolution: pixels a side.
-        described: what they are, in a few words.
-        facts: for the adapter's header: the data set's name, and whatever the script adds.
+        identity: the identity of images and conditions, equal on every process and at every start of a run.
+        resolution: side of the images in pixels.
+        described: a short description.
+        facts: entries for the adapter's header: the data set's name and those that the script adds.
         id2label: class names by label, if there are classes.
-        buckets: of images of several shapes.
+        buckets: the buckets of images of several shapes.
     """
 
     images: Dataset
@@ -57,14 +57,14 @@ class TrainingData:
 
 
 class Task:
-    """A base, its adapter and what it learns, as every process of a run has them.
+    """A base, its adapter and its training data, on every process of a run.
 
     Args:
-        pipeline: of one of the families, with its adapter in the transformer. What is trained is moved to the device
-            at once, and the rest by `encode`.
+        pipeline: a pipeline of one of the families, with its adapter in the transformer. Trained tensors are moved to
+            the device at once, and the rest by `encode`.
 
     Attributes:
-        family: of the pipeline's transformer.
+        family: the family of the pipeline.
         condition_drop: share of samples that train without their condition.
     """
 
@@ -78,11 +78,11 @@ class Task:
         accelerator.print(describe(data.images))
 
     def encode(self, stop: Stop) -> tuple[Dataset, bool]:
-        """`[index, flip] -> (image, number of its condition)`, with moments for the image where they are cached.
+        """Encode conditions and, unless the cache would be too large, images.
 
         Returns:
-            The examples, and whether they are cached. What encodes prompts has left memory then, and the autoencoder
-            the device if nothing is left to encode.
+            (`[index, flip] -> (image or its moments, number of its condition)`, whether moments are cached). Text
+            encoders are freed, and the autoencoder leaves the device if nothing is left to encode.
         """
         settings, pipeline, data, family = self.settings, self.pipeline, self.data, self.family
         device, examples = self.accelerator.device, FlippableImages(data.images)
@@ -100,7 +100,7 @@ class Task:
         for encoder in encoders.values():
             if isinstance(encoder, nn.Module):
                 encoder.to(device)
-        # Other conditions to be shown leave what is learned where it is.
+        # The conditions of samples have a cache of their own: choosing others does not encode the training data again.
         all_conditions = (data.conditions, [condition for condition, _ in data.shown])
         folders = [
             build_prompt_cache(
@@ -115,7 +115,7 @@ class Task:
         ]
         pipeline.register_modules(**dict.fromkeys(encoders))
         dtype = pipeline.vae.dtype
-        pipeline.vae.to(device, torch.float32)  # once, and for all steps
+        pipeline.vae.to(device, torch.float32)  # it stays there for all steps
         if is_cached:
             latents = build_cache(
                 parent,
@@ -128,7 +128,7 @@ class Task:
             )
             pipeline.vae.to("cpu", dtype)
         pipeline.transformer.to(device)
-        if stop.agreed():  # caches may be half done, and there is no step to come
+        if stop.agreed():  # caches may be incomplete, and there will be no step
             return examples, False
         if encoders:
             self.learned, self.shown = map(PromptCache, folders, all_conditions)
@@ -138,12 +138,12 @@ class Task:
         return (LatentCache(latents, len(data.images), data.buckets), True) if is_cached else (examples, False)
 
     def conditions(self, numbers: Tensor, drops: Tensor) -> Conditions:
-        """What the transformer is told of conditions (batch,); samples of `drops`, (batch,) bool, have none."""
+        """The encoded conditions of numbers (batch,); where `drops`, (batch,) bool, is True, the empty condition."""
         return self.learned.embeddings(numbers, drops)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Context manager: the autoencoder is on the device."""
+        """Context manager in which the autoencoder is on the device."""
         before = self.pipeline.vae.device
         self.pipeline.vae.to(self.accelerator.device)
         try:
@@ -152,9 +152,9 @@ class Task:
             self.pipeline.vae.to(before)
 
     def sample_grid(self, is_stopped: Callable[[], object]) -> bytes | None:
-        """The PNG of a grid with a condition a column; image i has the same noise in every grid.
+        """The PNG of a grid with one column per condition; image i has the same noise in every grid.
 
-        Where the settings ask for it, the first row is the base's. None if stopped midway, or if nothing is shown.
+        If the settings ask for it, the first row is drawn by the base. None if stopped early or without conditions.
         """
         shown, transformer = self.data.shown, self.pipeline.transformer
         if not shown:

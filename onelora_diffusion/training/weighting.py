@@ -11,7 +11,7 @@ Weighting = Literal["none", "sigma-sqrt", "cosmap"]
 
 
 def check_weighting(scheduler, snr_gamma: float | None, weighting: Weighting) -> None:
-    """ValueError for weights that do not go with what the model predicts."""
+    """ValueError for weights that do not fit the model's prediction type."""
     is_flow = prediction_of(scheduler.config) == "flow"
     if snr_gamma is not None and is_flow:
         raise ValueError("--snr-gamma weighs the error of noise; this base learns flow matching: --loss-weighting")
@@ -20,14 +20,14 @@ def check_weighting(scheduler, snr_gamma: float | None, weighting: Weighting) ->
 
 
 def loss_weights(timesteps: Tensor, scheduler, snr_gamma: float | None, weighting: Weighting) -> Tensor | None:
-    """What the squared error at each timestep is multiplied by, (batch,); None: by 1."""
+    """The weights of the squared error at each timestep, (batch,); None if all are 1."""
     if snr_gamma is not None:
         return min_snr_weights(timesteps, scheduler, snr_gamma)
     return None if weighting == "none" else flow_weights(timesteps, scheduler, weighting)
 
 
 def weighted_loss(losses: dict[str, Tensor], weights: Tensor | None) -> Tensor:
-    """`losses` of `training_losses`, each (batch,) -> their loss with the squared error multiplied: (batch,)."""
+    """The loss (batch,) from the `losses` of `training_losses`, each (batch,), with a weighted squared error."""
     return losses["loss"] if weights is None else losses["loss"] + (weights - 1) * losses["mse"]
 
 

@@ -60,7 +60,7 @@ def test_a_split_that_is_not_there_is_an_error_and_no_class(tmp_path):
 
 
 def test_a_strip_is_refused_before_it_is_enlarged(tmp_path):
-    with pytest.raises(ValueError, match="60000x1 pixels are too long a strip to be brought to 256"):
+    with pytest.raises(ValueError, match="60000x1 pixels are too long a strip to be cropped to 256"):
         center_crop(Image.new("L", (60000, 1)), 256)
     (tmp_path / "a").mkdir()
     Image.new("RGB", (60000, 1)).save(tmp_path / "a" / "strip.png")

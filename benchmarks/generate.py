@@ -179,7 +179,7 @@ class Nothing(nn.Module):
 
     def __init__(self, config, device: str):
         super().__init__()
-        self.config, self.device, self.dtype = config, torch.device(device), torch.float32
+        self.config, self.weight = config, nn.Parameter(torch.zeros(1, device=device))
         self.answer = torch.zeros(2, 8, config.sample_size, config.sample_size, device=device)
 
     def forward(self, latents, timestep, class_labels):

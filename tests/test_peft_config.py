@@ -362,16 +362,13 @@ def test_what_a_hook_has_kept_stays_as_it_was():
 
 def test_another_lora_in_the_same_layers_is_what_it_is_alone(stock):
     base, inputs = stock
-    model, alone = adapted(base), copy.deepcopy(base)
-    for one in (model, alone):
-        torch.manual_seed(4)
-        one.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False), "lora")
+    model, alone, both = adapted(base), copy.deepcopy(base), by_hand(base, (adapted(base), 1))
+    for one in (model, alone, both):
+        one.add_adapter(LoraConfig(r=2, target_modules=TARGETS), "lora")
+        move(one, seed=4)  # its A and B; only the newest is trained
     assert trained(model).keys() == trained(alone).keys() and any("lora_A" in name for name in trained(model))
     assert_rounded(output(model, inputs), output(alone, inputs), base)
     model.set_adapters(["default", "lora"])
-    both = by_hand(base, (adapted(base), 1))
-    torch.manual_seed(4)
-    both.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False), "lora")
     assert_rounded(output(model, inputs), output(both, inputs), base)
 
 

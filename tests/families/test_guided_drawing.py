@@ -65,7 +65,7 @@ def test_each_image_of_a_batch_is_denoised_at_its_own_time(name):
     family, model = family_of(pipeline), pipeline.transformer
     shape = family.latent_shape(pipeline, RESOLUTION[name], RESOLUTION[name])
     latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    found = GuidedDenoiser(family, model, requests, interval=(200, 950))(latents, torch.tensor(times))
+    found = GuidedDenoiser(family, model, requests, interval=(200, 600))(latents, torch.tensor(times))
     for row, (request, time) in enumerate(zip(requests, times, strict=True)):
 
         def predicted(condition, noisy=latents[row : row + 1], time=time):
@@ -73,10 +73,10 @@ def test_each_image_of_a_batch_is_denoised_at_its_own_time(name):
 
         scale = request.guidance_scale
         expected = predicted(request.condition | {"guidance": torch.tensor([scale])})
-        if family.is_guided and scale > 1 and time >= 200:
+        if family.is_guided and scale > 1 and 200 <= time <= 600:
             empty, channels = predicted(request.empty), latents.shape[1]
             expected[:, :channels] = (empty + scale * (expected - empty))[:, :channels]
         assert_rounded(found[row : row + 1], expected, model, size=max(1.0, scale) * expected.abs().max().item())
-    alone = GuidedDenoiser(family, model, requests, interval=(200, 950))(latents, 100.0)  # guides none
+    alone = GuidedDenoiser(family, model, requests, interval=(200, 600))(latents, 100.0)  # guides none
     without = joined([request.condition for request in requests]) | {"guidance": torch.tensor(SCALES)}
     assert torch.equal(alone, family.predict(model, latents, torch.full((3,), 100.0), without))

@@ -26,7 +26,7 @@ from onelora_diffusion.storage.hub import push_to_hub
 from onelora_diffusion.storage.lora import export_lora
 from onelora_diffusion.storage.reading import load_adapter
 
-__version__ = version("onelora-diffusion")  # pyproject.toml's
+__version__ = version("onelora-diffusion")  # the version in pyproject.toml
 
 __all__ = [
     "AdapterConfig",
@@ -54,7 +54,7 @@ __all__ = [
     "unmerge_adapter",
 ]
 
-# diffusers' pipelines take seconds to import, so that these two are imported when they are first asked for.
+# These two are imported on first use, since importing diffusers' pipelines takes seconds.
 _PIPELINES = {
     "OneLoRADiTPipeline": "onelora_diffusion.pipelines.dit",
     "OneLoRALoaderMixin": "onelora_diffusion.pipelines.loaders",

@@ -1,4 +1,4 @@
-"""The edge of every script: its flags, and what goes wrong as one line, after all clean-up, and no traceback."""
+"""What all commands share: flags, and errors that are printed as one line after clean-up, without a traceback."""
 
 import contextlib
 import dataclasses
@@ -12,33 +12,33 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-MODULES = Path(__file__).with_name("cli")  # which `python -m` and `accelerate launch -m` start
+MODULES = Path(__file__).with_name("cli")  # the modules that `python -m` and `accelerate launch -m` start
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM, as an exception that lets every `finally` clean up; its code is 128 + signal."""
+    """Raised for Ctrl-C or SIGTERM, so that every `finally` cleans up; its code is 128 + signal."""
 
 
 @contextlib.contextmanager
 def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[None]:
-    """Context manager, or decorator: a wrong value, a full disk, Ctrl-C or SIGTERM inside ends the script in one line.
+    """Context manager or decorator: ends the script with one line for a wrong value, a full disk, Ctrl-C or SIGTERM.
 
     Args:
-        script: its file's name; the line begins with what was typed to start it.
-        same_everywhere: every process meets these errors (wrong flags, say), so that the first of a machine speaks for
-            all there.
+        script: the file name of the script; the line begins with the command as it was typed.
+        same_everywhere: whether every process has these errors (such as wrong flags), so that only the first one of
+            each machine prints them.
 
     Raises:
-        SystemExit: its code is the line of an error, or 128 + signal.
+        SystemExit: its code is the error's line, or 128 + signal.
     """
     process, script = int(os.environ.get("RANK", "0")), typed_as(script)
     on_machine = int(os.environ.get("LOCAL_RANK", process))
     speaker = script if process == 0 else f"{script}, process {process}"
-    # A script that was started with Ctrl-C ignored (by nohup, or in the background) goes on ignoring it.
+    # If the script was started with Ctrl-C ignored (by nohup or in the background), it stays ignored.
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
 
     def stop(number: int, frame) -> None:
-        for each in numbers:  # one is enough: launchers pass on what the terminal has sent already
+        for each in numbers:  # further signals are ignored: launchers repeat those that the terminal has sent
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(128 + number)
 
@@ -60,7 +60,7 @@ def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[N
 
 
 def with_switches(arguments: list[str], settings: type) -> list[str]:
-    """The same flags for tyro, to which a setting that is True, False or None is none: `--bias`, `--no-bias`."""
+    """Rewrite `--bias` and `--no-bias` for tyro, which has no such switches for settings that may also be None."""
     switches = {f"--{_dashed(field.name)}" for field in dataclasses.fields(settings) if field.type == bool | None}
     words = []
     for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
@@ -75,7 +75,7 @@ def with_switches(arguments: list[str], settings: type) -> list[str]:
 
 
 def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
-    """ValueError for the first flag that has its name elsewhere, with what there is here in its place."""
+    """ValueError for the first flag that only diffusers' scripts have, naming its counterpart here."""
     for word in arguments:
         flag = word.split("=")[0]
         if flag.startswith("--") and (here := elsewhere.get(flag[2:].replace("-", "_"))):
@@ -83,12 +83,12 @@ def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
 
 
 def typed_as(script: str) -> str:
-    """What a script is called where it was typed: `onelora eval-fid`, or its file's name, `eval_fid.py`."""
+    """The name of a script as it was typed: `onelora eval-fid`, or its file's name, `eval_fid.py`."""
     return f"onelora {_dashed(Path(script).stem)}" if _is_onelora() else script
 
 
 def command(script: str, *words: object) -> str:
-    """What starts another script as this one was started, in this environment and from this folder, for a shell."""
+    """The shell command that starts another script in the same way as this one, in this environment and folder."""
     started, beside = sys.argv[0], Path(sys.argv[0]).with_name(script)
     if _is_onelora():
         listed = [_on_path("onelora", started), _dashed(beside.stem)]
@@ -105,9 +105,9 @@ def _is_onelora() -> bool:
 
 
 def _on_path(name: str, path: str) -> str:
-    """The name alone where a shell finds that program by it."""
+    """The name of a program if the shell finds it by its name, else its path."""
     found = shutil.which(name)
-    # Not by what links lead to: those of several environments lead to one file.
+    # Links are not resolved, since those of several environments lead to the same file.
     return name if found and os.path.abspath(found) == os.path.abspath(path) else path
 
 
@@ -116,7 +116,7 @@ def _dashed(name: str) -> str:
 
 
 def quieten() -> None:
-    """Hides what diffusers says to nobody who runs a script: its bar of loaded components, and a warning of none."""
+    """Hide two messages of diffusers that do not help users of scripts: its loading bar, and an empty warning."""
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -124,5 +124,5 @@ def quieten() -> None:
 
 
 def names_modules(record: logging.LogRecord) -> bool:
-    """False for diffusers' warning of a cast that lists the modules to be kept in float32 and has none to list."""
+    """False for diffusers' warning that lists modules to be kept in float32 if its list is empty."""
     return "should be kept in float32: []" not in record.getMessage()

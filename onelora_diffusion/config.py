@@ -1,4 +1,4 @@
-"""Settings of an adapter: one flat dataclass, written beside the weights as JSON."""
+"""Settings of an adapter: one flat dataclass, which is saved with the weights as JSON."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ PARTS = ("sum", "bias", "scale", "norms")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt layers.
+    """A method: a way to adapt layers.
 
     Attributes:
-        build: (layers by path, `AdapterConfig`) -> the adapter's modules by path.
-        parts: the value of each of `PARTS` where the settings leave it open; None: it has no such parts.
-        serves_fused: with `fuse_qkv`, q, k and v have one adapter.
-        is_peft: takes `peft_config`.
-        is_whole: trains modules themselves, and not what stands beside linear layers.
+        build: function from (layers by path, `AdapterConfig`) to the adapter's modules by path.
+        parts: default of each of `PARTS`; None if the method has no such parts.
+        serves_fused: whether q, k and v have one adapter together under `fuse_qkv`.
+        is_peft: whether the method takes `peft_config`.
+        is_whole: whether it trains the tensors of modules themselves instead of adding to linear layers.
     """
 
     build: Callable
@@ -30,39 +30,39 @@ class Method:
     is_whole: bool = False
 
 
-METHODS: dict[str, Method] = {}  # filled by adapters/methods.py, where the table stands
+METHODS: dict[str, Method] = {}  # filled by adapters/methods.py, which has the table
 COMPRESSIONS: dict[str, Callable] = {}  # filled by adapters/compressions.py: name -> its class
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained on top of a frozen base model.
+    """The settings of an adapter, which is trained on top of a frozen base model.
 
-    `sum` (b), `bias` (β), `scale` (γ) and `norms` combine freely on the vector family
-    (1LoRA, Tables S11 and S12); left at None they take the method's own value.
+    For the vector methods `sum` (b), `bias` (β), `scale` (γ) and `norms` combine freely (1LoRA, Tables S11 and S12);
+    None takes the method's own value.
 
     Args:
         method: `1lora`, `bitfit`, `difffit`, `mora1`, `mora6`, `lora`, `dora`, `vera`, `full`, or `peft:<tuner>`
             for any other tuner of PEFT (`peft:ia3`, `peft:fourierft`, …).
-        rank: r of LoRA, DoRA and VeRA, LoRA's alpha being r too (a scale of 1). Of the vector family's `sum` part,
-            how many numbers a layer's input is compressed to, each with a vector b of its own: 1 is the paper's
-            1LoRA, r with `compression="sum"` is MiSS of rank r. What has no `sum`, and MoRA, ignore it; a
-            `peft:<tuner>` has its own settings.
+        rank: r of LoRA, DoRA and VeRA (LoRA's alpha is r as well, so its scale is 1). For the vector methods with
+            `sum`, the number of values to which a layer's input is compressed, each with a vector b of its own: 1 is
+            the paper's 1LoRA, and r with `compression="sum"` is MiSS of rank r. Methods without `sum` and MoRA ignore
+            it; a `peft:<tuner>` has its own settings.
         targets: names of linear layers. A name matches a path or its last components (`to_q`, `ff.net.2`);
-            `*` and `?` match as in a shell. None: the paper's set on a DiT, every linear but the output
-            head on any other model. `full` trains every module that has weights, or only these layers.
-        num_classes: N trains a new class table of N + 1 rows, the null row last. None keeps the base's.
-        class_table: name of the base's table of classes (`y_embedder.embedding_table`), whose last row stands for no
-            class. None: a DiT's own, or the one table that is called `embedding_table`.
-        fuse_qkv: compute q, k and v by one matrix product. Vector adapters stay the same, and so do their
-            files; LoRA, DoRA, VeRA and MoRA then have one adapter for the three, of the layer `to_qkv`, which an
-            attention processor of your own must read.
-        compression: what b multiplies. `sum`: the sum of the layer's inputs, or of `rank` groups of them. `outputs`:
-            the same of the base layer's own outputs, without its bias. `random`: products with fixed vectors that
-            are drawn from `seed` (ablation B.2).
+            `*` and `?` match as in a shell. None takes the paper's set on a DiT, and every linear layer but the
+            output head on any other model. `full` trains every module that has weights, or only these layers.
+        num_classes: N trains a new class table of N + 1 rows, the null row last. None keeps the base's table.
+        class_table: name of the base's class table (`y_embedder.embedding_table`), whose last row is the null row.
+            None takes a DiT's own, or the only table named `embedding_table`.
+        fuse_qkv: compute q, k and v by one matrix product. It changes neither vector adapters nor their files. LoRA,
+            DoRA, VeRA and MoRA then have one adapter for the three, at the layer `to_qkv`, which a custom attention
+            processor must call.
+        compression: the values that b multiplies. `sum`: the sum of the layer's inputs, or of `rank` groups of them.
+            `outputs`: the same of the base layer's outputs, without its bias. `random`: products with fixed vectors
+            drawn from `seed` (ablation B.2).
         peft_config: further settings of LoRA, DoRA, VeRA or a `peft:<tuner>` under PEFT's own names, such as
-            `{"lora_alpha": 8}` or `{"n_frequency": 500}`: names, numbers, switches, and lists and tables of these.
-        seed: of everything drawn for the adapter: new class rows, random compression, LoRA's A.
+            `{"lora_alpha": 8}` or `{"n_frequency": 500}`: texts, numbers, booleans, and lists and dicts of these.
+        seed: seed of the adapter's random values: new class rows, random compression, LoRA's A.
     """
 
     method: str = "1lora"
@@ -87,7 +87,7 @@ class AdapterConfig:
         if self.peft_config and not method.is_peft:
             *some, last = (name for name in METHODS if METHODS[name].is_peft)
             raise ValueError(f"peft_config goes with {', '.join(some)} and {last}, not '{self.method}'")
-        try:  # as it will be read back from a file
+        try:  # the form in which a file returns it
             object.__setattr__(self, "peft_config", json.loads(json.dumps(self.peft_config)))
         except TypeError as error:
             raise ValueError(f"peft_config is written as JSON, and cannot be: {error}") from error
@@ -122,7 +122,7 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterConfig":
-        """Raises ValueError naming any key this version does not know."""
+        """Read settings from JSON; ValueError for unknown keys, which it names."""
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"adapter settings are values by name, not {text[:40]}")
@@ -133,7 +133,7 @@ class AdapterConfig:
 
 
 def _check_types(config: AdapterConfig) -> None:
-    """Lists of targets become tuples; any other value of the wrong type is a ValueError that names it."""
+    """Convert lists of targets to tuples; ValueError for any other value of a wrong type, which it names."""
     if isinstance(config.targets, list | set):
         object.__setattr__(config, "targets", tuple(config.targets))
     for field in dataclasses.fields(config):
@@ -147,13 +147,14 @@ def _check_types(config: AdapterConfig) -> None:
             raise ValueError(f"targets are names of linear layers, not {str(target)[:40]!r}")
 
 
-# Of `peft_config`, which comes with files of strangers: names, at most with `.*` before them, take no time to compare.
+# Texts allowed in `peft_config`, which untrusted files contain: names, possibly after `.*`. Unlike other regular
+# expressions they match quickly.
 NAME_PATTERN = re.compile(r"(\.\*)?([\w.|^$:/-]|\\\.){0,1000}")
-FIRST_VALUES = ("gaussian", "orthogonal", "lycoris")  # others decompose the base's weights, and write into them
+FIRST_VALUES = ("gaussian", "orthogonal", "lycoris")  # other values decompose the base's weights and change them
 
 
 def _check_peft_config(settings: dict) -> None:
-    """Refuse what PEFT would compile as a pattern, import, repeat without end, or change the base by."""
+    """ValueError for settings that make PEFT compile patterns, import code, loop without end or change the base."""
     for name, value in settings.items():
         is_other_start = name.startswith("init") and isinstance(value, str) and value not in FIRST_VALUES
         if name.startswith("megatron") or is_other_start:

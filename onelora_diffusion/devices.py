@@ -1,4 +1,4 @@
-"""What a device computes in and takes of memory, and how a report says so."""
+"""Precision, compilation and memory of a device, and their description in reports."""
 
 import gc
 import re
@@ -16,21 +16,21 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """In what precision a pipeline generates, and whether it is compiled for it."""
+    """The precision in which a pipeline generates, and whether it is compiled."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision that the base is held in and computes in; no is float32. Trained values and the sampler stay
-    float32, and so does a VAE that half precision would overflow."""
+    """Precision of the base's weights and computation; no is float32. Trained values and the sampler stay float32, as
+    does a VAE that overflows in half precision."""
     tf32: bool = True
-    """On CUDA, float32 products round their factors to TF32: ten bits of mantissa, and several times as fast."""
+    """On CUDA, float32 products round their factors to TF32 (ten bits of mantissa), which is several times as fast."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile): a slow start, then faster steps."""
+    """Compile the transformer's blocks (torch.compile): the start is slow, then steps are faster."""
 
     def place(self, pipeline, device: torch.device) -> None:
-        """Move a pipeline to `device` in this precision; adapters keep theirs. Blocks compile when they first run.
+        """Move a pipeline to `device` in this precision; adapters keep theirs. Blocks are compiled at their first run.
 
         Raises:
-            ValueError: fp16 is asked of a CPU, which has no arithmetic for it.
+            ValueError: the precision is fp16 and the device a CPU, which cannot compute in it.
         """
         if self.mixed_precision == "fp16" and device.type == "cpu":
             raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")
@@ -44,7 +44,7 @@ class ComputeSettings:
                 block.compile()
 
     def report(self, device: torch.device) -> dict:
-        """What a number depends on beside what made it."""
+        """The settings of the device on which reported numbers depend."""
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "num_threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -55,7 +55,7 @@ class ComputeSettings:
 
 
 def in_words(report: dict) -> str:
-    """`bf16 on NVIDIA H100, compiled`, `float32 (TF32 products) on ...`, `float32 on cpu, 2 thread(s)`."""
+    """Describe a report in words: `bf16 on NVIDIA H100, compiled`, or `float32 on cpu, 2 thread(s)`."""
     name = "float32" if report["mixed_precision"] == "no" else report["mixed_precision"]
     products = " (TF32 products)" if report["tf32"] else ""
     threads = f", {report['num_threads']} thread(s)" if report["num_threads"] else ""
@@ -63,18 +63,18 @@ def in_words(report: dict) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Let the peak start anew from what is in use now, and return that in bytes."""
+    """Reset the peak to the memory that is in use now, and return that in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         gc.collect()
-        with suppress(OSError):  # Linux alone has it; elsewhere the peak is that of the whole process
+        with suppress(OSError):  # only Linux can reset it; elsewhere the peak covers the whole process
             Path("/proc/self/clear_refs").write_text("5")
     return peak_memory_bytes(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of the device where it is a GPU, else the largest resident set of this process."""
+    """The peak memory of a GPU in bytes; for a CPU, the largest resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -84,4 +84,4 @@ def peak_memory_bytes(device: torch.device) -> int:
         return psutil.Process().memory_info().peak_wset
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

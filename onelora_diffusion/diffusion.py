@@ -1,4 +1,4 @@
-"""What a diffusion model learns: how noisy a timestep is, what is predicted at it, and the loss of a prediction."""
+"""Diffusion training: the noise schedule, the prediction target and the loss."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,16 +11,16 @@ from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 
-# scheduler -> {(table, device, dtype): it}, so that a training step neither rebuilds one nor waits for a copy.
+# scheduler -> {(table, device, dtype): tensor}, so that a training step does not compute or copy tables again.
 _tables: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def prediction_of(scheduler_config: Mapping) -> Prediction:
-    """What the model predicts whose scheduler has this config: the noise ε, v = √ᾱ ε - √(1-ᾱ) x_0, or ε - x_0 (flow).
+    """What a model with this scheduler config predicts: the noise ε, v = √ᾱ ε - √(1-ᾱ) x_0, or ε - x_0 (flow).
 
     ValueError for anything else, such as x_0 itself.
     """
-    # The schedulers of flow matching alone do not name it.
+    # Only flow-matching schedulers have no prediction_type.
     name = scheduler_config.get("prediction_type", "flow_prediction" if "shift" in scheduler_config else None)
     if name not in ("epsilon", "v_prediction", "flow_prediction"):
         raise ValueError(
@@ -33,16 +33,16 @@ def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> T
     """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, or of flow matching (1-σ_t) x_0 + σ_t ε: (batch, C, H, W).
 
     Args:
-        timesteps: (batch,) int64 in [0, number of training steps), the more the noisier.
-        scheduler: any diffusers scheduler of a model that `prediction_of` knows. The schedule of training counts, not
-            the one that its `set_timesteps` has left in it.
+        timesteps: (batch,) int64 in [0, number of training steps); larger ones are noisier.
+        scheduler: a diffusers scheduler that `prediction_of` knows. Its training schedule is used, not the one set by
+            `set_timesteps`.
     """
     signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start.dtype)
     return signal * x_start + sigma * noise
 
 
 def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
-    """The time that the model is told, (batch,): the timestep itself, or of flow matching σ_t times their number."""
+    """The timestep input of the model, (batch,): the timestep itself, or for flow matching σ_t times their number."""
     if prediction_of(scheduler.config) != "flow":
         return timesteps
     table = device_table(noise_schedule, scheduler, timesteps.device, torch.float32)
@@ -52,7 +52,7 @@ def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
 def training_losses(
     model_output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler
 ) -> dict[str, Tensor]:
-    """The loss of what a model predicts, by its scheduler, and of the variance between two bounds, if it has one.
+    """The training loss of a prediction and, if the model learns it, of the variance between its two bounds.
 
         loss = mse + vb,    mse = mean (target - prediction)²
         vb   = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)) in bits per dimension for t > 0,
@@ -68,13 +68,13 @@ def training_losses(
     cancels at small t.
 
     Args:
-        model_output: (batch, 2C, H, W), what is predicted, then where the log variance lies between its bounds
-            (-1 lower, 1 upper); or (batch, C, H, W), what is predicted alone.
+        model_output: (batch, 2C, H, W), the prediction and the position of the log variance between its bounds (-1
+            lower, 1 upper); or (batch, C, H, W), the prediction alone.
         x_start: (batch, C, H, W), the clean latents.
         noise: (batch, C, H, W), the noise ε the model was shown.
-        timesteps: (batch,) int64, in [0, number of training steps), the more the noisier.
-        scheduler (SchedulerMixin): any of diffusers, which says what the model predicts. Its betas are float32, and
-            all that `vb` takes from them is computed in float64.
+        timesteps: (batch,) int64 in [0, number of training steps); larger ones are noisier.
+        scheduler (SchedulerMixin): a scheduler of diffusers, which tells the prediction type. `vb` is computed in
+            float64 from its float32 betas.
 
     Returns:
         `loss`, `mse` and `vb`, each (batch,), in float32 also under autocast (float64 for float64 tensors).
@@ -129,7 +129,7 @@ def _discretized_nll(x_start: Tensor, difference: Tensor, log_variance: Tensor) 
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    # ADM's and DiT's approximation: with the exact erf this would be another loss than theirs.
+    # This is ADM's and DiT's approximation of the erf, so that the loss equals theirs.
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -138,10 +138,10 @@ def _mean_flat(x: Tensor) -> Tensor:
 
 
 def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:
-    """(2, T): what x_t has of x_0 and of ε; √ᾱ and √(1-ᾱ), or of flow matching 1 - σ and σ, its shift in them."""
+    """(2, T), the coefficients of x_0 and ε in x_t: √ᾱ and √(1-ᾱ), or for flow matching 1 - σ and σ, shifted."""
     config = scheduler.config
     if prediction_of(config) == "flow":
-        # Where the shift depends on the size of the image, models are trained without one, as in diffusers' scripts.
+        # If the shift depends on the image size, models are trained without a shift, as in diffusers' scripts.
         flow = FlowMatchEulerDiscreteScheduler(
             config.num_train_timesteps,
             shift=config.get("shift", config.get("flow_shift", 1.0)),
@@ -156,11 +156,12 @@ def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:
 def _variance_bounds(scheduler, dtype: torch.dtype) -> Tensor:
     """(3, T): the mean's difference per error, the log of the smallest variance β̃, and log β - log β̃."""
     betas = scheduler.betas.double()
-    # Not the scheduler's own float32 alphas_cumprod: of 1 - ᾱ at small t it keeps three digits.
+    # The scheduler's float32 alphas_cumprod is not used, since 1 - ᾱ at small t would have only three digits.
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     variance = betas[1:] * (1 - alphas_cumprod[:-1]) / (1 - alphas_cumprod[1:])
-    variance = torch.cat([variance[:1], variance])  # β̃_0 = 0 has no log: β̃_1 stands in for it
-    if prediction_of(scheduler.config) == "v_prediction":  # times √ᾱ_t, where 1 - β_t may be 0
+    variance = torch.cat([variance[:1], variance])  # log β̃_0 = log 0 is replaced by log β̃_1
+    # The factor √ᾱ_t is cancelled by hand, since 1 - β_t may be 0.
+    if prediction_of(scheduler.config) == "v_prediction":
         alphas_before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         mean_per_error = betas * (alphas_before / (1 - alphas_cumprod)).sqrt()
     else:
@@ -169,7 +170,7 @@ def _variance_bounds(scheduler, dtype: torch.dtype) -> Tensor:
 
 
 def device_table(make: Callable, scheduler, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`make(scheduler, dtype)`, (..., T), kept on the device, so that a training step does not wait for a copy."""
+    """The table `make(scheduler, dtype)`, (..., T), cached on the device."""
     tables = _tables.setdefault(scheduler, {})
     if (make, device, dtype) not in tables:
         tables[make, device, dtype] = make(scheduler, dtype).to(device)
@@ -177,5 +178,5 @@ def device_table(make: Callable, scheduler, device: torch.device, dtype: torch.d
 
 
 def _at(make: Callable, timesteps: Tensor, scheduler, dtype: torch.dtype) -> Tensor:
-    """The rows of a table at timesteps (batch,), for tensors of four dimensions: (rows, batch, 1, 1, 1)."""
+    """The entries of a table at timesteps (batch,), which broadcast over (C, H, W): (rows, batch, 1, 1, 1)."""
     return device_table(make, scheduler, timesteps.device, dtype)[:, timesteps, None, None, None]

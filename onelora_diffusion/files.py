@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all."""
+"""Write files and folders atomically: they are complete or not there."""
 
 import contextlib
 import errno
@@ -19,19 +19,19 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Context manager: a file beside `path` to write, which is flushed at the end and only then put there.
+    """Context manager that yields a temporary file to write; at the end it is flushed and renamed to `path`.
 
-    A link is followed. A file that is a mount point cannot be replaced, and is written anew in its place.
+    A link is followed. A file that is a mount point cannot be replaced, and is overwritten instead.
 
     Raises:
-        OSError: the disk is full; it names `path`. What was there is still there, and nothing is left beside it.
+        OSError: the disk is full; the message names `path`. An older file is kept, and the temporary one is removed.
     """
     path = path.resolve() if path.is_symlink() else path
     with _beside(path) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors' own writer leaves a file to its owner alone
+        part.chmod(mode)  # safetensors' own writer gives access to the owner alone
         flush_to_disk(part)
         try:
             os.replace(part, path)
@@ -42,11 +42,11 @@ def written_beside(path: Path) -> Iterator[Path]:
             flush_to_disk(path)
 
 
-def check_place(path: Path) -> None:
-    """To be asked before hours of work: whether `written_beside` can put a file there, as far as that can be known.
+def check_writable(path: Path) -> None:
+    """Check, before long work, that `written_beside` will be able to write this file, as far as that can be known.
 
     Raises:
-        OSError: a folder or a device has that name, or the folder cannot be written or made.
+        OSError: the path is a folder or a device, or its folder cannot be written or created.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"'{path}' is no file that can be replaced: give another name")
@@ -56,16 +56,16 @@ def check_place(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one go, or leaves it as it was: see `written_beside`."""
+    """Write a file atomically: see `written_beside`."""
     with written_beside(path) as part:
         part.write_bytes(content)
 
 
 @contextlib.contextmanager
 def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Context manager: an empty folder beside `path` to fill, flushed at the end, which then replaces the one there.
+    """Context manager that yields an empty temporary folder to fill; at the end it is flushed and replaces `path`.
 
-    A link is followed. A folder that is a mount point stays, and what it holds is replaced.
+    A link is followed. A folder that is a mount point stays, and its content is replaced.
 
     Raises:
         OSError: as `written_beside`.
@@ -88,10 +88,10 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A name beside `path` that no other process takes; what has it at the end is removed.
+    """Context manager that yields a temporary name in the folder of `path`, unique to this process, and removes it.
 
-    So is what processes that were killed left in that folder: their numbers are nobody's among the processes that this
-    one can see, which are those of this machine or, in a container, of the container.
+    Temporary files of killed processes are removed as well: their names contain process ids that are not in use on
+    this machine or, in a container, in the container.
     """
     machine = f"{platform.node()}-{process_space()}"
     for left in path.parent.glob(f".*.{glob.escape(machine)}.*.part"):
@@ -102,10 +102,10 @@ def _beside(path: Path) -> Iterator[Path]:
     _remove(part)
     try:
         yield part
-    except SafetensorError as error:  # what safetensors' own writer says of a full disk
+    except SafetensorError as error:  # the error of safetensors' own writer on a full disk
         raise OSError(f"{path} was not written: {error}") from error
     except OSError as error:
-        # Of a full disk no file is named, of others one that nobody knows.
+        # The error of a full disk names no file, and other errors name the temporary one, so `path` is named here.
         if error.errno and str(error.filename or part).startswith(str(part)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -114,9 +114,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def process_space() -> int:
-    """What tells containers with one machine's name apart, each of which numbers its own processes; 0 where none can.
+    """The number of this process's PID namespace on Linux, 0 elsewhere. Process ids are unique only within it.
 
-    It is the PID namespace of Linux, which outside of containers is the same after every start of the machine.
+    It differs between containers, and outside of containers it is the same after every start of the machine.
     """
     try:
         return os.stat("/proc/self/ns/pid").st_ino
@@ -125,7 +125,7 @@ def process_space() -> int:
 
 
 def _remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -133,9 +133,9 @@ def _remove(path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns when a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     is_folder = path.is_dir()
-    if is_folder and sys.platform == "win32":  # which opens no folder
+    if is_folder and sys.platform == "win32":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
@@ -145,7 +145,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 of a text and of names, types, shapes and bytes of tensors, in the order of their names."""
+    """SHA-256 of a text and of the names, dtypes, shapes and bytes of tensors, sorted by name."""
     sha256 = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -154,14 +154,14 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def first_line(error: Exception, limit: int = 400) -> str:
-    """What an error says in its first line, cleared as by `printable`; or its type, if it says nothing."""
+    """The first line of an error's message, made `printable`; its type if the message is empty."""
     return printable(str(error).strip().split("\n")[0], limit) or type(error).__name__
 
 
 def printable(value, limit: int | None = None):
-    """Text of a file, or all texts in a value of JSON, without control characters, cut where it is too long to show.
+    """Remove control characters from a text, or from all texts in a JSON value, and cut it at `limit` characters.
 
-    A terminal takes control characters for commands: they clear it, rename it, or write over what was there.
+    A terminal obeys control characters of untrusted texts, which can clear or overwrite what it shows.
     """
     if isinstance(value, str):
         text = "".join(character if character.isprintable() else " " for character in value)

@@ -1,7 +1,6 @@
-"""Processes and what started them.
+"""Launchers: start several processes on CPUs, end with the launcher, and read the options of accelerate's launcher.
 
-`accelerate launch` on CPUs starts one process and leaves several to mpirun; here torchrun starts them. A launcher that
-is gone takes its processes along. What accelerate's launcher asks for is read here.
+`accelerate launch` on CPUs starts one process, and several only through mpirun; here torchrun starts them.
 """
 
 import ctypes
@@ -20,14 +19,14 @@ from accelerate.commands.launch import launch_command_parser
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 TORCHRUN = ("torchrun", "torch.distributed.run")
-PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
 
 
 def start_all_processes() -> None:
-    """Gives way to torchrun where `accelerate launch` was asked for several processes on CPUs and has started one.
+    """Replace this process by torchrun if `accelerate launch` was to start several processes on CPUs but started one.
 
-    To be called first in a script. Everywhere else it does nothing. The process id stays, so that signals arrive; and
-    SIGTERM arrives too when the launcher ends, also at torchrun, which passes it on.
+    A script calls this first. In all other cases it does nothing. The process id stays the same, so signals arrive.
+    When the launcher ends, torchrun gets SIGTERM and passes it on.
     """
     end_with_launcher()
     if not is_left_alone():
@@ -38,14 +37,14 @@ def start_all_processes() -> None:
     if number is None:
         command = f"torchrun --nproc_per_node N {' '.join(sys.orig_argv[1:])}"
         raise SystemExit(f"accelerate launch has started one process on the CPU; start several by: {command}")
-    # Port 0 is any that is free. The address is named, for a host's own name may be slow to resolve, or not do so.
+    # Port 0 stands for any free one. The address is given, since resolving the host's own name may be slow or fail.
     where = [f"--master_port={port}"] if port else ["--standalone", "--local_addr=127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", *where]
     os.execv(sys.executable, [*torchrun, *sys.orig_argv[1:]])
 
 
 def launchers() -> list[psutil.Process]:
-    """The launchers that have started this process, the nearest first: torchrun, `accelerate launch`, both or none."""
+    """The launchers that started this process, nearest first: torchrun, `accelerate launch`, both or none."""
     return list(takewhile(_is_launcher, psutil.Process().parents()))
 
 
@@ -54,25 +53,25 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def started() -> float:
-    """The `time.monotonic()` at which this process began, or the first of its launchers."""
+    """The `time.monotonic()` at which this process or the first of its launchers began."""
     first = [psutil.Process(), *launchers()][-1]
     return time.monotonic() - max(0.0, time.time() - first.create_time())
 
 
 def end_with_launcher() -> None:
-    """Has this process sent SIGTERM when its launcher ends, in whatever way. Linux alone can do so.
+    """Ask Linux to send this process SIGTERM when its launcher ends; other systems cannot.
 
-    Else, where a launcher was killed, its processes would train on, and keep the devices.
+    Otherwise the processes of a killed launcher would go on training and keep the devices.
     """
     found = launchers()
     if found and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != found[0].pid:  # it has ended in between
+        if os.getppid() != found[0].pid:  # the launcher has ended in the meantime
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_left_alone() -> bool:
-    """Whether accelerate's launcher named a meeting point for several processes, and started no others."""
+    """Whether accelerate's launcher set an address for several processes but started only this one."""
     started_by = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
     is_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" or not torch.accelerator.is_available()
     is_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
@@ -80,9 +79,9 @@ def is_left_alone() -> bool:
 
 
 def processes_asked_for(command_line: list[str]) -> tuple[int | None, int | None]:
-    """The number of processes, and their port if one was named, of an `accelerate launch`.
+    """(number of processes, their port or None) of an `accelerate launch` command line.
 
-    The number is None if it cannot be known, or if it is that of several machines.
+    The number is None if it is not known, or if there are several machines.
     """
     flags = launch_flags(command_line)
     if flags is None:
@@ -101,7 +100,7 @@ def launch_flags(command_line: list[str]) -> Namespace | None:
     return None if first is None else launch_command_parser().parse_known_args(command_line[first + 1 :])[0]
 
 
-# Of accelerate's environment, what changes nothing that is computed, or what accelerate itself sees to.
+# Variables of accelerate's environment that do not affect the computation, or that accelerate itself handles.
 ACCELERATES_OWN = {
     *("USE_CPU", "TORCH_DEVICE", "CPU_AFFINITY", "NUM_PROCESSES", "BYPASS_DEVICE_MAP", "LOG_LEVEL", "ENABLE_RICH"),
     *("DISABLE_RICH", "DEBUG_MODE", "DEBUG_RDV_FILE", "DYNAMO_USE_REGIONAL_COMPILATION"),
@@ -116,19 +115,19 @@ INSTEAD = {
 
 
 def asked_by_launcher() -> dict[str, object]:
-    """What accelerate's launcher, its config file or ACCELERATE_* variables ask for, by the names of settings here.
+    """The options of accelerate's launcher, its config file or ACCELERATE_* variables, by the names of settings here.
 
-    They are of mixed_precision, compile, gradient_accumulation_steps and max_grad_norm. That a launcher asks for no
-    mixed precision cannot be told from its saying nothing, and counts as that.
+    They are mixed_precision, compile, gradient_accumulation_steps and max_grad_norm. A launcher's mixed precision "no"
+    cannot be told from an absent option, and is taken for that.
 
     Raises:
-        ValueError: it asks for something else; a later accelerate may have names that nobody here has heard of.
+        ValueError: there is another option, which may be one of a later accelerate.
     """
     asked: dict[str, object] = {}
     flags = next(filter(None, map(launch_flags, map(_command_line, launchers()))), Namespace())
     for name, here, kind in (
         ("gradient_accumulation_steps", "gradient_accumulation_steps", int),
-        ("gradient_clipping", "max_grad_norm", float),  # which accelerate's launcher hands on to DeepSpeed alone
+        ("gradient_clipping", "max_grad_norm", float),  # accelerate's launcher passes it on to DeepSpeed alone
     ):
         value = os.environ.get(f"ACCELERATE_{name.upper()}") or getattr(flags, name, None)
         if value is not None and str(value).lower() not in NOTHING:
@@ -137,7 +136,7 @@ def asked_by_launcher() -> dict[str, object]:
             except ValueError:
                 raise ValueError(f"accelerate's launcher asks for {name} {value}, which is no number") from None
 
-    # Engines first: what is set up for one of them means nothing without it.
+    # Engines come first, since options of an engine mean nothing without it.
     names = sorted(
         (name for name in os.environ if name.startswith("ACCELERATE_")), key=lambda n: ("_USE_" not in n, n)
     )
@@ -158,12 +157,12 @@ def asked_by_launcher() -> dict[str, object]:
 
 
 def precision_asked_by_launcher() -> dict[str, object]:
-    """Of the same, what concerns those that do not train: mixed_precision and compile."""
+    """Those of these options that matter outside training: mixed_precision and compile."""
     return {name: value for name, value in asked_by_launcher().items() if name in ("mixed_precision", "compile")}
 
 
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # of another user, or gone
+    except psutil.Error:  # the process is another user's, or has ended
         return []

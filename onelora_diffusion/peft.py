@@ -1,4 +1,4 @@
-"""1LoRA for every program that trains LoRA through PEFT: a `LoraConfig` whose A is ones and is not trained."""
+"""1LoRA for programs that train LoRA through PEFT: a `LoraConfig` whose A is ones and is not trained."""
 
 import dataclasses
 
@@ -10,11 +10,11 @@ from torch import nn
 from onelora_diffusion.adapters.functional import add_outer_, feature_sum
 from onelora_diffusion.injection.linear import makes_new_memory, why_not_writable
 
-# What `init_lora_weights` is inside PEFT. A layer of PEFT's own, which another LoRA has made before, refuses a word
-# that it does not know, and quotes it: "Unknown initialization init_lora_weights='...'".
+# The value of `init_lora_weights` inside PEFT. If another LoRA was added to a layer first, PEFT's own layer refuses
+# this value and quotes it in its error: "Unknown initialization init_lora_weights='...'".
 ONES = "A is ones; add the adapter of a OneLoraConfig before any other LoRA"
 
-# The settings of a LoRA that mean the same for 1LoRA. All others have to keep PEFT's default.
+# The settings of a LoRA that have the same meaning for 1LoRA. All others must have PEFT's default.
 UNDERSTOOD = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -27,14 +27,13 @@ UNDERSTOOD = {
 class OneLoraConfig(LoraConfig):
     """1LoRA as a LoRA of PEFT: y = W0 x + bias + α · b · Σᵢ xᵢ, where A = (1 … 1) is frozen and B = b is trained.
 
-    It takes the place of `peft.LoraConfig` in `get_peft_model`, in the `add_adapter` of diffusers' models, and in
-    every program that hands a `LoraConfig` to one of them. What is saved is an ordinary LoRA of rank 1, which loads
-    where this library is not installed.
+    It replaces `peft.LoraConfig` in `get_peft_model`, in the `add_adapter` of diffusers' models, and in every program
+    that passes a `LoraConfig` to one of them. An ordinary LoRA of rank 1 is saved, which loads without this library.
 
     Args:
-        r: 1, the default.
-        lora_alpha: α, a factor of b; 1 is the default. `use_rslora` changes nothing at rank 1.
-        init_lora_weights: True or "gaussian", as training scripts have it: A is ones and B is zeros either way.
+        r: must be 1, the default.
+        lora_alpha: α, a factor on b; the default is 1. `use_rslora` changes nothing at rank 1.
+        init_lora_weights: True or "gaussian", the values of training scripts; in both cases A is ones and B is zeros.
 
     Raises:
         ValueError: another rank, or a setting that 1LoRA does not have, such as `use_dora`.
@@ -57,7 +56,7 @@ class OneLoraConfig(LoraConfig):
         self._register_custom_module({nn.Linear: OneLoraLinear, nn.Module: _refuse_layer})
 
     def _not_understood(self):
-        """(name, value, what to do) of the settings that 1LoRA does not have."""
+        """Yield (name, value, advice) of the settings that 1LoRA does not have."""
         for name, rank in {"r": self.r, **(self.rank_pattern or {})}.items():
             if rank != 1:
                 yield name, rank, "its rank is 1 everywhere; give r=1 (--rank 1), or leave it out"
@@ -70,12 +69,12 @@ class OneLoraConfig(LoraConfig):
                 yield field.name, getattr(self, field.name), f"leave it at its default, {default!r}"
 
     def to_dict(self) -> dict:
-        """The settings of the ordinary LoRA that this is for whoever loads it."""
+        """The settings as those of an ordinary LoRA, which is saved."""
         return super().to_dict() | {"init_lora_weights": True}
 
     @classmethod
     def from_peft_type(cls, **kwargs):
-        """A config of this class, from settings that say `peft_type="LORA"`."""
+        """Create a config of this class from settings with `peft_type="LORA"`."""
         kwargs.pop("peft_type", None)
         return super().from_peft_type(**kwargs)
 
@@ -90,7 +89,7 @@ class Ones(nn.Linear):
         self.checked = None
 
     def check(self) -> None:
-        """ValueError unless the weight holds ones; looked at whenever it is another tensor, or was changed."""
+        """ValueError unless the weight is all ones; checked again whenever it was changed or replaced."""
         state = self.weight.data_ptr(), self.weight._version
         if self.checked != state:
             if self.weight.device.type != "meta" and not (self.weight == 1).all():
@@ -111,10 +110,10 @@ class Ones(nn.Linear):
 
 
 class OneLoraLinear(LoraLinear):
-    """PEFT's LoRA around a linear layer, whose 1LoRA adapters are computed by this library's hot code."""
+    """PEFT's LoRA layer, whose 1LoRA adapters are computed by `adapters.functional`."""
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        if init_lora_weights != ONES:  # another LoRA in the same layer
+        if init_lora_weights != ONES:  # another LoRA is added to the same layer
             return super().reset_lora_parameters(adapter_name, init_lora_weights)
         self.lora_A[adapter_name] = Ones(self.in_features).to(self.lora_A[adapter_name].weight.device)
         nn.init.zeros_(self.lora_B[adapter_name].weight)
@@ -140,7 +139,7 @@ class OneLoraLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         out = self.base_layer(x)
         if active and not torch.compiler.is_compiling() and not makes_new_memory(self.base_layer):
-            out = out.clone()  # somebody else may hold it
+            out = out.clone()  # other code may have kept a reference to it
         for name in active:
             b, scale = self.lora_B[name].weight.flatten(), self.scaling[name]
             if isinstance(scale, torch.Tensor) or scale != 1:
@@ -150,12 +149,12 @@ class OneLoraLinear(LoraLinear):
         return out
 
     def _compressed(self, x: torch.Tensor, lora_a: Ones, dtype: torch.dtype) -> torch.Tensor:
-        """A x, (..., in_features) -> (...), for an output of this dtype; in training the feature sum."""
+        """A x, (..., in_features) -> (...), for an output of this dtype; computed as the feature sum in training."""
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 lora_a.check()
             return feature_sum(x)
-        # PEFT's hotswap writes another LoRA's A into the memory of this one, which nothing tells of.
+        # PEFT's hotswap overwrites this A with another LoRA's without notice.
         if dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
             return (x * lora_a.weight[0]).sum(-1, dtype=torch.float32)
         return nn.functional.linear(x, lora_a.weight.to(x.dtype)).squeeze(-1)
@@ -167,7 +166,7 @@ class OneLoraLinear(LoraLinear):
 
 
 def _refuse_layer(target: nn.Module, adapter_name: str, **kwargs):
-    """What PEFT calls for a target that is no linear layer."""
+    """Called by PEFT for a target that is no linear layer."""
     layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     raise ValueError(
         f"target_modules names {kwargs.get('target_name', '')} {layer}, and 1LoRA is for linear layers: leave it out"

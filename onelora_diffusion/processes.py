@@ -1,4 +1,4 @@
-"""What the processes of a run find out together, on one machine or on several that may share no disk."""
+"""Share results and errors among the processes of a run, on one or several machines, with or without a shared disk."""
 
 import secrets
 import sys
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
-    """What the main process finds out, on every process: an OSError or ValueError that it meets is raised on all."""
+    """Call `tell` on the main process and return its result on all; its OSError or ValueError is raised on all."""
     found: list = [None]
     if accelerator.is_main_process:
         try:
@@ -28,13 +28,13 @@ def told_by_main(accelerator: Accelerator, tell: Callable[[], T]) -> T:
 
 
 def say(accelerator: Accelerator, text: str) -> None:
-    """Prints once: accelerate's own print does so on each machine, of which one alone has the run's folder."""
+    """Print once in all; accelerate's own print prints once on each machine."""
     if accelerator.is_main_process:
         print(text, flush=True)
 
 
 def on_every_process(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What each process makes for itself, once all have: if one fails, all raise, and name it."""
+    """Call `make` on every process and return its own result; if one fails, all raise an error that names it."""
     made, error = None, None
     try:
         made = make()
@@ -50,7 +50,7 @@ def on_every_process(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
 
 def check_equal(accelerator: Accelerator, facts: dict[str, object]) -> None:
-    """ValueError on every process if one of them has another value of a fact than the main process has."""
+    """ValueError on every process if the value of a fact on one process differs from that on the main process."""
     by_process = gather_object([facts])
     for number, its in enumerate(by_process):
         for name, value in by_process[0].items():
@@ -62,28 +62,29 @@ def check_equal(accelerator: Accelerator, facts: dict[str, object]) -> None:
 
 @contextmanager
 def first_on_each_machine(accelerator: Accelerator) -> Iterator[None]:
-    """Context manager: the main process goes first, then the first one of each other machine, then all others.
+    """Context manager that the main process enters first, then the first process of each machine, then all others.
 
-    What they fetch is then there for all, on one disk or several, and is fetched by nobody at the same time. An error
-    inside keeps nobody waiting.
+    So a file is downloaded once on each disk and never by two processes at the same time. If the body raises an error,
+    no process is left waiting.
     """
-    waits = [accelerator.is_main_process, accelerator.is_local_main_process]  # afterwards, else before
+    # Where an entry is False the process waits before the body, otherwise after it.
+    waits = [accelerator.is_main_process, accelerator.is_local_main_process]
     for is_first in waits:
         if not is_first:
             accelerator.wait_for_everyone()
     try:
         yield
     finally:
-        if not isinstance(sys.exc_info()[1], SystemExit | KeyboardInterrupt):  # a signal reaches all of them
+        if not isinstance(sys.exc_info()[1], SystemExit | KeyboardInterrupt):  # a signal reaches all processes
             for is_first in waits:
                 if is_first:
                     accelerator.wait_for_everyone()
 
 
 def among_sharers(folder: Path, accelerator: Accelerator) -> tuple[int, int]:
-    """The number of this process among those that see the same folder, and how many those are; the folder is made.
+    """(index of this process among those that see the same folder, their number); the folder is created.
 
-    So what all read from it is written once on each disk, whether machines share one or not. Every process calls it.
+    With it, shared files are written once on each disk, whether machines share one or not. Every process must call it.
     """
     rank, number = accelerator.process_index, accelerator.num_processes
     if number == 1:
@@ -98,6 +99,6 @@ def among_sharers(folder: Path, accelerator: Accelerator) -> tuple[int, int]:
         views = gather_object([[each for each in range(number) if marks[each].exists()]])
     finally:
         marks[rank].unlink(missing_ok=True)
-    # A network's disk may show late what another machine has written: who is not sure of it writes all.
+    # A network disk may show files of other machines late; if the views differ, each process writes everything itself.
     seen = views[rank]
     return (seen.index(rank), len(seen)) if all(views[each] == seen for each in seen) else (0, 1)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what an id looks like, and whether the hub answers for it."""
+"""The Hugging Face hub: the form of an id, and whether the hub can be reached."""
 
 import re
 
@@ -7,10 +7,10 @@ TIMEOUT = 10  # seconds
 
 
 def is_in_reach(hub_id: str, token: str | bool | None = None) -> bool:
-    """Whether the hub can be asked for a repository: it is asked once, and not with the retries of a download.
+    """Whether the hub answers a request for a repository. It is asked once, without the retries of a download.
 
     Raises:
-        FileNotFoundError: the hub answers, and has no such repository, or gives no access to it.
+        FileNotFoundError: the hub answers that there is no such repository, or denies access to it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -19,6 +19,6 @@ def is_in_reach(hub_id: str, token: str | bool | None = None) -> bool:
         HfApi(token=token).model_info(hub_id, timeout=TIMEOUT)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"the hub has no '{hub_id}', or gives no access to it") from error
-    except Exception:  # its client's own, httpx's or the system's: no network, or none that is allowed
+    except Exception:  # the client, httpx or the system reports that there is no network, or none that may be used
         return False
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onelora_diffusion import files
-from onelora_diffusion.files import check_place, folder_written_beside, write_bytes, written_beside
+from onelora_diffusion.files import check_writable, folder_written_beside, write_bytes, written_beside
 
 
 def full(*arguments):
@@ -109,7 +109,7 @@ def test_links_and_mount_points_get_what_is_written(tmp_path, monkeypatch):
 
 
 def test_a_place_where_no_file_can_be_put_is_known_before_the_work(tmp_path, monkeypatch):
-    check_place(tmp_path / "deep" / "new" / "a.json")
+    check_writable(tmp_path / "deep" / "new" / "a.json")
     assert not (tmp_path / "deep").exists()
     (tmp_path / "file").touch()
     for place, reason in (
@@ -118,7 +118,7 @@ def test_a_place_where_no_file_can_be_put_is_known_before_the_work(tmp_path, mon
         (tmp_path / "file" / "a.json", "cannot be written, for '.*file' is no folder"),
     ):
         with pytest.raises(OSError, match=reason):
-            check_place(place)
+            check_writable(place)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
     with pytest.raises(OSError, match="is no folder that can be"):
-        check_place(tmp_path / "deep" / "a.json")
+        check_writable(tmp_path / "deep" / "a.json")

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import Tensor
 
 from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
-from onelora_diffusion.files import check_place, written_beside
+from onelora_diffusion.files import check_writable, written_beside
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L and XL
 # Meta's name of a layer -> diffusers'.
@@ -171,7 +171,7 @@ def sign_of_sit(file: Path, model: str, weights: dict[str, Tensor]) -> str | Non
 @one_line_errors("convert_dit.py")
 def main(settings: Settings) -> None:
     is_folder = settings.source.is_dir()
-    check_place(settings.output if is_folder else settings.output / "transformer" / "config.json")
+    check_writable(settings.output if is_folder else settings.output / "transformer" / "config.json")
     if is_folder:
         folder = settings.source / "transformer" if (settings.source / "transformer").is_dir() else settings.source
         meta = to_meta(DiTTransformer2DModel.from_pretrained(folder))

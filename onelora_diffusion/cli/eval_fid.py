@@ -43,7 +43,7 @@ from onelora_diffusion.evaluation.statistics import Measured, Origin
 from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
 from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
-from onelora_diffusion.files import check_place
+from onelora_diffusion.files import check_writable
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
 from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
@@ -56,9 +56,9 @@ def main(settings: Generate | Calculate | Reference) -> None:
     with one_line_errors("eval_fid.py", same_everywhere=True):
         for output in settings.output if isinstance(settings, Reference) else [settings.output]:
             if output:
-                check_place(output)
+                check_writable(output)
             elif isinstance(settings, Generate) and settings.adapter:
-                check_place(adapter_file(settings.adapter).with_name("evaluation.json"))
+                check_writable(adapter_file(settings.adapter).with_name("evaluation.json"))
     if isinstance(settings, Generate):
         generate(settings, accelerator)
     elif isinstance(settings, Calculate):

@@ -43,7 +43,7 @@ from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
-from onelora_diffusion.files import check_place, digest, printable, write_bytes, written_beside
+from onelora_diffusion.files import check_writable, digest, printable, write_bytes, written_beside
 from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import told_by_main
@@ -386,7 +386,7 @@ def check_settings(settings: Settings) -> Path:
     if output.suffix in (".png", ".npz"):
         if output.is_dir():
             raise ValueError(f"--output '{output}' is a folder, not a {output.suffix} file")
-        check_place(output)
+        check_writable(output)
     elif output.suffix in Image.registered_extensions():
         raise ValueError(f"--output '{output}': give a .png (a grid), an .npz or a folder")
     elif settings.beside_base and output.suffix != ".png":

@@ -23,7 +23,6 @@ from onelora_diffusion.diffusion import add_noise, model_timesteps, training_los
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
-from onelora_diffusion.training.holding import HeldFolder
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.outputs import Outputs, diverged, no_update
@@ -31,6 +30,7 @@ from onelora_diffusion.training.publishing import check_hub, publish
 from onelora_diffusion.training.randomness import StepDraws, StepKeyedBatches, draw_step, micro_batches
 from onelora_diffusion.training.resuming import agree_on_checkpoint, check_same_data, is_elsewhere
 from onelora_diffusion.training.run import Run
+from onelora_diffusion.training.run_lock import RunLock
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import OF_A_MACHINE, RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
@@ -62,7 +62,7 @@ class Job:
 def start(
     settings: RunSettings, make_task: Callable[[RunSettings, Accelerator], Task], since: float | None = None
 ) -> int:
-    """Train, or print in one line why not, and return the exit code. The budget counts from `started`."""
+    """Train, or print in one line why not; return the exit code. The budget counts from the monotonic time `since`."""
     script = typed_as(settings.script)
     with ExitStack() as held:
         with one_line_errors(settings.script, same_everywhere=True):
@@ -122,15 +122,15 @@ def prepare(
         settings.gradient_accumulation_steps,
     )
 
-    folder = held.enter_context(HeldFolder(settings.output_dir, accelerator))
+    lock = held.enter_context(RunLock(settings.output_dir, accelerator))
     clock = Clock(None if settings.max_train_time is None else parse_duration(settings.max_train_time), since)
-    clock.resume(0 if settings.fresh else folder.seconds)
+    clock.resume(0 if settings.fresh else lock.seconds)
     checkpoint, finished = agree_on_checkpoint(settings, clock, accelerator)
     if finished and checkpoint.step == 0:
         raise ValueError(no_update(settings))
     # A finished run checks its data only if they are in another folder.
     if told_by_main(accelerator, lambda: not finished or is_elsewhere(settings, checkpoint)):
-        held.enter_context(folder.counting(clock))
+        held.enter_context(lock.counting(clock))
         task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
         check_equal(
             accelerator, {"the data set": f"{task.data.identity.describe()}, {task.data.identity.fingerprint[:12]}"}

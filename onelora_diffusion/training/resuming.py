@@ -40,7 +40,7 @@ def agree_on_checkpoint(
     """
     found: list[Checkpoint | None] = [None]
 
-    def look() -> tuple[Checkpoint | None, bool]:
+    def find() -> tuple[Checkpoint | None, bool]:
         found[0] = checkpoint = find_checkpoint(settings, print)
         if checkpoint:
             clock.resume(checkpoint.state["seconds"])
@@ -48,7 +48,7 @@ def agree_on_checkpoint(
             checkpoint = replace(checkpoint, tensors=shapes)
         return checkpoint, is_finished(settings, found[0], clock, print)
 
-    checkpoint, finished = told_by_main(accelerator, look)
+    checkpoint, finished = told_by_main(accelerator, find)
     if checkpoint is None or accelerator.num_processes == 1:
         return found[0], finished
     clock.resume(checkpoint.state["seconds"])

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from onelora_diffusion.training import holding
-from onelora_diffusion.training.holding import HeldFolder
+from onelora_diffusion.training import run_lock
+from onelora_diffusion.training.run_lock import RunLock
 from onelora_diffusion.training.stopping import Clock
 
 
 @pytest.fixture
 def holder(accelerator, tmp_path, monkeypatch):
     """A process that holds `tmp_path / "run"`, with 100 seconds before it, and has one that loads images."""
-    monkeypatch.setattr(holding, "BEAT", 0.01)
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
     if not (child := os.fork()):
-        with HeldFolder(tmp_path / "run", accelerator) as folder:
+        with RunLock(tmp_path / "run", accelerator) as folder:
             clock = Clock()
             clock.resume(100.0)
             with folder.counting(clock):
@@ -33,8 +33,8 @@ def holder(accelerator, tmp_path, monkeypatch):
 
 def test_a_second_run_in_one_folder_is_refused_and_the_first_is_named(accelerator, holder, tmp_path):
     with pytest.raises(OSError, match=f"run is in use by process {holder} on .*choose another --output-dir"):
-        HeldFolder(tmp_path / "run", accelerator)
-    with HeldFolder(tmp_path / "other", accelerator) as folder:
+        RunLock(tmp_path / "run", accelerator)
+    with RunLock(tmp_path / "other", accelerator) as folder:
         assert folder.seconds == 0
 
 
@@ -42,7 +42,7 @@ def test_a_killed_run_leaves_no_lock_and_its_time_is_counted(accelerator, holder
     time.sleep(0.3)
     os.kill(holder, signal.SIGKILL)
     os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
-    with HeldFolder(tmp_path / "run", accelerator) as folder:
+    with RunLock(tmp_path / "run", accelerator) as folder:
         assert 100.2 < folder.seconds < 160
         clock = Clock()
         clock.resume(folder.seconds)
@@ -53,12 +53,12 @@ def test_a_killed_run_leaves_no_lock_and_its_time_is_counted(accelerator, holder
 
 
 def test_a_start_that_writes_nothing_leaves_nothing_and_an_older_clock_alone(accelerator, tmp_path):
-    with HeldFolder(tmp_path / "runs" / "new", accelerator):
+    with RunLock(tmp_path / "runs" / "new", accelerator):
         assert (tmp_path / "runs" / "new" / "clock.json").exists()
     assert not (tmp_path / "runs").exists()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "clock.json").write_text('{"seconds": 7.5}')
-    with HeldFolder(tmp_path / "old", accelerator) as folder:
+    with RunLock(tmp_path / "old", accelerator) as folder:
         assert folder.seconds == 7.5
     assert json.loads((tmp_path / "old" / "clock.json").read_text())["seconds"] == 7.5
 
@@ -67,7 +67,7 @@ def test_a_start_that_writes_nothing_leaves_nothing_and_an_older_clock_alone(acc
 def test_a_damaged_clock_counts_nothing(accelerator, tmp_path, content):
     (tmp_path / "clock.json").write_text(content)
     (tmp_path / "settings.json").touch()
-    with HeldFolder(tmp_path, accelerator) as folder:
+    with RunLock(tmp_path, accelerator) as folder:
         assert folder.seconds == 0
     assert json.loads((tmp_path / "clock.json").read_text())["seconds"] == 0
 
@@ -75,13 +75,13 @@ def test_a_damaged_clock_counts_nothing(accelerator, tmp_path, content):
 def test_a_folder_that_cannot_be_written_is_refused(accelerator, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="--output-dir .*/file is a file"):
-        HeldFolder(tmp_path / "file", accelerator)
+        RunLock(tmp_path / "file", accelerator)
     with pytest.raises(OSError, match="Not a directory"):
-        HeldFolder(tmp_path / "file" / "run", accelerator)
+        RunLock(tmp_path / "file" / "run", accelerator)
 
     def refuse(*arguments, **keywords):
         raise PermissionError(13, "Permission denied", str(tmp_path / "closed"))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # the tests may run as root, whom no folder is closed to
     with pytest.raises(OSError, match="Permission denied: .*closed"):
-        HeldFolder(tmp_path / "closed", accelerator)
+        RunLock(tmp_path / "closed", accelerator)

@@ -1,8 +1,8 @@
-"""A run's folder is held by one process at a time, which keeps there how much of the budget is used.
+"""The lock of a run's folder, and the seconds that the run has used, which are saved there.
 
-`clock.json` holds the process, its machine and the seconds. A lock on the file beside it, not its being there, says
-that a run is under way: the lock ends with its process, however that ends, and is not handed on to those that load
-images.
+`clock.json` contains the seconds, the process and its machine. Whether a run is active is told by a lock on
+`clock.lock`, not by the existence of that file: the lock ends with the process, however that ends, and processes that
+load images do not inherit it.
 """
 
 import json
@@ -20,20 +20,20 @@ from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.training.stopping import Clock
 
 CLOCK, LOCK = "clock.json", "clock.lock"
-BEAT = 0.1  # seconds between two lines in it: what a kill can take from the count
-SIZE = 512  # bytes of it, always: written in place and at once, it can be neither half written nor too large
+BEAT = 0.1  # seconds between two writes, which is the most that the count misses after a kill
+SIZE = 512  # bytes of the file; a single write of a fixed size can be neither incomplete nor too large
 
 
-class HeldFolder:
-    """Context manager: the folder of a run, which is this run's alone until the end.
+class RunLock:
+    """Context manager that locks the folder of a run, so that no other run writes into it.
 
-    The main process of several holds it. A start that writes nothing into a new folder leaves none.
+    The main process holds the lock. A new folder into which nothing was written is removed at the end.
 
     Attributes:
-        seconds: what the run had used when it last held the folder, 0 for a new one.
+        seconds: the seconds that earlier starts of the run have used, 0 for a new run.
 
     Raises:
-        OSError: the folder cannot be written, or another process holds it; on every process.
+        OSError: the folder cannot be written, or another process has locked it; raised on every process.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator):
@@ -63,7 +63,7 @@ class HeldFolder:
         self._write(seconds)
         return seconds
 
-    def __enter__(self) -> "HeldFolder":
+    def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *exception) -> None:
@@ -73,7 +73,7 @@ class HeldFolder:
         folder, lock = self.path.parent, Path(self.lock.lock_file)
         if self.is_new and {*folder.iterdir()} <= {self.path, lock}:
             self.path.unlink()
-            with suppress(OSError):  # not every system removes a file that is open
+            with suppress(OSError):  # not every system can remove an open file
                 lock.unlink()
                 for each in self.made:
                     each.rmdir()
@@ -81,7 +81,7 @@ class HeldFolder:
 
     @contextmanager
     def counting(self, clock: Clock) -> Iterator[None]:
-        """Context manager: the clock's seconds are kept in the folder all along."""
+        """Context manager in which the clock's seconds are saved in the folder continuously."""
         if not self.lock.is_locked:
             yield
             return
@@ -102,7 +102,7 @@ class HeldFolder:
             self._write(clock.seconds)
 
     def _read(self) -> dict:
-        """What stands in the file; nothing if it is new or damaged: the newest checkpoint has its seconds too."""
+        """The content of the file; {} if it is new or damaged, as the newest checkpoint also has the seconds."""
         try:
             found = json.loads(self.path.read_bytes()[:SIZE])
             return found if found["seconds"] >= 0 else {}
@@ -111,6 +111,6 @@ class HeldFolder:
 
     def _write(self, seconds: float) -> None:
         line = json.dumps({"seconds": seconds, "process": os.getpid(), "machine": platform.node()})
-        with suppress(OSError):  # the next one may succeed, and a run is not ended for its clock
+        with suppress(OSError):  # the next write may succeed, and a run does not end because of its clock
             self.file.seek(0)
             self.file.write(line.ljust(SIZE - 1).encode() + b"\n")

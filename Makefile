@@ -46,7 +46,8 @@ test-quantised: .venv/quantised/installed
 		tests/test_text_script.py::test_an_int8_base_trains_what_the_full_one_does \
 		tests/benchmarks/test_family_speed.py::test_a_packed_base_is_smaller_and_has_the_peers_that_it_can_have
 
-# `pip install .` into an empty environment, and the README's first snippet there, without a network.
+# `pip install .` into an empty environment; there, without a network, the README's first snippet and, in an empty folder, the
+# quickstart's commands with a few updates.
 test-install:
 	rm -rf build .venv-install
 	$(PYTHON) -m venv .venv-install

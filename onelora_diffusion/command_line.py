@@ -89,13 +89,14 @@ def typed_as(script: str) -> str:
 
 def command(script: str, *words: object) -> str:
     """The shell command that starts another script in the same way as this one, in this environment and folder."""
-    started, beside = sys.argv[0], Path(sys.argv[0]).with_name(script)
+    started, name, python = Path(sys.argv[0]), Path(script).stem, _on_path("python", sys.executable)
     if _is_onelora():
-        listed = [_on_path("onelora", started), _dashed(beside.stem)]
-    elif beside.is_file() and beside.parent != MODULES:
-        listed = [_on_path("python", sys.executable), str(beside)]
+        is_program = started.suffix != ".py"
+        listed = [*([_on_path("onelora", str(started))] if is_program else [python, str(started)]), _dashed(name)]
+    elif started.with_name(script).is_file() and started.parent != MODULES:
+        listed = [python, str(started.with_name(script))]
     else:
-        listed = [_on_path("python", sys.executable), "-m", f"onelora_diffusion.cli.{beside.stem}"]
+        listed = [python, "-m", f"onelora_diffusion.cli.{name}"]
     listed += map(str, words)
     return subprocess.list2cmdline(listed) if sys.platform == "win32" else shlex.join(listed)
 

@@ -1,6 +1,9 @@
 """The edge of the scripts: errors and signals in one line, with nothing left behind."""
 
 import logging
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +12,12 @@ import diffusers
 import pytest
 import torch
 from conftest import make_dit
+from launching import REPOSITORY
 from packaging.version import Version
 
-from onelora_diffusion.command_line import one_line_errors, quieten
+import onelora
+from onelora_diffusion.cli import train_dit
+from onelora_diffusion.command_line import MODULES, command, one_line_errors, quieten, typed_as
 
 
 def write_and_wait(path):
@@ -93,6 +99,56 @@ def test_an_error_of_the_system_is_told_without_its_number(tmp_path):
     with pytest.raises(SystemExit) as caught, one_line_errors("script.py"):
         (tmp_path / "none").read_bytes()
     assert caught.value.code == f"script.py: {tmp_path / 'none'}: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("started", "typed", "following"),
+    [
+        ("/env/bin/onelora", "onelora eval-fid", ["onelora", "eval-fid"]),
+        ("/other/bin/onelora", "onelora eval-fid", ["/other/bin/onelora", "eval-fid"]),
+        ("/code/onelora.py", "onelora eval-fid", ["python", "/code/onelora.py", "eval-fid"]),
+        (f"{REPOSITORY}/train_dit.py", "eval_fid.py", ["python", f"{REPOSITORY}/eval_fid.py"]),
+        (f"{MODULES}/train_dit.py", "eval_fid.py", ["python", "-m", "onelora_diffusion.cli.eval_fid"]),  # by -m
+        ("/code/a_notebook.py", "eval_fid.py", ["python", "-m", "onelora_diffusion.cli.eval_fid"]),
+    ],
+)
+def test_errors_and_next_commands_have_the_form_of_what_was_typed(monkeypatch, started, typed, following):
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(shutil, "which", {"python": sys.executable, "onelora": "/env/bin/onelora"}.get)
+    assert typed_as("eval_fid.py") == typed
+    assert shlex.split(command("eval_fid.py", "--adapter", "a b")) == [*following, "--adapter", "a b"]
+    with pytest.raises(SystemExit, match=f"^{typed}: no class 12$"), one_line_errors("eval_fid.py"):
+        raise ValueError("no class 12")
+
+
+def test_onelora_lists_its_commands_before_torch_is_imported():
+    code = "import atexit, sys, onelora; atexit.register(lambda: print('torch' in sys.modules)); onelora.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stdout.endswith("False\n")
+    assert re.findall(r"^    (\S+)", done.stdout, re.MULTILINE) == [*onelora.COMMANDS]
+
+
+def test_onelora_hands_on_the_words_and_the_exit_code(monkeypatch, capsys):
+    def handed(*words):
+        monkeypatch.setattr(sys, "argv", ["/env/bin/onelora", *words])
+        with pytest.raises(SystemExit) as caught:
+            onelora.main()
+        return caught.value.code
+
+    monkeypatch.setattr(train_dit, "run", lambda arguments: arguments)
+    assert handed("train-dit", "--help", "--", "-m", "sample") == ["--help", "--", "-m", "sample"]
+    monkeypatch.setattr(onelora, "module_of", {})  # nothing is looked for
+    assert handed("train_dit") == 2
+    assert "invalid choice: 'train_dit' (choose from" in capsys.readouterr().err
+
+
+def test_a_shell_completes_the_flags_of_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["onelora", "--tyro-print-completion", "bash"])
+    with pytest.raises(SystemExit):
+        onelora.main()
+    script = capsys.readouterr().out
+    for word in (*onelora.COMMANDS, "--rates-by-sum", "--caption-drop", "--beside-base", "sweep", "--adapter-memory"):
+        assert word in script
 
 
 @pytest.mark.skipif(

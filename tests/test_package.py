@@ -36,7 +36,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("package")
     for name in ("onelora_diffusion", "benchmarks", "tools", "tests", "docs"):
         shutil.copytree(REPOSITORY / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (*SHIPPED_BESIDE, "train_dit.py", "benchmark.py"):
+    for name in (*SHIPPED_BESIDE, "onelora.py", "train_dit.py", "benchmark.py"):
         shutil.copy(REPOSITORY / name, folder / "tree")
     build(folder / "tree", "wheel", folder / "dist")
     build(folder / "tree", "sdist", folder / "dist")
@@ -56,7 +56,8 @@ def names_in(wheel: Path) -> set[str]:
 def test_the_wheel_holds_the_package_and_the_miniature_and_no_workshop(built):
     names = names_in(next(built.glob("*.whl")))
     shipped = (path for path in (REPOSITORY / "onelora_diffusion").rglob("*") if path.is_file())
-    assert names == {str(path.relative_to(REPOSITORY)) for path in shipped if path.suffix != ".pyc"}
+    assert names == {"onelora.py"} | {str(path.relative_to(REPOSITORY)) for path in shipped if path.suffix != ".pyc"}
+    assert {"onelora_diffusion/cli/recipes/digits.yaml", "onelora_diffusion/cli/recipes/digit_words.yaml"} <= names
     assert "onelora_diffusion/miniature/transformer/diffusion_pytorch_model.safetensors" in names
     assert "onelora_diffusion/py.typed" in names
 
@@ -68,7 +69,8 @@ def test_the_sdist_builds_that_wheel(built, tmp_path):
     (tree,) = tmp_path.iterdir()
     rooms = {name.partition("/")[0] for name in names if "/" in name}
     assert rooms == {"onelora_diffusion", "onelora_diffusion.egg-info"}
-    assert {name for name in names - rooms if "/" not in name} == {*SHIPPED_BESIDE, "PKG-INFO", "setup.cfg"}
+    files = {name for name in names - rooms if "/" not in name}
+    assert files == {*SHIPPED_BESIDE, "onelora.py", "PKG-INFO", "setup.cfg"}
     build(tree, "wheel", tmp_path / "dist")
     assert names_in(next((tmp_path / "dist").glob("*.whl"))) == names_in(next(built.glob("*.whl")))
 

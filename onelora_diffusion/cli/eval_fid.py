@@ -38,7 +38,7 @@ from onelora_diffusion.evaluation.measuring import (
 from onelora_diffusion.evaluation.metrics import GENERATED, REAL, SPATIAL, needed
 from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
 from onelora_diffusion.evaluation.report import format_note, write_json
-from onelora_diffusion.evaluation.settings import Calculate, Generate, Reference, Sweep, parse
+from onelora_diffusion.evaluation.settings import Calculate, Command, Generate, Reference, Sweep, parse
 from onelora_diffusion.evaluation.statistics import Measured, Origin
 from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
@@ -51,7 +51,7 @@ from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, AdapterFile
 
 
 @one_line_errors("eval_fid.py")
-def main(settings: Generate | Calculate | Reference) -> None:
+def main(settings: Command) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with one_line_errors("eval_fid.py", same_everywhere=True):
         for output in settings.output if isinstance(settings, Reference) else [settings.output]:

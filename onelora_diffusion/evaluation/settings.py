@@ -136,19 +136,25 @@ class Reference(FeatureSettings, DatasetSettings):
     """To which a data set is cropped and resized. None: 16 for digits, 256 for others."""
 
 
-def parse(arguments: list[str], description: str | None) -> Generate | Sweep | Calculate | Reference:
-    """`ref`, `calc`, `sweep` or `gen`; `gen` where none is named."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["gen", *arguments]
-    asked = precision_asked_by_launcher()
-    commands = (
+def commands(**asked) -> type:
+    """The settings of `gen`, `sweep`, `calc` or `ref`, with what is asked for as defaults of those that generate."""
+    return (
         Annotated[Generate, tyro.conf.subcommand("gen", default=Generate(**asked))]
         | Annotated[Sweep, tyro.conf.subcommand("sweep", default=Sweep(**asked))]
         | Annotated[Calculate, tyro.conf.subcommand("calc")]
         | Annotated[Reference, tyro.conf.subcommand("ref")]
     )
+
+
+Command = commands()
+
+
+def parse(arguments: list[str], description: str | None) -> Generate | Sweep | Calculate | Reference:
+    """`ref`, `calc`, `sweep` or `gen`; `gen` where none is named."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["gen", *arguments]
     return tyro.cli(
-        commands,
+        commands(**precision_asked_by_launcher()),
         args=with_switches(arguments, Generate),
         description=description,
         prog=typed_as("eval_fid.py"),

@@ -24,7 +24,7 @@ from benchmarks.compare_inputs import prepare
 from benchmarks.compare_report import mean_and_deviation, spread
 from benchmarks.compare_run import Job, Updates, evaluate, evaluator_of, machine, read
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.report import write_json
@@ -105,7 +105,7 @@ class CompressionSettings:
     """Where latents and statistics are kept."""
 
 
-class FrozenDirections(Adapter):
+class FrozenDirections(LayerAdapter):
     """y = W0 x + bias + B (U x): U (m, k) is frozen, B (d, m) is trained from 0."""
 
     def __init__(self, linear: nn.Linear, count: int):

@@ -26,7 +26,7 @@ from onelora_diffusion.families.family import dynamic_shift
 from onelora_diffusion.sampling import (
     IMAGES_AT_ONCE,
     SamplerSettings,
-    adapters_folded_in,
+    adapters_merged,
     as_uint8,
     generate_images,
     image_generators,
@@ -518,7 +518,7 @@ def test_domain_guidance_equals_two_models():
 
 
 @pytest.mark.parametrize("guidance", ["cfg", "domain"])
-def test_adapters_are_folded_in_unless_the_base_is_beside_them(guidance):
+def test_adapters_are_merged_unless_the_base_is_beside_them(guidance):
     model = randomize(inject_adapter(make_dit(), AdapterConfig(num_classes=3)))
     weight = model.transformer_blocks[0].attn1.to_q.weight
     settings = SamplerSettings(guidance=guidance, num_inference_steps=2)
@@ -527,7 +527,7 @@ def test_adapters_are_folded_in_unless_the_base_is_beside_them(guidance):
         return sample_latents(model, SCHEDULER.config, torch.tensor([0, 2]), image_generators(0, [0, 1]), settings)
 
     before, base = draw(), weight.clone()
-    with adapters_folded_in(model, settings):
+    with adapters_merged(model, settings):
         assert torch.equal(weight, base) == (guidance == "domain")
         torch.testing.assert_close(draw(), before, rtol=1e-4, atol=1e-4)
     assert torch.equal(weight, base) and torch.equal(draw(), before)

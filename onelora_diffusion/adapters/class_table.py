@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, Adapter
+from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
 CLASS_TABLE = "class_embedding"
 
 
-class ClassTable(Adapter):
+class ClassTable(LayerAdapter):
     """A trained class table: N + 1 rows, the null row last.
 
     The rows of new classes start as N(0, 0.02) (DiT's own initialisation). The null row starts as a copy of the base's

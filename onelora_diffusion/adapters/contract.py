@@ -10,7 +10,7 @@ from onelora_diffusion.adapters.weights import keeping_precision
 BESIDE_LINEAR, IN_PLACE, AS_CLASS_TABLE = "beside a linear layer", "in place of tensors", "as the class table"
 
 
-class Adapter(nn.Module):
+class LayerAdapter(nn.Module):
     """The part of an adapter that serves one layer of the base.
 
     A subclass sets `seat`. Beside a linear layer it defines `forward(x, out)`, the method's formula for the layer's
@@ -35,7 +35,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def summed(cls, group: list[tuple["Adapter", float]], names: list[str], path: str) -> dict[str, torch.Tensor]:
+    def summed(cls, group: list[tuple["LayerAdapter", float]], names: list[str], path: str) -> dict[str, torch.Tensor]:
         """The tensors of Σₖ wₖ · adapterₖ, by name as in `trained_tensors`.
 
         Raises:

@@ -27,8 +27,8 @@ class _GroupSums(torch.autograd.Function):
     def backward(ctx, grad_s):
         # ∂x = (∂s) G: feature i is in group i mod rank, so ∂s repeats along the features.
         rank = grad_s.shape[-1]
-        turns = -(-ctx.features // rank)
-        repeated = grad_s.to(ctx.dtype).unsqueeze(-2).expand(*grad_s.shape[:-1], turns, rank)
+        repeats = -(-ctx.features // rank)
+        repeated = grad_s.to(ctx.dtype).unsqueeze(-2).expand(*grad_s.shape[:-1], repeats, rank)
         return repeated.flatten(-2)[..., : ctx.features], None
 
 

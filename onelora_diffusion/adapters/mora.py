@@ -6,13 +6,13 @@ import math
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
 ROPE_BASE = 10000
 
 
-class MoraAdapter(Adapter):
+class MoraAdapter(LayerAdapter):
     """y = W0 x + bias + f_d(M f_c(x)) (MoRA, arXiv 2405.12130, equations 6 and 9; 1LoRA, table 1).
 
     M is (r̂, r̂) in fp32 and starts at 0. The input is padded with its own first features to n groups of r̂.
@@ -52,7 +52,7 @@ class MoraAdapter(Adapter):
         return weight + self.delta_weight(), bias
 
 
-def build_mora(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, Adapter]:
+def build_mora(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, LayerAdapter]:
     return {path: MoraAdapter(linear, kind=int(config.method[-1])) for path, linear in layers.items()}
 
 

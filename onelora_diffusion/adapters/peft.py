@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.base_layer import offload_group, weights_present, why_not_its_product
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
 TUNER_NAME = "default"  # the name of the one adapter in each of PEFT's layers
@@ -20,7 +20,7 @@ READING = "DoRA, or another tuner whose forward reads a layer's weight, serves a
 OTHER_METHODS = "serve adapters of another method there"
 
 
-class PeftAdapter(Adapter):
+class PeftAdapter(LayerAdapter):
     """One tuner layer of PEFT. The base layer stays in the model under its own name.
 
     The tuner gets a `BaseLinear` as its base layer, which returns the output that the base layer has already computed.

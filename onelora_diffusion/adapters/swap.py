@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.contract import IN_PLACE, Adapter
+from onelora_diffusion.adapters.contract import IN_PLACE, LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
 
-class SwapAdapter(Adapter):
+class SwapAdapter(LayerAdapter):
     """Trained fp32 copies of a module's own parameters, under their own names.
 
     Args:
@@ -50,6 +50,6 @@ class SwapAdapter(Adapter):
         raise ValueError("it trains norms")
 
 
-def build_copies(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, Adapter]:
+def build_copies(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, LayerAdapter]:
     copies = {}
     return {path: SwapAdapter(module, copies) for path, module in modules.items()}

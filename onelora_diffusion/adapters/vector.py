@@ -8,7 +8,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.base_layer import offload_group
 from onelora_diffusion.adapters.compressions import Compression, compression_of
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.functional import (
     add_outer_,
     add_outer_rows_,
@@ -113,7 +113,7 @@ class Vectors:
         )
 
 
-class VectorAdapter(Adapter):
+class VectorAdapter(LayerAdapter):
     """y = γ ⊙ (W0 x + bias + β + B (C x)); for one sum, B (C x) is b·Σᵢ xᵢ (1LoRA, equation 3 and table 1).
 
     It holds the parts that its settings ask for, in fp32. `b`, (out_features,) or (rank, out_features) for a rank
@@ -194,7 +194,7 @@ def plain_weight(linear: nn.Linear) -> torch.Tensor:
     return (rows if linear.bias is None else rows - linear.bias.float()).T
 
 
-def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, Adapter]:
+def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, LayerAdapter]:
     if not (config.sum or config.bias or config.scale):
         return {}
     compression = compression_of(config)

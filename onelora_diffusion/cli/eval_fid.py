@@ -46,7 +46,7 @@ from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sw
 from onelora_diffusion.files import check_writable
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
+from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images, progress_bar
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, AdapterFile
 
 
@@ -163,7 +163,7 @@ def draw_and_measure(plan: Plan, accelerator: Accelerator) -> tuple[dict[str, li
         with (
             disable_adapter(pipeline.transformer)
             if plan.adapter and of_base
-            else adapters_folded_in(pipeline.transformer, sampler),
+            else adapters_merged(pipeline.transformer, sampler),
             progress_bar(len(indices), name, disable=not accelerator.is_main_process) as progress,
         ):
             images = generate_images(

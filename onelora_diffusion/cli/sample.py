@@ -49,7 +49,7 @@ from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.sampling import (
     SamplerSettings,
-    adapters_folded_in,
+    adapters_merged,
     generate_images,
     progress_bar,
 )
@@ -295,7 +295,7 @@ class Source:
             settings = replace(settings, guidance=SamplerSettings.guidance)
             conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
         alone = disable_adapter(transformer) if of_base else None
-        with alone or (adapters_folded_in(transformer, settings) if family.folds_adapters else nullcontext()):
+        with alone or (adapters_merged(transformer, settings) if family.merges_adapters else nullcontext()):
             yield from generate_images(
                 self.pipeline,
                 conditions,

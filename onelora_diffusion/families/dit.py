@@ -14,7 +14,7 @@ class DiT(Family):
     targets = None  # the paper's set, which `target_layers` has
     takes_samplers = True
     images_at_once = 16  # enough to fill a GPU
-    folds_adapters = True
+    merges_adapters = True
 
     def shared_by_blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(dict.fromkeys(block.norm1.emb for block in transformer.transformer_blocks))

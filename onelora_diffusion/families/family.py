@@ -33,7 +33,7 @@ class Family:
         is_guided: whether images are guided from no condition, which then is trained as well.
         takes_samplers: whether samplers of `onelora_diffusion.sampling` stand in for the pipeline's own scheduler.
         images_at_once: how many images the networks run on at a time, if nothing else is asked for.
-        folds_adapters: whether adapters are folded into the base's weights while images are drawn, which keeps a copy
+        merges_adapters: whether adapters are merged into the base's weights while images are drawn, which keeps a copy
             of those in memory.
     """
 
@@ -46,7 +46,7 @@ class Family:
     is_guided: ClassVar[bool] = True
     takes_samplers: ClassVar[bool] = False
     images_at_once: ClassVar[int] = 1
-    folds_adapters: ClassVar[bool] = False
+    merges_adapters: ClassVar[bool] = False
 
     def check(self, pipeline) -> None:
         """ValueError for a pipeline of the family that is called in a way that is not known here."""

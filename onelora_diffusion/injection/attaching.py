@@ -1,4 +1,4 @@
-"""Build an adapter beside the model, check it, then attach it."""
+"""Build an adapter without changing the model, check it, and then attach it."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.swap import build_copies
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import first_line
@@ -27,25 +27,24 @@ from onelora_diffusion.injection.model_verbs import take_over
 logger = logging.getLogger(__name__)
 
 PREFIX = "transformer."
-MAX_UNSEEN_SIZE = 256  # of what is built by a file's settings without its shapes being known before
+MAX_UNSEEN_SIZE = 256  # largest size of anything that a file's settings build before its shapes are known
 
 
-@torch.inference_mode(False)  # tensors that are made inside of it cannot train outside
+@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def build_adapter(
     model: nn.Module, config: AdapterConfig, as_shapes: bool = False, own: set[str] | None = None
-) -> dict[str, Adapter]:
-    """The modules of a new adapter by the path of the layer each serves; the model is not touched.
+) -> dict[str, LayerAdapter]:
+    """Build the layer adapters of a new adapter, by the path of the layer that each adapts; the model is not changed.
 
     Args:
-        as_shapes: on the meta device, where tensors take no memory.
-        own: paths of what a file has tensors for: the layers of a vector adapter that names no targets, of those
-            that there are by now.
+        as_shapes: build on the meta device, where tensors take no memory.
+        own: paths for which a file has tensors. A vector adapter without targets adapts those of the model's layers.
     """
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
         raise ValueError(f"fuse_qkv goes with DiTTransformer2DModel, not with {type(model).__name__}")
     table = None if config.num_classes is None else _base_table(model, config)
-    # Trained tensors that are in the base's place are no start for a new adapter.
+    # A new adapter starts from the base's tensors, not from trained ones that replace them.
     with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
         layers = _layers_of(model, config)
         if own is not None and config.targets is None and config.recipe.parts:
@@ -64,7 +63,7 @@ def build_adapter(
 
 
 def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
-    """The table that `config` brings new classes for; a model's adapters bring theirs for one and the same."""
+    """The class table that `config` replaces; it is the same one for all adapters of a model."""
     path = class_table_paths(model, config.class_table)[0]
     seat = model._onelora.class_tables if hasattr(model, "_onelora") else None
     if seat is not None and path != seat.paths[0]:
@@ -73,7 +72,7 @@ def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
 
 
 def _layers_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The layers that the method of `config` serves, by path."""
+    """The layers that the method of `config` adapts, by path."""
     if config.recipe.is_whole:
         return full_layers(model, config)
     if config.recipe.parts and not (config.sum or config.bias or config.scale):
@@ -88,20 +87,20 @@ def attach_adapter(
     model: nn.Module,
     config: AdapterConfig,
     adapter_name: str,
-    adapter: dict[str, Adapter],
+    adapter: dict[str, LayerAdapter],
     is_to_train: bool = True,
 ) -> None:
-    """Attach the modules of `build_adapter`, and make them the only ones that are active.
+    """Attach the layer adapters of `build_adapter` as the only active adapter.
 
     Args:
-        is_to_train: they are the only ones that train, as well. Otherwise what trains stays as it was chosen.
+        is_to_train: make it the only adapter that trains, too. Otherwise the adapters that train stay the same.
     """
     is_first = not hasattr(model, "_onelora")
     if not hasattr(model, "_onelora"):
         model._onelora = AdapterBook(model)
         take_over(model)
     book = model._onelora
-    with book.turn:
+    with book.lock:
         book.activate({})
         if is_first or is_to_train:
             book.freeze()
@@ -111,8 +110,8 @@ def attach_adapter(
         book.activate({adapter_name: 1.0})
 
 
-def state_dict_of(adapter: dict[str, Adapter]) -> dict[str, nn.Parameter]:
-    """The trained tensors by their names in an adapter file; one that several layers share has the first's name."""
+def state_dict_of(adapter: dict[str, LayerAdapter]) -> dict[str, nn.Parameter]:
+    """The trained tensors by their names in an adapter file; a tensor that layers share is named by the first."""
     tensors = {f"{path}.{name}": p for path, module in adapter.items() for name, p in module.trained_tensors().items()}
     first = {id(parameter): name for name, parameter in reversed(tensors.items())}
     return {name: parameter for name, parameter in tensors.items() if first[id(parameter)] == name}
@@ -120,19 +119,19 @@ def state_dict_of(adapter: dict[str, Adapter]) -> dict[str, nn.Parameter]:
 
 def build_with_values(
     model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str
-) -> dict[str, Adapter]:
-    """The modules of a new adapter with these values in them, where the model's layers compute.
+) -> dict[str, LayerAdapter]:
+    """Build the layer adapters of a new adapter with given values, on the devices on which the model's layers compute.
 
     Args:
         values: the trained tensors by their names in an adapter file.
-        source: what errors call them.
+        source: the name of the values in errors.
 
     Raises:
-        ValueError: the settings build nothing, or a tensor is missing, fits nothing, or has another shape.
+        ValueError: the settings build no adapter, or a tensor is missing, unknown or of another shape.
     """
     adapter = build_for_values(model, config, values, source)
     device = _execution_device(model)
-    for module in adapter.values():  # under sequential offload the base is on the meta device between calls
+    for module in adapter.values():  # with sequential offloading the base is on the meta device between calls
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu")
         if device is not None:
@@ -147,8 +146,8 @@ def build_with_values(
 
 def build_for_values(
     model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str, as_shapes: bool = False
-) -> dict[str, Adapter] | None:
-    """`build_adapter` for given values; None for a tuner without shapes but by computing."""
+) -> dict[str, LayerAdapter] | None:
+    """`build_adapter` for given values; None for a tuner whose shapes are known only after computing."""
     try:
         return build_adapter(model, config, as_shapes, {name.split(".onelora_")[0] for name in values})
     except (NotImplementedError, RuntimeError) as error:
@@ -158,20 +157,20 @@ def build_for_values(
         raise ValueError(f"{source}: its settings build no adapter ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"{source}: {first_line(error)}") from error
-    except Exception as error:  # PEFT's tuners raise whatever they come upon
+    except Exception as error:  # PEFT's tuners may raise any error
         raise ValueError(
             f"{source}: its settings build no adapter ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
 def _execution_device(model: nn.Module) -> torch.device | None:
-    """Where accelerate brings each layer's weights for its forward, and the adapters stay; None if it does not."""
+    """The device to which accelerate loads offloaded weights, and where adapters stay; None without offloading."""
     hooks = (getattr(module, "_hf_hook", None) for _, module in base_modules(model))
     return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 def check_shapes(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor], source: str) -> None:
-    """ValueError for the first tensor that is missing, fits nothing, or has another shape."""
+    """ValueError for the first tensor that is missing, unknown or of another shape."""
     for name in sorted(set(own) | set(values)):
         if name not in values:
             raise ValueError(f"{source}: {PREFIX}{name} is missing; this base needs it with {_shape(own[name])}")

@@ -1,4 +1,4 @@
-"""Attention processors: one feature sum for q, k and v, which read the same input."""
+"""An attention processor that computes one feature sum for q, k and v, which have the same input."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from onelora_diffusion.injection.linear import has_foreign_hooks, makes_new_memo
 class OneLoRAAttnProcessor:
     """Self-attention of a DiT block whose q, k and v share one feature sum.
 
-    A plain callable that reads the vectors from the linear layers: diffusers drops the keyword arguments of a
-    processor that is a Module and counts its weights among the base's. Any other processor is right as well,
-    since the linear layers' own hooks then add the same terms, with a sum for each.
+    It is no Module, since diffusers drops the keyword arguments of processors that are Modules and counts their
+    weights among the base's; it reads the vectors from the linear layers. Results are the same with any other
+    processor, since the hooks of the linear layers then add the same terms, with one sum for each layer.
     """
 
     def __call__(
@@ -50,12 +50,12 @@ class OneLoRAAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
-# One for all layers, since it keeps nothing: older releases of torch.compile make another graph for another object.
+# All layers share one processor, which has no state: older releases of torch.compile make one graph per object.
 SHARED_SUMS = OneLoRAAttnProcessor()
 
 
 def _projected(linear, x, sums):
-    """The layer's output with its adapters, by its `forward` alone unless others have hooks here."""
+    """The layer's output with its adapters; its `forward` is called directly unless there are other hooks."""
     if not torch.compiler.is_compiling() and has_foreign_hooks(linear):
         return linear(x)
     return _with_adapters(linear, x, linear.forward(x), sums)
@@ -66,10 +66,10 @@ def _with_adapters(linear, x, out, sums):
 
 
 def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """`layers` with one layer, `to_qkv`, in the place of an attention's q, k and v; made here where it is not yet.
+    """Replace q, k and v of each attention in `layers` by one layer, `to_qkv`, which is created if it does not exist.
 
     Raises:
-        ValueError: only one or two of an attention's three are among the layers.
+        ValueError: the layers contain only one or two of the three layers of an attention.
     """
     fused = {}
     for path, linear in layers.items():
@@ -95,7 +95,7 @@ def _joined(attn: nn.Module) -> nn.Linear:
 
 
 def fuse_in_place(attn: nn.Module) -> None:
-    """Lay q, k and v into one matrix, of which the three stay views: no weight is held twice."""
+    """Join q, k and v into one matrix; the three weights become views of it, so that no memory is used twice."""
     if not hasattr(attn, "to_qkv"):
         attn.fuse_projections()
         attn.to_qkv.is_made_for_adapters = True
@@ -109,7 +109,7 @@ def fuse_in_place(attn: nn.Module) -> None:
 
 
 def is_fused_apart(model: nn.Module, path: str) -> bool:
-    """Whether a layer's attention computes with a fused copy of its weight, or it is such a copy."""
+    """Whether a layer is a fused copy, or its attention computes with a fused copy of its weight."""
     parent, _, name = path.rpartition(".")
     attn = model.get_submodule(parent)
     for copy, parts in copies_in_use(attn).items():

@@ -1,4 +1,4 @@
-"""What is attached to a model, and which of it serves."""
+"""The adapters that are attached to a model, and which of them are active."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
-from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, Adapter
+from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, LayerAdapter
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attention import is_fused_apart
@@ -24,72 +24,72 @@ from onelora_diffusion.injection.layers import (
     stock_modules,
 )
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
+from onelora_diffusion.injection.model_lock import ModelLock
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 from onelora_diffusion.injection.swapped import SwapSeat
-from onelora_diffusion.injection.turns import Turn
 from onelora_diffusion.injection.watch import Watch
 
 SERVING, PAUSED, MERGED = "serving", "paused", "merged"
 
 
 class AdapterBook:
-    """What is attached to a model: its adapters, the seats they have, and which of them serve.
+    """The adapters of a model, the seats at which they are attached, and which of them are active.
 
     Attributes:
         model: the base, whose attribute `_onelora` this is.
-        fingerprint: of the base, as it was before the first adapter.
-        adapters: name -> path of the served layer -> the adapter's module.
+        fingerprint: fingerprint of the base before the first adapter.
+        adapters: name -> path of the layer -> its layer adapter.
         configs: name -> the adapter's settings.
-        origins: name -> what its file said of it (`id2label`, `base`, `training`).
+        origins: name -> entries of its file's header (`id2label`, `base`, `training`).
         seats: (kind, path) -> the seat in the model.
-        state: `serving`; `paused`, while the base serves alone; `merged`, while the base's weights hold `folded`.
-        weights: name -> weight of the adapters that serve, or will again after a pause or a merge.
-        folded: name -> weight of the adapters that are merged into the base's weights.
-        chosen: names of the adapters that train, once somebody chose them; None: the newest trains.
-        verbs: what stands in the place of the model's own methods, by name.
-        watch: looks on at every forward.
-        parts: what a DiT has beside its layers.
-        open_route: which adapters serve which sample, inside of `routed`.
-        turn: taken by whoever changes or runs the model.
+        state: `serving`; `paused`, while the base computes alone; `merged`, while adapters are merged into the base.
+        weights: name -> weight of the active adapters; after a pause or a merge they are active again.
+        merged_weights: name -> weight of the adapters that are merged into the base's weights.
+        chosen: names of the adapters that train; None until they are chosen, while the newest one trains.
+        verbs: the methods that replace the model's own, by name.
+        watch: the hooks on every forward of the model.
+        parts: the parts that all adapters of a DiT share.
+        open_route: the route inside `routed`, which assigns adapters to samples.
+        lock: held by the thread that changes or runs the model.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.fingerprint = fingerprint(model)
-        self.adapters: dict[str, dict[str, Adapter]] = {}
+        self.adapters: dict[str, dict[str, LayerAdapter]] = {}
         self.configs: dict[str, AdapterConfig] = {}
         self.origins: dict[str, dict] = {}
         self.seats: dict[tuple[str, str], Seat] = {}
         self.state = SERVING
         self.weights: dict[str, Weight] = {}
-        self.folded: dict[str, Weight] = {}
+        self.merged_weights: dict[str, Weight] = {}
         self._state_before_merge = SERVING
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
-        self.turn = Turn()
+        self.lock = ModelLock()
         self.open_route: Route | None = None
         self.watch, self.parts = Watch(self), DiTParts(model)
         if self.parts.conditioning is not None:
             self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.parts.conditioning.table_seat
 
     # -----------------------------------------------------------------------------------------------
-    # Questions and guards
+    # Queries and checks
 
     @property
     def class_tables(self) -> TableSeat | None:
-        """The seat of class tables, if the model has one."""
+        """The seat of the class tables, or None."""
         return self.seats.get((AS_CLASS_TABLE, CLASS_TABLE))
 
     @property
     def serving(self) -> dict[str, Weight]:
-        """name -> weight of the adapters that serve now, unmerged."""
+        """name -> weight of the adapters that are active now and not merged."""
         return self.weights if self.state == SERVING else {}
 
     @property
     def merged(self) -> dict[str, Weight] | None:
-        """name -> weight of the adapters that the base's weights hold, or None."""
-        return self.folded if self.state == MERGED else None
+        """name -> weight of the merged adapters, or None if none are merged."""
+        return self.merged_weights if self.state == MERGED else None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class AdapterBook:
         return adapter_name
 
     def choose(self, adapter_name: str | None) -> str:
-        """The name of a present adapter; of None the one that is active, or the only one there is."""
+        """Check an adapter's name and return it; None stands for the active adapter, or the only one."""
         if adapter_name is not None:
             return self.check_present(adapter_name)
         names = list(self.merged or self.serving or self.adapters)
@@ -113,9 +113,9 @@ class AdapterBook:
         return names[0]
 
     def choose_all(self, adapter_names: str | Iterable[str] | None) -> list[str]:
-        """The names of present adapters, of which one may be given alone; of None that which `choose` takes.
+        """Check one or several adapter names and return them as a list; None is resolved as by `choose`.
 
-        A name that is given twice counts once.
+        A repeated name is returned once.
         """
         if adapter_names is None or isinstance(adapter_names, str):
             return [self.choose(adapter_names)]
@@ -124,11 +124,11 @@ class AdapterBook:
     def weighed(
         self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None
     ) -> dict[str, Weight]:
-        """name -> weight, of names as `choose_all` takes them and one weight for all or one for each.
+        """Assign weights to names: (names as for `choose_all`, one weight for all or one for each) -> name -> weight.
 
         Raises:
-            ValueError: an unknown name, a weight that `check_weight` refuses, as many weights as there are not names,
-                or a name given twice with a weight for each time.
+            ValueError: a name is unknown, `check_weight` refuses a weight, the numbers of names and weights differ, or
+                a name is given twice with two weights.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         given = self.choose_all(None) if names is None else [self.check_present(name) for name in names]
@@ -141,7 +141,7 @@ class AdapterBook:
         return {name: self.check_weight(weight, name) for name, weight in zip(given, weights, strict=True)}
 
     def check_weight(self, weight: Weight, adapter_name: str) -> Weight:
-        """A weight to give to `activate`; refuses what is no finite number and blocks that do not exist."""
+        """Return a weight for `activate`; ValueError if it is not finite or names a block that does not exist."""
         if isinstance(weight, dict):
             for block in weight:
                 if not any(weight_at({block: 0.0}, path) == 0 for path in self.adapters[adapter_name]):
@@ -154,17 +154,17 @@ class AdapterBook:
         return float(weight)
 
     def require_unmerged(self, action: str) -> None:
-        """The one guard of the state: what cannot be done while adapters are merged into the base."""
+        """ValueError while adapters are merged into the base; `action` is what cannot be done."""
         if self.state == MERGED:
             raise ValueError(
-                f"adapters {', '.join(self.folded)} are merged: unmerge them before {action} (unmerge_adapter of a "
-                "model, unfuse_lora of a pipeline)"
+                f"adapters {', '.join(self.merged_weights)} are merged: unmerge them before {action} (unmerge_adapter "
+                "of a model, unfuse_lora of a pipeline)"
             )
 
     # -----------------------------------------------------------------------------------------------
     # Add and remove
 
-    def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, Adapter]) -> None:
+    def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, LayerAdapter]) -> None:
         if config.fuse_qkv:
             self.parts.fuse()
         before = len(self.seats)
@@ -195,8 +195,8 @@ class AdapterBook:
         self.weights = {name: weight for name, weight in self.weights.items() if name != adapter_name}
 
     def unload(self, adapter_names: Sequence[str]) -> None:
-        """Remove these adapters, after unmerging; without the last the model is the plain base, bit for bit."""
-        with self.turn:
+        """Unmerge, and remove these adapters; after the last one the model is the plain base again, bit for bit."""
+        with self.lock:
             if self.merged is not None:
                 self.unmerge()
             if self.serving:
@@ -222,22 +222,22 @@ class AdapterBook:
         return self.seats[kind, path]
 
     def train(self, adapter_names: Iterable[str]) -> None:
-        """Let these adapters train, and no others, until this is called again."""
+        """Make these adapters, and no others, trainable."""
         self.chosen = tuple(adapter_names)
         self._let_train(self.adapters)
 
     def _let_train(self, adapter_names: Iterable[str]) -> None:
-        """Tell the trained tensors of these adapters whether they are to have gradients."""
+        """Set which trained tensors require gradients: those of these adapters."""
         for name in adapter_names:
             for module in self.adapters[name].values():
                 for parameter in module.trained_tensors().values():
                     parameter.requires_grad_(name in self.trained)
 
     def freeze(self) -> None:
-        """Nothing requires gradients any more: no tensor of the base in its place, and none of an adapter."""
+        """Let no tensor of the base or of an adapter require gradients."""
         adapters = (module for adapter in self.adapters.values() for module in adapter.values())
         for module in itertools.chain([self.model], adapters):
-            # Thousands of adapters may be there, most of whose modules are no more than vectors.
+            # There may be thousands of adapters, so that walking over all their modules would be slow.
             parts = (part for _, part in base_modules(module)) if module._modules else (module,)
             for part in parts:
                 for parameter in part._parameters.values():
@@ -245,25 +245,25 @@ class AdapterBook:
                         parameter.requires_grad_(False)
 
     def restore(self) -> None:
-        """Put back all that `attach` replaced for every adapter together."""
+        """Put back the parts of the base that `attach` replaced for all adapters together."""
         if self.parts.conditioning is None and self.class_tables is not None:
             self.class_tables.leave()
         self._step_aside()
         self.parts.restore()
 
     # -----------------------------------------------------------------------------------------------
-    # Which of them serve
+    # Activate
 
     def serve(
         self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None = None
     ) -> None:
-        """Let the named adapters serve, as `weighed` reads them."""
-        with self.turn:
+        """Activate adapters; arguments are as for `weighed`."""
+        with self.lock:
             self.require_unmerged("others are set")
             self.activate(self.weighed(adapter_names, weights))
 
     def activate(self, weights: dict[str, Weight]) -> None:
-        """Let these adapters serve, and no others."""
+        """Activate these adapters with these weights, and no others."""
         self.parts.check_together(self.seats, weights)
         self._activate_seats(weights)
         self.weights, self.state = weights, SERVING
@@ -273,7 +273,7 @@ class AdapterBook:
             seat.activate({name: weight_at(weight, path) for name, weight in weights.items()})
 
     def pause(self) -> None:
-        """Let the base serve alone, until `resume` or the next `activate`."""
+        """Let the base compute alone until `resume` or the next `activate`."""
         self._activate_seats({})
         self.state = PAUSED
 
@@ -285,54 +285,55 @@ class AdapterBook:
     # Merge
 
     def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
-        """Fold these adapters into the base's weights; those that serve now do so again after `unmerge`.
+        """Merge these adapters into the base's weights; those that are active now are active again after `unmerge`.
 
         Raises:
-            ValueError: a layer cannot take them in, or would become NaN or infinite. Nothing is changed then.
+            ValueError: an adapter cannot be merged into a layer, or a weight would become NaN or infinite. Nothing is
+                changed then.
         """
         before, state = self.weights, self.state
         self.activate(weights)
         done = []
         try:
-            self._check_foldable()
-            for seat in self._in_order_of_folding():
-                seat.fold(check_finite)
+            self._check_mergeable()
+            for seat in self._in_merge_order():
+                seat.merge(check_finite)
                 done.append(seat)
         except ValueError as error:
             for seat in reversed(done):
-                seat.unfold()
+                seat.unmerge()
             self.activate(before)
             if state == PAUSED:
                 self.pause()
             raise ValueError(f"{error}: nothing was merged") from None
         self._step_aside()
         self.watch.refuse_scales()
-        self.weights, self.folded, self.state, self._state_before_merge = before, dict(weights), MERGED, state
+        self.weights, self.merged_weights, self.state, self._state_before_merge = before, dict(weights), MERGED, state
 
     def unmerge(self) -> None:
-        """Restore the base's weights bit for bit, and who served before the merge."""
-        for seat in reversed(self._in_order_of_folding()):
-            seat.unfold()
+        """Restore the base's weights bit for bit, and activate the adapters that were active before the merge."""
+        for seat in reversed(self._in_merge_order()):
+            seat.unmerge()
         self._step_aside()
         self._take_part()
-        self.folded = {}
+        self.merged_weights = {}
         self.activate(self.weights)
         if self._state_before_merge == PAUSED:
             self.pause()
 
-    def _in_order_of_folding(self) -> list:
-        """First what takes the place of tensors, then a fused q, k, v, and last the three that are its parts."""
+    def _in_merge_order(self) -> list:
+        """The seats in the order of merging: replaced tensors first, then fused q, k, v, then the separate three."""
         order = sorted(self.seats, key=lambda seat: (seat[0] != IN_PLACE, not seat[1].endswith(".to_qkv")))
         return [self.seats[key] for key in order]
 
-    def _check_foldable(self) -> None:
+    def _check_mergeable(self) -> None:
         users: dict[tuple, list[str]] = {}
         for path, module in base_modules(self.model):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     users.setdefault(memory_of(parameter), []).append(path)
         for (_, path), seat in self.seats.items():
-            if reason := seat.why_not_foldable(users):
+            if reason := seat.why_not_mergeable(users):
                 raise ValueError(f"{path} {reason}")
             if is_fused_apart(self.model, path):
                 raise ValueError(f"{path} was copied into a fused projection: unfuse_qkv_projections() first")
@@ -342,12 +343,12 @@ class AdapterBook:
 
     @contextlib.contextmanager
     def routed(self, route: Route):
-        """Context manager: inside, the route says which adapters serve which sample."""
+        """Context manager in which the route assigns adapters to samples."""
         state, weights, outer = self.state, self.weights, self.open_route
         try:
             for seat in self.seats.values():
                 seat.route(route)
-            self._activate_seats({})  # takes trained norms, which the batch would share, out of their places
+            self._activate_seats({})  # deactivates trained norms, which all samples of the batch would share
             self.open_route = route
             yield
         finally:
@@ -361,17 +362,17 @@ class AdapterBook:
     # Every forward
 
     def _take_part(self) -> None:
-        """Be asked before and after every forward of the model, and serve a DiT's attention."""
+        """Install the hooks on the model's forward, and the shared sums of a DiT's attentions."""
         self.watch.start()
         self.parts.share_sums()
 
     def _step_aside(self) -> None:
-        """Leave the model's forward to its own operators."""
+        """Remove the hooks, so that the model runs its own operators alone."""
         self.watch.stop()
         self.parts.stop_sharing_sums()
 
     def scale(self, scale: float) -> dict[str, Weight]:
-        """Let the adapters that serve weigh `scale` times what they do, and return that; nothing while paused."""
+        """Multiply the weights of the active adapters by `scale`, and return them; none while paused."""
         self.require_unmerged(f"they are scaled by {scale}")
         if getattr(self.model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -390,7 +391,7 @@ class AdapterBook:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of what `torch.compile` or data parallelism wraps it in, whose names no key shall have."""
+    """The model without the wrappers of `torch.compile` and data parallelism, whose names must not be in keys."""
     if not isinstance(model, nn.Module):
         parts = [name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)]
         hint = f": give its {parts[0]}, as in pipe.{parts[0]}" if parts else ""
@@ -423,9 +424,9 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module):
-    """Context manager: inside, the model computes what its base computes."""
+    """Context manager in which the base computes alone."""
     book = adapters_of(model)
-    with book.turn:
+    with book.lock:
         book.require_unmerged("the base is reached")
         state = book.state
         book.pause()
@@ -437,9 +438,9 @@ def disable_adapter(model: nn.Module):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and shapes of the base's weights: which bases an adapter fits.
+    """SHA-256 of the names and shapes of the base's weights, which tells whether an adapter fits a base.
 
-    A linear layer counts by its features, however a quantisation packs its weight. An IP-Adapter is no part of it.
+    For a linear layer its features count, so that quantisation changes nothing. An IP-Adapter is left out.
     """
     lines, added = [], added_paths(model)
     for path, module in stock_modules(model):

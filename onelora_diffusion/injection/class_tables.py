@@ -1,4 +1,4 @@
-"""The seat of class tables: new classes in the place of the base's, wherever a model keeps them."""
+"""The seat of class tables: tables of new classes replace the base's class table."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.weights import weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.linear import why_not_writable
@@ -17,12 +17,12 @@ from onelora_diffusion.injection.seat import Seat
 class TableSeat(Seat):
     """The named class tables of a model's adapters, the child `onelora` of the base's table.
 
-    The one called `active` serves; while a route is open, it decides sample by sample. Any label past a table's
-    classes is its null row, the base's too. Where a module around the table drops labels by itself, as Meta's
-    `LabelEmbedder` does, its `num_classes`, which stands for no class there, is that of the table that serves.
+    The table named `active` is used, or inside a route each sample's own. Labels past the classes of a table, the
+    base's too, select its null row. If a module around the table drops labels by itself, as Meta's `LabelEmbedder`
+    does, its `num_classes`, which is its null label, is set to that of the active table.
 
     Args:
-        model: whose base table is at `paths`: one, or the copies in all blocks of a DiT.
+        model: the model. Its base table is at `paths`: one path, or those of the copies in all blocks of a DiT.
     """
 
     def __init__(self, model: nn.Module, paths: list[str]):
@@ -34,7 +34,7 @@ class TableSeat(Seat):
         self.layer = bases[0]
         self.num_rows = bases[0].num_embeddings
         self.active: str | None = None
-        self._table: Adapter | None = None  # the same without its name, which compiled code would take for unchanging
+        self._table: LayerAdapter | None = None  # the active table; compiled code would treat its name as a constant
         self.open_route: _TableRoute | None = None
         self.originals: list[nn.Parameter] | None = None
         self.labels: torch.Tensor | None = None
@@ -45,31 +45,31 @@ class TableSeat(Seat):
         self.hook()
 
     # -----------------------------------------------------------------------------------------------
-    # Serve
+    # Look labels up
 
     @property
     def places(self) -> list[str]:
         return self.paths
 
     def begin(self, labels: torch.Tensor) -> torch.Tensor:
-        """(batch,) labels -> those that the base's table has a row for."""
+        """Map labels (batch,) to labels for which the base's table has a row."""
         self.labels = labels
         return labels.clamp(max=self.bases[0].num_embeddings - 1)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The base's (batch, width) rows of the labels that began -> those of the tables that serve."""
+        """Replace the base's rows (batch, width) of the labels given to `begin` by those of the active tables."""
         labels, self.labels = self.labels, None
         if self._is_replica:
             self._look_up_table()
         if self.open_route is not None:
             return self.open_route(labels, rows).to(rows.dtype)
-        if self._table is None or self.originals is not None:  # the rows are the base's, or merged ones
+        if self._table is None or self.originals is not None:  # the base's table is active, or contains merged rows
             return rows
         table = self._table().to(labels.device)
         return nn.functional.embedding(labels.clamp(max=len(table) - 1), table).to(rows.dtype)
 
     def active_table(self) -> torch.Tensor | None:
-        """(num_classes + 1, width) of the adapter that serves, or None while the base's does."""
+        """The active adapter's table (num_classes + 1, width), or None if the base's is used."""
         return None if self.active is None else self[self.active].weight
 
     def hook(self) -> None:
@@ -88,7 +88,7 @@ class TableSeat(Seat):
             owner.num_classes = num_classes
 
     def _recount(self) -> None:
-        """Let the label of no class, for whoever drops labels, be past the classes of every table that serves."""
+        """Set the null label of modules that drop labels past the classes of all active tables."""
         if self.open_route is None:
             num_rows = self.num_rows if self.active is None else len(self[self.active].weight)
         else:
@@ -97,11 +97,11 @@ class TableSeat(Seat):
             owner.num_classes = num_classes + num_rows - self.num_rows
 
     # -----------------------------------------------------------------------------------------------
-    # What every seat answers
+    # The methods of every seat
 
     @property
     def is_empty(self) -> bool:
-        return False  # labels past the base's classes stay its null row
+        return False  # the seat stays: labels past the base's classes select its null row
 
     def activate(self, weights: dict[str, float]) -> None:
         self.active = serving_table(self, weights)
@@ -111,11 +111,11 @@ class TableSeat(Seat):
     def _look_up_table(self) -> None:
         self._table = None if self.active is None else self._modules[self.active]
 
-    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
+    def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         return None if self.active is None else why_not_writable(self.bases[0])
 
-    def fold(self, check: bool) -> None:
-        """Put the table that serves in the base's place, its null row in all rows past its classes."""
+    def merge(self, check: bool) -> None:
+        """Write the active table into the base's, with its null row in all rows past its classes."""
         if self.active is None:
             return
         self.originals = [base.weight for base in self.bases]
@@ -124,10 +124,10 @@ class TableSeat(Seat):
         merged = nn.Parameter(table.to(self.originals[0].dtype), requires_grad=False)
         for base in self.bases:
             base.weight, base.num_embeddings = merged, len(table)
-        if not anything_is_compiled():  # which would not see it come back
+        if not anything_is_compiled():  # compiled code would not notice that the hook returns
             self.unhook()
 
-    def unfold(self) -> None:
+    def unmerge(self) -> None:
         if self.originals is None:
             return
         for base, original in zip(self.bases, self.originals, strict=True):
@@ -140,24 +140,24 @@ class TableSeat(Seat):
         self._recount()
 
     def _apply(self, fn, recurse=True):
-        for original in self.originals or ():  # no children of the model while another table is in their place
+        for original in self.originals or ():  # they are not registered in the model while replaced
             original.data = fn(original.data)
         return super()._apply(fn, recurse)
 
 
 def begin_lookup(table: nn.Embedding, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a base's class table."""
+    """Forward pre-hook of the base's class table."""
     labels = args[0] if args else kwargs["input"]
     return (table.onelora.begin(labels),), {}
 
 
 def end_lookup(table: nn.Embedding, args: tuple, rows: torch.Tensor) -> torch.Tensor:
-    """Forward hook of a base's class table."""
+    """Forward hook of the base's class table."""
     return table.onelora(rows)
 
 
 class _TableRoute:
-    """The rows of a batch's labels, each from the class table of its sample's adapter."""
+    """Looks up each label of a batch in the class table of its sample's adapter."""
 
     def __init__(self, tables: nn.ModuleDict, route: Route):
         self.route = route
@@ -172,7 +172,7 @@ class _TableRoute:
         self.kept = torch.cat([table.detach() for table in self.tables]) if self.tables else None
 
     def __call__(self, labels: torch.Tensor, base_rows: torch.Tensor) -> torch.Tensor:
-        """(batch,) labels and their (batch, width) rows in the base's table -> (batch, width)."""
+        """The rows (batch, width) of labels (batch,), given their rows in the base's table."""
         if not self.tables:
             return base_rows
         if len(labels) != len(self.route.batch):

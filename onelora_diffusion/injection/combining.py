@@ -1,4 +1,4 @@
-"""Sums of adapters that are adapters themselves."""
+"""Combine adapters into their weighted sum, which is an adapter itself."""
 
 from collections.abc import Sequence
 
@@ -21,17 +21,16 @@ def combine_adapters(
 
         b = Σₖ wₖ bₖ,  β = Σₖ wₖ βₖ,  γ = 1 + Σₖ wₖ (γₖ − 1)
 
-    The compression is fixed, so the sum is exact: interpolation is [1 − t, t], negation [−1]. Class tables are
-    no offsets to the base: one alone is taken as it is, and several of the same classes need weights that sum
-    to 1.
+    The compression is fixed, so the sum is exact: interpolation is [1 − t, t], negation [−1]. A single class table is
+    taken as it is; several tables must have the same classes and are averaged, so their weights must sum to 1.
 
     Args:
-        adapter_names: adapters of the vector family.
+        adapter_names: adapters of the vector methods.
         weights: one for each, as in `set_adapters`.
         adapter_name: a new name.
 
     Raises:
-        ValueError: an unknown name, or adapters whose sum is no adapter. The model is left as it was.
+        ValueError: a name is unknown, or the sum is no adapter. The model is not changed then.
     """
     check_name(model, adapter_name)
     book = adapters_of(model)
@@ -45,7 +44,7 @@ def combine_adapters(
         total = type(group[0][0]).summed(group, names, path)
         tensors |= {f"{path}.{part}": tensor for part, tensor in total.items()}
     config = _config_of_sum(book.model, book, mixture)
-    for path in target_layers(book.model, config.targets):  # a part that some of them train is a part of every layer
+    for path in target_layers(book.model, config.targets):  # a part that one of them trains is added at every layer
         features = book.model.get_submodule(path).out_features
         neutral = {
             "b": torch.zeros(features if config.rank == 1 else (config.rank, features)) if config.sum else None,

@@ -1,4 +1,4 @@
-"""Code that was compiled before hooks came or went: torch.compile takes those of a module for unchanging."""
+"""Recompile after hooks were added or removed, since torch.compile assumes that a module's hooks do not change."""
 
 import sys
 
@@ -12,6 +12,6 @@ def anything_is_compiled() -> bool:
 
 
 def forget_compiled() -> None:
-    """Let whatever is compiled be compiled again when it runs next, from modules as they are then."""
+    """Discard all compiled code, which is compiled again when it runs next."""
     if anything_is_compiled():
         torch._dynamo.reset_code_caches()

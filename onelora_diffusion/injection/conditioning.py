@@ -1,4 +1,4 @@
-"""One timestep and class embedding for all blocks of a DiT."""
+"""Compute the timestep and class embedding once for all blocks of a DiT."""
 
 import copy
 import logging
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class LabelsAsGiven(nn.Module):
     """A DiT's class embedder that, unlike diffusers' `LabelEmbedding`, never drops labels by itself.
 
-    A DiT has one copy in every block, and each would draw its own. The training step drops a sample's label once for
-    all of them.
+    A DiT has a copy in every block, each of which would drop other labels. The training step drops a sample's label
+    for all blocks instead.
     """
 
     def __init__(self, base: nn.Module):
@@ -24,15 +24,15 @@ class LabelsAsGiven(nn.Module):
         self.embedding_table = base.embedding_table
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """(batch,) labels -> (batch, width), in the base's dtype."""
+        """The embeddings (batch, width) of labels (batch,), in the base's dtype."""
         return self.embedding_table(labels)
 
 
 class SharedConditioning(nn.Module):
     """The timestep and class embedding c(t, y) of all blocks, computed once per forward.
 
-    Takes the place of the equal copies in every block under their own names. `compute_once` hands the result
-    to the blocks in the place of the timestep, so that a checkpointed block is given it like any other input.
+    It replaces the equal copies in all blocks, under their names. `compute_once` passes the result to the blocks
+    instead of the timestep, so that it is an ordinary input of a checkpointed block.
     """
 
     def __init__(self, base: nn.Module):
@@ -44,7 +44,7 @@ class SharedConditioning(nn.Module):
     def forward(
         self, timestep: torch.Tensor, class_labels: torch.Tensor, hidden_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """(batch,) timesteps and (batch,) labels -> (batch, width); (batch, width) is returned as it is."""
+        """The embedding (batch, width) of timesteps and labels (batch,); an embedding is returned unchanged."""
         if timestep.ndim == 2:
             return timestep
         frequencies = self.time_proj(timestep).to(hidden_dtype)
@@ -61,15 +61,15 @@ def compute_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
 
 
 def name_repeated_blocks(transformer: nn.Module) -> None:
-    """What diffusers' `compile_repeated_blocks` compiles, which its other transformers name and its DiT does not."""
+    """Set the list of blocks for diffusers' `compile_repeated_blocks`, which its DiT lacks."""
     transformer._repeated_blocks = sorted({type(block).__name__ for block in transformer.transformer_blocks})
 
 
 class DiTConditioning:
     """Shared conditioning of a DiT, with the seat of its adapters' class tables.
 
-    Where the blocks' copies differ, as in a randomly initialised DiT, or are packed by a quantisation, every block
-    keeps its own timestep embedder and base table; the adapters' tables are shared all the same.
+    If the copies in the blocks differ, as in a randomly initialised DiT, or are quantised, every block keeps its own
+    timestep embedder and base table. The adapters' class tables are shared in any case.
     """
 
     def __init__(self, transformer: nn.Module):
@@ -80,19 +80,19 @@ class DiTConditioning:
         self.table_seat: TableSeat
 
     def other_places(self, path: str) -> list[str]:
-        """Where the other blocks have the layer at this path of the first, which they share."""
+        """The paths in the other blocks of the shared layer that has this path in the first block."""
         first = "transformer_blocks.0.norm1.emb."
         if not self.is_shared or not path.startswith(first):
             return []
         return [first.replace("0", str(index)) + path.removeprefix(first) for index in range(1, len(self.norms))]
 
     def install(self) -> "DiTConditioning":
-        """Put it into the model."""
+        """Replace the blocks' embeddings in the model."""
         name_repeated_blocks(self.transformer)
         self.stock = [norm.emb for norm in self.norms]
         if equal_copies(self.stock):
             if not any(parameter.is_meta for parameter in self.stock[-1].parameters()):
-                del self.stock[1:]  # offloaded, they take no memory
+                del self.stock[1:]  # offloaded copies take no memory
             shared = SharedConditioning(self.stock[0]).train(self.stock[0].training)
             for norm in self.norms:
                 norm.emb = shared
@@ -111,10 +111,10 @@ class DiTConditioning:
         return self
 
     def restore(self) -> None:
-        """Give every block its own stock embedding again; the copies are equal to what they were."""
+        """Give every block its own embedding again, equal to its original one."""
         self.table_seat.leave()
         if self.is_shared:
-            # What was packed or offloaded since then cannot be copied: the blocks go on sharing it.
+            # An embedding that was quantised or offloaded since cannot be copied, so the blocks go on sharing it.
             stays = is_packed(self.stock[0]) or any(hasattr(part, "_hf_hook") for part in self.stock[0].modules())
             another = (lambda stock: stock) if stays else copy.deepcopy
             others = self.stock[1:] or [another(self.stock[0]) for _ in self.norms[1:]]

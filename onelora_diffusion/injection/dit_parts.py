@@ -1,4 +1,4 @@
-"""What all adapters of a DiT share: one conditioning for all blocks, and one sum, or one matrix, for q, k and v."""
+"""The parts that all adapters of a DiT share: one conditioning for all blocks, one sum or matrix for q, k and v."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,10 +12,10 @@ from onelora_diffusion.injection.seat import Seat
 
 
 class DiTParts:
-    """The parts of a DiT that all its adapters share; nothing on any other model.
+    """The parts of a DiT that all its adapters share; other models have none.
 
     Attributes:
-        conditioning: the one timestep and class embedding; None on other models.
+        conditioning: the shared timestep and class embedding; None on other models.
     """
 
     def __init__(self, model: nn.Module):
@@ -24,19 +24,19 @@ class DiTParts:
         self._stock_processors: dict[str, object] = {}
 
     def attentions(self) -> dict[str, nn.Module]:
-        """By path."""
+        """The self-attentions by path."""
         if self.conditioning is None:
             return {}
         blocks = enumerate(self.model.transformer_blocks)
         return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
 
     def fuse(self) -> None:
-        """Let q, k and v be one matrix product."""
+        """Compute q, k and v by one matrix product."""
         for attn in self.attentions().values():
             fuse_in_place(attn)
 
     def share_sums(self) -> None:
-        """Let q, k and v share one feature sum."""
+        """Compute one feature sum for q, k and v."""
         for path, attn in self.attentions().items():
             if path not in self._stock_processors:
                 self._stock_processors[path] = attn.processor
@@ -48,7 +48,7 @@ class DiTParts:
             self.model.get_submodule(path).set_processor(processor)
 
     def check_together(self, seats: Mapping[tuple[str, str], Seat], names: Iterable[str]) -> None:
-        """Let q, k and v be one product or three, as these adapters need; ValueError if they need both."""
+        """Compute q, k and v by one product or three, as these adapters need; ValueError if they need both."""
         for attn_path, attn in self.attentions().items():
             own = {name for name in names if name in seats.get((IN_PLACE, f"{attn_path}.to_q"), ())}
             fused = {name for name in names if name in seats.get((BESIDE_LINEAR, f"{attn_path}.to_qkv"), ())}
@@ -56,14 +56,14 @@ class DiTParts:
                 raise ValueError(
                     f"'{own.pop()}' trains q, k and v, which '{fused.pop()}' adapts as one: they cannot serve together"
                 )
-            if hasattr(attn, "to_qkv"):  # it holds the base's q, k and v, whatever is in their place
+            if hasattr(attn, "to_qkv"):  # to_qkv computes with the base's q, k and v, also if these are replaced
                 attn.fused_projections = not own
 
     def restore(self) -> None:
-        """Put back all that was replaced."""
+        """Put back everything that was replaced."""
         if self.conditioning is not None:
             self.conditioning.restore()
         for attn in self.attentions().values():
-            if "to_qkv" in attn._modules and is_made_here(attn.to_qkv):  # q, k and v keep it alive as its views
+            if "to_qkv" in attn._modules and is_made_here(attn.to_qkv):  # q, k and v are views of its weight
                 del attn.to_qkv
                 attn.fused_projections = False

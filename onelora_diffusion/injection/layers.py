@@ -1,4 +1,4 @@
-"""Which layers an adapter serves."""
+"""Select the layers that an adapter adapts."""
 
 import fnmatch
 import logging
@@ -26,27 +26,27 @@ OUTPUT_HEADS = (
 
 
 def is_dit(model: nn.Module) -> bool:
-    """Whether this is diffusers' DiT, told without importing diffusers."""
+    """Whether this is diffusers' DiT; diffusers is not imported."""
     return any(cls.__name__ == "DiTTransformer2DModel" for cls in type(model).__mro__)
 
 
 def is_modulated(model: nn.Module) -> bool:
-    """Whether this is built as Meta's DiT, and SiT, REPA, LightningDiT, DDT and RAE after it.
+    """Whether this model is built like Meta's DiT, as SiT, REPA, LightningDiT, DDT and RAE are.
 
-    Told by the names all of them have: `blocks` and a `final_layer`, each with an `adaLN_modulation`.
+    It is recognised by names that all of them have: `blocks` and a `final_layer`, each with an `adaLN_modulation`.
     """
     places = [path.split(".") for path, _ in base_modules(model) if path.endswith(".adaLN_modulation")]
     return all(any(part in place for place in places) for part in ("blocks", "final_layer"))
 
 
 def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
-    """Where a model has its table of classes, whose last row stands for none: in a DiT, one in each block.
+    """The paths of a model's class table, whose last row is the null row; a DiT has one table in each block.
 
     Args:
-        name: of the table, or the last components of its path; None: `embedding_table`, as in Meta's `y_embedder`.
+        name: the table's path, or its last components; None takes `embedding_table`, as in Meta's `y_embedder`.
 
     Raises:
-        ValueError: there is none, or another than the one that is meant, or it has no row for no class.
+        ValueError: there is no such table, or it has no null row.
     """
     kind = type(model).__name__
     tables = {path: m for path, m in base_modules(model, remove_duplicate=False) if isinstance(m, nn.Embedding)}
@@ -66,7 +66,7 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
 
 
 def added_paths(model: nn.Module) -> set[str]:
-    """What diffusers puts into a model beside the base's own modules: an IP-Adapter's, which comes and goes."""
+    """The paths of modules that diffusers adds to a base and removes again, those of an IP-Adapter."""
     tops = [path for path, module in base_modules(model) if "IPAdapter" in type(module).__name__]
     return (
         {p for p, _ in base_modules(model) if any(p == top or p.startswith(f"{top}.") for top in tops)}
@@ -76,11 +76,12 @@ def added_paths(model: nn.Module) -> set[str]:
 
 
 def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
-    """The linear layers that an adapter serves, by path.
+    """The linear layers to adapt, by path.
 
-    `targets=None` on a DiT, diffusers' or one in its authors' code, is the paper's set, found from its parameter
-    counts: per block adaLN, q, k, v, attention output and both MLP linears, and both output linears; the timestep
-    embedder is left out. Elsewhere it is every linear but the output head, and an IP-Adapter's.
+    `targets=None` on a DiT, in diffusers' or its authors' code, takes the paper's set, which follows from its
+    parameter counts: adaLN, q, k, v, attention output and both MLP linears of each block, and both output linears,
+    without the timestep embedder. On other models it takes every linear layer but the output head and those of an
+    IP-Adapter.
     """
     unused = unused_layers(model)
     linears = {path: m for path, m in outer_modules(model) if is_linear(m) and not (is_dit(model) and path in unused)}
@@ -114,7 +115,7 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
 
 
 def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """`layers` with the first only of a DiT's timestep and class embeddings, where it will serve all blocks."""
+    """`layers` with only the first timestep and class embedding of a DiT, if all blocks will share it."""
     copies = {path for path in layers if ".norm1.emb." in path and not path.startswith("transformer_blocks.0.")}
     if not copies or not is_dit(model) or not equal_copies([block.norm1.emb for block in model.transformer_blocks]):
         return layers
@@ -122,7 +123,7 @@ def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without adapters, however many there are, and without what was made for them."""
+    """`model.named_modules()` without adapters and the modules made for them; the number of adapters costs no time."""
     seen = set()
 
     def walk(module, path):
@@ -138,12 +139,12 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
 
 
 def is_made_here(module: nn.Module) -> bool:
-    """Whether a module is none of the base's, but the one for q, k and v that adapters asked for."""
+    """Whether a module is the fused q, k, v layer that was made for adapters, and not part of the base."""
     return module.__dict__.get("is_made_for_adapters", False)
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`base_modules`, but of PEFT's layers that are there already themselves alone, and not what they consist of."""
+    """`base_modules` without the modules inside layers of PEFT."""
     tuned = ""
     for path, module in base_modules(model):
         if not (tuned and path.startswith(tuned)):
@@ -152,21 +153,21 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_tuned(module: nn.Module) -> bool:
-    """Whether this is a layer of PEFT's around another, told without importing PEFT."""
+    """Whether this is a layer of PEFT around another layer; PEFT is not imported."""
     return any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
 
 
 def untuned(module: nn.Module) -> nn.Module:
-    """The base's own layer in one of PEFT's."""
+    """The base's own layer inside a layer of PEFT, or the module itself."""
     return module.get_base_layer() if is_tuned(module) else module
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer, or PEFT's around one."""
+    """Whether this is a linear layer, or a layer of PEFT around one."""
     return isinstance(untuned(module), nn.Linear)
 
 
-# What diffusers' `fuse_projections` makes of an attention's layers, of which they are copies.
+# The fused copies that diffusers' `fuse_projections` makes of an attention's layers.
 FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -175,7 +176,7 @@ FUSED = {
 
 
 def copies_in_use(attn: nn.Module) -> dict[str, tuple[str, ...]]:
-    """name of each fused copy by which an attention computes -> the names of the layers that it was made of."""
+    """name of each fused copy with which an attention computes -> the names of the layers that it copies."""
     if not getattr(attn, "fused_projections", False):
         return {}
     return {
@@ -186,7 +187,7 @@ def copies_in_use(attn: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def unused_layers(model: nn.Module) -> set[str]:
-    """The layers for which fused copies compute; of a DiT the copies, since q, k and v serve on their parts there."""
+    """The layers that fused copies replace; in a DiT these copies themselves, which are not used with adapters."""
     return {
         f"{path}.{name}"
         for path, attn in base_modules(model)
@@ -196,7 +197,7 @@ def unused_layers(model: nn.Module) -> set[str]:
 
 
 def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules, by every path, as the model's class has them: no fused copies, and in PEFT's layers the base's."""
+    """All modules by all their paths as in the original model, without fused copies and layers of PEFT."""
 
     def walk(module, path):
         module = untuned(module)
@@ -210,31 +211,31 @@ def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_conditioned(path: str) -> bool:
-    """Of diffusers' DiT: all but the timestep embedder in each block."""
+    """Whether the paper's set has this layer of diffusers' DiT: all but those of the timestep embedders."""
     return ".norm1.emb." not in path
 
 
 def _is_modulated(path: str) -> bool:
-    """Of a DiT in its authors' code: outside is what embeds, and what compares features with another model's."""
+    """Whether the paper's set has this layer of a DiT in its authors' code: all but embedders and projectors."""
     return not {"blocks", "final_layer"}.isdisjoint(path.split("."))
 
 
 def _is_no_head(path: str) -> bool:
-    """By its name, unless it is in a list of blocks: Flux calls a linear layer of each single block `proj_out` too."""
+    """Whether a layer is no output head, by its name; Flux also has a `proj_out` in each block, which is none."""
     *parents, name = path.split(".")
     return name not in OUTPUT_HEADS or any(parent.isdigit() for parent in parents)
 
 
 def _matches(path: str, target: str) -> bool:
-    """Whole components only: 'proj' is the end of 'ff.net.0.proj', not of 'linear_proj'."""
+    """Whether a target matches a path or its last components; 'proj' matches 'ff.net.0.proj' and not 'linear_proj'."""
     return fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, f"*.{target}")
 
 
 def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """What full fine-tuning trains: the targets, or every module with parameters of its own, by path.
+    """The modules that full fine-tuning trains, by path: the targets, or every module with parameters of its own.
 
-    The timestep and class embedding counts once where a DiT's blocks hold equal copies, which are shared; its
-    class table is left out where a new one is trained.
+    If the blocks of a DiT have equal timestep and class embeddings, only the shared one is trained. The class table is
+    left out if a new one is trained.
     """
     if tuned := next((path for path, module in base_modules(model) if is_tuned(module)), None):
         raise ValueError(f"full trains the base's own layers, but PEFT has an adapter at {tuned}: unload or merge it")
@@ -259,7 +260,7 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The normalisation layers that have weights of their own, by path. A DiT's have none."""
+    """The normalisation layers with weights, by path. Those of a DiT have none."""
     added = added_paths(model)
     return {
         path: module
@@ -271,7 +272,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules of the same shapes on the meta device, by path; what they share of the base's, they share."""
+    """Copies of modules on the meta device, by path; parameters that the originals share are shared."""
     shared: dict[int, nn.Parameter] = {}
 
     def stand_in(module: nn.Module) -> nn.Module:
@@ -287,10 +288,10 @@ def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def equal_copies(embeddings: list[nn.Module]) -> bool:
-    """Whether a DiT's embeddings have the same weights, bit for bit, so that one of them can serve all blocks."""
+    """Whether a DiT's embeddings have the same weights, bit for bit, so that all blocks can share one."""
     with weights_present(embeddings[0]):
         first = list(embeddings[0].parameters())
-        if is_packed(embeddings[0]) or first[0].is_meta:  # no values to compare: each block keeps its own
+        if is_packed(embeddings[0]) or first[0].is_meta:  # there are no values to compare, so each block keeps its own
             return False
         first = [_words(parameter) for parameter in first]
         return all(_have_words(embedding, first) for embedding in embeddings[1:])
@@ -302,11 +303,11 @@ def _have_words(module: nn.Module, words: list[torch.Tensor]) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a quantisation has packed any of its weights."""
+    """Whether any weight of a module is quantised."""
     return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 
 def _words(parameter: nn.Parameter) -> torch.Tensor:
-    """The same bits as integers of eight bytes where they fit, which compare several times faster than bf16 does."""
+    """The bits of a parameter as 8-byte integers if possible, which compare several times faster than bf16."""
     data = parameter.detach()
     return data.view(torch.int64) if data.shape[-1] * data.itemsize % 8 == 0 else data

@@ -1,4 +1,4 @@
-"""The seat beside a linear layer: its adapters, and the hook through which they serve it."""
+"""The seat beside a linear layer: its layer adapters, and the hook that adds their terms to its output."""
 
 import sys
 
@@ -14,7 +14,7 @@ from onelora_diffusion.adapters.base_layer import (
     weights_present,
     why_not_its_product,
 )
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.vector import Vectors
 from onelora_diffusion.adapters.weights import as_tensor, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
@@ -24,34 +24,34 @@ from onelora_diffusion.injection.seat import Seat
 
 
 class Reached(set):
-    """The paths of the layers that a model's forward has come by.
+    """The paths of the adapted layers that a model's forward has called.
 
     Attributes:
-        takes_gradients: the forward began with gradients.
+        takes_gradients: whether gradients were enabled at the start of the forward.
     """
 
     takes_gradients = False
 
 
 class LinearSeat(Seat):
-    """The named adapters of one linear layer, its child `onelora`; `active` says which serve, with what weight.
+    """The adapters of one linear layer, its child module `onelora`; `active` has those in use with their weights.
 
-    While a `route` is open, it decides sample by sample in their place.
+    Inside a route, the route's adapters are used for each sample instead.
 
     Args:
         layer: the linear layer at `path` of the model.
-        reached: the paths of the layers that the model's forward has come by, filled in each.
+        reached: the paths of the layers that the model's forward has called; each call adds its own.
     """
 
     def __init__(self, layer: nn.Linear, path: str, reached: Reached):
         super().__init__()
         self.layer, self.path, self.reached = layer, path, reached
         self.active: dict[str, float] = {}
-        # The same as compiled code looks at it, without names and numbers, which it would take for unchanging.
+        # The active adapters as compiled code reads them: it would treat names and numbers as constants.
         self._serves = False
-        self._alone: Adapter | None = None
-        self._weighted: list[tuple[Adapter, torch.Tensor]] = []
-        self._others: list[tuple[Adapter, float]] = []
+        self._alone: LayerAdapter | None = None
+        self._weighted: list[tuple[LayerAdapter, torch.Tensor]] = []
+        self._others: list[tuple[LayerAdapter, float]] = []
         self.open_route: _LinearRoute | None = None
         self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._hook = None
@@ -59,15 +59,15 @@ class LinearSeat(Seat):
         self.hook()
 
     # -----------------------------------------------------------------------------------------------
-    # Serve
+    # Compute
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
         """The base layer's output with the active adapters' terms.
 
         Args:
             x: (..., in_features), the base layer's input.
-            out: (..., out_features), the base layer's output; its memory is reused where nobody else can hold it.
-            sums: the feature sums of x taken so far, filled here. Layers that read the same x share it.
+            out: (..., out_features), the base layer's output; changed in place if no other code can have kept it.
+            sums: the feature sums of x by compression; new ones are added. Layers with the same x share it.
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
@@ -83,12 +83,12 @@ class LinearSeat(Seat):
             return out
         base = out
         for adapter, weight in self._others:
-            adapted = adapter(x, base)  # new memory, which the vectors' terms below may reuse
+            adapted = adapter(x, base)  # this is new memory, which the vectors' terms below may change
             out = adapted if out is base and weight == 1 else out + weight * (adapted - base)
         return self.vectors().serve(x, out, base, sums)
 
     def vectors(self) -> Vectors:
-        """The weighted sum of the active adapters that are vectors, taken anew, whoever writes their values."""
+        """The weighted sum of the active vector adapters, computed from their current values."""
         if self._alone is not None:
             return self._alone.vectors()
         return Vectors.combined([(adapter.vectors(), weight) for adapter, weight in self._weighted])
@@ -112,25 +112,25 @@ class LinearSeat(Seat):
 
     @property
     def taken_by(self) -> str | None:
-        """The offloading that took the adapters along, to where they are not found when they serve; or None."""
+        """The offloading function that moved the adapters where their values cannot be read, or None."""
         adapters = self._adapters_in_use()
         on_disk = getattr(offload_group(self.layer), "tensor_to_key", ())
         if on_disk and any(parameter in on_disk for adapter in adapters for parameter in adapter.parameters()):
             return "enable_group_offload"
         for adapter in adapters:
-            # accelerate brings an adapter's tensors back for its own forward, by which vectors do not go.
+            # accelerate loads an adapter's tensors when its forward is called, which vector adapters do not do.
             if "_hf_hook" in adapter.__dict__ and adapter.vectors() is not None:
                 if any(parameter.is_meta for parameter in adapter.parameters()):
                     return "accelerate's dispatch_model or enable_sequential_cpu_offload"
         return None
 
-    def _adapters_in_use(self) -> list[Adapter]:
+    def _adapters_in_use(self) -> list[LayerAdapter]:
         if self.open_route is not None:
             return self.open_route.adapters
         return [self._modules[name] for name in self.active]
 
     def _check_recomputed(self) -> None:
-        """Refuse what reentrant checkpointing would not compute again with gradients, so that none would train."""
+        """ValueError if reentrant checkpointing would compute no gradients for the adapters of this layer."""
         if not any(p.requires_grad for adapter in self._adapters_in_use() for p in adapter.parameters()):
             return
         frame = sys._getframe()
@@ -144,9 +144,9 @@ class LinearSeat(Seat):
             )
 
     # -----------------------------------------------------------------------------------------------
-    # What every seat answers
+    # The methods of every seat
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: LayerAdapter) -> None:
         with weights_present(self.layer):
             adapter.serve(self.layer)
         super().add(name, adapter)
@@ -170,21 +170,21 @@ class LinearSeat(Seat):
         self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in vectors]
 
     @torch.no_grad()
-    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's fp32 weight (out, in) and bias (out,) with the active adapters in them; nothing is changed.
+    def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's fp32 weight (out, in) and bias (out,) with the active adapters merged in, as new tensors.
 
-        W = γ ⊙ (W0 + ΔW + b 1ᵀ), bias = γ ⊙ (bias0 + β), where ΔW is that of every other method.
+        W = γ ⊙ (W0 + ΔW + b 1ᵀ), bias = γ ⊙ (bias0 + β), where ΔW is the sum over all other methods.
         """
         weight = self.layer.weight.float()
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
-        with torch.autocast(weight.device.type, enabled=False):  # it would round the products
+        with torch.autocast(weight.device.type, enabled=False):  # autocast would round the products
             for adapter, scale in self._others:
                 adapted = adapter.merged(*base)
                 weight, bias = weight + scale * (adapted[0] - base[0]), bias + scale * (adapted[1] - base[1])
             return self.vectors().merged(weight, bias, base[0])
 
-    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
+    def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         weight = self.layer._parameters.get("weight")
         if not self.active:
             return None
@@ -200,10 +200,10 @@ class LinearSeat(Seat):
             return f"{reason}: serve adapters unmerged"
         return None
 
-    def fold(self, check: bool) -> None:
+    def merge(self, check: bool) -> None:
         if not self.active:
             return
-        weight, bias = self.folded()
+        weight, bias = self.merged_tensors()
         if check and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
             raise ValueError(f"merging {', '.join(self.active)} into {self.path} gives NaN or infinity")
         layer = self.layer
@@ -216,10 +216,10 @@ class LinearSeat(Seat):
             elif bias.any():
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
         self._serves = False
-        if not anything_is_compiled():  # which would not see it come back
+        if not anything_is_compiled():  # compiled code would not notice that the hook returns
             self.unhook()
 
-    def unfold(self) -> None:
+    def unmerge(self) -> None:
         if self.original is None:
             return
         weight, bias = self.original
@@ -237,7 +237,7 @@ class LinearSeat(Seat):
 
 
 class _LinearRoute:
-    """Serves each sample of a batch by its own mixture of a layer's adapters."""
+    """Applies to each sample of a batch its own weighted sum of a layer's adapters."""
 
     def __init__(self, seat: LinearSeat, route: Route):
         self.path, self.route = seat.path, route
@@ -248,12 +248,12 @@ class _LinearRoute:
         self.adapters = list(dict.fromkeys(adapter for mix in mixtures for adapter, _ in mix))
         self.mixtures = [[(a, weight) for a, weight in mix if a.vectors() is not None] for mix in mixtures]
         self.trains = any(p.requires_grad for mix in self.mixtures for a, _ in mix for p in a.parameters())
-        # Of every adapter that is no vector: its weight in each mixture.
+        # The weights in each mixture of the adapters that are not vectors.
         others = dict.fromkeys(a for mix in mixtures for a, _ in mix if a.vectors() is None)
         self.others = {other: [dict(mix).get(other, 0.0) for mix in mixtures] for other in others}
         self.vectors = [[(adapter.vectors(), weight) for adapter, weight in mix] for mix in self.mixtures]
         with torch.no_grad():
-            self.kept = self.stacks()  # for compiled code, which would take each number of mixtures for another
+            self.kept = self.stacks()  # compiled code would be compiled again for each number of mixtures
 
     def serve(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None) -> torch.Tensor:
         if len(out) != len(self.route.batch):
@@ -269,15 +269,15 @@ class _LinearRoute:
         return stacks.map(lambda stack: self.rows(stack, out.device)).serve(x, out, base, sums)
 
     def stacks(self) -> Vectors:
-        """b, β and γ of all K mixtures, each (K, ..., out_features)."""
+        """The vectors b, β and γ of all K mixtures, each (K, ..., out_features)."""
         return Vectors.stacked([Vectors.weighted_sum(mix) for mix in self.vectors])
 
     def rows(self, stack: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """(batch, ..., out_features): each sample's own vectors."""
+        """The vectors of each sample, (batch, ..., out_features)."""
         return stack[self.route.index(stack.device)].to(device)
 
-    def add_other(self, adapter: Adapter, weights: list[float], x, base, out) -> torch.Tensor:
-        """LoRA and the like, which are no vectors: their own forward for the samples that each of them serves."""
+    def add_other(self, adapter: LayerAdapter, weights: list[float], x, base, out) -> torch.Tensor:
+        """Call the forward of an adapter that is no vector (such as LoRA) for the samples that use it."""
         samples = [sample for sample, mixture in enumerate(self.route.batch) if weights[mixture]]
         if not samples:
             return out
@@ -294,12 +294,11 @@ def adapter_hook(linear: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor
 
 
 def makes_new_memory(layer: nn.Module) -> bool:
-    """Whether the output of a layer's call is new memory that nobody holds when its adapters come to see it.
+    """Whether a layer's output is new memory that no other code can have kept before its adapters get it.
 
-    That is known of PyTorch's own linear layer alone, and where nothing has seen the output before: no method in the
-    place of its `forward` (diffusers' step caches and offloading), no earlier hook of the layer, no hook of all
-    modules, no mode of PyTorch's dispatcher (selective checkpointing keeps products). Other layers may return what
-    they keep, or what their backward reads.
+    That is known only for PyTorch's own linear layer without a replaced `forward` (diffusers' step caches and
+    offloading), an earlier hook, a hook on all modules, or a mode of PyTorch's dispatcher (selective checkpointing
+    keeps products). Other layers may return a tensor that they keep or that their backward reads.
     """
     return (
         is_plain_linear(layer)
@@ -311,12 +310,12 @@ def makes_new_memory(layer: nn.Module) -> bool:
 
 
 def _only_devices_are_set() -> bool:
-    """Whether no mode but `torch.set_default_device` is told of the functions that are called."""
+    """Whether `torch.set_default_device` is the only active function mode."""
     return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def has_foreign_hooks(layer: nn.Module) -> bool:
-    """Whether a call of the layer does more than its forward and its adapters."""
+    """Whether the layer has hooks other than that of its adapters."""
     return bool(
         layer._forward_pre_hooks
         or layer._backward_hooks
@@ -327,7 +326,7 @@ def has_foreign_hooks(layer: nn.Module) -> bool:
 
 
 def why_not_writable(layer: nn.Module) -> str | None:
-    """Why other values cannot be put in the place of a layer's weight, or None if they can."""
+    """Why a layer's weight cannot be overwritten, or None if it can."""
     weight = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
@@ -337,13 +336,13 @@ def why_not_writable(layer: nn.Module) -> str | None:
         return "was made under torch.inference_mode(): merge there too"
     if weight.is_meta:
         return "and other weights are offloaded: fuse before enable_sequential_cpu_offload"
-    if offload_group(layer) is not None:  # between calls it is a copy, or on the disk
+    if offload_group(layer) is not None:  # between calls the weight is a copy, or on the disk
         return "and other weights are offloaded: fuse before enable_group_offload"
     return None
 
 
 def memory_of(parameter: nn.Parameter) -> tuple:
-    """What two parameters that are tied have in common, and no others while they are there."""
+    """A key that is equal for tied parameters, and differs between all others that exist at the same time."""
     if type(parameter) is nn.Parameter and not parameter.is_meta:
         return parameter.data_ptr(), tuple(parameter.shape)
     return (id(parameter),)

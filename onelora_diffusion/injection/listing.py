@@ -1,4 +1,4 @@
-"""What is attached to a model, as a table to look at."""
+"""List the adapters of a model as a table."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from onelora_diffusion.injection.attaching import state_dict_of
 from onelora_diffusion.injection.book import AdapterBook, unwrapped
 
 COLUMNS = ("name", "method", "classes", "size", "weight")
-MAX_WIDTH = 18  # of a name or a method in the table, so that its lines are 80 characters long at most
+MAX_WIDTH = 18  # longest name or method in the table, so that lines have at most 80 characters
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class AdapterRow:
     """One adapter of a model.
 
     Attributes:
-        method: and what the settings add to it or leave out: `1lora`, `1lora +bias`, `lora rank 4`.
-        num_classes: of its class table; None: it has none.
+        method: the method with the parts that its settings add or leave out: `1lora`, `1lora +bias`, `lora rank 4`.
+        num_classes: the number of classes of its class table, or None.
         size: the number of its trained weights.
-        weight: that it serves with now; None: it does not.
-        is_merged: it is folded into the base's weights.
-        trains: it is one of those that train.
+        weight: its weight if it is active, else None.
+        is_merged: whether it is merged into the base's weights.
+        trains: whether it trains.
     """
 
     name: str
@@ -35,7 +35,7 @@ class AdapterRow:
     trains: bool
 
     def cells(self) -> tuple[str, ...]:
-        """As text, by `COLUMNS`."""
+        """The texts of the row, in the order of `COLUMNS`."""
         weight = "-" if self.weight is None else "blocks" if isinstance(self.weight, dict) else f"{self.weight:.3g}"
         classes = "-" if self.num_classes is None else str(self.num_classes)
         weight += ", merged" if self.is_merged else ""
@@ -43,7 +43,7 @@ class AdapterRow:
 
 
 class AdapterTable(tuple[AdapterRow, ...]):
-    """The adapters of a model; printed, it is a table of at most 80 characters a line."""
+    """The adapters of a model, which print as a table with lines of at most 80 characters."""
 
     def __str__(self) -> str:
         if not self:
@@ -63,7 +63,7 @@ class AdapterTable(tuple[AdapterRow, ...]):
 
 
 def list_adapters(model: nn.Module) -> AdapterTable:
-    """The adapters of a model in the order in which they came; none of a model without."""
+    """List the adapters of a model in the order in which they were added."""
     book: AdapterBook | None = getattr(unwrapped(model), "_onelora", None)
     if book is None:
         return AdapterTable()
@@ -83,7 +83,7 @@ def list_adapters(model: nn.Module) -> AdapterTable:
 
 
 def _described(config: AdapterConfig) -> str:
-    """The method, with whatever differs from its own settings."""
+    """The method, with the settings that differ from its defaults."""
     own = AdapterConfig(config.method)
     changed = [part for part in PARTS if getattr(config, part) != getattr(own, part)]
     signs = [f"+{part}" if getattr(config, part) else f"-{part}" for part in changed]

@@ -1,4 +1,4 @@
-"""Fold adapters into the base weights, take them out again, and write a model as plain diffusers has it."""
+"""Merge adapters into the base's weights, unmerge them, and write a model in plain diffusers' layout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from onelora_diffusion.injection.layers import is_made_here
 def merge_adapter(
     model: nn.Module, adapter_names: str | list[str] | None = None, *, safe_merging: bool = True
 ) -> nn.Module:
-    """Fold adapters into the base weights: W = γ ⊙ (W0 + b 1ᵀ), in fp32, then cast to the base's dtype.
+    """Merge adapters into the base's weights: W = γ ⊙ (W0 + b 1ᵀ), in fp32, then cast to the base's dtype.
 
-    A merged model has the base's operators and no others. The original weights wait in host memory.
+    A merged model computes with the base's operators alone. The original weights are kept in host memory.
 
     Args:
-        adapter_names: which adapters; None: those that serve, with their weights.
-        safe_merging: refuse, with nothing changed, if a merged weight is not finite.
+        adapter_names: the adapters to merge; None takes the active ones with their weights.
+        safe_merging: raise an error, and change nothing, if a merged weight is not finite.
 
     Raises:
-        ValueError: unknown name, already merged, nothing to merge, weights that are not finite, or a layer whose
-            weight cannot take an adapter in: quantised, in eight bits, tied to another's, computed from other tensors,
-            or not all that the layer computes with. Nothing is changed then.
+        ValueError: a name is unknown, adapters are merged already, there are none to merge, a merged weight is not
+            finite, or a layer's weight cannot be changed: it is quantised, in eight bits, tied to another, computed
+            from other tensors, or not all that the layer computes with. Nothing is changed then.
     """
     book = adapters_of(model)
-    with book.turn:
+    with book.lock:
         book.require_unmerged("others are merged")
         serving = book.serving
         names = serving if adapter_names is None else book.choose_all(adapter_names)
@@ -39,9 +39,9 @@ def merge_adapter(
 
 
 def unmerge_adapter(model: nn.Module) -> nn.Module:
-    """Restore the base weights bit for bit; the adapters that served before the merge serve again."""
+    """Restore the base's weights bit for bit; the adapters that were active before the merge are active again."""
     book = adapters_of(model)
-    with book.turn:
+    with book.lock:
         if book.merged is None:
             raise ValueError("no adapter is merged")
         book.unmerge()
@@ -50,10 +50,10 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Context manager: inside, the adapters that serve are folded into the base; afterwards it is itself, bit for bit.
+    """Context manager in which the active adapters are merged into the base, which is restored bit for bit.
 
-    What they compute is the same, at the base's own cost. Where they cannot be merged (a quantised base, a tuner
-    without a merge), and where there are none or they are merged already, the model is left as it is.
+    Outputs stay the same, at the cost of the base alone. If adapters cannot be merged (a quantised base, a tuner
+    without a merge), if there are none or if they are merged already, the model is not changed.
     """
     try:
         merge_adapter(model)
@@ -108,7 +108,7 @@ def stock_state_dict(
             stock[key] = torch.cat([stock[key], stock[key][-1:].expand(room - len(stock[key]), -1)])
 
     seen = set()
-    for key, tensor in stock.items():  # safetensors writes no tensor twice: shared ones become copies
+    for key, tensor in stock.items():  # safetensors refuses shared tensors, so they are copied
         storage = tensor.untyped_storage().data_ptr()
         stock[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
@@ -116,7 +116,7 @@ def stock_state_dict(
 
 
 def save_base(model: nn.Module, save_directory, *args, **kwargs):
-    """`save_pretrained` of a model with adapters: writes a plain diffusers model, in the stock layout."""
+    """`save_pretrained` of a model with adapters: write a plain diffusers model, in the original layout."""
     book = adapters_of(model)
 
     def stock(module, state_dict, prefix, local_metadata):
@@ -134,8 +134,8 @@ def save_base(model: nn.Module, save_directory, *args, **kwargs):
 
 @contextlib.contextmanager
 def _base_in_place(book: AdapterBook) -> Iterator[None]:
-    """Context manager: inside, trained norms and weights that serve make way for the base's; merged ones stay."""
-    with book.turn:
+    """Context manager in which trained norms and weights are replaced by the base's, unless they are merged."""
+    with book.lock:
         was_serving = bool(book.serving)
         if was_serving:
             book.pause()

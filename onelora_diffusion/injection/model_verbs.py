@@ -1,6 +1,6 @@
-"""The adapter verbs of diffusers' models, which speak of this library's adapters while a model has any.
+"""diffusers' adapter methods for models, which handle this library's adapters while a model has any.
 
-diffusers' own look for PEFT's layers alone, and would do nothing without a word.
+diffusers' own methods look only for PEFT's layers and would silently do nothing.
 """
 
 import functools
@@ -17,7 +17,7 @@ from onelora_diffusion.injection.merging import save_base
 def set_adapters(
     model: nn.Module, adapter_names: str | list[str], weights: Weight | list[Weight | None] | None = None
 ):
-    """Let the named adapters serve together, with these weights; by block in diffusers' nested form as well."""
+    """Activate the named adapters with these weights, which may also be diffusers' nested weights by block."""
     if _are_of_peft(model, adapter_names, "set_adapters"):
         return type(model).set_adapters(model, adapter_names, weights)
     given = weights if isinstance(weights, list | tuple) else [weights]
@@ -26,14 +26,14 @@ def set_adapters(
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
-    """Let the named adapters serve, each with a weight of 1."""
+    """Activate the named adapters, each with weight 1."""
     if _are_of_peft(model, adapter_name, "set_adapter"):
         return type(model).set_adapter(model, adapter_name)
     model._onelora.serve(adapter_name)
 
 
 def delete_adapters(model: nn.Module, adapter_names: str | list[str]) -> None:
-    """Remove the named adapters; the others serve as before. Fused weights are unfused first."""
+    """Remove the named adapters; the others are not changed. Fused weights are unfused first."""
     if _are_of_peft(model, adapter_names, "delete_adapters"):
         return type(model).delete_adapters(model, adapter_names)
     model._onelora.unload(model._onelora.choose_all(adapter_names))
@@ -45,11 +45,11 @@ def fuse_lora(
     safe_fusing: bool = True,
     adapter_names: str | list[str] | None = None,
 ) -> None:
-    """Fold adapters into the base weights, times `lora_scale`; None: those that serve, with the weights they have."""
+    """Merge adapters, times `lora_scale`, into the base's weights; None takes the active ones with their weights."""
     book: AdapterBook = model._onelora
     if adapter_names is not None and _are_of_peft(model, adapter_names, "fuse_lora"):
         return type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
-    with book.turn:
+    with book.lock:
         book.require_unmerged("they are fused again")
         names = list(book.serving) if adapter_names is None else book.choose_all(adapter_names)
         if not names:
@@ -62,9 +62,9 @@ def fuse_lora(
 
 
 def unfuse_lora(model: nn.Module) -> None:
-    """Restore the base weights bit for bit, and the adapters with the weights they had before."""
+    """Restore the base's weights bit for bit, and activate the adapters that were active before with their weights."""
     book: AdapterBook = model._onelora
-    with book.turn:
+    with book.lock:
         if book.merged is None:
             raise ValueError("no adapter is merged")
         _peft_too(model, "unfuse_lora")
@@ -78,23 +78,23 @@ def unload_lora(model: nn.Module) -> None:
 
 
 def disable_lora(model: nn.Module) -> None:
-    """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
+    """Let the base compute alone until `enable_lora`, `set_adapters` or the next load."""
     book: AdapterBook = model._onelora
-    with book.turn:
+    with book.lock:
         book.require_unmerged("they are disabled")
         _peft_too(model, "disable_lora")
         book.pause()
 
 
 def enable_lora(model: nn.Module) -> None:
-    """Bring back the adapters that `disable_lora` put out of service, with their weights."""
-    with model._onelora.turn:
+    """Activate the adapters that `disable_lora` deactivated, with their weights."""
+    with model._onelora.lock:
         _peft_too(model, "enable_lora")
         model._onelora.resume()
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that serve, fused ones too."""
+    """The names of the active adapters, including fused ones."""
     own = list(model._onelora.merged or model._onelora.serving)
     return own + list(type(model).active_adapters(model) if _has_peft(model) else ())
 
@@ -116,22 +116,22 @@ VERBS = {
 
 
 def take_over(model: nn.Module) -> None:
-    """Put the verbs that a model's class has, and no others, into the model; `AdapterBook.unload` takes them out."""
+    """Replace the adapter methods that a model's class has by those of this file, until `AdapterBook.unload`."""
     for name in VERBS:
         if (stock := getattr(type(model), name, None)) is not None:
             verb = functools.partial(VERBS[name], model)
-            verb.__wrapped__ = stock  # diffusers looks at a verb's signature for what it takes
+            verb.__wrapped__ = stock  # diffusers inspects the signature of a method
             model.__dict__[name] = verb
     model._onelora.verbs = tuple(VERBS)
 
 
 def _has_peft(model: nn.Module) -> bool:
-    """Whether the model has adapters of PEFT beside."""
+    """Whether the model has adapters of PEFT as well."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _are_of_peft(model: nn.Module, adapter_names: str | Iterable[str], verb: str) -> bool:
-    """Whether these names are not this library's, but of adapters that PEFT has in the model beside."""
+    """Whether these names are those of PEFT's adapters in the model, and not of this library's."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     if not _has_peft(model) or all(name in model._onelora.adapters for name in names):
         return False
@@ -142,14 +142,14 @@ def _are_of_peft(model: nn.Module, adapter_names: str | Iterable[str], verb: str
 
 
 def _peft_too(model: nn.Module, verb: str, *args) -> None:
-    """The same verb of diffusers for the adapters that PEFT has in the model beside, if it has any."""
+    """Call diffusers' own method for PEFT's adapters in the model, if it has any."""
     if _has_peft(model):
         _check_apart(model, verb)
         getattr(type(model), verb)(model, *args)
 
 
 def _check_apart(model: nn.Module, verb: str) -> None:
-    """diffusers' verbs turn over all layers of PEFT, those that compute a LoRA of this library included."""
+    """ValueError if diffusers' method would also change the layers of PEFT that compute an adapter of this library."""
     for name, adapter in model._onelora.adapters.items() if _has_peft(model) else ():
         if any(isinstance(module, PeftAdapter) for module in adapter.values()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a route is to the seats: which mixtures of adapters a batch asks for, and which of them each sample takes."""
+"""A route: the weighted sums of adapters that a batch needs, and the one that each sample uses."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from onelora_diffusion.adapters.weights import Weight
 
 
 class Route:
-    """The different sums of adapters that a batch asks for, and which of them each sample takes.
+    """The distinct weighted sums of adapters (mixtures) that a batch needs, and the one that each sample uses.
 
     Attributes:
-        mixtures: (K) weights by adapter name; an empty one is the bare base.
-        samples: for each given sample, the number of its mixture.
-        batch: the same for every sample of the batch that is in the model now.
+        mixtures: K dicts of weights by adapter name; an empty one stands for the base alone.
+        samples: the index of the mixture of each sample that was given.
+        batch: the index of the mixture of each sample in the current batch.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Weight]]):
@@ -31,7 +31,7 @@ class Route:
         self._copied: dict[tuple, torch.Tensor] = {}
 
     def start(self, args: tuple, kwargs: dict) -> None:
-        """Spread the samples over the batch that comes into the model."""
+        """Repeat the given samples' mixtures to the size of the batch."""
         first = next(x for x in itertools.chain(args, kwargs.values()) if isinstance(x, torch.Tensor))
         size = len(first)
         if size % len(self.samples):
@@ -41,12 +41,12 @@ class Route:
             self._index = torch.tensor(self.batch, device=first.device)
 
     def index(self, device: torch.device) -> torch.Tensor:
-        """(batch,) the mixture of every sample."""
+        """(batch,) the index of the mixture of every sample."""
         return self._index.to(device)
 
     def copied(self, numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Numbers as a tensor. Copied to the device once: every copy waits for what a GPU has been given to do."""
-        if torch.compiler.is_compiling():  # a compiler keeps constants itself
+        """Numbers as a tensor on the device, copied once, since a copy waits until the GPU has finished its work."""
+        if torch.compiler.is_compiling():  # torch.compile caches constants itself
             return torch.tensor(numbers, dtype=dtype, device=device)
         key = (tuple(numbers), dtype, device)
         if key not in self._copied:

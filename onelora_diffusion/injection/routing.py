@@ -1,4 +1,4 @@
-"""Which adapters serve which sample of a batch: one forward, one gather of stacked vectors in each layer."""
+"""Use different adapters for the samples of one batch, by one gather of stacked vectors in each layer."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,37 @@ from onelora_diffusion.injection.book import AdapterBook, adapters_of
 from onelora_diffusion.injection.route import Route
 
 Entry = str | Mapping[str, Weight] | None
-Guidance = Literal["cfg", "domain"]  # classifier-free, of one model; or from the base without class to the adapters
+# Classifier-free guidance, or guidance from the base without a condition towards the adapters.
+Guidance = Literal["cfg", "domain"]
 GUIDANCES = get_args(Guidance)
 
 
 @contextlib.contextmanager
 def route_adapters(model: nn.Module, adapter_names: Sequence[Entry]):
-    """Context manager: inside, sample i of a batch is served by `adapter_names[i]`, all in one forward.
+    """Context manager in which sample i of a batch is computed with `adapter_names[i]`, all in one forward.
 
         y_i = γ_i ⊙ (W0 x_i + bias + β_i + b_i · Σ x_i)
 
     The feature sum is the same for all adapters, so that a sample's adapter is a row gathered from a stack of
-    vectors. The stacks are made once, here; only where adapters train are they taken anew in each forward. A
-    batch of a multiple of the given samples is served in turns: guidance doubles [A, B] to [A, B, A, B].
+    vectors. The stacks are built once, on entry; if adapters train, they are built in each forward. If the batch is a
+    multiple of the given samples, these repeat: guidance doubles [A, B] to [A, B, A, B].
 
-    A sample's label is looked up in the class table of its own adapter, or in the base's if that brought none.
-    What `set_adapters` set has no say inside, and serves again afterwards. Under gradient checkpointing the
-    backward pass belongs inside as well. Calls of the model in other threads wait for the end of the context.
+    A sample's label is looked up in the class table of its own adapter, or in the base's if the adapter has none. The
+    adapters that `set_adapters` activated are not used inside, and are active again afterwards. With gradient
+    checkpointing the backward pass must run inside, too. Calls of the model in other threads wait for the end of the
+    context.
 
     Args:
-        model: a model with adapters; the first tensor it is called with has the samples as its first dimension.
-        adapter_names: for each sample a name, None for the bare base, or the weights of a sum of adapters,
-            such as `{"food": 0.5, "birds": 0.5}`.
+        model: a model with adapters; the first dimension of its first tensor argument is that of the samples.
+        adapter_names: for each sample a name, None for the base alone, or the weights of a sum of adapters, such as
+            `{"food": 0.5, "birds": 0.5}`.
 
     Raises:
-        ValueError: an unknown name, merged adapters, or an adapter of trained norms or full fine-tuning, whose
-            tensors the whole batch shares. In a forward: the batch is no multiple of the samples.
+        ValueError: a name is unknown, adapters are merged, or an adapter trains norms or the whole base, whose tensors
+            all samples share. In a forward: the batch is no multiple of the samples.
     """
     book = adapters_of(model)
-    with book.turn:
+    with book.lock:
         if isinstance(adapter_names, str) or len(adapter_names) == 0:
             raise ValueError(f"give a list with an adapter name or None for each sample, not {adapter_names!r}")
         book.require_unmerged("samples are routed")
@@ -48,15 +50,15 @@ def route_adapters(model: nn.Module, adapter_names: Sequence[Entry]):
 
 
 def route_beside_base(model: nn.Module, batch_size: int, adapter_names: Sequence[Entry] | None = None):
-    """Context manager: of a batch of 2·batch_size, adapters serve the first half and the bare base the second.
+    """Context manager in which the first half of a batch of 2·batch_size uses adapters and the second the base alone.
 
-    What domain guidance (Zhong et al., ICLR 2025) needs in one pass, and without a second model,
+    This computes domain guidance (Zhong et al., ICLR 2025) in one pass, without a second model,
 
         ε = ε_base(x, t, ∅) + w · (ε_ft(x, t, y) − ε_base(x, t, ∅)).
 
     Args:
-        adapter_names: as in `route_adapters`, for each sample of the first half; None: the adapters that serve
-            now, with their weights.
+        adapter_names: as for `route_adapters`, for each sample of the first half; None takes the active adapters
+            with their weights.
     """
     entries = [adapters_of(model).serving] * batch_size if adapter_names is None else list(adapter_names)
     return route_adapters(model, entries + [None] * batch_size)

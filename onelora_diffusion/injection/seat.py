@@ -1,28 +1,28 @@
-"""What every seat of adapters in a model has in common."""
+"""The base class of seats: places in a model at which adapters are attached."""
 
 from torch import nn
 
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.injection.route import Route
 
-# What wraps a module puts itself into its path: torch.compile, FSDP, checkpointing.
+# Names that wrappers insert into a module's path: torch.compile, FSDP, checkpointing.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Seat(nn.ModuleDict):
-    """The named adapters of one place in a model, where it is a child of what they serve.
+    """The adapters attached at one place of a model; it is a child module of the layer that they adapt.
 
     Attributes:
-        layer: the module of the base that is served; the adapters train or evaluate as it does when they are added.
-        other_places: paths at which the model has the same layer again.
-        has_new_bias: a layer that has none of its own was given one by `fold`.
+        layer: the adapted module of the base; adapters that are added take over its train or eval mode.
+        other_places: further paths of the same layer in the model.
+        has_new_bias: whether `merge` has added a bias to a layer without one.
     """
 
     layer: nn.Module
     other_places: list[str] = []
     has_new_bias = False
-    _is_replica = False  # torch sets it on the copy that DataParallel makes for a device, where children are others
-    __setattr__ = object.__setattr__  # adapters are its only children, and may be called as its attributes are
+    _is_replica = False  # torch sets it on the copies that DataParallel makes for devices, which have other children
+    __setattr__ = object.__setattr__  # adapters are its only children, and their names may equal those of attributes
 
     def __init__(self):
         super().__init__()
@@ -31,13 +31,13 @@ class Seat(nn.ModuleDict):
 
     @property
     def places(self) -> list[str]:
-        """The paths in the model of what it serves."""
+        """The paths of the adapted layer in the model."""
         return [self.path, *self.other_places]
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """Its adapters' tensors belong to the model as a whole; the state of a part of the model has none of them.
+        """The adapters' tensors are part of the state dict of the whole model, and not of a part of it.
 
-        Such as a layer's, which diffusers copies into a ControlNet.
+        diffusers copies the state dicts of layers into a ControlNet, for example.
         """
         if destination is not None and self._is_in_part(prefix):
             return destination
@@ -48,12 +48,12 @@ class Seat(nn.ModuleDict):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _is_in_part(self, prefix: str) -> bool:
-        """Whether the seat's names in a state dict, which begin so, are counted from below the model."""
+        """Whether a state dict in which the seat has this prefix is that of a part of the model."""
         found = [name for name in prefix.split(".")[:-2] if name not in WRAPPERS]
         own = [[name for name in path.split(".") if name and name not in WRAPPERS] for path in self.places]
         return not any(found[max(0, len(found) - len(names)) :] == names for names in own)
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: LayerAdapter) -> None:
         self._modules[name] = adapter
         self.training = self.layer.training
         adapter.train(self.training)
@@ -65,43 +65,43 @@ class Seat(nn.ModuleDict):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has left the model with the last adapter."""
+        """Whether the last adapter was removed, and the seat with it."""
         return not len(self)
 
     def leave(self) -> None:
-        """Take nothing but the base's own back into the model."""
+        """Remove the seat from the model, which then has the base's modules alone."""
         raise NotImplementedError
 
     def activate(self, weights: dict[str, float]) -> None:
-        """Let these adapters serve, of those that are here, and no others."""
+        """Activate those of these adapters that have this seat, and no others."""
         raise NotImplementedError
 
-    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
-        """Why the base cannot take the active adapters in, or None if it can.
+    def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
+        """Why the active adapters cannot be merged here, or None if they can.
 
         Args:
-            users: `memory_of` each of the base's parameters -> paths of the modules that have it. A fused q, k and v
-                is none of the base's.
+            users: `memory_of` each parameter of the base -> paths of the modules that have it. The fused layer of q, k
+                and v does not count.
         """
         return None
 
-    def fold(self, check: bool) -> None:
-        """Put the active adapters into the base's own tensors.
+    def merge(self, check: bool) -> None:
+        """Merge the active adapters into the base's tensors.
 
         Raises:
-            ValueError: with `check`, they would become NaN or infinite.
+            ValueError: with `check`, a merged tensor would contain NaN or infinity.
         """
         raise NotImplementedError
 
-    def unfold(self) -> None:
-        """Put back what `fold` replaced, bit for bit."""
+    def unmerge(self) -> None:
+        """Restore the tensors that `merge` replaced, bit for bit."""
 
     def route(self, route: Route | None) -> None:
-        """Let the route say which adapters serve which sample; None ends it."""
+        """Use the adapters of a route for each sample; None ends the route."""
         raise NotImplementedError
 
 
 def forget_missing(seat: Seat, keys) -> None:
-    """Hook after loading: the state of a part of the model has no adapters."""
+    """Hook after loading: adapters' keys are not missing in the state dict of a part of the model."""
     if seat.left_out is not None:
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(seat.left_out)]

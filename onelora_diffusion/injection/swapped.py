@@ -1,4 +1,4 @@
-"""The seat in the place of a module's own tensors: norms, and full fine-tuning."""
+"""The seat that replaces a module's own tensors: for norms, and for full fine-tuning."""
 
 import functools
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from onelora_diffusion.injection.seat import Seat
 
 
 class SwapSeat(Seat):
-    """The named `SwapAdapter`s of one module, its child `onelora_swap`, which lend it their tensors.
+    """The `SwapAdapter`s of one module, its child module `onelora_swap`, whose tensors it reads during its forward.
 
-    The module keeps the base's parameters, so that whoever moves, casts, offloads, loads or saves a model deals with
-    those alone. While its forward runs, the module's class reads the adapters' tensors under the same names.
+    The module keeps the base's parameters, so that code which moves, casts, offloads, loads or saves a model handles
+    those alone. While its forward runs, the module's class returns the adapters' tensors under the same names.
 
     Args:
-        model: whose module at `path` it serves.
-        reached: the paths of the layers that the model's forward has come by, filled in each.
+        model: the model that has the module at `path`.
+        reached: the paths of the layers that the model's forward has called; each call adds its own.
     """
 
     def __init__(self, model: nn.Module, path: str, reached: set[str]):
         super().__init__()
         self.layer, self.path, self.reached = model.get_submodule(path), path, reached
-        self.num_calls = 0  # of the module, that are running
+        self.num_calls = 0  # number of running calls of the module
         self.originals: dict[str, nn.Parameter] = {}
         self.active: dict[str, float] = {}
-        # The same as compiled code looks at it, without names and numbers, which it would take for unchanging.
+        # The active adapters as compiled code reads them: it would treat names and numbers as constants.
         self._alone: SwapAdapter | None = None
         self._weighted: list[tuple[SwapAdapter, torch.Tensor]] = []
         self.caller = _caller(model, path)
@@ -44,11 +44,11 @@ class SwapSeat(Seat):
         return self._alone is not None or bool(self._weighted)
 
     def lend(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """p0 + Σₖ wₖ (pₖ − p0) in the base's dtype and on its device: of one adapter of weight 1 its tensor itself.
+        """p0 + Σₖ wₖ (pₖ − p0) in the base's dtype and on its device; for one adapter of weight 1, its tensor itself.
 
         Args:
-            name: of the parameter.
-            base: p0, the base's own.
+            name: the parameter's name.
+            base: p0, the base's parameter.
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
@@ -59,7 +59,7 @@ class SwapSeat(Seat):
         else:
             tensors = [(self._value(adapter, name), weight) for adapter, weight in self._weighted]
             lent = tensors[0][0]
-        if base.is_meta and not lent.is_meta:  # accelerate looks at what it is about to bring
+        if base.is_meta and not lent.is_meta:  # accelerate reads the parameter that it is about to load
             return base
         if self._alone is None:
             start = base.detach().to(lent)
@@ -69,7 +69,7 @@ class SwapSeat(Seat):
     def _value(self, adapter: SwapAdapter, name: str) -> torch.Tensor:
         if adapter.may_lack_values:
             adapter.start_as(self.layer)
-        # A call costs more than the rest of this; accelerate and diffusers wrap the forward of what they offload.
+        # A call costs more than all else here; accelerate and diffusers wrap the forward of modules that they offload.
         return adapter(name) if "forward" in adapter.__dict__ else getattr(adapter, name)
 
     def hook(self) -> None:
@@ -82,11 +82,11 @@ class SwapSeat(Seat):
     def unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        if "lent_parameters" in vars(type(self.layer)):  # otherwise another made a class of it, and it stays
+        if "lent_parameters" in vars(type(self.layer)):  # otherwise other code has changed the class, which is kept
             self.layer.__class__ = type(self.layer).__base__
 
     # -----------------------------------------------------------------------------------------------
-    # What every seat answers
+    # The methods of every seat
 
     def leave(self) -> None:
         self.unhook()
@@ -95,9 +95,9 @@ class SwapSeat(Seat):
     def activate(self, weights: dict[str, float]) -> None:
         self.active = {name: weight for name, weight in weights.items() if name in self._modules}
         self._list_adapters()
-        self.num_calls = 0  # should Ctrl-C have broken one off
+        self.num_calls = 0  # a call may have been interrupted by Ctrl-C
         if self._hooks:
-            self.caller._forward_hooks.move_to_end(self._hooks[1].id)  # what adapters beside add is computed before it
+            self.caller._forward_hooks.move_to_end(self._hooks[1].id)  # it runs after the adapters beside the layer
 
     def _list_adapters(self) -> None:
         serving = [(self._modules[name], weight) for name, weight in self.active.items()]
@@ -105,11 +105,11 @@ class SwapSeat(Seat):
         self._alone = serving[0][0] if is_alone else None
         self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in serving]
 
-    def why_not_foldable(self, users: dict[tuple, list[str]]) -> str | None:
+    def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         return why_not_writable(self.layer) if self.is_in_use and "weight" in self.layer._parameters else None
 
-    def fold(self, check: bool) -> None:
-        """Put frozen copies of the tensors in the base's place, in its dtype."""
+    def merge(self, check: bool) -> None:
+        """Replace the base's tensors by frozen copies of the trained ones, in the base's dtype."""
         if not self.is_in_use:
             return
         merged = {name: self.lend(name, base).detach() for name, base in self.layer.named_parameters(recurse=False)}
@@ -119,10 +119,10 @@ class SwapSeat(Seat):
         for name, tensor in merged.items():
             self.layer._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
         self._alone, self._weighted = None, []
-        if not anything_is_compiled():  # which would not see it come back
+        if not anything_is_compiled():  # compiled code would not notice that the hook returns
             self.unhook()
 
-    def unfold(self) -> None:
+    def unmerge(self) -> None:
         self.layer._parameters.update(self.originals)
         self.originals = {}
         self.hook()
@@ -136,18 +136,18 @@ class SwapSeat(Seat):
                 )
 
     def _apply(self, fn, recurse=True):
-        for parameter in self.originals.values():  # no child of the model while merged values are in its place
+        for parameter in self.originals.values():  # they are not registered in the model while replaced
             parameter.data = fn(parameter.data)
         return super()._apply(fn, recurse)
 
 
 # -----------------------------------------------------------------------------------------------
-# A module that reads what it is lent
+# Modules that read lent tensors
 
 
 @functools.cache
 def lending_class(cls: type, names: tuple[str, ...]) -> type:
-    """A subclass that goes by its base's name, and reads these parameters as its seat lends them."""
+    """A subclass with the name of its base class whose instances read these parameters from their seat."""
 
     def __reduce_ex__(self, protocol):
         return _new, (cls, names), super(made, self).__reduce_ex__(protocol)[2]
@@ -167,7 +167,7 @@ def _reader(name: str):
     def read(module: nn.Module) -> torch.Tensor | None:
         if name in module._parameters:
             base = module._parameters[name]
-        elif name in module.__dict__:  # of a replica that DataParallel makes
+        elif name in module.__dict__:  # in a replica of DataParallel
             base = module.__dict__[name]
         else:
             raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
@@ -180,33 +180,33 @@ def _reader(name: str):
 
 
 def served_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """What the module's forward reads under this name: its own parameter, or what is lent in its place."""
+    """The tensor that the module's forward reads under this name: its own parameter, or the lent one."""
     base, seat = module._parameters[name], module._modules.get("onelora_swap")
     return base if base is None or seat is None or not seat.is_in_use else seat.lend(name, base)
 
 
 def _writer(name: str):
-    def write(module: nn.Module, value) -> None:  # of what is no parameter, for which `nn.Module` has its own way
+    def write(module: nn.Module, value) -> None:  # `value` may be no parameter, so `nn.Module` assigns it
         module.__dict__[name] = value
 
     return write
 
 
 def begin_lending(module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a module whose tensors, or those of modules that it reads, are lent."""
+    """Forward pre-hook of a module that reads lent tensors, its own or those of child modules."""
     if not torch.compiler.is_compiling():
         for seat in _seats_of(module):
             seat.num_calls += 1
 
 
 def end_lending(module: nn.Module, args: tuple, output) -> None:
-    """Forward hook of the same, also when its forward has failed."""
+    """Forward hook of such a module, which also runs if the forward has failed."""
     if not torch.compiler.is_compiling():
         for seat in _seats_of(module):
             seat.num_calls = max(0, seat.num_calls - 1)
             for parameter in seat.layer._parameters.values():
                 if parameter is not None and parameter.is_meta and seat.is_in_use:
-                    parameter.requires_grad_(False)  # accelerate made it, after the one that it read
+                    parameter.requires_grad_(False)  # accelerate has created it like the lent tensor that it read
 
 
 def _seats_of(module: nn.Module) -> Iterator[SwapSeat]:
@@ -218,7 +218,7 @@ def _seats_of(module: nn.Module) -> Iterator[SwapSeat]:
 
 
 def _caller(model: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, or the one around it whose forward reads its tensors without calling it."""
+    """The module at `path`, or the parent whose forward reads its tensors without calling it."""
     parent, _, name = path.rpartition(".")
     if not path or _is_called(model.get_submodule(parent), name):
         return model.get_submodule(path)
@@ -228,4 +228,4 @@ def _caller(model: nn.Module, path: str) -> nn.Module:
 def _is_called(parent: nn.Module, name: str) -> bool:
     if isinstance(parent, nn.MultiheadAttention):
         return False
-    return type(parent._modules[name]).forward is not nn.Module.forward  # as of ParameterList
+    return type(parent._modules[name]).forward is not nn.Module.forward  # false for ParameterList

@@ -1,4 +1,4 @@
-"""Every forward of a model with adapters: one caller at a time, at the scale of its call, by way of every layer."""
+"""Hooks on every forward of a model with adapters: they lock it, apply the call's scale and check all layers."""
 
 import functools
 import logging
@@ -16,22 +16,22 @@ CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kw
 
 
 class Watch:
-    """Looks on at every forward of a model.
+    """The hooks on every forward of a model.
 
     Args:
-        book: of the model's adapters.
+        book: the book of the model's adapters.
 
     Attributes:
-        reached: paths of the layers that have taken part in the forward that runs, or ran last.
+        reached: paths of the adapted layers that were called in the current or last forward.
     """
 
     def __init__(self, book):
         self.book, self.reached = book, Reached()
-        self._unreached: set[str] = set()  # of which it was said
+        self._unreached: set[str] = set()  # layers that were reported
         self._hooks: list = []
 
     def start(self) -> None:
-        """Look on from now on."""
+        """Install the hooks."""
         model = self.book.model
         self._hooks = self._hooks or [
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
@@ -40,11 +40,11 @@ class Watch:
         ]
 
     def refuse_scales(self) -> None:
-        """While adapters are merged: no more than to refuse a call that would weigh them otherwise."""
+        """Install only the check for merged adapters, which refuses a scale in the call."""
         self._hooks = [self.book.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
 
     def stop(self) -> None:
-        """Look on no longer."""
+        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -54,7 +54,7 @@ class Watch:
             if scale != 1:
                 raise ValueError(f"a scale of {scale} in the call reaches no compiled or copied model: set_adapters")
             return None
-        call = self.book.turn.begin_call(sys._getframe(1))
+        call = self.book.lock.begin_call(sys._getframe(1))
         self.reached.clear()
         self.reached.takes_gradients = torch.is_grad_enabled()
         for (kind, _), seat in self.book.seats.items():
@@ -75,10 +75,10 @@ class Watch:
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
         if not _is_elsewhere(model):
-            self.book.turn.end_call()
+            self.book.lock.end_call()
 
     def _check_reached(self, model: nn.Module, args: tuple, output) -> None:
-        """Refuse to answer where an adapter lost its layer; say once where a layer took no part."""
+        """Raise an error if an adapter's layer was replaced; warn once if a layer was not called."""
         if _is_elsewhere(model):
             return
         expected = {path: s for (kind, path), s in self.book.seats.items() if kind != AS_CLASS_TABLE and s.is_in_use}
@@ -106,7 +106,7 @@ class Watch:
 
 
 def take_scale(kwargs: dict) -> tuple[float, dict]:
-    """(the `scale` among the attention kwargs of a call, by which adapters weigh during it; the kwargs without it)."""
+    """(the `scale` in the attention kwargs of a call, a factor on the adapters' weights; the kwargs without it)."""
     for name in CALL_KWARGS:
         if "scale" in (given := kwargs.get(name) or {}):
             rest = {key: value for key, value in given.items() if key != "scale"}
@@ -115,7 +115,7 @@ def take_scale(kwargs: dict) -> tuple[float, dict]:
 
 
 def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether this forward is traced by a compiler, or is that of a copy which DataParallel made for a device."""
+    """Whether this forward is being compiled, or is that of a copy that DataParallel made for a device."""
     return torch.compiler.is_compiling() or getattr(model, "_is_replica", False)
 
 
@@ -127,9 +127,9 @@ def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
 
 
 def _is_compiled(model: nn.Module, path: str) -> bool:
-    """Whether compiled code may have run the layer, in which nothing is recorded.
+    """Whether compiled code, which records nothing, may have run the layer.
 
-    That is so where the layer or a module around it was compiled, or any method of theirs was, as by a decorator.
+    That is so if the layer, a module around it, or a method of either was compiled, for example by a decorator.
     """
     names = path.split(".")
     try:

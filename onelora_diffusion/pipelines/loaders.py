@@ -25,7 +25,7 @@ from onelora_diffusion.pipelines.diffusers_forms import (
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.attaching import attach_adapter_file, swap_values
-from onelora_diffusion.storage.finding import Place, find_weights
+from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
 from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
 
@@ -87,7 +87,7 @@ class OneLoRALoaderMixin:
         *,
         low_cpu_mem_usage: bool = True,
         load_into_transformer_2: bool = False,
-        **place,
+        **location,
     ) -> None:
         """Load an adapter; it is the active one then, and what trains stays so (`train_adapters`).
 
@@ -102,13 +102,13 @@ class OneLoRALoaderMixin:
                 the same kind; who serves stays so, and a compiled model is not compiled again.
             low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
             load_into_transformer_2: into the second of two transformers.
-            **place (Any): which file of a folder or repository, by the names of `Place`: `weight_name`, `subfolder`, …
+            **location (Any): fields of `FileLocation` that select a file: `weight_name`, `subfolder`, …
 
         Raises:
             FileNotFoundError: no such file, folder, or repository in reach.
             ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
         """
-        models, place = self._models(), Place(**place)
+        models, location = self._models(), FileLocation(**location)
         if load_into_transformer_2 and "transformer_2" not in models:
             raise ValueError(f"load_into_transformer_2: {type(self).__name__} has no second transformer; leave it out")
         model = models["transformer_2"] if load_into_transformer_2 else self._adapted_model()
@@ -123,7 +123,7 @@ class OneLoRALoaderMixin:
         def translate(tensors, source):
             return denoiser_tensors(self.stock_class(), model, tensors, source)
 
-        file, shown = read_source(model, pretrained_model_name_or_path_or_dict, translate, place)
+        file, shown = read_source(model, pretrained_model_name_or_path_or_dict, translate, location)
         if hotswap:
             swap_values(adapters_of(model), file, adapter_name, shown)
         else:
@@ -135,18 +135,18 @@ class OneLoRALoaderMixin:
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         *,
         return_lora_metadata: bool = False,
-        **place,
+        **location,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict]:
         """The tensors of an adapter file by their keys, and on request what its header says as well.
 
         Args:
-            **place (Any): as in `load_lora_weights`.
+            **location (Any): as in `load_lora_weights`.
         """
-        source, place = pretrained_model_name_or_path_or_dict, Place(**place)
+        source, location = pretrained_model_name_or_path_or_dict, FileLocation(**location)
         if isinstance(source, dict):
             tensors, metadata = dict(source), {}
         else:
-            tensors, metadata = read_safetensors(find_weights(source, place))
+            tensors, metadata = read_safetensors(find_weights(source, location))
             metadata = {name: json_or_text(text) for name, text in metadata.items()}
         return (tensors, metadata) if return_lora_metadata else tensors
 
@@ -195,7 +195,7 @@ class OneLoRALoaderMixin:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
         if Path(save_directory).is_file():
             raise ValueError(f"save_directory '{save_directory}' is a file, and a folder is needed")
-        Place(weight_name)  # refuses a name that leads out of save_directory
+        FileLocation(weight_name)  # refuses a name that leads out of save_directory
         if weight_name is not None and not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name '{weight_name}' must end in .safetensors")
         layers = {
@@ -479,9 +479,9 @@ class OneLoRALoaderMixin:
     def _turns(self) -> Iterator[dict[str, AdapterBook]]:
         """Inside, no other thread changes or runs what has adapters."""
         books = self._adapted()
-        with contextlib.ExitStack() as turns:
+        with contextlib.ExitStack() as locks:
             for book in books.values():
-                turns.enter_context(book.turn)
+                locks.enter_context(book.lock)
             yield books
 
     def _is_among(self, book: AdapterBook, components: list[str] | None) -> bool:

@@ -2,7 +2,7 @@
 
 from onelora_diffusion.sampling.drawing import (
     IMAGES_AT_ONCE,
-    adapters_folded_in,
+    adapters_merged,
     as_uint8,
     draw,
     generate_images,
@@ -11,5 +11,5 @@ from onelora_diffusion.sampling.drawing import (
 )
 from onelora_diffusion.sampling.settings import SamplerSettings
 
-__all__ = ["IMAGES_AT_ONCE", "SamplerSettings", "adapters_folded_in", "as_uint8", "draw", "generate_images"]
+__all__ = ["IMAGES_AT_ONCE", "SamplerSettings", "adapters_merged", "as_uint8", "draw", "generate_images"]
 __all__ += ["image_generators", "progress_bar"]

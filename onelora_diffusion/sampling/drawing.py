@@ -235,7 +235,7 @@ def draw_in_chunks(
         yield as_uint8(images)[: len(chunk)]
 
 
-def adapters_folded_in(transformer: nn.Module, settings: SamplerSettings) -> AbstractContextManager:
+def adapters_merged(transformer: nn.Module, settings: SamplerSettings) -> AbstractContextManager:
     """Context manager around sampling: adapters cost nothing inside, unless the base takes part beside them."""
     return nullcontext() if settings.is_beside_base else merged(transformer)
 

@@ -78,7 +78,7 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
         raise ValueError(
             f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"
         )
-    with book.turn, torch.no_grad():
+    with book.lock, torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(file.tensors[name])
         book.origins[adapter_name] = file.origin

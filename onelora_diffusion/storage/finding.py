@@ -17,7 +17,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 @dataclass(frozen=True)
-class Place:
+class FileLocation:
     """Where a file is in a folder or hub repository, under the names of diffusers' keyword arguments.
 
     Attributes:
@@ -49,7 +49,7 @@ class Place:
             raise ValueError("proxies: the hub's client reads HTTP_PROXY and HTTPS_PROXY of the environment instead")
 
 
-def find_weights(source: str | os.PathLike, place: Place = Place()) -> Path:
+def find_weights(source: str | os.PathLike, location: FileLocation = FileLocation()) -> Path:
     """Find the file of an adapter: `source` itself, or the file in that folder or hub repository.
 
     Raises:
@@ -57,20 +57,20 @@ def find_weights(source: str | os.PathLike, place: Place = Place()) -> Path:
         ValueError: the folder holds several, or the file is a pickle.
     """
     local = Path(source).expanduser()
-    folder = local / place.subfolder if place.subfolder else local
+    folder = local / location.subfolder if location.subfolder else local
     if local.is_file():
-        if place.weight_name not in (None, local.name):
+        if location.weight_name not in (None, local.name):
             raise ValueError(
-                f"'{source}' is a file, and weight_name '{place.weight_name}' would be another in a folder"
+                f"'{source}' is a file, and weight_name '{location.weight_name}' would be another in a folder"
             )
         return _no_pickle(local)
     if folder.is_dir():
-        return _file_in(folder, place.weight_name)
+        return _file_in(folder, location.weight_name)
     if not HUB_ID.fullmatch(str(source)) or local.is_dir():
         raise FileNotFoundError(f"no adapter at '{folder}': there is no such file or folder, and it is no hub id")
-    names = [place.weight_name] if place.weight_name else KNOWN_NAMES
+    names = [location.weight_name] if location.weight_name else KNOWN_NAMES
     _no_pickle(Path(names[0]))
-    return _download(str(source), names, place)
+    return _download(str(source), names, location)
 
 
 def _no_pickle(path: Path) -> Path:
@@ -99,20 +99,20 @@ def _listed(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
 
 
-def _download(repo_id: str, names: Sequence[str], place: Place) -> Path:
+def _download(repo_id: str, names: Sequence[str], location: FileLocation) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        is_online = not place.local_files_only and is_in_reach(repo_id, place.token)
+        is_online = not location.local_files_only and is_in_reach(repo_id, location.token)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no adapter: there is no folder '{repo_id}', and {error}") from error
     settings = {
-        "subfolder": place.subfolder,
-        "revision": place.revision,
-        "token": place.token,
-        "cache_dir": place.cache_dir,
-        "force_download": place.force_download,
+        "subfolder": location.subfolder,
+        "revision": location.revision,
+        "token": location.token,
+        "cache_dir": location.cache_dir,
+        "force_download": location.force_download,
         "local_files_only": not is_online,
     }
     failure = None

@@ -15,7 +15,7 @@ from onelora_diffusion.injection.book import check_name, unwrapped
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_opened
 from onelora_diffusion.storage.attaching import AdapterFile, attach_adapter_file
-from onelora_diffusion.storage.finding import Place, find_weights
+from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import (
     PEFT_CONFIG,
     TEXT_ENCODER_KEY,
@@ -27,7 +27,7 @@ from onelora_diffusion.storage.lora import (
 from onelora_diffusion.storage.opening import check_state_dict, opened, read_bytes, strict_json
 
 Translate = Callable[[dict[str, torch.Tensor], str], dict[str, torch.Tensor]]
-ANYWHERE = Place()
+ANYWHERE = FileLocation()
 
 
 def load_adapter(
@@ -55,12 +55,12 @@ def read_source(
     model: nn.Module,
     source: str | os.PathLike | dict[str, torch.Tensor],
     translate: Translate,
-    place: Place = ANYWHERE,
+    location: FileLocation = ANYWHERE,
 ) -> tuple[AdapterFile, str]:
     """(the adapter in a file, a folder, a hub repository or a state dict; its name in errors)."""
     if isinstance(source, dict):
         return read_dict(model, source, {}, "the state dict", translate), "the state dict"
-    path = find_weights(source, place)
+    path = find_weights(source, location)
     return read_file(model, path, translate), str(path)
 
 

@@ -16,7 +16,7 @@ from onelora_diffusion.evaluation.statistics_file import load_statistics
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.processes import first_on_each_machine
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, generate_images, progress_bar
+from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images, progress_bar
 from onelora_diffusion.training.settings import Settings
 
 
@@ -58,7 +58,7 @@ class Evaluation:
         indices = share(padded, accelerator.process_index, accelerator.num_processes)
         sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale)
         with (
-            adapters_folded_in(self.pipeline.transformer, sampler),
+            adapters_merged(self.pipeline.transformer, sampler),
             progress_bar(len(indices), "evaluate", leave=False, disable=not accelerator.is_main_process) as progress,
         ):
             batches = generate_images(

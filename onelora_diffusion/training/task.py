@@ -20,7 +20,7 @@ from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.processes import among_sharers
-from onelora_diffusion.sampling import SamplerSettings, adapters_folded_in, image_generators
+from onelora_diffusion.sampling import SamplerSettings, adapters_merged, image_generators
 from onelora_diffusion.sampling.drawing import draw_in_chunks
 from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.training.samples import png_of
@@ -165,8 +165,8 @@ class Task:
                     self._base_images = self._samples(is_stopped)
                 if self._base_images is None:
                     return None
-            folds = self.family.folds_adapters
-            with adapters_folded_in(transformer, SamplerSettings()) if folds else nullcontext():
+            merges = self.family.merges_adapters
+            with adapters_merged(transformer, SamplerSettings()) if merges else nullcontext():
                 images = self._samples(is_stopped)
         if images is None:
             return None

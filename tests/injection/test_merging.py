@@ -271,7 +271,7 @@ def test_a_merge_under_autocast_is_not_rounded(method):
 
 
 @pytest.mark.parametrize("first", [AdapterConfig("full"), AdapterConfig("dora", fuse_qkv=True)])
-def test_adapters_in_and_beside_one_layer_are_folded_in_the_order_in_which_they_serve(dit, inputs, first):
+def test_adapters_in_and_beside_one_layer_are_merged_in_the_order_in_which_they_serve(dit, inputs, first):
     """Trained tensors take the base's place before others are added to them; q, k and v are parts of what is fused."""
     randomize(inject_adapter(dit, first, "first"), seed=3)
     randomize(inject_adapter(dit, AdapterConfig(), "second"), seed=4)

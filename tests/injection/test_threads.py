@@ -13,7 +13,7 @@ from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
 
 from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter, route_adapters, set_adapters
-from onelora_diffusion.injection.turns import RETRY_SECONDS
+from onelora_diffusion.injection.model_lock import RETRY_SECONDS
 
 
 def make_model():
@@ -86,7 +86,7 @@ def test_a_forward_that_ctrl_c_breaks_off_lets_others_in(how):
                 model(**inputs)
         else:
             kwargs = {"cross_attention_kwargs": {"scale": 0.5}} if "scaled" in how else {}
-            with model._onelora.turn if "held" in how else contextlib.nullcontext():
+            with model._onelora.lock if "held" in how else contextlib.nullcontext():
                 model(**inputs, **kwargs)
     hook.remove()
     assert torch.equal(in_another_thread(lambda: model(**inputs).sample), expected)

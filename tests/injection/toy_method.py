@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.contract import Adapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 
 
-class Volume(Adapter):
+class Volume(LayerAdapter):
     def __init__(self, linear):
         super().__init__()
         self.c = nn.Parameter(torch.zeros((), dtype=torch.float32, device=linear.weight.device))

@@ -1,4 +1,4 @@
-"""One caller at a time: what two threads would change under each other, they do one after the other."""
+"""A lock of a model with adapters: one thread at a time runs or changes it."""
 
 import asyncio
 import sys
@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-RETRY_SECONDS = 0.1  # after which one who waits looks whether the turn is still in use
+RETRY_SECONDS = 0.1  # a waiting thread checks this often whether the lock is still held
 
 
 class Hold:
-    """One of the reasons for which a thread has the turn: a with statement, or a call of the model.
+    """One acquisition of the lock, by a with statement or a call of the model.
 
     Attributes:
-        frame: of the call, as long as it runs; None for a with statement.
-        undo: what is done when the call has ended, or was broken off.
+        frame: the frame of the running call; None for a with statement.
+        undo: called when the call has ended or was interrupted.
     """
 
     def __init__(self, frame: FrameType | None = None):
@@ -22,12 +22,12 @@ class Hold:
         self.undo: Callable[[], None] = _nothing
 
 
-class Turn:
-    """A context manager that the same thread may enter again, and for which others wait.
+class ModelLock:
+    """A reentrant lock, used as a context manager or held during a call of the model.
 
-    Tasks of one thread cannot wait for each other here, so that a second one is refused. A call of the model that
-    Ctrl-C broke off, after which PyTorch runs no hook, has ended for all who come next, in whatever thread: whether it
-    still runs is seen by its frame.
+    Asyncio tasks of one thread cannot wait for each other here, so a second one gets an error. PyTorch runs no hook
+    after a call that Ctrl-C has interrupted; the lock detects by the frame of the call that it has ended, and is free
+    for all threads.
     """
 
     def __init__(self):
@@ -38,25 +38,25 @@ class Turn:
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread has it."""
+        """Whether this thread holds the lock."""
         return bool(self._holds) and self._owner == threading.get_ident()
 
-    def __enter__(self) -> "Turn":
+    def __enter__(self) -> "ModelLock":
         self._take(Hold())
         return self
 
     def __exit__(self, *exception) -> None:
         with self._free:
             while (hold := self._holds.pop()).frame is not None:
-                hold.undo()  # a call inside was broken off
+                hold.undo()  # a call inside was interrupted
             self._free.notify()
 
     def begin_call(self, frame: FrameType) -> Hold:
-        """Have it for a call that runs in this frame, until `end_call`."""
+        """Acquire the lock for a call that runs in this frame, until `end_call`."""
         return self._take(Hold(frame))
 
     def end_call(self) -> None:
-        """Give back what the last `begin_call` of this thread took, if it did."""
+        """Release what the last `begin_call` of this thread acquired, if anything."""
         with self._free:
             if self.is_mine and any(hold.frame is not None for hold in self._holds):
                 while (hold := self._holds.pop()).frame is None:
@@ -81,7 +81,7 @@ class Turn:
         return hold
 
     def _end_broken_off(self) -> None:
-        """End the calls whose frames their thread does not run any more."""
+        """Release the lock for calls whose frames are no longer running."""
         if all(hold.frame is None for hold in self._holds):
             return
         running, frame = set(), sys._current_frames().get(self._owner)
@@ -94,7 +94,7 @@ class Turn:
                 hold.undo()
 
     def __reduce__(self):
-        return Turn, ()  # a copy of a model has turns of its own
+        return ModelLock, ()  # a copy of a model has a lock of its own
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""Where a base model comes from: the miniature inside the package, a folder, or the hub."""
+"""Load a base model: the miniature inside the package, a folder, or a model of the hub."""
 
 import json
 import os
@@ -37,15 +37,15 @@ def load_base(
     Args:
         base: a pipeline folder (with `model_index.json`), a hub id (`facebook/DiT-XL-2-256`), or None for
             the miniature inside the package.
-        named_by: the adapter file that named it; what a file wants fetched is printed before it is.
-        condition: what it has to draw, refused before anything is loaded: `int` for classes, `str` for prompts, or
-            `object` for either.
-        precision: of all: `fp32` or `bf16`; or of the transformer `int8` (torchao) or `nf4` (bitsandbytes), quantised
-            as it is read, and bf16 of all else.
+        named_by: the adapter file that names the base; if it causes a download, this is printed first.
+        condition: the required kind of condition, checked before anything is loaded: `int` for classes, `str` for
+            prompts, or `object` for either.
+        precision: `fp32` or `bf16` for all models; or `int8` (torchao) or `nf4` (bitsandbytes) for the transformer,
+            which is quantised while it is loaded, with bf16 for all else.
 
     Raises:
         FileNotFoundError: `base` is neither a pipeline folder nor shaped like a hub id.
-        ValueError: it is one, but does not load: damaged, of another kind, not on the hub, no network.
+        ValueError: loading fails: it is damaged, of another kind, not on the hub, or there is no network.
     """
     import diffusers
 
@@ -62,10 +62,10 @@ def load_base(
         settings["id2label"] = class_names(index)
     try:
         with warnings.catch_warnings():
-            # Newer releases call it dtype, which older ones do not know.
+            # Newer releases name this argument dtype, which older ones do not have.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             return getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
-    except Exception as error:  # whatever the safetensors reader or a wrong class raises
+    except Exception as error:  # the safetensors reader or a wrong class may raise any error
         raise ValueError(f"base model '{base or folder}' does not load: {first_line(error)}") from error
 
 
@@ -76,7 +76,7 @@ def class_names(index: dict) -> dict[int, str] | None:
 
 
 def _packed(precision: str):
-    """diffusers' settings of a quantisation."""
+    """diffusers' settings for a quantised precision."""
     if precision == "int8":
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig
@@ -88,7 +88,7 @@ def _packed(precision: str):
 
 
 def model_index(base: str | Path | None) -> dict:
-    """What a pipeline's `model_index.json` says; None is the miniature.
+    """Read a pipeline's `model_index.json`; None is the miniature.
 
     Raises:
         FileNotFoundError, ValueError: as `load_base`.
@@ -102,7 +102,7 @@ def transformer_class(index: dict) -> str:
 
 
 def _read_index(base: str | Path | None, named_by: Path | None = None, condition: type = int) -> tuple[Path, dict]:
-    """(the folder of a pipeline, what its `model_index.json` says); None is the miniature of classes or of prompts."""
+    """(a pipeline's folder, the content of its `model_index.json`); None is the miniature of classes or of prompts."""
     if base is None:
         folder = miniature_text_path() if condition is str else miniature_path()
     else:
@@ -112,19 +112,19 @@ def _read_index(base: str | Path | None, named_by: Path | None = None, condition
         index = json.loads((folder / "model_index.json").read_text())
         transformer_class(index), class_names(index)
         return folder, index
-    except Exception as error:  # no JSON, or of another kind
+    except Exception as error:  # the file is no JSON, or has other content
         reason = first_line(error)
         raise ValueError(f"base model '{base or folder}' has no readable model_index.json: {reason}") from error
 
 
 def resolution_of(pipeline) -> int:
-    """Pixels a side of the images that a pipeline draws by itself."""
+    """Side in pixels of the images that a pipeline draws by default."""
     return family_of(pipeline).resolution(pipeline)
 
 
 @contextmanager
 def eval_mode(model: nn.Module):
-    """Put every submodule in eval mode, and each back in its own mode afterwards."""
+    """Context manager that puts every submodule into eval mode, and afterwards each back into its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -135,7 +135,7 @@ def eval_mode(model: nn.Module):
 
 
 def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
-    """The folder of a pipeline that is one, or is on the hub, from where it is fetched."""
+    """The folder of a pipeline, downloaded from the hub if `base` is a hub id."""
     folder = Path(base).expanduser()
     if not folder.exists() and HUB_ID.fullmatch(str(base)):
         return _fetch(str(base), named_by)
@@ -151,7 +151,7 @@ def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
 
 
 def _fetch(hub_id: str, named_by: Path | None) -> Path:
-    """The local folder of a pipeline on the hub, downloaded where it is not in the cache."""
+    """The local folder of a pipeline on the hub, downloaded if it is not in the cache."""
     if named_by is not None and os.environ.get("RANK", "0") == "0":
         print(f"base: {hub_id} (named by {named_by})", flush=True)
     try:
@@ -162,6 +162,6 @@ def _fetch(hub_id: str, named_by: Path | None) -> Path:
 
     try:
         return Path(DiffusionPipeline.download(hub_id, local_files_only=not is_online))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's
+    except Exception as error:  # errors of the hub's client, httpx or the system
         reason = first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {reason}") from error

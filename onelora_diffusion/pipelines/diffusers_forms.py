@@ -1,4 +1,4 @@
-"""The forms in which callers of diffusers' pipelines give weights and components, and call methods."""
+"""The forms of diffusers' API: weights by component, lists of components, methods that are called on the class."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 
 
 class on_the_class_too:
-    """A method whose `self` is the class where it is called on the class."""
+    """Decorator for a method that can also be called on the class; `self` is the class then."""
 
     def __init__(self, method):
         self.method = method
@@ -23,11 +23,11 @@ class on_the_class_too:
 
 
 def weight_of(weight: float | dict | None, component: str, components: Iterable[str]) -> Weight:
-    """The weight of a component's adapter, of one that may be given by component, and then by block.
+    """Select the weight of a component's adapter from a weight that may be given by component and by block.
 
     Args:
-        components: those of the pipeline that can have adapters. What is for a text encoder is left out, with a
-            warning.
+        components: the components of the pipeline that can have adapters. Weights for text encoders are ignored with
+            a warning.
     """
     if isinstance(weight, dict):
         if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:
@@ -39,7 +39,7 @@ def weight_of(weight: float | dict | None, component: str, components: Iterable[
 
 
 def check_components(components: list[str] | None, own: Iterable[str]) -> None:
-    """ValueError for what is no list of components, or has others than text encoders beside a pipeline's own."""
+    """ValueError unless this is a list of a pipeline's own components and text encoders."""
     if components is None:
         return
     is_list = isinstance(components, list | tuple)

@@ -1,4 +1,4 @@
-"""DiTPipeline with adapters: class names of each adapter, adapters by sample, domain guidance."""
+"""DiTPipeline with adapters: class names of each adapter, one adapter for each image, domain guidance."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from onelora_diffusion.injection.routing import GUIDANCES, Entry, route_adapters
 from onelora_diffusion.pipelines.base import class_names, eval_mode, miniature_path
 from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
 
-STOCK_NULL_LABEL = 1000  # what DiTPipeline takes for "no class", whatever the table
+STOCK_NULL_LABEL = 1000  # the null label of DiTPipeline, whatever the size of the table
 
 
 class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
@@ -36,7 +36,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None = None, **kwargs):
-        """`DiTPipeline`'s own; None is the miniature inside the package."""
+        """As for `DiTPipeline`; None loads the miniature inside the package."""
         base = miniature_path() if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         return super().from_pretrained(base, **kwargs)
 
@@ -53,7 +53,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """`DiTPipeline`'s own, with class names by number as its type hint asks."""
+        """As for `DiTPipeline`, with integers as the keys of the class names, which its type hint requires."""
         config = super().load_config(*args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
         if "id2label" in index:
@@ -62,7 +62,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class name -> label, of the adapter whose class table serves, or else of the base."""
+        """Class name -> label, for the adapter whose class table is active, or else for the base."""
         return self._labels_of(None if self._book() is None else self._book().merged or self._book().serving)
 
     @labels.setter
@@ -73,11 +73,11 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         """Labels of class names.
 
         Args:
-            label: a name or several.
-            adapter_names: whose class each is, as in the call; None: the adapter's that serves.
+            label: one or several names.
+            adapter_names: the adapter of each class, as in the call; None takes the active adapter.
 
         Raises:
-            ValueError: no such class.
+            ValueError: there is no such class.
         """
         names = [label] if isinstance(label, str) else list(label)
         return self._resolve(names, _entries(adapter_names, len(names)))
@@ -99,17 +99,17 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         """Generate images as `DiTPipeline` does, from the same noise.
 
         Args:
-            class_labels: labels or class names, one for each image. Each belongs to the class table of its
-                image's adapter; with None for an adapter, to the base's.
-            guidance_scale: w; 1 or less is without guidance.
-            adapter_names: which adapter draws which image (None for the base), all in one batch; a single name
-                is for all. Not given: the adapters that `set_adapters` set.
+            class_labels: labels or class names, one for each image, of the class table of the image's adapter, or of
+                the base's if the adapter is None.
+            guidance_scale: w; 1 or less turns guidance off.
+            adapter_names: the adapter of each image (None for the base), all in one batch; a single name is for all
+                images. If not given, the adapters that `set_adapters` activated draw.
             guidance: `cfg`, ε(∅) + w · (ε(y) − ε(∅)) of one model (Ho & Salimans 2022), or `domain`,
                 ε_base(∅) + w · (ε_adapted(y) − ε_base(∅)) (Zhong et al., ICLR 2025), as fast, in one model.
-            cross_attention_kwargs: `{"scale": s}` weighs the adapters s times what they do, in this call.
+            cross_attention_kwargs: `{"scale": s}` multiplies the adapters' weights by s in this call.
 
         Raises:
-            ValueError: no such class, adapter or guidance; not one adapter for each label.
+            ValueError: a class, an adapter or the guidance is unknown, or there is not one adapter for each label.
         """
         if guidance not in GUIDANCES:
             raise ValueError(f"unknown guidance '{guidance}': choose {' or '.join(GUIDANCES)}")
@@ -135,13 +135,13 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write a plain `DiTPipeline` with its class names: the base's, or with fused adapters in it.
+        """Write a plain `DiTPipeline` with its class names: the base, with the fused adapters if there are any.
 
-        Fused, the class table has at least the 1001 rows that `DiTPipeline` counts on: the adapter's classes
-        first, the null row in all the others.
+        With fused adapters the class table has at least the 1001 rows that `DiTPipeline` expects: first the adapter's
+        classes, and the null row in all other rows.
 
         Raises:
-            ValueError: adapters serve unfused, and would be lost; or a fused one has more than 1000 classes.
+            ValueError: active adapters are not fused and would be lost, or a fused one has more than 1000 classes.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         index = Path(save_directory) / "model_index.json"
@@ -160,7 +160,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     # Classes
 
     def _table_of(self, weights: Mapping[str, Weight] | None) -> tuple[str | None, int]:
-        """(the adapter whose class table serves under these weights, None for the base's; its number of classes)."""
+        """(the adapter whose class table these weights activate, None for the base's; its number of classes)."""
         model, book = self._adapted_model(), self._book()
         if book is None:
             return None, null_and_last_label(model)[1]
@@ -178,7 +178,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         return dict(sorted((part.strip(), label) for label, names in id2label.items() for part in names.split(",")))
 
     def _resolve(self, classes: Sequence[int | str], entries: list[Entry] | None) -> list[int]:
-        """Labels of class names and numbers, each in the class table of its own sample's adapter."""
+        """The labels of class names and numbers, each in the class table of its image's adapter."""
         book = self._book()
         serving = {} if book is None else book.merged or book.serving
         if entries is None:
@@ -205,9 +205,9 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     # Sampling
 
     def _routed(self, entries: list[Entry] | None, is_domain: bool, batch_size: int):
-        """Context manager: which adapters serve which part of the batch in this call."""
+        """Context manager that assigns adapters to the images of the batch in this call."""
         model = self._adapted_model()
-        if self._book() is None:  # the base is all there is: domain guidance is its classifier-free guidance
+        if self._book() is None:  # without adapters domain guidance equals classifier-free guidance
             return contextlib.nullcontext()
         if is_domain:
             return route_beside_base(model, batch_size, entries)
@@ -215,14 +215,14 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
     @contextlib.contextmanager
     def _null_label_in_reach(self):
-        """Inside, label 1000 is the null row of smaller class tables as well, and no label is dropped."""
+        """Context manager in which label 1000 selects the null row of smaller class tables; no label is dropped."""
         model, book = self._adapted_model(), self._book()
         last_row = self._table_of(None)[1]
 
         def clamp(model, args, kwargs):
             return args, kwargs | {"class_labels": kwargs["class_labels"].clamp(max=last_row)}
 
-        # With adapters the class embedding does it by itself.
+        # With adapters the class embedding handles this itself.
         hook = model.register_forward_pre_hook(clamp, with_kwargs=True) if book is None else None
         try:
             with eval_mode(model):
@@ -233,7 +233,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
 
 def _plain_transformer(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """A merged transformer as diffusers has it, with a class table that reaches to `DiTPipeline`'s null label."""
+    """A merged transformer as a plain diffusers model, whose class table has a row for `DiTPipeline`'s null label."""
     rows = max(adapters_of(model).class_tables.num_rows, STOCK_NULL_LABEL + 1)
     weights = stock_state_dict(model, model.state_dict(), table_rows=rows)
     with torch.device("meta"):

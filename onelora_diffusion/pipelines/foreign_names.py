@@ -1,4 +1,4 @@
-"""Which tensors of a LoRA are for the denoiser of a pipeline, under the names that diffusers has for its layers."""
+"""Select the tensors of a LoRA that are for a pipeline's denoiser, and convert their names to diffusers'."""
 
 import re
 
@@ -23,17 +23,17 @@ LORA_B = re.compile(r".*[._](B|up)(\.default)?\.weight")
 def denoiser_tensors(
     pipeline_class: type[DiffusionPipeline], model: nn.Module, tensors: dict[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
-    """The tensors that are not for text encoders, of which a warning tells.
+    """The tensors for the denoiser; those for text encoders are left out with a warning.
 
-    Where none of them names a layer of the model, they are taken for another program's (kohya's scripts for SDXL
-    and Flux, ComfyUI, XLabs), and converted as the pipeline's own `lora_state_dict` does.
+    If no tensor names a layer of the model, the names are taken for another program's (kohya's scripts for SDXL and
+    Flux, ComfyUI, XLabs) and converted by the pipeline's own `lora_state_dict`.
 
     Args:
         model: the pipeline's transformer or UNet.
-        source: named in errors and in the warning.
+        source: the name of the LoRA in errors and in the warning.
 
     Raises:
-        ValueError: all are for text encoders, or the conversion fails or would lose some.
+        ValueError: all tensors are for text encoders, or the conversion fails or would lose tensors.
     """
     own = without_text_encoders(tensors, source)
     refuse_other_kinds(own, source)
@@ -50,7 +50,7 @@ def denoiser_tensors(
 
 
 def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor]:
-    # The converters drop what they do not know, some of it without a word.
+    # The converters drop unknown tensors, some of them silently.
     for key in tensors:
         if not LORA_PART.fullmatch(key):
             raise ValueError(
@@ -60,7 +60,7 @@ def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor
         converted, *rest = pipeline_class.lora_state_dict(
             dict(tensors), unet_config=model.config, return_alphas=True, return_lora_metadata=True
         )
-    except Exception as error:  # a converter meets an unknown name with a KeyError, an AssertionError, …
+    except Exception as error:  # converters raise KeyError, AssertionError and others for unknown names
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{source}: its names ({next(iter(tensors))}) cannot be converted for {pipeline_class.__name__}: "
@@ -75,5 +75,5 @@ def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor
 
 
 def _rows(tensors: dict[str, torch.Tensor]) -> int:
-    """Output features of all layers: those of a fused layer are parted among its parts, and none is lost."""
+    """The output features of all layers in total, which splitting fused layers does not change."""
     return sum(len(tensor) for key, tensor in tensors.items() if LORA_B.fullmatch(key))

@@ -1,4 +1,4 @@
-"""The adapter verbs of diffusers' pipelines, for 1LoRA: load, set, fuse, unload, save."""
+"""diffusers' adapter methods for pipelines, for 1LoRA: load, set, fuse, unload, save."""
 
 import contextlib
 import copy
@@ -29,27 +29,27 @@ from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
 from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
 
-DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two, one after the other
+DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two transformers, used one after the other
 
 
 class OneLoRALoaderMixin:
-    """`load_lora_weights` and its family, over any diffusers pipeline with a `transformer` or a `unet`.
+    """`load_lora_weights` and its related methods, for any diffusers pipeline with a `transformer` or a `unet`.
 
-    Of two transformers (Wan 2.2), each has adapters of its own, and a verb means those of both that it names.
+    Two transformers (Wan 2.2) have adapters of their own, and a method applies to all that have the given name.
 
         class OneLoRAFluxPipeline(OneLoRALoaderMixin, FluxPipeline): ...
-        pipe = OneLoRALoaderMixin.from_pipe(pipe)     # the same for a pipeline that is in memory
+        pipe = OneLoRALoaderMixin.from_pipe(pipe)     # for a pipeline that is loaded already
 
-    Names and keyword arguments are those of diffusers. Every error is a ValueError or FileNotFoundError of one
-    line, after which the pipeline computes what it did before, bit for bit.
+    Names and keyword arguments are those of diffusers. Every error is a ValueError or FileNotFoundError of one line,
+    and does not change what the pipeline computes.
     """
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline):
-        """A pipeline that shares all of `pipeline`, weights and offloading included, and has the verbs as well.
+        """A pipeline with these methods that shares everything with `pipeline`, weights and offloading included.
 
         Raises:
-            ValueError: `pipeline` is of another kind than this class.
+            ValueError: `pipeline` is of another class than this one is for.
         """
         if cls is OneLoRALoaderMixin and isinstance(pipeline, OneLoRALoaderMixin):
             cls = type(pipeline)
@@ -59,7 +59,7 @@ class OneLoRALoaderMixin:
                 __doc__ = type(pipeline).__doc__
 
             cls = OneLoRAPipeline
-            cls.__name__ = type(pipeline).__name__  # by which diffusers' AutoPipelines know what they are given
+            cls.__name__ = type(pipeline).__name__  # diffusers' AutoPipelines recognise a pipeline by this name
         if not isinstance(pipeline, cls.stock_class()):
             raise ValueError(
                 f"{cls.__name__} is made from a {cls.stock_class().__name__}, not {type(pipeline).__name__}"
@@ -71,7 +71,7 @@ class OneLoRALoaderMixin:
 
     @classmethod
     def stock_class(cls) -> type[DiffusionPipeline]:
-        """The pipeline class of diffusers below this one."""
+        """The class of diffusers from which this class is derived."""
         return next(
             c for c in cls.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, OneLoRALoaderMixin)
         )
@@ -89,24 +89,25 @@ class OneLoRALoaderMixin:
         load_into_transformer_2: bool = False,
         **location,
     ) -> None:
-        """Load an adapter; it is the active one then, and what trains stays so (`train_adapters`).
+        """Load an adapter and make it the active one; the adapters that train stay the same (see `train_adapters`).
 
-        Takes a file of this library, a LoRA that is exactly 1LoRA (A is all ones), PEFT's MiSS of rank 1, and any
-        other LoRA or DoRA of linear layers by way of PEFT; as a file, a folder, a hub id or a state dict. Names of
-        kohya's scripts and of other programs are converted as diffusers does. What a file holds for text encoders
-        is left out, with a warning.
+        It takes a file of this library, a LoRA that is exactly 1LoRA (A is all ones), PEFT's MiSS of rank 1, and any
+        other LoRA or DoRA of linear layers, which PEFT computes; given as a file, a folder, a hub id or a state dict.
+        Names of kohya's scripts and other programs are converted as in diffusers. Tensors for text encoders are left
+        out with a warning.
 
         Args:
-            adapter_name: a new name; None: `default_0`, `default_1`, …
-            hotswap: write the values into the present adapter `adapter_name` (None: the active one), which must be of
-                the same kind; who serves stays so, and a compiled model is not compiled again.
-            low_cpu_mem_usage: taken for the sake of diffusers' callers; vectors never cost a second copy.
-            load_into_transformer_2: into the second of two transformers.
+            adapter_name: a new name; None takes `default_0`, `default_1`, …
+            hotswap: overwrite the values of the existing adapter `adapter_name` (None: the active one), which must be
+                of the same kind. The active adapters stay the same, and a compiled model is not compiled again.
+            low_cpu_mem_usage: accepted for compatibility with diffusers; loading never needs a second copy.
+            load_into_transformer_2: load into the second of two transformers.
             **location (Any): fields of `FileLocation` that select a file: `weight_name`, `subfolder`, …
 
         Raises:
-            FileNotFoundError: no such file, folder, or repository in reach.
-            ValueError: a name in use, another base, a damaged file, NaN, or nothing that fits.
+            FileNotFoundError: the file, folder or repository does not exist or cannot be reached.
+            ValueError: the name is in use, the adapter is of another base or has NaN, the file is damaged, or nothing
+                fits.
         """
         models, location = self._models(), FileLocation(**location)
         if load_into_transformer_2 and "transformer_2" not in models:
@@ -137,10 +138,10 @@ class OneLoRALoaderMixin:
         return_lora_metadata: bool = False,
         **location,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict]:
-        """The tensors of an adapter file by their keys, and on request what its header says as well.
+        """The tensors of an adapter file by their keys, and on request the metadata of its header.
 
         Args:
-            **location (Any): as in `load_lora_weights`.
+            **location (Any): as for `load_lora_weights`.
         """
         source, location = pretrained_model_name_or_path_or_dict, FileLocation(**location)
         if isinstance(source, dict):
@@ -173,23 +174,24 @@ class OneLoRALoaderMixin:
         training: dict | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Write an adapter of this pipeline to `save_directory/onelora_weights.safetensors`; or given LoRA layers.
+        """Write an adapter of this pipeline to `save_directory/onelora_weights.safetensors`, or given LoRA layers.
 
-        With all that the adapter's own file said of it. LoRA layers of PEFT, as diffusers' scripts give them to
-        this method of the class, go into `pytorch_lora_weights.safetensors`, as diffusers writes it.
+        The new file keeps the metadata of the file from which the adapter was loaded. LoRA layers of PEFT, which
+        diffusers' scripts pass to this method, are written to `pytorch_lora_weights.safetensors` as by diffusers.
 
         Args:
-            transformer_lora_layers: other values for the tensors of `adapter_state_dict`, such as their average, or
-                a PEFT LoRA's state dict.
-            unet_lora_layers: the same, of a UNet.
-            text_encoder_lora_layers: written beside a PEFT LoRA's.
-            text_encoder_2_lora_layers: written beside a PEFT LoRA's.
-            transformer_lora_adapter_metadata: PEFT's settings, for the file's header; so for the next three.
-            weight_name: another name for the file.
-            adapter_name: which adapter; None: the only one that is active.
-            component: whose, `transformer` or `transformer_2`; None: the only one that has it.
-            id2label: as in `save_adapter`; None: what the adapter was loaded with; so for the next two.
-            dtype: as in `save_adapter`.
+            transformer_lora_layers: values to write instead of those of `adapter_state_dict`, such as their average,
+                or the state dict of a PEFT LoRA.
+            unet_lora_layers: the same for a UNet.
+            text_encoder_lora_layers: further tensors to write with those of a PEFT LoRA.
+            text_encoder_2_lora_layers: further tensors to write with those of a PEFT LoRA.
+            transformer_lora_adapter_metadata: PEFT's settings for the file's header; likewise the next three.
+            weight_name: another name of the file.
+            adapter_name: the adapter to write; None takes the only active one.
+            component: the component of the adapter, `transformer` or `transformer_2`; None takes the only one that has
+                it.
+            id2label: as for `save_adapter`; None keeps the metadata of the loaded file; likewise the next two.
+            dtype: as for `save_adapter`.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
@@ -225,7 +227,7 @@ class OneLoRALoaderMixin:
             places = in_words(self._models())
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {places}")
         if adapter_name is not None:
-            self._chosen(adapter_name)  # refuses an unknown one
+            self._chosen(adapter_name)  # raises if the name is unknown
         books = {
             name: book
             for name, book in self._adapted().items()
@@ -252,12 +254,12 @@ class OneLoRALoaderMixin:
             )
 
     def unload_lora_weights(self) -> None:
-        """Remove every adapter, fused or not; the model is the plain base again, bit for bit."""
+        """Remove all adapters, also fused ones; the model is the plain base again, bit for bit."""
         for book in self._books().values():
             unload_adapter(book.model)
 
     def delete_adapters(self, adapter_names: str | list[str] | None = None) -> None:
-        """Remove the named adapters, or the one that is active; the others serve as before.
+        """Remove the named adapters, or the active one; the others are not changed.
 
         Fused weights are unfused first.
         """
@@ -265,21 +267,21 @@ class OneLoRALoaderMixin:
             book.unload(names)
 
     # -----------------------------------------------------------------------------------------------
-    # Which adapters serve
+    # Activate
 
     def set_adapters(
         self,
         adapter_names: str | Sequence[str] | None = None,
         adapter_weights: Weight | Sequence[Weight] | None = None,
     ) -> None:
-        """Let the named adapters serve together, their vectors summed with these weights.
+        """Activate the named adapters: the model computes with the weighted sum of their vectors.
 
         Args:
-            adapter_names: None: the one that is active, to which `adapter_weights` gives another weight.
-            adapter_weights: one for all or one for each: a number, or numbers by block, as in
-                `{"transformer_blocks.3": 0.5, "*.attn1": 0}`; diffusers' nested form of a UNet,
-                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`, is understood as well. What is for text encoders
-                is left out, with a warning.
+            adapter_names: None takes the active adapter, whose weight is changed.
+            adapter_weights: one for all adapters or one for each: a number, or numbers by block, as in
+                `{"transformer_blocks.3": 0.5, "*.attn1": 0}`, or diffusers' nested form for a UNet,
+                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`. Weights for text encoders are ignored with a
+                warning.
         """
         is_for_each = isinstance(adapter_weights, list | tuple)
         chosen = dict.fromkeys(name for _, names in self._chosen(adapter_names) for name in names)
@@ -288,7 +290,7 @@ class OneLoRALoaderMixin:
         weights = list(adapter_weights) if is_for_each else [adapter_weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"{len(names)} adapter names ({', '.join(names)}) but {len(weights)} weights were given")
-        with self._turns() as books:
+        with self._locked() as books:
             mixtures = []
             for component, book in books.items():
                 book.require_unmerged("others are set")
@@ -299,12 +301,12 @@ class OneLoRALoaderMixin:
                 book.activate(mixture)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that serve; fused ones too, and none while they are disabled."""
+        """The names of the active adapters, including fused ones; none while adapters are disabled."""
         return list(dict.fromkeys(name for book in self._books().values() for name in book.merged or book.serving))
 
     @property
     def adapters(self) -> AdapterTable:
-        """Its adapters, one a row: name, method, classes, size and weight. `print(pipe.adapters)` shows a table."""
+        """The adapters as rows of name, method, classes, size and weight; `print(pipe.adapters)` shows a table."""
         return AdapterTable(row for model in self._models().values() for row in list_adapters(model))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
@@ -312,37 +314,37 @@ class OneLoRALoaderMixin:
         return {component: list(book.adapters) for component, book in self._books().items()}
 
     def disable_lora(self) -> None:
-        """Let the base serve alone until `enable_lora`, `set_adapters` or the next load."""
-        with self._turns() as books:
+        """Let the base compute alone until `enable_lora`, `set_adapters` or the next load."""
+        with self._locked() as books:
             for book in books.values():
                 book.require_unmerged("they are disabled")
             for book in books.values():
                 model_verbs.disable_lora(book.model)
 
     def enable_lora(self) -> None:
-        """Bring back the adapters that `disable_lora` put out of service, with their weights."""
+        """Activate the adapters that `disable_lora` deactivated, with their weights."""
         for book in self._adapted().values():
             model_verbs.enable_lora(book.model)
 
     def set_lora_device(
         self, adapter_names: str | list[str] | None = None, device: torch.device | str | int = "cpu"
     ) -> None:
-        """Move the tensors of the named adapters, or of the one that is active, to a device.
+        """Move the tensors of the named adapters, or of the active one, to a device.
 
-        Such as the host's while others serve; before they serve again they have to be where the base is.
+        Inactive adapters can be kept on the CPU; an active adapter must be on the base's device.
         """
         for book, names in self._chosen(adapter_names):
             for module in (module for name in names for module in book.adapters[name].values()):
                 module.to(device)
             if book.serving:
-                book.activate(book.serving)  # sums of vectors that were kept are on the old device
+                book.activate(book.serving)  # cached sums of vectors are on the old device
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Nothing to prepare: vectors have no rank to pad, and are swapped in place in a compiled model too.
+        """Does nothing: vectors need no padding to a rank, and can be overwritten in a compiled model, too.
 
         Args:
-            target_rank: taken for the sake of diffusers' callers.
-            check_compiled: the same.
+            target_rank: accepted for compatibility with diffusers.
+            check_compiled: accepted for compatibility with diffusers.
         """
 
     # -----------------------------------------------------------------------------------------------
@@ -355,12 +357,13 @@ class OneLoRALoaderMixin:
         safe_fusing: bool = True,
         adapter_names: str | list[str] | None = None,
     ) -> None:
-        """Fold adapters into the base weights, times `lora_scale`, so that they cost nothing at all.
+        """Merge adapters, times `lora_scale`, into the base's weights, so that they need no computation.
 
         Args:
-            components: None, or names of which the transformer or the UNet is one; a text encoder has no adapters.
-            safe_fusing: refuse, with nothing changed, if a fused weight is NaN or infinite, as `merge_adapter` does.
-            adapter_names: which adapters; None: those that serve. They count with the weights they have.
+            components: names of components; None takes all. Text encoders have no adapters and are ignored.
+            safe_fusing: raise an error, and change nothing, if a fused weight is NaN or infinite (`safe_merging` of
+                `merge_adapter`).
+            adapter_names: the adapters to merge with their weights; None takes the active ones.
         """
         check_components(components, self._models())
         if adapter_names is None:
@@ -381,7 +384,7 @@ class OneLoRALoaderMixin:
             raise
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
-        """Restore the base weights bit for bit, and the adapters with the weights they had before."""
+        """Restore the base's weights bit for bit, and activate the adapters that were active before."""
         check_components(components, self._models())
         books = [book for book in self._adapted().values() if book.merged and self._is_among(book, components)]
         if not books:
@@ -401,7 +404,7 @@ class OneLoRALoaderMixin:
     # Call and write
 
     def __call__(self, *args, **kwargs):
-        """The pipeline's own call; a `scale` in its attention kwargs weighs the adapters during it."""
+        """Call the pipeline; a `scale` in its attention kwargs multiplies the adapters' weights during the call."""
         scale, kwargs = take_scale(kwargs) if self._books() else (1.0, kwargs)
         with self._weighed(scale):
             return super().__call__(*args, **kwargs)
@@ -413,10 +416,10 @@ class OneLoRALoaderMixin:
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write a plain pipeline for machines without this library: the base's, or with fused adapters in it.
+        """Write a plain pipeline, which loads without this library: the base, with fused adapters if there are any.
 
         Raises:
-            ValueError: adapters serve unfused, and would be lost.
+            ValueError: active adapters are not fused and would be lost.
         """
         if serving := dict.fromkeys(name for book in self._books().values() for name in book.serving):
             raise ValueError(
@@ -428,7 +431,7 @@ class OneLoRALoaderMixin:
         )
 
     def _stock(self) -> DiffusionPipeline:
-        """This pipeline as diffusers' own class, whose name it writes."""
+        """This pipeline as an instance of diffusers' own class, whose name it saves."""
         stock = copy.copy(self)
         stock.__class__ = self.stock_class()
         return stock
@@ -436,18 +439,18 @@ class OneLoRALoaderMixin:
     # -----------------------------------------------------------------------------------------------
 
     def _models(self) -> dict[str, nn.Module]:
-        """Component -> its model, of all that can have adapters."""
+        """Component -> its model, for all components that can have adapters."""
         parts = {name: getattr(self, name, None) for name in DENOISERS}
         if models := {name: unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}:
             return models
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to adapt")
 
     def _books(self) -> dict[str, AdapterBook]:
-        """Component -> its adapters, of those that have any."""
+        """Component -> its book of adapters, for those that have adapters."""
         return {name: model._onelora for name, model in self._models().items() if hasattr(model, "_onelora")}
 
     def _adapted(self) -> dict[str, AdapterBook]:
-        """The same; an error if there is none."""
+        """As `_books`; ValueError if no component has adapters."""
         return self._books() or {self._component(): adapters_of(self._adapted_model())}
 
     def _component(self) -> str:
@@ -460,7 +463,7 @@ class OneLoRALoaderMixin:
         return getattr(self._adapted_model(), "_onelora", None)
 
     def _chosen(self, adapter_names: str | Iterable[str] | None) -> list[tuple[AdapterBook, list[str]]]:
-        """(the adapters of a component, which of them are named), of each that has any; names as in `choose_all`."""
+        """(a component's book, its named adapters) for each component that has any; names are as for `choose_all`."""
         books = list(self._adapted().values())
         if len(books) == 1:
             return [(books[0], books[0].choose_all(adapter_names))]
@@ -476,8 +479,8 @@ class OneLoRALoaderMixin:
         return [(book, own) for book in books if (own := [name for name in names if name in book.adapters])]
 
     @contextlib.contextmanager
-    def _turns(self) -> Iterator[dict[str, AdapterBook]]:
-        """Inside, no other thread changes or runs what has adapters."""
+    def _locked(self) -> Iterator[dict[str, AdapterBook]]:
+        """Context manager in which no other thread changes or runs the models with adapters."""
         books = self._adapted()
         with contextlib.ExitStack() as locks:
             for book in books.values():
@@ -489,11 +492,11 @@ class OneLoRALoaderMixin:
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):
-        """Inside, the adapters that serve weigh `scale` times what they do; other threads wait until the end."""
+        """Context manager that multiplies the active adapters' weights by `scale`, while other threads wait."""
         if scale == 1 and not self._books():
             yield
             return
-        with self._turns() as books, contextlib.ExitStack() as scaled:
+        with self._locked() as books, contextlib.ExitStack() as scaled:
             for book in books.values() if scale != 1 else ():
                 if before := book.scale(scale):
                     scaled.callback(book.activate, before)

@@ -102,3 +102,12 @@ def test_what_is_no_dit_of_theirs_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="convert_dit.py: .*evil.pt: is no file of weights alone"):
         main(Settings(file, tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path):
+    (tmp_path / "there").write_text("text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match=r"^convert_dit.py: .*there/transformer.* cannot be written, .* no folder"):
+        main(Settings(tmp_path / "no-such.pt", tmp_path / "there", heads=4))
+    with pytest.raises(SystemExit, match=r"^convert_dit.py: '.*folder' is no file that can be replaced"):
+        main(Settings(tmp_path / "folder", tmp_path / "folder"))

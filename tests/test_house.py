@@ -1,23 +1,11 @@
 """The house keeps its order: imports run one way, and loops over seats ask no adapter for its kind."""
 
 import ast
-import graphlib
+
+import pytest
 
 from tools.measure_house import BLIND, ROOT, kind_tests, sources
 
-# Each room may import from the ones before it. Rooms of one line stand beside each other.
-ORDER = (
-    {"config", "files", "remote", "devices", "launch", "processes", "command_line"},
-    {"adapters"},
-    {"injection"},
-    {"storage", "peft"},
-    {"pipelines", "families", "data", "diffusion"},
-    {"sampling"},
-    {"evaluation"},
-    {"training", "serving"},
-    {"cli"},
-)
-RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 PACKAGE = "onelora_diffusion"
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
@@ -33,49 +21,16 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
-def imported_by(tree: ast.Module) -> set[str]:
-    """The modules that a module imports, at its top or inside a function."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno} imports relatively"
-            of_it = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= of_it or {node.module}
-    return found
+def test_imports_keep_their_contracts(monkeypatch, capsys):
+    """Those in pyproject.toml: rooms import one way and in no circle, and the product nothing of the workshop."""
+    pytest.importorskip("importlinter", reason="import-linter needs Python 3.11")
+    from importlinter import api, cli
 
-
-def room_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
-
-
-def test_imports_run_one_way():
-    back = []
-    for module, tree in MODULES.items():
-        if module.startswith(f"{PACKAGE}."):
-            for other in imported_by(tree):
-                if other.startswith(f"{PACKAGE}.") and RANK[room_of(other)] > RANK[room_of(module)]:
-                    back.append(f"{module} imports {other}")
-    assert back == []
-
-
-def test_there_is_no_circle():
-    graph = {module: imported_by(tree) & MODULES.keys() for module, tree in MODULES.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the modules of a circle
-    assert set(order) == set(MODULES)
-
-
-def test_the_product_knows_nothing_of_scripts_and_the_workshop():
-    workshop = {"benchmarks", "tools", "tests"} | SCRIPTS
-    for module, tree in MODULES.items():
-        if module.split(".")[0] == PACKAGE:
-            assert not {other.split(".")[0] for other in imported_by(tree)} & workshop, module
-
-
-def test_every_room_has_its_place():
-    rooms = {room_of(module) for module in MODULES if module.startswith(f"{PACKAGE}.")}
-    assert rooms <= RANK.keys()
+    monkeypatch.chdir(ROOT)
+    assert cli.lint_imports(no_cache=True, no_logo=True) == 0, capsys.readouterr().out
+    contracts = api.read_configuration("pyproject.toml")["contracts_options"]
+    (workshop,) = (set(contract["forbidden_modules"]) for contract in contracts if "forbidden_modules" in contract)
+    assert workshop == {"benchmarks", "tools", "tests"} | SCRIPTS
 
 
 # Of the standard library, what Windows has not.

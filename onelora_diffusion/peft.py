@@ -29,11 +29,11 @@ class OneLoraConfig(LoraConfig):
 
     It replaces `peft.LoraConfig` in `get_peft_model`, in the `add_adapter` of diffusers' models, and in every program
     that passes a `LoraConfig` to one of them. An ordinary LoRA of rank 1 is saved, which loads without this library.
+    `init_lora_weights` may be True or "gaussian", the values of training scripts: A is ones, B zeros.
 
     Args:
         r: must be 1, the default.
         lora_alpha: α, a factor on b; the default is 1. `use_rslora` changes nothing at rank 1.
-        init_lora_weights: True or "gaussian", the values of training scripts; in both cases A is ones and B is zeros.
 
     Raises:
         ValueError: another rank, or a setting that 1LoRA does not have, such as `use_dora`.

@@ -188,7 +188,11 @@ class LinearSeat(Seat):
         weight = self.layer._parameters.get("weight")
         if not self.active:
             return None
-        if is_tuned(self.layer):
+        if (
+            is_tuned(self.layer)
+            or weight is not None
+            and f"{self.path}.base_layer" in users.get(memory_of(weight), ())
+        ):
             return "has an adapter of PEFT's as well: merge or unload that first"
         if weight is None:
             return "has a weight that is computed from others (weight_norm, spectral_norm): remove that first"
@@ -328,6 +332,8 @@ def has_foreign_hooks(layer: nn.Module) -> bool:
 def why_not_writable(layer: nn.Module) -> str | None:
     """Why a layer's weight cannot be overwritten, or None if it can."""
     weight = layer.weight
+    if hasattr(weight, "full_tensor"):
+        return "is shared out over processes: merge where the model is whole"
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "is quantised: serve adapters unmerged, or merge into the unquantised base and quantise that"
     if weight.dtype.itemsize == 1:

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from onelora_diffusion.adapters.contract import BESIDE_LINEAR, IN_PLACE
 from onelora_diffusion.adapters.peft import PeftAdapter
 from onelora_diffusion.adapters.weights import Weight, by_path, scaled
 from onelora_diffusion.injection.book import AdapterBook
+from onelora_diffusion.injection.layers import is_tuned
 from onelora_diffusion.injection.merging import save_base
 
 
@@ -48,6 +50,7 @@ def fuse_lora(
     """Merge adapters, times `lora_scale`, into the base's weights; None takes the active ones with their weights."""
     book: AdapterBook = model._onelora
     if adapter_names is not None and _are_of_peft(model, adapter_names, "fuse_lora"):
+        _check_additive(model, adapter_names)
         return type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
     with book.lock:
         book.require_unmerged("they are fused again")
@@ -99,7 +102,21 @@ def active_adapters(model: nn.Module) -> list[str]:
     return own + list(type(model).active_adapters(model) if _has_peft(model) else ())
 
 
+def add_adapter(model: nn.Module, *args, **kwargs) -> None:
+    """diffusers' own, for an adapter of PEFT's beside this library's."""
+    _check_no_tuner(model, "add_adapter", "load PEFT's before it")
+    type(model).add_adapter(model, *args, **kwargs)
+
+
+def load_lora_adapter(model: nn.Module, *args, **kwargs) -> None:
+    """diffusers' own, for an adapter of PEFT's beside this library's."""
+    _check_no_tuner(model, "load_lora_adapter", "load PEFT's before it")
+    type(model).load_lora_adapter(model, *args, **kwargs)
+
+
 VERBS = {
+    "add_adapter": add_adapter,
+    "load_lora_adapter": load_lora_adapter,
     "set_adapters": set_adapters,
     "set_adapter": set_adapter,
     "delete_adapters": delete_adapters,
@@ -150,9 +167,30 @@ def _peft_too(model: nn.Module, verb: str, *args) -> None:
 
 def _check_apart(model: nn.Module, verb: str) -> None:
     """ValueError if diffusers' method would also change the layers of PEFT that compute an adapter of this library."""
-    for name, adapter in model._onelora.adapters.items() if _has_peft(model) else ():
+    if _has_peft(model):
+        _check_no_tuner(model, verb, "unload one of them first")
+
+
+def _check_no_tuner(model: nn.Module, verb: str, remedy: str) -> None:
+    """ValueError if the layers of PEFT compute an adapter of this library."""
+    for name, adapter in model._onelora.adapters.items():
         if any(isinstance(module, PeftAdapter) for module in adapter.values()):
             raise ValueError(
                 f"{verb}: adapter '{name}' is computed by PEFT's layers, and PEFT has others in this model, which "
-                "diffusers cannot tell apart: unload one of them first"
+                f"diffusers cannot tell apart: {remedy}"
             )
+
+
+def _check_additive(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """ValueError if an adapter of this library replaces or reads weights that PEFT would merge into."""
+    names = adapter_names if isinstance(adapter_names, str) else ", ".join(adapter_names)
+    for (kind, path), seat in model._onelora.seats.items():
+        if not is_tuned(model.get_submodule(path)) or seat.layer is model.get_submodule(path):
+            continue
+        for name, adapter in seat.items():
+            reads = kind == BESIDE_LINEAR and any(not c.reads_input for c in getattr(adapter.vectors(), "b", {}))
+            if kind == IN_PLACE or reads:
+                raise ValueError(
+                    f"fuse_lora: '{name}' {'reads' if reads else 'replaces'} the weights of {path} that '{names}' "
+                    "would be fused into: unload it first"
+                )

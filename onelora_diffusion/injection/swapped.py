@@ -1,7 +1,7 @@
 """The seat that replaces a module's own tensors: for norms, and for full fine-tuning."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -65,6 +65,15 @@ class SwapSeat(Seat):
             start = base.detach().to(lent)
             lent = start + sum(weight * (tensor - start) for tensor, weight in tensors)
         return lent.to(base)
+
+    def of_lent(
+        self, name: str, linear: Callable[[torch.Tensor], torch.Tensor], of_base: torch.Tensor
+    ) -> torch.Tensor:
+        """A linear function of what is lent, by its value for the base's own tensor, which may be elsewhere."""
+        if self._alone is not None:
+            return linear(self._value(self._alone, name))
+        of_adapters = [(linear(self._value(adapter, name)).to(of_base), weight) for adapter, weight in self._weighted]
+        return of_base + sum(weight * (value - of_base) for value, weight in of_adapters)
 
     def _value(self, adapter: SwapAdapter, name: str) -> torch.Tensor:
         if adapter.may_lack_values:

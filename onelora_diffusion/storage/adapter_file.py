@@ -19,7 +19,7 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import digest, printable, written_beside
 from onelora_diffusion.injection.attaching import PREFIX, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
-from onelora_diffusion.storage.attaching import AdapterFile, check_fits
+from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def save_adapter(
     values = own if state_dict is None else state_dict
     if set(values) != set(own):
         raise ValueError(f"state_dict differs from the adapter in {sorted(set(values) ^ set(own))[0]}")
+    check_whole(values)
     tensors = {PREFIX + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in values.items()}
     header = {
         "format": FORMAT,

@@ -58,6 +58,16 @@ def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
         _check_base(model, file, source)
 
 
+def check_whole(tensors: dict[str, torch.Tensor]) -> None:
+    """ValueError for a tensor of which each process has a share (FSDP2)."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{name} is shared out over processes: gather adapter_state_dict(model) on all of them, with "
+                "full_tensor() of each, and give that to save_adapter as state_dict"
+            )
+
+
 def attach_adapter_file(model: nn.Module, file: AdapterFile, adapter_name: str, source: str) -> None:
     """Build an adapter, check all its keys and shapes against the file's, and then attach it."""
     adapter = build_with_values(model, file.config, file.tensors, source)

@@ -14,9 +14,10 @@ from torch import nn
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.injection.attaching import state_dict_of
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import is_linear, target_layers
-from onelora_diffusion.storage.attaching import AdapterFile
+from onelora_diffusion.storage.attaching import AdapterFile, check_whole
 from onelora_diffusion.storage.naming import (
     ALL_NAMINGS,
     COMFYUI,
@@ -176,6 +177,7 @@ def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings:
 def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> dict[str, LoraLayer]:
     """A, B and β of each layer by its path; ValueError if the adapter has parts that a LoRA cannot have."""
     book = adapters_of(model)
+    check_whole(state_dict_of(book.adapters[adapter_name]))
     pairs, reasons = {}, []
     for layer, module in book.adapters[adapter_name].items():
         try:

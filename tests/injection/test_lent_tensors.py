@@ -72,6 +72,60 @@ def base() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Beside sums of a layer's own outputs, which are without its bias
+
+
+SUMS = AdapterConfig(compression="outputs", rank=3)
+
+
+def sums_beside(x, base: dict, full: dict, b: torch.Tensor, weight: float) -> torch.Tensor:
+    """y = W x + bias + Bᵀ (G W x), where W and bias are those of `full` at this weight; G sums every third row."""
+    matrix, bias = (base[name] + weight * (full[f"onelora_{name}"] - base[name]) for name in ("weight", "bias"))
+    groups = torch.stack([(torch.arange(6) % 3 == group).float() for group in range(3)])
+    return x @ (matrix + b.T @ groups @ matrix).T + bias
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_sums_of_outputs_are_without_the_bias_that_is_lent(weight, tmp_path):
+    from accelerate import cpu_offload
+
+    torch.manual_seed(0)
+    x, base = torch.randn(2, 5, 8), nn.Linear(8, 6)
+    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = nn.Sequential(copy.deepcopy(base))
+    files = []
+    for seed, (name, config) in enumerate({"full": FULL, "sums": SUMS}.items()):
+        randomize(inject_adapter(model, config, name), 0.5, seed=seed)
+        files.append(save_adapter(model, tmp_path / name, name))
+    full = {name.removeprefix("0."): p.detach().clone() for name, p in adapter_state_dict(model, "full").items()}
+    b = adapter_state_dict(model, "sums")["0.onelora_b"].detach()
+    expected = sums_beside(x, start, full, b, weight)
+    set_adapters(model, ["full", "sums"], [weight, 1.0])
+    assert_rounded(model(x), expected, model)
+    offloaded = nn.Sequential(copy.deepcopy(base))
+    cpu_offload(offloaded, CPU)
+    for file, name in zip(files, ("full", "sums"), strict=True):
+        load_adapter(offloaded, file, name)
+    set_adapters(offloaded, ["full", "sums"], [weight, 1.0])
+    with torch.no_grad():
+        assert_rounded(offloaded(x), expected, model)
+
+
+def test_gradients_of_a_lent_bias_are_without_what_is_taken_off():
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 5, 8), nn.Sequential(nn.Linear(8, 6))
+    randomize(inject_adapter(model, SUMS, "sums"), 0.5)
+    randomize(inject_adapter(model, FULL, "full"), 0.5)
+    set_adapters(model, ["full", "sums"])
+    full = {name.removeprefix("0."): p for name, p in adapter_state_dict(model, "full").items()}
+    expected = sums_beside(x, model[0].state_dict(), full, adapter_state_dict(model, "sums")["0.onelora_b"], 1.0)
+    wanted = torch.autograd.grad(expected.square().sum(), full.values())
+    found = torch.autograd.grad(model(x).square().sum(), full.values())
+    for gradient, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Offloaded
 
 

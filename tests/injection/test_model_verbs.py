@@ -130,6 +130,59 @@ def test_beside_adapters_of_peft_each_verb_means_those_it_names():
     assert torch.equal(run(model, inputs), with_theirs)
 
 
+def styled(model):
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False), "theirs")
+
+
+@pytest.mark.parametrize("config", [AdapterConfig("full"), AdapterConfig(compression="outputs")], ids=["full", "sums"])
+def test_adapters_of_peft_are_not_fused_into_weights_that_ours_replace_or_read(config):
+    torch.manual_seed(0)
+    model, inputs = sd3()
+    randomize(inject_adapter(model.eval(), config, "ours"))
+    styled(model)
+    both = run(model, inputs)
+    with pytest.raises(
+        ValueError, match="fuse_lora: 'ours' (replaces|reads) the weights of .*to_q that 'theirs' would"
+    ):
+        model.fuse_lora(adapter_names=["theirs"])
+    assert torch.equal(run(model, inputs), both)
+    model.disable_lora()
+    model.enable_lora()
+    assert torch.equal(run(model, inputs), both)
+    model.delete_adapters("ours")
+    with_theirs = run(model, inputs)
+    model.fuse_lora(adapter_names=["theirs"])
+    assert_rounded(run(model, inputs), with_theirs, model)
+
+
+def test_an_adapter_of_peft_is_not_added_beside_a_lora_of_ours(tmp_path):
+    torch.manual_seed(0)
+    stock, _ = sd3()
+    styled(stock)
+    stock.save_lora_adapter(tmp_path, adapter_name="theirs")
+    model, inputs, _ = adapted(sd3, LORA)
+    own, names = run(model, inputs), model.state_dict().keys()
+    message = "adapter 'a' is computed by PEFT's layers, .*: .* before"
+    with pytest.raises(ValueError, match=f"add_adapter: {message}"):
+        styled(model)
+    with pytest.raises(ValueError, match=f"load_lora_adapter: {message}"):
+        model.load_lora_adapter(tmp_path, prefix=None)
+    assert torch.equal(run(model, inputs), own) and model.state_dict().keys() == names
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_merging_into_a_layer_that_peft_has_an_adapter_of_is_refused_by_that_name(ours_first):
+    torch.manual_seed(0)
+    model, inputs = sd3()
+    for add in [lambda model: inject_adapter(model, PLAIN), styled][:: 1 if ours_first else -1]:
+        add(model)
+    with pytest.raises(ValueError, match="has an adapter of PEFT's as well: merge or unload that first"):
+        model.fuse_lora()
+
+
 @pytest.mark.parametrize("config", [AdapterConfig(), LORA], ids=["1lora", "lora"])
 @pytest.mark.parametrize(
     "make, name", [(sd3, "joint_attention_kwargs"), (flux, "joint_attention_kwargs"), (unet, "cross_attention_kwargs")]

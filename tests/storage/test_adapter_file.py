@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from onelora_diffusion import (
     AdapterConfig,
     adapter_state_dict,
+    export_lora,
     inject_adapter,
     load_adapter,
+    merge_adapter,
     read_adapter,
     save_adapter,
     unload_adapter,
@@ -174,3 +176,26 @@ def test_state_dict_with_other_names_is_refused(dit, tmp_path):
     inject_adapter(dit, AdapterConfig(targets=("to_q",)))
     with pytest.raises(ValueError, match="state_dict differs from the adapter in"):
         save_adapter(dit, tmp_path, state_dict={"x": torch.zeros(1)})
+
+
+def test_tensors_that_are_shared_out_over_processes_are_gathered_first(tmp_path):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model = randomize(inject_adapter(torch.nn.Sequential(torch.nn.Linear(8, 6)), AdapterConfig()))
+    b = adapter_state_dict(model)["0.onelora_b"].detach().clone()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        for write in (save_adapter, export_lora):
+            with pytest.raises(
+                ValueError, match=r"0.onelora_b is shared out over processes: gather .*full_tensor\(\)"
+            ):
+                write(model, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match="0 is shared out over processes: merge where the model is whole"):
+            merge_adapter(model)
+        whole = {name: tensor.full_tensor() for name, tensor in adapter_state_dict(model).items()}
+        save_adapter(model, tmp_path / "a.safetensors", state_dict=whole)
+    finally:
+        distributed.destroy_process_group()
+    assert torch.equal(read_adapter(tmp_path / "a.safetensors").tensors["0.onelora_b"], b)

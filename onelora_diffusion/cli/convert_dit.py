@@ -7,7 +7,7 @@
 The weights are the same, bit for bit, in both directions. The models are not quite: diffusers' DiT has 1e-5 where
 Meta's code has 1e-6 in the norm before each MLP, and its 128 timestep frequencies are 10000^(-i/127), not
 10000^(-i/128). Folders on the hub are converted like this, and adapters and samplers take them as they are. `--exact`
-writes 1e-6 into the folder; the frequencies stand in diffusers' code, so that whoever loads it sets them:
+writes 1e-6 into the folder; the frequencies stand in diffusers' code, so that the caller sets them after loading:
 
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -58,7 +58,7 @@ class Settings:
     output: tyro.conf.Positional[Path]
     """The folder, or the file."""
     vae: str | None = None
-    """Hub id or folder of the VAE: the output is a whole pipeline then. None: its transformer alone."""
+    """Hub id or folder of the VAE: the output is a whole pipeline then. Default: its transformer alone."""
     heads: int | None = None
     """Attention heads, where the width is not that of DiT-S, B, L or XL: the file does not say."""
     exact: bool = False

@@ -70,36 +70,37 @@ class Settings(SamplerSettings, ComputeSettings):
     adapter: Path = Path("runs/digits")
     """Adapter file, or the folder of a training run."""
     base: str | None = None
-    """Base model: a folder or a hub id. None: the one the adapter was trained on."""
+    """Base model: a folder or a hub id. Default: the one the adapter was trained on."""
     output: Path | None = None
     """A .png (a grid, a row a class), an .npz (ADM's arr_0, labels in arr_1), or a new or empty folder for PNG files.
-    None: sample.png beside the adapter."""
+    Default: sample.png beside the adapter."""
     classes: tuple[str, ...] = ()
-    """Names of classes, or their numbers. None given: all."""
+    """Names or numbers of the classes to draw. Default: all."""
     prompts: tuple[str, ...] = ()
-    """What a text-to-image adapter draws, by its pipeline's own sampler. None given: the captions of the embedded
+    """Prompts for a text-to-image adapter, drawn by its pipeline's own sampler. Default: the captions of the embedded
     job, for its adapter."""
     resolution: int | None = None
-    """Pixels a side of those pictures. None: as it was trained."""
+    """Side in pixels of the images of prompts. Default: that of training."""
     beside_base: bool = False
-    """Put beside each row of a grid what the base alone draws from the same noise: its own classes, in their order."""
+    """Put images of the base alone beside each row of a grid, from the same noise: its own classes, in their order."""
     per_class: int = 10
     """Images of each class or prompt."""
     num_images: int | None = None
     """Images in total, classes taking turns; replaces --per-class."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. None: 2 for an adapter of digits, the pipeline's own for other prompts,
+    """Strength of the guidance; 1 is none. Default: 2 for an adapter of digits, the pipeline's own for other prompts,
     or 4."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all noise."""
     batch_size: int = 32
-    """Images that each process hands on at a time; no image depends on it."""
+    """Number of images that each process draws and saves at a time; no image depends on it."""
     export_lora: tuple[Naming, ...] | None = None
     """Also write lora/ beside the adapter: it as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
     ComfyUI do: `--export-lora kohya comfyui`."""
     images_at_once: int | None = None
-    """Run the networks on just so many images, the last ones padded: an image is then the same to the bit in any
-    company and in any number of processes. None: on as many as there are, at most 16."""
+    """Number of images in each batch of the networks; the last batch is padded. Each image is then the same, bit for
+    bit, whatever the other images of its batch and the number of processes. Default: as many as there are, at most
+    16, without padding."""
 
 
 @one_line_errors("sample.py")

@@ -1,4 +1,4 @@
-"""Serve many adapters of one base: a page, and an API; all who ask are drawn together in one batch.
+"""Serve many adapters of one base by a page and an API; requests are drawn together in batches.
 
     onelora serve                                              # the miniature, and the adapters under runs/
     onelora serve --base facebook/DiT-XL-2-256 --adapters runs --adapter-memory 2000
@@ -38,13 +38,13 @@ class Settings(PortSettings, BatchSettings, ComputeSettings):
     """Serve many adapters of one base: a page, and an API."""
 
     base: str | None = None
-    """Base model: a folder or a hub id. None: the miniature inside the package."""
+    """Base model: a folder or a hub id. Default: the miniature inside the package."""
     adapters: Path = Path("runs")
-    """Folder of adapters, or of runs that made them; a new one appears."""
+    """Folder of adapters, or of training runs; new files are found while the server runs."""
     adapter_memory: float = 1000.0
-    """Megabytes that adapters may take in memory; the least recently used leave it."""
+    """Megabytes of memory for adapters; the least recently used ones are unloaded."""
     max_steps: int = 250
-    """Steps of a sampler that a request may ask for."""
+    """The most sampling steps that a request may ask for."""
 
     def check(self) -> None:
         PortSettings.check(self)
@@ -81,7 +81,7 @@ def main(settings: Settings) -> None:
     for entry in damaged:
         print(f"left out: {entry.name}: {entry.problem}")
     if settings.host not in LOCAL and blocks.auth is None:
-        print(f"whoever reaches {settings.host} may draw: set ONELORA_SERVE_AUTH=user:password to ask for a password")
+        print(f"all who reach {settings.host} may draw: set ONELORA_SERVE_AUTH=user:password to ask for a password")
     print(f"serving at {address} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
@@ -91,7 +91,7 @@ def main(settings: Settings) -> None:
 
 
 def load_drawing(settings: Settings, device: torch.device) -> Drawing:
-    """The base on its device, and how it draws."""
+    """Load the base to its device, for drawing."""
     precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"
     pipeline = load_base(settings.base, condition=object, precision=precision)
     if settings.mixed_precision == "fp16" and family_of(pipeline).condition is str:

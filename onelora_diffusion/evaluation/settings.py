@@ -21,12 +21,12 @@ from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
     features: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{{{','.join(FEATURES)}}} [...]]")] = ()
-    """What is compared, several in one pass. Only inception gives FID. None: what the reference has, where it is
+    """Features by which images are compared; only inception gives FID. Default: those of the reference if it is
     statistics; else pixels for digits, inception for others."""
     inception_weights: Path | None = None
-    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. None: torch's cache, or a download."""
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. Default: torch's cache, or a download."""
     dinov2_weights: Path | None = None
-    """Folder with config.json and model.safetensors. None: facebook/dinov2-large, from the hub or its cache, which
+    """Folder with config.json and model.safetensors. Default: facebook/dinov2-large, from the hub or its cache, which
     alone gives FD-DINOv2."""
     fashion_weights: Path | None = None
     """The file of the Fashion-MNIST classifier."""
@@ -37,15 +37,15 @@ class FeatureSettings:
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
     dataset: str | None = None
-    """Real images, as train_dit.py names them. None: what the adapter was trained on, else digits."""
+    """Data set of real images, named as for training. Default: that on which the adapter was trained, or digits."""
     data_root: Path | None = None
-    """Where the data set lies."""
+    """Folder of the data set."""
     split: str = "train"
-    """Which part of it: train or test."""
+    """Split of the data set: train or test."""
     image_column: str | None = None
-    """Of hf:NAME: where the image is. None: its only column of images."""
+    """Column of images, for hf:NAME. Default: its only one."""
     label_column: str | None = None
-    """Of hf:NAME: where the label is, a class, a text or an integer. None: its only column of class labels."""
+    """Column of labels (classes, texts or integers), for hf:NAME. Default: its only column of class labels."""
 
     def load(self, dataset: str, resolution: int, classes: tuple[int, ...] | None = None) -> Dataset:
         """The data set of a name, some classes of it: see `data.load_dataset`."""
@@ -58,32 +58,32 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
     """Generate images from an adapter and its base, and measure them against real ones."""
 
     adapter: Path | None = Path("runs/digits")
-    """Adapter file, or the folder of a training run. None: the base alone."""
+    """Adapter file, or the folder of a training run; None measures the base alone."""
     base: str | None = None
-    """Base model: a folder or a hub id. None: the one the adapter was trained on."""
+    """Base model: a folder or a hub id. Default: the one the adapter was trained on."""
     compare_base: bool | None = None
-    """--compare-base, --no-compare-base: also measure the base without the adapter, from the same noise. None: for
+    """--compare-base, --no-compare-base: also measure the base without the adapter, from the same noise. Default: for
     digits only."""
     reference: tuple[Path, ...] = ()
-    """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. None: computed from the
+    """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. Default: computed from the
     data set."""
     num_images: int | None = None
-    """Images to generate. None: 500 for digits, else 10,000."""
+    """Images to generate. Default: 500 for digits, else 10,000."""
     labels: LabelOrder = "turns"
-    """Their classes: one after the other (turns); drawn at random, all as likely (random, as DiT's and SiT's scripts
-    do); or drawn as often as --dataset has them in --split (dataset)."""
+    """Classes of the images: one after the other (turns); drawn at random with equal probability (random, as in DiT's
+    and SiT's scripts); or with their frequencies in --split of --dataset (dataset)."""
     num_inference_steps: int | None = None
-    """Steps of the sampler. None: 25 for digits, else 50."""
+    """Steps of the sampler. Default: 25 for digits, else 50."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. None: 2 for digits, else
+    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. Default: 2 for digits, else
     1.5."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all noise."""
     images_at_once: int = IMAGES_AT_ONCE
-    """Images that the networks run on, the last ones padded: always as many, so that an image is the same to the bit
-    in any company and in any number of processes."""
+    """Number of images in each batch of the networks; the last batch is padded. So each image is the same, bit for
+    bit, whatever the other images of its batch and the number of processes."""
     output: Path | None = None
-    """JSON file. None: evaluation.json beside the adapter, or here."""
+    """JSON file. Default: evaluation.json beside the adapter, or here."""
 
     def for_dataset(self, dataset: str) -> "Generate":
         """The same with this data set's values where none are given: a minute's work for the embedded digits."""
@@ -102,11 +102,11 @@ class Sweep(Generate):
     """Generate at several strengths of the guidance, from the same noise, and find the best of each metric."""
 
     guidance_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-    """The strengths."""
+    """The strengths of guidance to compare."""
     guidance_scale: tyro.conf.Suppress[float | None] = None
     compare_base: tyro.conf.Suppress[bool | None] = False
     output: Path | None = None
-    """JSON file; the plot is beside it, as .png. None: sweep.json beside the adapter, or here."""
+    """JSON file; the plot is beside it, as .png. Default: sweep.json beside the adapter, or here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +115,11 @@ class Calculate(FeatureSettings, MetricSettings, DatasetSettings):
     .npz with mu and sigma)."""
 
     images: Path
-    """What to measure."""
+    """The images to measure."""
     reference: tuple[Path, ...] = ()
-    """What to compare it with, any of the three; a file of statistics for each of --features. None: --dataset."""
+    """Images or statistics to compare with; one file of statistics for each of --features. Default: --dataset."""
     output: Path | None = None
-    """JSON file. None: the table only."""
+    """JSON file. Default: the table only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,9 @@ class Reference(FeatureSettings, DatasetSettings):
     keep_features: bool = False
     """Keep the features one by one in the file, for kid, precision-recall and density-coverage."""
     images: Path | None = None
-    """A folder of PNG files or an .npz. None: the data set, with the crop that training uses."""
+    """A folder of PNG files or an .npz. Default: the data set, with the crop that training uses."""
     resolution: int | None = None
-    """To which a data set is cropped and resized. None: 16 for digits, 256 for others."""
+    """Side in pixels to which images of a data set are cropped and resized. Default: 16 for digits, 256 for others."""
 
 
 def commands(**asked) -> type:

@@ -25,7 +25,7 @@ class SamplerSettings:
 
     sampler: SamplerName | None = None
     """ddpm is the ancestral sampler with the learned variance, ADM's and DiT's own (250 steps there). euler and heun
-    are for flow matching. None: ddim, or euler for flow matching."""
+    are for flow matching. Default: ddim, or euler for flow matching."""
     num_inference_steps: int = 50
     """Steps of the sampler."""
     guidance: Guidance = "cfg"
@@ -33,9 +33,9 @@ class SamplerSettings:
     guidance_scale: float = 4.0
     """Strength of the guidance; 1 is none."""
     guidance_channels: int | None = None
-    """Guide only the first so many latent channels (3 in DiT's own code). None: all."""
+    """Guide only the first so many latent channels (3 in DiT's own code). Default: all."""
     guidance_interval: tuple[int, int] | None = None
-    """Guide only between these two timesteps of training (0 is the image), the lower first. None: always."""
+    """Guide only between these two timesteps of training (0 is the image), the lower first. Default: always."""
 
     @property
     def is_beside_base(self) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of a text-to-image run: what train_text_to_image.py takes beside those of every run."""
+"""The settings of a text-to-image run, in addition to those of every run."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from onelora_diffusion.training.settings import (
     read_recipe,
 )
 
-# What reads a base as int8 or nf4.
+# The packages that load a base as int8 or nf4.
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
@@ -35,7 +35,7 @@ class PromptSettings(RunSettings):
     """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA. Neither this nor
     --images: the embedded job, handwritten digits in words on the miniature inside the package."""
     base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
-    """What the frozen transformer is kept in; int8 and nf4 compute in bf16, and int8 takes less memory than bf16 with
+    """Precision of the frozen transformer; int8 and nf4 compute in bf16, and int8 takes less memory than bf16 with
     --gradient-checkpointing alone. Trained values stay float32."""
     output_dir: Path = Path("runs/text-to-image")
     """Where the adapter, checkpoints, metrics and samples go."""
@@ -46,31 +46,31 @@ class PromptSettings(RunSettings):
     prompt: str | None = None
     """The caption of all images, such as 'a photo of sks dog'."""
     image_column: str | None = None
-    """Where the metadata has an image's path, or the hub the image. None: file_name, or the only column of images."""
+    """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
     caption_column: str = "text"
-    """Where the metadata or the hub has the caption."""
+    """Column of captions in the metadata or on the hub."""
     resolution: int | None = None
-    """Pixels a side that images are cropped to. None: those that the base draws."""
+    """Side in pixels to which images are cropped. Default: that of the base's images."""
     aspect_buckets: bool = False
-    """Crop each image to the nearest of several shapes of about as many pixels."""
+    """Crop each image to the nearest of several shapes with about as many pixels."""
     max_sequence_length: int | None = None
-    """Tokens of a prompt. None: as many as the base's pipeline takes."""
+    """Number of tokens of a prompt. Default: that of the base's pipeline."""
     caption_drop: float | None = None
-    """Share of samples that train the empty prompt. None: 0.1, or 0 where pictures are not guided from it (FLUX.1)."""
+    """Share of samples that train the empty prompt. Default: 0.1, or 0 if it is not used for guidance (FLUX.1)."""
 
     max_train_time: str | None = "1h"
     """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""
     batch_size: int = 4
     """Images an update, over all processes and accumulation steps."""
     learning_rate: float = 1e-3
-    """The optimiser's."""
+    """Learning rate of the optimiser."""
 
     validation_prompt: tuple[str, ...] = ()
-    """What samples are drawn of, the adapter's below the base's of the same noise."""
+    """Prompts of samples, which the base draws in the first row and the adapter below, from the same noise."""
     sample_steps: int = 28
     """Steps of the base's own sampler."""
     guidance_scale: float | None = None
-    """Guidance of those samples. None: the pipeline's own."""
+    """Guidance of those samples. Default: the pipeline's own."""
     export_lora: tuple[Naming, ...] | None = None
     """At the end also write lora/, the adapter as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
     ComfyUI do: `--export-lora kohya comfyui`."""
@@ -82,7 +82,7 @@ class PromptSettings(RunSettings):
         return self.caption_drop
 
     def check(self) -> None:
-        """ValueError for what can be known to be wrong before anything is read."""
+        """ValueError for settings that are known to be wrong before any file is read."""
         check_settings(self)
         is_embedded = self.base is None and self.images is None
         if self.base is None and not is_embedded:
@@ -104,7 +104,7 @@ class PromptSettings(RunSettings):
             raise ValueError(f"--engine fsdp2 cannot share out a base of --base-precision {self.base_precision}")
 
     def as_launched(self) -> "PromptSettings":
-        """These settings, with what accelerate's launcher asks for in their place."""
+        """These settings, updated with the options of accelerate's launcher."""
         asked = asked_by_launcher()
         precision = asked.pop("mixed_precision", None)
         if precision == "fp16":
@@ -114,12 +114,12 @@ class PromptSettings(RunSettings):
         return replace(self, **asked)
 
     def next_steps(self) -> list[str]:
-        """Commands to be run with the adapter of a run that has ended."""
+        """Commands to run with the adapter of a finished run."""
         prompts = [] if self.images is None else ["--prompts", self.prompt or "what is to be drawn"]
         return [command("sample.py", "--adapter", self.output_dir, *prompts)]
 
 
-# Flags of diffusers' training scripts that are called something else here.
+# Flags of diffusers' training scripts that have another name here.
 HINTS = {
     **{flag: here for flag, here in DIFFUSERS_FLAGS.items() if flag != "resolution"},
     "dataset_name": "--images hf:NAME",

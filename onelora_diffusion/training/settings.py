@@ -26,16 +26,16 @@ from onelora_diffusion.training.weighting import Weighting
 
 @dataclass
 class RunSettings:
-    """What every training run can be told."""
+    """The settings of every training run."""
 
     script: ClassVar[str]
-    class_learning_rate: ClassVar[float | None] = None  # of class tables, where a base has them
-    eval_every: ClassVar[int] = 0  # updates between evaluations, where there are any
-    max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, where there are prompts
-    latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded anew in each step
+    class_learning_rate: ClassVar[float | None] = None  # of the class table, if the base has one
+    eval_every: ClassVar[int] = 0  # updates between evaluations; 0 for none
+    max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, for bases with prompts
+    latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded again in each step
     export_lora: ClassVar[tuple | None] = None  # the namings of the LoRAs that are written at the end
-    sample_rows: ClassVar[int] = 1  # of a grid of samples
-    shows_base: ClassVar[bool] = True  # whether the base's samples of the same noise are above
+    sample_rows: ClassVar[int] = 1  # rows in a grid of samples
+    shows_base: ClassVar[bool] = True  # whether the first row is drawn by the base from the same noise
 
     config: Path | None = None
     """A recipe, *.yaml, that sets the defaults of all other flags."""
@@ -44,19 +44,19 @@ class RunSettings:
     flip: bool = False
     """Mirror half of the images."""
     broken_images: Literal["fatal", "skip"] = "fatal"
-    """An unreadable image ends the run, or is named, counted and replaced by the next one."""
+    """fatal: an unreadable image ends the run; skip: it is named, counted and replaced by the next one."""
     method: str = "1lora"
     """1lora, bitfit, difffit, mora1, mora6, lora, dora, vera, full, or peft:TUNER for any other tuner of PEFT."""
     rank: int = 1
-    """Rank of the methods that have one."""
+    """Rank, for methods that have one."""
     peft_config: str | None = None
     """JSON of PEFT's own settings for lora, dora, vera or peft:TUNER: '{"n_frequency": 500}'."""
     targets: tuple[str, ...] | None = None
-    """Names of the linear layers to adapt. None: the paper's set."""
+    """Names of the linear layers to adapt. Default: the paper's set."""
     fuse_qkv: bool = False
     """Compute q, k and v by one matrix product."""
     sum: bool | None = None
-    """--sum, --no-sum: train b, the vector of the feature sum. None: as the method does; so for the next three."""
+    """--sum, --no-sum: train b, the vector of the feature sum. Default: that of the method (also the next three)."""
     bias: bool | None = None
     """--bias, --no-bias: train a bias."""
     scale: bool | None = None
@@ -64,7 +64,7 @@ class RunSettings:
     norms: bool | None = None
     """--norms, --no-norms: train the affine weights of normalisation layers."""
     compression: str = "sum"
-    """sum, or random: the ablation in which a fixed random vector stands for the sum."""
+    """sum; or random: the ablation with a fixed random vector instead of the sum."""
 
     max_train_time: str | None = "10m"
     """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""
@@ -73,17 +73,17 @@ class RunSettings:
     batch_size: int = 64
     """Images an update, over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1
-    """Passes that an update's images are split into on each process."""
+    """Number of passes into which each process splits its images of an update."""
     optimizer: Literal["adamw", "adamw-8bit", "schedule-free"] = "adamw"
     """adamw-8bit is bitsandbytes', schedule-free is Meta's schedulefree; none of them decays weights."""
     learning_rate: float = 5e-3
-    """The optimiser's."""
+    """Learning rate of the optimiser."""
     rates_by_sum: bool = False
-    """Multiply each layer's learning rate of b by k^¼ / RMS(Σx), of its k inputs, measured in the first update."""
+    """Multiply the learning rate of b at each layer of k inputs by k^¼ / RMS(Σx), measured in the first update."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine and linear fall to 0 at --max-steps."""
     warmup_steps: int = 0
-    """Updates in which the learning rate rises from 0."""
+    """Number of updates in which the learning rate rises from 0."""
     max_grad_norm: float | None = None
     """Clip the norm of the gradient."""
     snr_gamma: float | None = None
@@ -91,7 +91,7 @@ class RunSettings:
     loss_weighting: Weighting = "none"
     """Weigh the squared error of flow matching by the noise: sigma-sqrt or cosmap (Esser et al., 2024)."""
     timestep_density: Literal["uniform", "logit-normal", "mode"] = "uniform"
-    """Which timesteps are drawn how often (Esser et al., 2024)."""
+    """Distribution from which timesteps are drawn (Esser et al., 2024)."""
     logit_mean: float = 0.0
     """Mean of logit-normal: more than 0 draws less noise, as in diffusers' scripts."""
     logit_std: float = 1.0
@@ -102,7 +102,7 @@ class RunSettings:
     """Decays of moving averages of the trained values: the first average is the adapter that is saved, the others
     lie beside it."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random numbers."""
 
     gradient_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, more time."""
@@ -122,22 +122,22 @@ class RunSettings:
     checkpoint_every: int = 500
     """Updates between two checkpoints."""
     keep_checkpoints: int = 2
-    """How many of them to keep."""
+    """How many checkpoints to keep."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also send metrics, samples and the plot of distances there."""
+    """Also send metrics, samples and the plot of distances to TensorBoard or Weights & Biases."""
     push_to_hub: str | None = None
     """At the end upload the adapter with a model card to this repository of the Hugging Face hub, user/name."""
     num_workers: int = 0
     """Processes that load images."""
     latent_cache: Path | None = None
-    """Where encoded images are kept, for all runs. None: latents/ beside --output-dir."""
+    """Folder of encoded images, shared by all runs. Default: latents/ beside --output-dir."""
     allow_changed_settings: bool = False
     """Resume although settings have changed."""
     fresh: bool = False
     """Start over, and delete the checkpoints and metrics of an earlier run in the output folder."""
 
     def adapter_config(self, num_classes: int | None = None, targets: tuple[str, ...] | None = None) -> AdapterConfig:
-        """The adapter's, with these targets if none are chosen; ValueError if a setting of it is wrong."""
+        """The settings of the adapter; `targets` are used if none are chosen. ValueError for a wrong setting."""
         try:
             peft_config = self.peft_config and json.loads(self.peft_config)
         except json.JSONDecodeError as error:
@@ -161,7 +161,7 @@ class RunSettings:
         return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
 
     def as_launched(self) -> "RunSettings":
-        """These settings, with what accelerate's launcher asks for in their place."""
+        """These settings, updated with the options of accelerate's launcher."""
         return dataclasses.replace(self, **asked_by_launcher())
 
     def as_json(self) -> dict:
@@ -179,24 +179,24 @@ class Settings(RunSettings):
     shows_base: ClassVar[bool] = False
 
     config: Path | None = None
-    """A recipe, *.yaml, that sets the defaults of all other flags. None: the one of --dataset."""
+    """A recipe, *.yaml, that sets the defaults of all other flags. Default: the one of --dataset."""
     dataset: str = EMBEDDED
     """What to learn: digits, fashion-mnist, food101, imagefolder, torchvision:CLASS (torchvision:Flowers102, any of
     its classification sets) or hf:NAME (with Hugging Face's `datasets`)."""
     data_root: Path | None = None
-    """Where the data set lies: the folder that holds food-101/, or the one of one folder a class."""
+    """Folder of the data set: the one that contains food-101/, or one folder for each class."""
     image_column: str | None = None
-    """Of hf:NAME: where the image is. None: its only column of images."""
+    """Column of images, for hf:NAME. Default: its only one."""
     label_column: str | None = None
-    """Of hf:NAME: where the label is, a class, a text or an integer. None: its only column of class labels."""
+    """Column of labels (classes, texts or integers), for hf:NAME. Default: its only column of class labels."""
     download: bool = False
-    """Fetch the data set (Food-101: 5 GB) if it is not there."""
+    """Download the data set (Food-101: 5 GB) if it is missing."""
     base: str | None = None
-    """Base model: a folder or a hub id. None: the miniature inside the package."""
+    """Base model: a folder or a hub id. Default: the miniature inside the package."""
     output_dir: Path = Path("runs/digits")
     """Where the adapter, checkpoints, metrics and samples go."""
     class_learning_rate: float | None = None
-    """Learning rate of the class table, if another."""
+    """Learning rate of the class table. Default: --learning-rate."""
     label_drop: float = 0.1
     """Share of samples that train the null label, for classifier-free guidance."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -210,11 +210,11 @@ class Settings(RunSettings):
     eval_guidance_scale: float = 1.5
     """Classifier-free guidance of those images."""
     eval_features: str | None = None
-    """What is compared: pixels, inception (FID), or others of eval_fid.py. None: pixels for digits, else inception."""
+    """Features: pixels, inception (FID), or others of eval_fid.py. Default: pixels for digits, or inception."""
     eval_weights: Path | None = None
     """Weights of those features, as eval_fid.py takes them."""
     eval_reference: Path | None = None
-    """Statistics that `eval_fid.py ref` wrote. None: those of the training images, computed at the start."""
+    """Statistics that `eval_fid.py ref` wrote. Default: those of the training images, computed at the start."""
     latent_cache_gb: float = 10.0
     """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
 
@@ -223,7 +223,7 @@ class Settings(RunSettings):
         return self.label_drop
 
     def check(self) -> None:
-        """ValueError for what can be known to be wrong before anything is read."""
+        """ValueError for settings that are known to be wrong before any file is read."""
         kind_of(self.dataset)
         check_columns(self.dataset, self.image_column, self.label_column)
         check_settings(self)
@@ -231,7 +231,7 @@ class Settings(RunSettings):
             raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")
 
     def next_steps(self) -> list[str]:
-        """Commands to be run with the adapter of a run that has ended."""
+        """Commands to run with the adapter of a finished run."""
         adapter = [] if self.output_dir == Settings.output_dir else ["--adapter", self.output_dir]
         data = [] if self.data_root is None else ["--data-root", self.data_root]
         return [command("sample.py", *adapter), command("eval_fid.py", *adapter, *data)]
@@ -259,7 +259,7 @@ AT_LEAST = {
 }
 POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
 
-# Flags of diffusers' training scripts that are called something else here.
+# Flags of diffusers' training scripts that have another name here.
 DIFFUSERS_FLAGS = {
     "pretrained_model_name_or_path": "--base",
     "pretrained_vae_model_name_or_path": "--base, a pipeline with its own VAE",
@@ -290,10 +290,10 @@ DIFFUSERS_FLAGS = {
 
 
 def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
-    """Flags over a recipe: that of --config, else that of --dataset in the folder `recipes`.
+    """Parse flags; their defaults are from the recipe of --config, or else that of --dataset in the folder `recipes`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
+        FileNotFoundError, ValueError: the recipe is missing, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, DIFFUSERS_FLAGS)
     chosen = first_flags(arguments, "dataset", "config")
@@ -306,7 +306,7 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
 
 
 def first_flags(arguments: list[str], *names: str) -> dict[str, str | None]:
-    """The values of flags that are read before all others, so that the defaults, and --help, are the recipe's."""
+    """The values of flags that are parsed before all others, so that defaults and --help show the recipe's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         first.add_argument(f"--{name}", nargs="?")
@@ -314,7 +314,7 @@ def first_flags(arguments: list[str], *names: str) -> dict[str, str | None]:
 
 
 def recipe(dataset: str, recipes: Path) -> Settings:
-    """The recipe of a data set in the folder `recipes`; one without its own has that of Food-101."""
+    """The recipe of a data set in the folder `recipes`; a data set without one uses that of Food-101."""
     settings = read_recipe(recipes / defaults_of(dataset).recipe)
     if dataset == settings.dataset:
         return settings
@@ -323,7 +323,7 @@ def recipe(dataset: str, recipes: Path) -> Settings:
 
 
 def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettings:
-    """The settings in a YAML file, over the defaults; they have the names of the flags, with _ for -."""
+    """Read settings from a YAML file; names are those of the flags with _ for -, and others keep their defaults."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader) or {}
     except yaml.YAMLError as error:
@@ -342,7 +342,7 @@ def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettin
             raise ValueError(f"{path}: unknown setting {name}{hint}")
     if "config" in values:
         raise ValueError(f"{path}: config names a recipe from outside; write the settings of both into one file")
-    # As flags, so that values are read in one way.
+    # The values are parsed as flags, so that both are read in the same way.
     try:
         flags = [word for name, value in values.items() for word in _as_flag(fields[name], value)]
     except ValueError as error:
@@ -355,7 +355,7 @@ def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettin
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML whose values are texts, or null, as they are written: a setting's own type says what a value means.
+    """Loads YAML with all values as texts or null, since the type of a setting determines the meaning of its value.
 
     By YAML's own rules 0123 is 83, 12:30:45 is 45045, and `no` is false.
     """
@@ -392,7 +392,7 @@ def _as_flag(field: dataclasses.Field, value) -> list[str]:
 
 
 def check_settings(settings: RunSettings) -> None:
-    """ValueError for what can be known to be wrong before anything is read, of any run."""
+    """ValueError for settings of any run that are known to be wrong before any file is read."""
     settings.adapter_config()
     for name, least in AT_LEAST.items():
         value = getattr(settings, name, None)

@@ -31,7 +31,7 @@ def make_tokenizer(length: int):
 TOKENS = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make_clip(projection: int | None = None):
+def make_clip(projection: int | None = None, length: int = 24):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -40,7 +40,7 @@ def make_clip(projection: int | None = None):
         intermediate_size=16,
         num_attention_heads=2,
         num_hidden_layers=2,
-        max_position_embeddings=24,
+        max_position_embeddings=length,
         projection_dim=projection or 8,
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
@@ -67,16 +67,16 @@ def make_gemma(width: int):
     return Gemma2Model(config).eval()
 
 
-def make_vae(latent_channels: int, shift_factor: float | None = 0.1):
-    """Half as many latents a side as pixels."""
+def make_vae(latent_channels: int, shift_factor: float | None = 0.1, levels: int = 2):
+    """Half as many latents a side as pixels; a half of that with every further level."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(4, 4),
+        block_out_channels=(4,) * levels,
         norm_num_groups=4,
         latent_channels=latent_channels,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
         scaling_factor=0.5,
         shift_factor=shift_factor,
         sample_size=16,

@@ -395,5 +395,8 @@ STOCK = {
 def make_stock(name: str, seed: int = 0):
     torch.manual_seed(seed)
     pipeline = STOCK[name]()
+    for parameter in pipeline.transformer.eval().parameters():
+        if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
+            torch.nn.init.normal_(parameter, std=0.1)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

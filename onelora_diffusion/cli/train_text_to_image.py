@@ -20,7 +20,7 @@ from onelora_diffusion import inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
-from onelora_diffusion.families import family_of
+from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.storage.lora import check_export
@@ -36,6 +36,8 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
     """A text-to-image transformer with its adapter, and the captioned images that it learns."""
     pipeline = load_base(settings.base, condition=str, precision=settings.base_precision)
     family = family_of(pipeline)
+    if isinstance(family, Recorded):
+        accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
     captioned = load_captioned(

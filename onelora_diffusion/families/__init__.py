@@ -1,4 +1,4 @@
-"""What differs between diffusion transformers: one file each, chosen by the transformer's class."""
+"""What differs between diffusion transformers: one file each, chosen by the transformer's class, or a recording."""
 
 from torch import nn
 
@@ -6,23 +6,42 @@ from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Conditions, Family
 from onelora_diffusion.families.flux import Flux
 from onelora_diffusion.families.pixart import PixArt
+from onelora_diffusion.families.recorded import Recorded
 from onelora_diffusion.families.sana import Sana
 from onelora_diffusion.families.sd3 import StableDiffusion3
 from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Conditions", "Family", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Conditions", "Family", "Recorded", "family_named", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
 
 
 def family_of(pipeline) -> Family:
-    """The family of a pipeline's transformer; ValueError if it is none of those that are known here."""
+    """The family of a pipeline's transformer, recorded from the pipeline where no file here has it.
+
+    Raises:
+        ValueError: the pipeline cannot be recorded, or is none.
+    """
     transformer = getattr(pipeline, "transformer", None)
     # Whoever shares out or wraps a model may give it a class of its own, below the model's.
     classes = type(unwrapped(transformer) if isinstance(transformer, nn.Module) else transformer).__mro__
     known = {family.transformer_class for family in FAMILIES}
+    if (
+        isinstance(transformer, nn.Module)
+        and hasattr(pipeline, "scheduler")
+        and not known & {c.__name__ for c in classes}
+    ):
+        return recorded_of(pipeline)
     family = family_named(next((each.__name__ for each in classes if each.__name__ in known), classes[0].__name__))
     family.check(pipeline)
+    return family
+
+
+def recorded_of(pipeline) -> Recorded:
+    """The family that was recorded from this pipeline, with the transformer that it has now."""
+    family = vars(pipeline).get("_onelora_family")  # kept there: once trained, it has no text encoders to be asked
+    if family is None or family.transformer is not unwrapped(pipeline.transformer):
+        family = vars(pipeline)["_onelora_family"] = Recorded(pipeline)
     return family
 
 

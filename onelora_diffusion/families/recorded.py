@@ -36,6 +36,10 @@ class _Stop(Exception):
     """Ends a recorded call, once it has said what was asked."""
 
 
+class _NotTaken(ValueError):
+    """A stock pipeline's own call fails, as it does for sizes that it does not draw."""
+
+
 class _Answer(tuple):
     """What a denoiser or a scheduler returns, in each of the ways that pipelines read it."""
 
@@ -98,6 +102,7 @@ class _Place:
     Attributes:
         shape: of their latents, (C, h, w).
         argument: the shape of the noisy argument, without the batch.
+        order: for each latent, its place in the scheduler's sample.
         packed: for each place of the noisy argument, the latent that stands there.
         unpacked: for each latent, its place in the denoiser's output.
         sign: of the output, by which it is a prediction.
@@ -109,6 +114,7 @@ class _Place:
 
     shape: tuple[int, ...]
     argument: tuple[int, ...]
+    order: Tensor
     packed: Tensor
     unpacked: Tensor
     sign: int
@@ -136,7 +142,6 @@ class Recorded(Family):
         self.blocks = repeated_blocks(self.transformer)
         if not self.blocks:
             raise self._refusal("its transformer has no list of blocks of one class")
-        self.targets = tuple(f"{path}.*" for path in self.blocks)
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         for name in ("prompt", "height", "width", "num_inference_steps"):
             if name not in self._parameters:
@@ -150,6 +155,9 @@ class Recorded(Family):
             self._find_conditions()
             self._find_sizes()
             self._find_guidance()
+            self.targets = targets_in(
+                self.transformer, self.blocks, lambda: self._answered(self._at(self.side, self.side).constants)
+            )
 
     def __str__(self) -> str:
         """What was found, in three lines."""
@@ -168,12 +176,12 @@ class Recorded(Family):
             guidance = f"{self._guide} from the empty prompt, {way[self._offset]}"
         sign = "minus the" if place.sign < 0 else "the"
         return (
-            f"{self.name}: noise is {self._noisy} {place.argument} of latents {place.shape}, {times}, the prediction is "
-            f"{sign} output\n"
+            f"{self.name}: noise is {self._noisy} {place.argument} of latents {place.shape}, {times}, "
+            f"the prediction is {sign} output\n"
             f"{self.name}: of the prompt: {prompted}; of the size: {', '.join(self._sized) or 'nothing'}"
             f"{'; of both: ' + ', '.join(self._together) if self._together else ''}\n"
             f"{self.name}: guidance: {guidance}; sides are multiples of {self._multiple}; "
-            f"adapters in {', '.join(self.targets)}"
+            f"adapters in {', '.join(f'{path}.*' for path in self.blocks)}"
         )
 
     def _refusal(self, what: str) -> ValueError:
@@ -268,8 +276,9 @@ class Recorded(Family):
                 pass
             except Exception as error:  # whatever a stock pipeline refuses by
                 asked = f"for {side[0]} by {side[1]} pixels " if side else ""
-                raise self._refusal(
-                    f"its own call {asked}fails: {type(error).__name__}: {first_line(error)}"
+                raise _NotTaken(
+                    f"{type(pipeline).__name__} cannot be recorded: its own call {asked}fails: "
+                    f"{type(error).__name__}: {first_line(error)}"
                 ) from error
         return run
 
@@ -279,34 +288,35 @@ class Recorded(Family):
 
     def _find_noise(self) -> None:
         """The smallest size that is taken, the setting without guidance, and the argument that has the noise."""
-        failure = None
         for self.side in SIDES:
-            for self._off in (off for off in OFF if off.keys() <= self._parameters.keys()):
-                outputs = []
-
-                def real(number, arguments, outputs=outputs):
-                    outputs.append(_output(self.transformer(**arguments)))
-                    return outputs[-1]
-
-                try:
-                    run = self._run(SHORT, (self.side, self.side), answer=real, **self._off)
-                except ValueError as error:
-                    failure = error
-                    break
-                if not run.samples:
-                    raise self._refusal("its call ends before a step of its scheduler")
-                found = [name for name, value in run.calls[0].items() if _holds(value, run.samples[0])]
-                if len(run.calls) == 1 and len(found) == 1:
-                    self._noisy, self._lists = found[0], isinstance(run.calls[0][found[0]], list)
-                    self._set_factors(_row(run.calls[0][found[0]]), outputs[0])
-                    self._encoded = send_to_device(run.encoded, "cpu")
-                    self._count = run.samples[0].numel()
-                    return
-                failure = self._refusal(
-                    f"{len(found)} arguments of its transformer are the scheduler's sample, in another order: "
-                    f"{', '.join(found) or 'none'}; calls in its first step, with {self._off or 'its own settings'}: {len(run.calls)}"
-                )
+            try:
+                return self._find_noise_at((self.side, self.side))
+            except _NotTaken as error:
+                failure = error
         raise failure
+
+    def _find_noise_at(self, side: tuple[int, int]) -> None:
+        for self._off in (off for off in OFF if off.keys() <= self._parameters.keys()):
+            outputs = []
+
+            def real(number, arguments, outputs=outputs):
+                outputs.append(_output(self.transformer(**arguments)))
+                return outputs[-1]
+
+            run = self._run(SHORT, side, answer=real, **self._off)
+            if not run.samples:
+                raise self._refusal("its call ends before a step of its scheduler")
+            found = [name for name, value in run.calls[0].items() if _holds(value, run.samples[0])]
+            if len(run.calls) == 1 and len(found) == 1:
+                self._noisy, self._lists = found[0], isinstance(run.calls[0][found[0]], list)
+                self._set_factors(_row(run.calls[0][found[0]]), outputs[0])
+                self._encoded = send_to_device(run.encoded, "cpu")
+                self._count = run.samples[0].numel()
+                return
+        raise self._refusal(
+            f"with {self._off or 'its own settings'} its transformer is called {len(run.calls)} times in a step, and "
+            f"of its arguments {', '.join(found) or 'none'} is the scheduler's sample in another order"
+        )
 
     def _set_factors(self, given: Tensor, output: Tensor | list) -> None:
         self._gives_lists = isinstance(output, list)
@@ -403,6 +413,7 @@ class Recorded(Family):
         return _Place(
             shape=latents,
             argument=tuple(_row(given[0]).shape),
+            order=order.cpu(),
             packed=places[packed.cpu()],
             unpacked=outputs.cpu()[order.cpu()],
             sign=sign,
@@ -441,12 +452,14 @@ class Recorded(Family):
 
     def _line(self, name: str, at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, float]:
         by = (values[-1] - values[0]) / (at[-1] - at[0])
-        # A pipeline computes in its own precision; the line that it follows has plain numbers.
-        by = float(min((sign * size for sign in (1, -1) for size in (1, 1e-3)), key=lambda plain: abs(plain - by)))
-        start = float((values - by * at).mean().round())
-        precision = torch.finfo(dtype).eps if dtype.is_floating_point else 2**-23
-        if (by * at + start - values).abs().max() > 4 * precision * values.abs().max().clamp(min=1e-3):
-            raise self._refusal(f"{name} changes from step to step, and is neither ±t nor ±t/1000, with or without 1")
+        # A pipeline computes in its own precision; the line that it follows has plain numbers, where it is near one.
+        precision = 4 * (torch.finfo(dtype).eps if dtype.is_floating_point else 2**-23)
+        plain = min((sign * size for sign in (1, -1) for size in (1, 1e-3)), key=lambda plain: abs(plain - by))
+        by = float(plain if abs(plain - by) <= precision * abs(plain) or precision > 1e-3 else by)
+        start = float((values - by * at).mean())
+        start = float(round(start)) if abs(start - round(start)) <= precision * max(1, abs(start)) else start
+        if (by * at + start - values).abs().max() > precision * values.abs().max().clamp(min=1):
+            raise self._refusal(f"{name} changes from step to step, and is no a·t + b of the time t")
         return by, start
 
     def _find_conditions(self) -> None:
@@ -483,7 +496,8 @@ class Recorded(Family):
         ragged = [name for name, how in self._prompted.items() if how.ragged is not None]
         if ragged and self._together:
             raise self._refusal(
-                f"{self._together[0]} follows the prompt and the size together, and {ragged[0]} is as long as the prompt"
+                f"{self._together[0]} follows the prompt and the size together, and {ragged[0]} is as long as the "
+                "prompt"
             )
         # What follows prompt and size together is made anew by the pipeline, of what its `encode_prompt` returned.
         lengths = [_row(call[ragged[0]]).shape[self._prompted[ragged[0]].ragged] for call in (short, long) if ragged]
@@ -533,10 +547,14 @@ class Recorded(Family):
             run = self._run(SHORT, side, 2, self._answering(_digit), encoded=self._encoded, **self._off)
             if run.samples[0].numel() * self.side != self._count * height:
                 return False
-            output = _output(self.transformer(**_nested(send_to_device(run.calls[0], self._device()))))
+            output = self._answered(run.calls[0])
         except (ValueError, RuntimeError):
             return False
         return tuple(_row(output).shape) == self._output_shape(tuple(_row(run.calls[0][self._noisy]).shape))
+
+    def _answered(self, call: dict) -> Tensor | list:
+        """What the transformer itself answers to a recorded call."""
+        return _output(self.transformer(**_nested(send_to_device(call, self._device()))))
 
     def _device(self) -> torch.device:
         return next(self.transformer.parameters()).device
@@ -606,20 +624,14 @@ class Recorded(Family):
     def _set_formula(self, run: _Run, answers: list[Tensor]) -> None:
         empty, _ = self._empty_row(run, self._call(SHORT, (self.side, self.side), encoded=None))
         place = self._at(self.side, self.side)
-        found = run.outputs[0].float().flatten().cpu()
+        found = run.outputs[0].float().flatten().cpu()[place.order]
         outputs = [answer.float().flatten().cpu() for answer in answers]
         without, own = outputs[empty], outputs[1 - empty]
         self._offset = None
         for offset in (0, 1):
-            guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))[self._in_sample(place)]
+            guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))[place.unpacked]
             if (guided - found).abs().max() <= 0.05 * guided.abs().max():
                 self._offset = offset
-
-    def _in_sample(self, place: _Place) -> Tensor:
-        """For each place of the scheduler's sample, the one in the denoiser's output."""
-        digits = _digits(place.packed.numel())
-        outputs = place.run.outputs[:digits]
-        return _from_digits([value * place.sign - 1 for value in outputs]).cpu()
 
     # -----------------------------------------------------------------------------------------------
     # The family
@@ -697,6 +709,15 @@ class Recorded(Family):
             row[name] = value
         return row
 
+    def _groups(self, conditions: Conditions) -> list[Tensor]:
+        """The images of a batch by the lengths of their prompts, where the transformer takes one length alone."""
+        names = [n for n, how in self._prompted.items() if how.ragged is not None and how.kind != "list"]
+        if not names or self._pads or self._together:
+            return []
+        lengths = torch.stack([conditions[f"{name}.length"] for name in names], dim=1)
+        _, group = lengths.unique(dim=0, return_inverse=True)
+        return [(group == number).nonzero().flatten() for number in group.unique()]
+
     def _of_prompts(self, conditions: Conditions) -> dict:
         """Arguments of the denoiser, cut to the longest prompt of the batch."""
         arguments, unequal = {}, None
@@ -709,11 +730,6 @@ class Recorded(Family):
                     continue
                 rows = rows.narrow(how.ragged + 1, 0, max(lengths))
             if len(set(lengths)) > 1:
-                if not self._pads:
-                    raise ValueError(
-                        f"{self.name} takes prompts of one length in a batch, and {name} has {min(lengths)} and "
-                        f"{max(lengths)} tokens: make batches of one"
-                    )
                 unequal = lengths
             if how.kind == "shared":
                 self._check_shared(name, len(rows) == 1 or bool((rows == rows[:1]).all()))
@@ -729,6 +745,18 @@ class Recorded(Family):
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         place = self._at(latents.shape[-2] * self._pixels, latents.shape[-1] * self._pixels)
         device, batch = latents.device, len(latents)
+        if len(groups := self._groups(conditions)) > 1:
+            book = getattr(unwrapped(denoiser), "_onelora", None)
+            if book is not None and book.open_route is not None:
+                raise ValueError(
+                    f"{self.name} takes prompts of one length in a batch, and here are {len(groups)} lengths in one "
+                    "whose images have adapters of their own: draw one image at a time"
+                )
+            outputs = [
+                self.predict(denoiser, latents[rows], times[rows], {name: c[rows] for name, c in conditions.items()})
+                for rows in groups
+            ]
+            return torch.cat(outputs)[torch.cat(groups).argsort()]
         if self._together:
             tensors = {name: rows for name, rows in conditions.items() if name.startswith("encoded.")}
             prompted = self._replayed(tensors, (latents.shape[-2] * self._pixels, latents.shape[-1] * self._pixels))
@@ -748,6 +776,11 @@ class Recorded(Family):
                 given[name] = by * conditions["guidance"] + start
         output = _output(denoiser(**_nested(given)))
         output = torch.stack(output) if isinstance(output, list) else output
+        expected = self._output_shape(place.argument)
+        if tuple(output.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
+            )
         flat = output.flatten(1)
         in_order = torch.equal(place.unpacked, torch.arange(len(place.unpacked)))
         if place.sign > 0 and in_order and output.shape[-2:] == latents.shape[-2:]:
@@ -772,8 +805,8 @@ class Recorded(Family):
             mean, std = encoded.latent, torch.zeros_like(encoded.latent)
         if mean[0].numel() != place.scale.numel():
             raise ValueError(
-                f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of {tuple(images.shape[-2:])} "
-                f"pixels, and its pipeline draws from {place.shape}"
+                f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of "
+                f"{tuple(images.shape[-2:])} pixels, and its pipeline draws from {place.shape}"
             )
         mean, std = (moment.float().reshape(len(images), *place.shape) for moment in (mean, std))
         scale, shift = _on(place.scale, mean.device), _on(place.shift, mean.device)
@@ -831,17 +864,67 @@ class Recorded(Family):
 
 
 def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
-    """Paths of the lists of a transformer's blocks, outermost first: of the classes it names, or of one class each."""
+    """Paths of the outermost lists of a transformer's blocks: of the classes that it names, or of one class each."""
     named = set(getattr(transformer, "_repeated_blocks", None) or ())
+    lists = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.ModuleList)}
     found = []
-    for path, module in transformer.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or any(path.startswith(f"{p}.") for p in found):
-            continue
+    for path, module in lists.items():
         classes = {type(entry).__name__ for entry in module}
         is_one = classes <= named if named else len(classes) == 1
-        if is_one and any(isinstance(part, nn.Linear) for part in module.modules()):
+        is_inner = any(path.startswith(f"{outer}.") for outer in (found if named else lists))
+        if classes and is_one and not is_inner and any(isinstance(part, nn.Linear) for part in module.modules()):
             found.append(path)
     return tuple(found)
+
+
+def targets_in(
+    transformer: nn.Module, blocks: tuple[str, ...], predict: Callable[[], Tensor | list]
+) -> tuple[str, ...]:
+    """Patterns of the linear layers in lists of blocks that a prediction depends on.
+
+    The last block of some transformers computes tokens of the prompt that nobody reads.
+    """
+    inside = {
+        path: module
+        for path, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and any(path.startswith(f"{block}.") for block in blocks)
+    }
+    added = {path: torch.zeros((), device=module.weight.device, requires_grad=True) for path, module in inside.items()}
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, path=path: output + added[path].to(output.dtype))
+        for path, module in inside.items()
+    ]
+    try:
+        # The graph alone is asked: nothing is kept for a backward pass.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: None):
+            outputs = predict()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    reached, nodes = set(), [output.grad_fn for output in outputs]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        following = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= following
+        nodes.extend(following)
+    used = [path for path in inside if id(added[path]) in reached]
+
+    def patterns(prefix: str, names: list[str]) -> list[str]:
+        own = [path for path in inside if path.startswith(f"{prefix}.")]
+        mine = [path for path in used if path.startswith(f"{prefix}.")]
+        if mine == own:
+            return [f"{prefix}.*"]
+        return [pattern for name in names for pattern in patterns(f"{prefix}.{name}", [])] if names else mine
+
+    return tuple(
+        pattern
+        for block in blocks
+        for pattern in patterns(block, [str(number) for number in range(len(transformer.get_submodule(block)))])
+    )
 
 
 def _leaves(arguments: dict, path: str = "") -> Iterator[tuple[str, object]]:

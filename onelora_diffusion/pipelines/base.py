@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from onelora_diffusion.families import family_named, family_of
+from onelora_diffusion.families import FAMILIES, Family, family_named, family_of
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
 
@@ -50,10 +50,12 @@ def load_base(
     import diffusers
 
     folder, index = _read_index(base, named_by, condition)
-    family = family_named(transformer_class(index))
+    class_name = transformer_class(index)
+    is_written = class_name == "NoneType" or class_name in [family.transformer_class for family in FAMILIES]
+    family = family_named(class_name) if is_written else Family()  # of prompts; it is recorded once it is loaded
     if not issubclass(family.condition, condition):
         draws = "prompts and no classes" if family.condition is str else "classes and no prompts"
-        raise ValueError(f"base model '{base or folder}' is a {family.transformer_class}, which draws {draws}")
+        raise ValueError(f"base model '{base or folder}' is a {class_name}, which draws {draws}")
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):
         packed = {"transformer": _packed(precision)}

@@ -1,0 +1,200 @@
+"""A family that is recorded from its pipeline: against those written by hand, and against stock pipelines."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from rounding import assert_rounded, rounding_of_images
+from stock_pipelines import make_stock
+from text_pipelines import MAKERS, make_pipeline
+from torch import nn
+
+from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import Recorded, family_of
+from onelora_diffusion.families.recorded import ASKED, repeated_blocks
+from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
+from onelora_diffusion.sampling.drawing import EncodedConditions
+from onelora_diffusion.sampling.guidance import ImageRequest
+
+LENGTH = 24  # tokens of a prompt of the pipelines whose families are written by hand
+PROMPTS = ["a bold Q", "", "a violet triangle, upside down"]
+STOCK = ["qwen_image", "z_image", "wan", "krea2", "ernie_image"]  # a mask; lists; frames; both; lengths
+
+
+@functools.cache
+def stock(name):
+    pipeline = make_stock(name)
+    return pipeline, family_of(pipeline)
+
+
+def inputs(family, pipeline, prompts=PROMPTS, seed=0, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    shape = family.latent_shape(pipeline, 64, 64)
+    latents = torch.randn(len(prompts), *shape, generator=generator)
+    times = torch.tensor([100.0, 500.0, 900.0])[: len(prompts)]
+    with torch.no_grad():
+        return latents, times, family.encode_conditions(pipeline, prompts, **settings)
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+@torch.no_grad()
+def test_a_recording_is_what_was_written_by_hand(name):
+    pipeline = make_pipeline(name)
+    if name == "flux":  # a distilled one, which is told its guidance
+        config = {key: value for key, value in pipeline.transformer.config.items() if key != "_use_default_values"}
+        transformer = type(pipeline.transformer).from_config(config | {"guidance_embeds": True})
+        pipeline.register_modules(transformer=transformer.eval())
+    written, recorded = family_of(pipeline), Recorded(pipeline)
+    assert not isinstance(written, Recorded)
+    for question in ("is_guided", "blocks"):
+        assert getattr(recorded, question) == getattr(written, question)
+    assert set(recorded.targets) < set(written.targets)
+    assert recorded.latent_shape(pipeline, 64, 64) == written.latent_shape(pipeline, 64, 64)
+    assert recorded.guidance_scale(pipeline) == written.guidance_scale(pipeline)
+    assert recorded.multiple(pipeline) % written.multiple(pipeline) == 0  # a stock pipeline may ask for more
+
+    latents, times, own = inputs(written, pipeline, max_length=LENGTH)
+    conditions = recorded.encode_conditions(pipeline, PROMPTS, LENGTH)
+    for guidance in ({}, {"guidance": torch.tensor([1.0, 2.5, 4.0])} if name == "flux" else {}):
+        expected = written.predict(pipeline.transformer, latents, times, own | guidance)
+        found = recorded.predict(pipeline.transformer, latents, times, conditions | guidance)
+        assert_rounded(found, expected, pipeline.transformer)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert_rounded(
+        recorded.encode_images(pipeline.vae, images), written.encode_images(pipeline.vae, images), pipeline.vae.encoder
+    )
+    assert_rounded(recorded.decode(pipeline.vae, latents), written.decode(pipeline.vae, latents), pipeline.vae.decoder)
+
+    tokens = (64 // recorded.multiple(pipeline)) ** 2, (64 // written.multiple(pipeline)) ** 2
+    schedules = []
+    for family, num_tokens in zip((recorded, written), tokens, strict=True):
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(**family.timesteps(scheduler, 5, num_tokens))
+        schedules.append(scheduler.timesteps)
+    assert torch.equal(*schedules)
+
+
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
+    pipeline, family = stock(name)
+    latents, times, conditions = inputs(family, pipeline)
+    together = family.predict(pipeline.transformer, latents, times, conditions)
+    assert together.shape == latents.shape and together.std() > 0.01
+    for row in range(len(PROMPTS)):
+        alone = family.encode_conditions(pipeline, [PROMPTS[row]])
+        one = family.predict(pipeline.transformer, latents[row : row + 1], times[row : row + 1], alone)
+        assert_rounded(together[row : row + 1], one, pipeline.transformer)
+
+
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_pictures_are_those_of_the_stock_pipeline(name):
+    pipeline, family = stock(name)
+    encoded, steps = EncodedConditions(pipeline), 3
+    plain = name != "qwen_image"  # which guides in a way of its own
+    scale = 3.0 if plain else 1.0
+    request = ImageRequest(
+        condition=encoded["a bold Q"],
+        empty=encoded[None],
+        generator=image_generators(0, [0])[0],
+        guidance_scale=scale + (1 if name in ("z_image", "krea2") else 0),
+    )
+    found = draw(pipeline, [request], SamplerSettings(num_inference_steps=steps), 64)
+    asked = {key: value for key, value in ASKED.items() if key in family._parameters}
+    told = {"guidance_scale": scale, "negative_prompt": ""} if plain else {}
+    latents = image_generators(0, [0])[0]
+    noise = torch.randn(1, *family.latent_shape(pipeline, 64, 64), generator=latents)
+    place = family._at(64, 64)
+    sample = torch.empty(noise.numel())
+    sample[place.order] = noise.flatten()
+    sample = sample.reshape(place.run.samples[0].shape)
+    picture = pipeline("a bold Q", height=64, width=64, num_inference_steps=steps, latents=sample, **asked, **told)[0]
+    picture = picture[:, 0] if picture.ndim == 5 else picture
+    tolerance = rounding_of_images(pipeline, steps) * 2 * scale
+    torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), picture, rtol=0, atol=tolerance)
+    assert picture.std() > 0.01
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_an_adapter_learns_and_samples_have_adapters_of_their_own(name):
+    pipeline = make_stock(name)
+    family, model = family_of(pipeline), pipeline.transformer.requires_grad_(False)
+    latents, _, conditions = inputs(family, pipeline, ["a bold Q", "a bold O"])
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(vectors) == len(target_layers(model, family.targets))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.tensor([300, 700])
+    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
+    times = model_timesteps(timesteps, pipeline.scheduler)
+    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
+    for _ in range(4):
+        output = family.predict(model, noisy, times, conditions)
+        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(vector.grad is not None and vector.grad.isfinite().all() for vector in vectors)
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+    if name == "ernie_image":  # whose layers have the tokens first, and the images second
+        with pytest.raises(ValueError, match="does not keep samples apart"), route_adapters(model, ["default", None]):
+            family.predict(model, noisy, times, conditions)
+        return
+    with torch.no_grad(), route_adapters(model, ["default", None]):
+        routed = family.predict(model, noisy, times, conditions)
+    with torch.no_grad():
+        adapted = family.predict(model, noisy, times, conditions)
+        with route_adapters(model, [None, None]):
+            base = family.predict(model, noisy, times, conditions)
+    assert_rounded(routed[:1], adapted[:1], model)
+    assert_rounded(routed[1:], base[1:], model)
+    assert (adapted - base).abs().max() > 1e-3
+
+
+def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is_no_mask():
+    pipeline, family = stock("cogview4")
+    prompts = ["a bold Q", "a violet triangle, upside down", "seven"]
+    latents, times, conditions = inputs(family, pipeline, prompts)
+    assert conditions["encoder_hidden_states.length"].tolist() == [16, 32, 16]
+    with torch.no_grad():
+        together = family.predict(pipeline.transformer, latents, times, conditions)
+        alone = [
+            family.predict(pipeline.transformer, latents[i : i + 1], times[i : i + 1], one)
+            for i, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in prompts)
+        ]
+    assert_rounded(together, torch.cat(alone), pipeline.transformer)
+    model = inject_adapter(pipeline.transformer, AdapterConfig(targets=family.targets))
+    with pytest.raises(ValueError, match="takes prompts of one length in a batch"), route_adapters(model, [None] * 3):
+        family.predict(model, latents, times, conditions)
+
+
+def test_what_has_no_place_in_a_recording_is_refused():
+    pipeline = make_pipeline("pixart")
+    pipeline.scheduler = EulerDiscreteScheduler()  # which scales what the transformer is given
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline cannot be recorded: .* none is the scheduler's sample"):
+        Recorded(pipeline)
+    pipeline = make_pipeline("sd3")
+    family = Recorded(pipeline)
+    times = torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="timestep changes from step to step, and is no a·t"):
+        family._line("timestep", times, times**2, torch.float32)
+    pipeline.transformer_2 = pipeline.transformer
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: it has two transformers"):
+        Recorded(pipeline)
+
+
+def test_blocks_are_found_by_their_structure():
+    class Block(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
+
+    model = nn.Module()
+    model.layers, model.refiner = nn.ModuleList([Block(), Block()]), nn.ModuleList([nn.LayerNorm(2)])
+    model.mixed = nn.ModuleList([Block(), nn.Linear(2, 2)])
+    assert repeated_blocks(model) == ("layers",)

@@ -1,4 +1,4 @@
-"""One place where images are measured, drawn or read: their statistics, their recognition, and all metrics of them."""
+"""Measure sets of images, generated or read: their statistics, recognition, and all metrics."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Batches = Iterable[tuple[list[int], Tensor]]
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """A set of images, as each kind of features sees it, and the share of it that a classifier reads as asked for."""
+    """The statistics of a set of images by each kind of features, and the share that a classifier recognises."""
 
     measured: list[Measured]
     recognition: float | None = None
@@ -45,17 +45,17 @@ def measure_images(
     labels: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> MeasuredImages:
-    """The statistics of a set of images, and the share that a classifier recognises, in one pass over them.
+    """Compute the statistics of a set of images, and the share that a classifier recognises, in one pass.
 
-    Each process gives images of its own; all processes get the result of the whole set.
+    Each process passes its share of the images; all processes get the result for the whole set.
 
     Args:
-        batches: (which images of the set, uint8 (batch, 3, R, R)).
-        source: what the images are; sets of `evaluation.images` say it themselves.
-        keep: hold every feature; else memory does not grow with the number of images.
-        spatial: gather the spatial features of those that have some.
+        batches: (indices of the images in the set, uint8 (batch, 3, R, R)).
+        source: a description of the set; sets of `evaluation.images` have one.
+        keep: keep all features in memory; otherwise memory does not grow with the number of images.
+        spatial: also gather spatial features, from features that have them.
         recognition: a classifier.
-        labels: of all images of the set, for the classifier; None: the classes take turns.
+        labels: the labels of all images of the set, for the classifier; None for image i of class i mod their number.
     """
     running = [RunningStatistics(each, device, keep, spatial and each.num_spatial > 0) for each in features]
     recognized = torch.zeros((), dtype=torch.int64, device=device)
@@ -85,12 +85,12 @@ class Evaluator:
 
     Args:
         features: modules of `evaluation.features`.
-        references: the real images, as each of them sees them.
-        settings: further metrics, as eval_fid.py names them.
-        recognition: a classifier of the images, where there is one.
+        references: the real images, measured by each of them.
+        settings: the further metrics.
+        recognition: a classifier of the images, or None.
 
     Raises:
-        ValueError: a metric needs other features, or the images behind the references.
+        ValueError: a metric needs other features, or the images of references that are statistics.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Evaluator:
         self.recognition, self.device = recognition, device
 
     def measure(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> MeasuredImages:
-        """What the images are, over all processes; `labels` of all of them, or None where the classes take turns."""
+        """Measure the images of all processes; `labels` are those of all images, or None if the classes alternate."""
         needs = needed(self.settings.metrics)
         return measure_images(
             batches,
@@ -123,14 +123,14 @@ class Evaluator:
         )
 
     def compare(self, found: MeasuredImages) -> list[dict]:
-        """For each kind of features: `distance`, the other metrics, and `recognition`."""
+        """The results for each kind of features: `distance`, the other metrics, and `recognition`."""
         recognition = {} if found.recognition is None else {"recognition": found.recognition}
         parts = zip(found.measured, self.references, self.metrics, self.features, strict=True)
         return [{**compare(*part, self.settings), **recognition} for part in parts]
 
 
 def metrics_of_each(metrics: Sequence[str], features: Sequence[Features | None]) -> list[list[str]]:
-    """Which metrics each kind of features has; None stands for those behind a file. ValueError if none has one."""
+    """The metrics that each kind of features allows; None stands for a file's. ValueError if none allows one."""
 
     def has(each: Features | None, metric: str) -> bool:
         needs = METRICS[metric].needs if each else ()
@@ -145,7 +145,7 @@ def metrics_of_each(metrics: Sequence[str], features: Sequence[Features | None])
 
 
 def check_material(metrics: Sequence[str], measured: Measured, role: str) -> None:
-    """ValueError if a metric needs more of a set of images than there is. `role` is `images` or `reference`."""
+    """ValueError if a set of images lacks what a metric needs. `role` is `images` or `reference`."""
     name, one_by_one = measured.origin.dataset, REAL if role == "reference" else GENERATED
     if (needing := [metric for metric in metrics if one_by_one in METRICS[metric].needs]) and measured.kept is None:
         raise ValueError(
@@ -165,7 +165,7 @@ def compare(
     features: Features | None,
     settings: MetricSettings,
 ) -> dict:
-    """The distance and all other metrics of one set of images, by the keys of their numbers."""
+    """The distance and all other metrics of a set of images, by the keys of their numbers."""
     results = {}
     for metric in (DISTANCE, *(METRICS[name] for name in METRICS if name in metrics)):
         results |= metric.compute(measured, reference, features, settings)
@@ -173,7 +173,7 @@ def compare(
 
 
 def with_progress(batches: Batches, total: int, name: str, show: bool, leave: bool = True) -> Iterator:
-    """The same batches, with a bar that counts their images."""
+    """Yield the batches with a progress bar that counts images."""
     with tqdm(total=total, desc=name, unit="image", disable=not show, leave=leave) as progress:
         for indices, images in batches:
             yield indices, images

@@ -1,4 +1,4 @@
-"""Formulas of the metrics beside the Fréchet distance: KID, precision and recall, and others; and its limit.
+"""Formulas of the metrics other than the Fréchet distance (KID, precision, recall and others), and its limit.
 
 They compare images one by one, so they need all features in memory: (images, d) float32.
 """
@@ -31,7 +31,7 @@ def precision_recall(generated: Tensor, real: Tensor, neighborhood: int = 3) -> 
 
 
 def density_coverage(generated: Tensor, real: Tensor, neighborhood: int = 5) -> tuple[float, float]:
-    """How many real images' neighbourhoods a generated one lies in, over k; the share of them that hold any.
+    """Density and coverage: how many real neighbourhoods contain a generated image, and the share that contain any.
 
         density = 1/(kM) Σⱼ Σᵢ [|yⱼ - xᵢ| < rₖ(xᵢ)]        coverage = 1/N Σᵢ [minⱼ |yⱼ - xᵢ| < rₖ(xᵢ)]
 
@@ -42,8 +42,8 @@ def density_coverage(generated: Tensor, real: Tensor, neighborhood: int = 5) -> 
         raise ValueError(f"{len(real)} real images: density and coverage need more than {neighborhood}")
     generated, real = generated.double(), real.double()
     inside, covered = 0, 0
-    for block in real.split(1000):  # in place of all distances at once, which grow with N²
-        radii = torch.cdist(block, real).kthvalue(neighborhood + 1).values  # the nearest is the image itself
+    for block in real.split(1000):  # in blocks, since the memory of all distances grows with N²
+        radii = torch.cdist(block, real).kthvalue(neighborhood + 1).values  # the nearest one is the image itself
         within = torch.cdist(block, generated) < radii[:, None]
         inside += int(within.sum())
         covered += int(within.any(dim=1).sum())
@@ -61,12 +61,12 @@ def inception_score(
 
     Args:
         logits: (images, classes).
-        split_size: images in a split; the last one may have fewer. None: ten splits.
+        split_size: number of images in a split; the last one may have fewer. None makes ten splits.
         order: `shuffled` or `given`.
     """
     if order == "shuffled":
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
-    parts = len(logits) * np.arange(11) // 10  # torch-fidelity's
+    parts = len(logits) * np.arange(11) // 10  # as in torch-fidelity
     splits = logits.split(split_size or np.diff(parts)[np.diff(parts) > 0].tolist())
     scores = [isc_features_to_metric(split, splits=1, shuffle=False)["inception_score_mean"] for split in splits]
     return float(np.mean(scores)), float(np.std(scores)), len(splits[0])
@@ -84,14 +84,14 @@ class Extrapolation:
 
 
 def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequence[int] | None = None) -> Extrapolation:
-    """The distance at several N and its limit for N to infinity, by least squares in 1/N (Chong & Forsyth, 2020).
+    """The distance for several N, and its limit for N to infinity by least squares in 1/N (Chong & Forsyth, 2020).
 
     Image i does not depend on the others, so the first N are a fair sample of N. The bias that remains is the
     reference's own, from its own count.
 
     Args:
         generated: features (images, d).
-        counts: the N; None: five, evenly spaced from half of the images to all.
+        counts: the values of N; None takes five, evenly spaced from half of the images to all.
     """
     counts = list(counts or np.linspace(len(generated) / 2, len(generated), 5).round().astype(int).tolist())
     distances = [frechet_distance(_statistics(generated[:count]), reference) for count in counts]

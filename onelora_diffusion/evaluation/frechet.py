@@ -20,7 +20,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(statistics: FeatureStatistics) -> Tensor:
-    """R (d, r) with R Rᵀ the covariance, in the r directions in which it is more than the rounding of its sums."""
+    """R (d, r) with R Rᵀ the covariance, in the r directions whose variance exceeds the rounding error."""
     variances, directions = torch.linalg.eigh(statistics.covariance)
     size = variances[-1] + statistics.mean.square().max()
     varies = variances > size * len(variances) * torch.finfo(variances.dtype).eps

@@ -17,15 +17,15 @@ from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.evaluation.npz import read_header, read_headers
 from onelora_diffusion.files import first_line, printable
 
-LARGEST = 4096  # pixels a side: no model here draws larger images, and a damaged file may say anything
-PIXELS_AT_ONCE = LARGEST**2  # of a batch, 50 MB in bytes
+LARGEST = 4096  # most pixels along a side: no model here draws larger images, and damaged files may claim any size
+PIXELS_AT_ONCE = LARGEST**2  # most pixels of a batch: 50 MB
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a set of images is: its name, their resolution R, the part of a data set, how they came to R.
+    """Describes a set of images: its name, the resolution R, the split of a data set, how images were cropped to R.
 
-    The sets of images below say the same of themselves. `notes` are sentences for the report.
+    The classes below have the same attributes. `notes` are sentences for the report.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Source:
 
 
 class FolderImages(Dataset):
-    """The PNG files of a folder, in the order of their names, as uint8 (3, R, R), decoded as those of training are.
+    """The PNG files of a folder, sorted by name, as uint8 (3, R, R), decoded in the same way as for training.
 
-    Whatever else is in the folder is passed over, and `notes` counts it by its endings.
+    Other files in the folder are ignored, and `notes` counts them by suffix.
 
-    ValueError or FileNotFoundError, at once, if there are none, or if one is unreadable, not square, or of another
-    size than the first.
+    ValueError or FileNotFoundError, at once, if there are no images, or if one is unreadable, not square, or of
+    another size than the first.
     """
 
     split, crop = "", "none"
@@ -79,7 +79,7 @@ class FolderImages(Dataset):
 class NpzImages:
     """The array `arr_0` of an .npz, uint8 (images, R, R, 3) as ADM writes them, read frame by frame.
 
-    ValueError or FileNotFoundError if it is not there, or is something else.
+    ValueError or FileNotFoundError if the array is missing or has another type or shape.
     """
 
     split, crop, notes = "", "none", ()
@@ -99,7 +99,7 @@ class NpzImages:
         return self.shape[0]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Images of rising indices; the others of the file are read and passed over."""
+        """Yield images of increasing indices; the others of the file are read and skipped."""
         frame, batch_size = self.resolution**2 * 3, _at_once(batch_size, self.resolution)
         batch: list[int] = []
         frames: list[bytes] = []
@@ -128,7 +128,7 @@ class NpzImages:
 
 
 class DatasetImages(Dataset):
-    """The images of a data set of `onelora_diffusion.data`, back from [-1, 1] to uint8, rounded."""
+    """The images of a data set of `onelora_diffusion.data`, converted from [-1, 1] to uint8 with rounding."""
 
     notes = ()
 
@@ -157,12 +157,12 @@ def open_images(path: str | Path) -> FolderImages | NpzImages:
 
 
 def share(num_images: int, process_index: int, num_processes: int) -> range:
-    """Which images a process looks at: each image belongs to exactly one, and none is padded."""
+    """The indices of the images that a process measures; each image belongs to exactly one process."""
     return range(process_index, num_images, num_processes)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """From [-1, 1] to 0..255, rounded."""
+    """Convert from [-1, 1] to 0..255 with rounding."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -174,12 +174,12 @@ def _load(images: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[
 
 
 def _at_once(batch_size: int, resolution: int) -> int:
-    """How many images are read at a time: as many as asked for, unless they are so large as to fill the memory."""
+    """The number of images to read at a time: the batch size, or fewer if large images would fill the memory."""
     return max(1, min(batch_size, PIXELS_AT_ONCE // resolution**2))
 
 
 def _passed_over(folder: str | Path, listing: Listing, measured: Collection[str]) -> tuple[str, ...]:
-    """A sentence that counts what in a folder is no image to measure, by kind; none where there is nothing."""
+    """A sentence that counts the ignored files of a folder by kind; () if there are none."""
     rest = sorted({*listing.images, *listing.others} - set(measured))
     kinds = Counter("in folders" if "/" in name else Path(name).suffix or "without ending" for name in rest)
     counts = [f"{count:,} {kind}" for kind, count in (kinds + listing.left_out).most_common()]
@@ -193,7 +193,7 @@ def _check_size(path: str | Path, width: int, height: int) -> None:
 
 
 def _png_size(file: Path) -> int:
-    """The side of a square image, from its header."""
+    """The side of a square PNG in pixels, from its header."""
     try:
         with Image.open(file) as image:
             width, height = image.size

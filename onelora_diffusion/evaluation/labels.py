@@ -1,4 +1,4 @@
-"""Which class each generated image is of."""
+"""Choose the class of each generated image."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from onelora_diffusion.data.listing import labels_of
 
 LabelOrder = Literal["turns", "random", "dataset"]
-STREAM = 0x1ABE15  # keeps the draws of labels apart from other draws with the same seed
+STREAM = 0x1ABE15  # distinguishes the random numbers for labels from others of the same seed
 
 
 def draw_labels(
@@ -18,8 +18,8 @@ def draw_labels(
     """The label of each image; that of image i is a function of (seed, i), whatever the number of images.
 
     Args:
-        order: `turns`, image i is of class i mod `num_classes`; `random`, every class is as likely; `dataset`, each
-            is as likely as `frequencies` say.
+        order: `turns`: image i has class i mod `num_classes`; `random`: all classes are equally likely; `dataset`: the
+            probabilities are proportional to `frequencies`.
     """
     if order == "turns":
         return [index % num_classes for index in range(num_images)]
@@ -31,10 +31,10 @@ def draw_labels(
 
 
 def class_frequencies(dataset: Dataset, names: Sequence[str]) -> list[int]:
-    """How many images of each of these classes a data set has.
+    """The number of images of each of these classes in a data set.
 
     Raises:
-        ValueError: it does not list its labels, or one of the names is none of its classes.
+        ValueError: the data set does not list its labels, or does not have one of the classes.
     """
     labels = labels_of(dataset)
     if labels is None:

@@ -1,4 +1,4 @@
-"""What eval_fid.py measures with: which features, and the real images that they compare with."""
+"""Choose the features and the real images for a command line of eval_fid.py."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from onelora_diffusion.processes import first_on_each_machine
 
 
 def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
-    """The feature modules; the main process goes first, since it may download."""
+    """Load the feature modules, on the main process first, since that may download weights."""
     names = dict.fromkeys(settings.features or (default,))
     fields = {name: FEATURES[name].weights for name in names if name in FEATURES}
     weights = {name: getattr(settings, field) for name, field in fields.items() if field}
@@ -29,7 +29,7 @@ def features_of(settings: FeatureSettings, default: str, resolution: int, accele
 
 
 def default_for(dataset: str | None, files: Sequence[Path]) -> str:
-    """What is compared where nothing is chosen: what the statistics are of, else what suits the data set."""
+    """The default features: those of the given statistics, or else the default of the data set."""
     for path in filter(is_statistics, files):
         origin = load_statistics(path).origin
         return next((name for name in FEATURES if origin.features.startswith(name)), origin.features)
@@ -37,7 +37,7 @@ def default_for(dataset: str | None, files: Sequence[Path]) -> str:
 
 
 def real_images(settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None):
-    """Images on disk where a path is given, else the data set (some classes of it)."""
+    """The images at a path if one is given, else those of the data set, possibly of some classes only."""
     if images:
         return open_images(images)
     real = settings.load(dataset, resolution, classes)
@@ -52,10 +52,10 @@ def references_of(
     classes: tuple[int, ...] | None,
     accelerator: Accelerator,
 ) -> list[Measured]:
-    """What images of these origins compare with: statistics, or images, which are measured.
+    """Load the references for images of these origins: statistics, or images, which are measured.
 
     Raises:
-        ValueError, FileNotFoundError: there is nothing of the kind, or it does not compare.
+        ValueError, FileNotFoundError: a reference is missing, or cannot be compared with the images.
     """
     if any(map(is_statistics, settings.reference)):
         filed = [statistics_in(path, features, settings, accelerator, REAL) for path in settings.reference]
@@ -78,10 +78,10 @@ def references_of(
 def statistics_in(
     path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator, one_by_one: str
 ) -> Measured:
-    """Those of a file; where a metric needs images one by one, those beside an .npz's statistics are measured.
+    """Load the statistics of a file; if a metric needs single images, those in the same .npz are measured.
 
     Args:
-        one_by_one: GENERATED or REAL, whichever of the two sets the file is.
+        one_by_one: GENERATED or REAL, depending on the set that the file contains.
     """
     keep = one_by_one in needed(settings.metrics)
     filed = load_statistics(path, keep)
@@ -100,7 +100,7 @@ def measure(
     keep: bool = False,
     spatial: bool = False,
 ) -> list[Measured]:
-    """Images that exist, as each kind of features sees them; each process reads its share."""
+    """Measure existing images by each kind of features; each process reads its share."""
     indices = share(len(images), accelerator.process_index, accelerator.num_processes)
     batches = images.batches(indices, batch_size)
     batches = with_progress(batches, len(indices), Path(images.name).name, accelerator.is_main_process)

@@ -1,4 +1,4 @@
-"""The metrics beside the distance, a row each: what one needs, how it is computed, how its numbers are shown."""
+"""The table of further metrics: what each needs, how it is computed, and how its numbers are shown."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from onelora_diffusion.evaluation.formulas import (
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import Measured
 
-# What a metric may need beside the mean and covariance of each set.
+# What a metric may need in addition to the mean and covariance of each set.
 GENERATED = "the features of the generated images, one by one"
 REAL = "the features of the real images, one by one"
 SPATIAL = "spatial statistics of both sets"
@@ -26,13 +26,13 @@ LOGITS = "features that lead to the logits of classes"
 
 @dataclass(frozen=True)
 class Shown:
-    """How a number appears in a table.
+    """How a number is shown in a table.
 
     Attributes:
-        name: `{own}` in it is where the features are named, of all but Inception-2015's; `{distance}` is the
-            distance's own name.
-        format: of `str.format`, with all numbers of the metric by their keys.
-        more_is_better: whether the best of several is the largest.
+        name: the name; `{own}` is replaced by the name of the features, unless these are Inception-2015's, and
+            `{distance}` by the name of the distance.
+        format: a template for `str.format` with all numbers of the metric by their keys.
+        more_is_better: whether the largest value is the best one.
     """
 
     name: str
@@ -49,12 +49,13 @@ class Metric:
     """A row of `METRICS`.
 
     Attributes:
-        needs: of the four above.
-        compute: from generated and real images, their features' module and the settings to numbers by key.
+        needs: the needed ones of the four above.
+        compute: function of the generated and real images, the features' module and the settings; returns numbers by
+            key.
         shown: the numbers that tables and sweeps show, by key.
-        rows: further rows of a table, from the results of its columns and the distance's name; none where the
-            results have nothing of this metric.
-        note_of: a sentence for the report, from one result, or None.
+        rows: function of the results of a table's columns and the distance's name; returns further rows of the table,
+            none if the results do not have this metric.
+        note_of: function of one result; returns a sentence for the report, or None.
     """
 
     needs: tuple[str, ...]
@@ -154,12 +155,12 @@ class MetricSettings:
     """Further metrics; all but sfid keep all features in memory. `limit` is the distance at several numbers of images
     and its extrapolation to infinitely many."""
     inception_score_split: int | None = None
-    """Images in each split of the Inception Score: 5000 in ADM's evaluator. None: a tenth of them."""
+    """Number of images in each split of the Inception Score, 5000 in ADM's evaluator. Default: a tenth of them."""
     inception_score_order: Literal["shuffled", "given"] = "shuffled"
-    """Which images are in one split: drawn at random, or as they follow each other (given), as in ADM's evaluator."""
+    """Order of the images in splits: random (shuffled), or unchanged as in ADM's evaluator (given)."""
 
     def check_metrics(self) -> None:
-        """ValueError for an unknown metric, or for splits of no image."""
+        """ValueError for an unknown metric or empty splits."""
         if unknown := [metric for metric in self.metrics if metric not in METRICS]:
             raise ValueError(f"--metrics {unknown[0]} is unknown: choose from {', '.join(METRICS)}")
         if self.inception_score_split is not None and self.inception_score_split < 1:
@@ -167,11 +168,11 @@ class MetricSettings:
 
 
 def needed(metrics: Sequence[str]) -> set[str]:
-    """What these metrics need of the two sets."""
+    """The union of the needs of these metrics."""
     return {need for metric in metrics for need in METRICS[metric].needs}
 
 
 def all_shown() -> dict[str, Shown]:
-    """Every number that may be in a result, in the order of a table's rows."""
+    """All numbers that a result may contain, in the order of a table's rows."""
     rows = [DISTANCE, *METRICS.values()]
     return {key: shown for metric in rows for key, shown in metric.shown.items()} | {"recognition": RECOGNITION}

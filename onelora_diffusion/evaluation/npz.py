@@ -1,4 +1,4 @@
-"""Members of an .npz of anyone's making: what they hold is known from their headers, before anything is read."""
+"""Read the headers of arrays in an untrusted .npz, before any values are read."""
 
 import zipfile
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Header:
 
 
 def read_headers(path: Path) -> dict[str, Header]:
-    """Of every array in the file, by name.
+    """The headers of all arrays in the file, by name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no .npz; or an array is cut short.
+        ValueError: the file is damaged or no .npz, or an array is incomplete.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}'")
@@ -44,7 +44,7 @@ def read_headers(path: Path) -> dict[str, Header]:
 
 
 def read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, column order and dtype of an .npy stream, which is left at its first number."""
+    """(shape, whether columns come first, dtype) of an .npy stream, which is left at its first value."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(member)

@@ -1,4 +1,4 @@
-"""How many generated images a classifier that has seen only real ones reads as the class that was asked for."""
+"""Recognition: the share of generated images that a classifier trained on real ones assigns to their class."""
 
 from collections.abc import Sequence
 
@@ -15,11 +15,11 @@ from onelora_diffusion.evaluation.images import to_uint8
 class DigitClassifier:
     """scikit-learn's support vector classifier (RBF kernel) of all ten handwritten digits, at 8 by 8 grey pixels.
 
-    It is trained on the split `train`; `accuracy` is that on the split `test`, which it has not seen. Real images
-    pass through the same resolution and rounding as generated ones.
+    It is trained on the split `train`; `accuracy` is measured on the split `test`. Real images have the same
+    resolution and rounding as generated ones.
 
     Args:
-        resolution: R of the images to come.
+        resolution: R of the images to classify.
     """
 
     def __init__(self, resolution: int):
@@ -39,17 +39,17 @@ class DigitClassifier:
         )
 
 
-CLASSIFIERS = {"digits": DigitClassifier}  # by the data set: made for a resolution
+CLASSIFIERS = {"digits": DigitClassifier}  # data set -> function from a resolution to its classifier
 
 
 def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
-    """Which class of the data set each name is; None if one is none of them, or its classes cannot be chosen."""
+    """The class numbers of names in a data set; None if it lacks one of them, or its classes cannot be chosen."""
     classes = classes_of(dataset)
     return tuple(map(classes.index, names)) if set(names) <= set(classes) else None
 
 
 class Recognition:
-    """Counts the images in which a classifier finds the class that was asked for.
+    """Counts the images that a classifier assigns to the requested class.
 
     Args:
         classifier: `predict(images)` gives the class of each; it also has `describe()` and `accuracy`.
@@ -65,9 +65,9 @@ class Recognition:
 
 
 def recognition_of(dataset: str, names: Sequence[str], features, resolution: int) -> Recognition | None:
-    """For labels with these names; None where nothing reads them.
+    """The recognition for labels with these names; None if there is no classifier for them.
 
-    A data set may have a classifier of its own, or be read by that whose features are compared.
+    The classifier is that of the data set, or the one whose features are compared.
     """
     numbers = class_numbers(dataset, names)
     if numbers and dataset in CLASSIFIERS:
@@ -84,5 +84,5 @@ def _digits(split: str, resolution: int) -> tuple[Tensor, list[int]]:
 
 
 def _grey_pixels(images: Tensor):
-    """(batch, 64) in [0, 1]: the mean of the channels, averaged to scikit-learn's own 8 by 8 pixels."""
+    """Grey values (batch, 64) in [0, 1], averaged over channels and to scikit-learn's 8 by 8 pixels."""
     return adaptive_avg_pool2d(images.float().cpu().mean(1, keepdim=True), 8).flatten(1).numpy() / 255

@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def format_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table with names to the left and values to the right, each row as long as `columns`."""
+    """Format a table with names on the left and right-aligned values; each row has as many values as `columns`."""
     name_width = max(map(len, rows))
     widths = [max(len(column), *(len(row[i]) for row in rows.values())) for i, column in enumerate(columns)]
     cells = {"": columns, **rows}
@@ -24,7 +24,7 @@ def format_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence
 
 
 def format_note(text: str) -> str:
-    """A sentence of the report, in lines of at most 80 columns."""
+    """Break a sentence of the report into lines of at most 80 characters."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -37,6 +37,6 @@ def format_bytes(size: int) -> str:
 
 
 def write_json(path: Path, results: Mapping) -> None:
-    """Write results beside and rename."""
+    """Write results as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(results, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Mean and covariance of the features of a set of images: gathered in fixed memory, summed over processes."""
+"""Mean and covariance of the features of a set of images, computed in constant memory and summed over processes."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ from onelora_diffusion.evaluation.images import Source
 
 @dataclass(frozen=True)
 class Origin:
-    """What a set of images is and how its features were made; it travels with the numbers.
+    """Describes a set of images and how its features were computed; it is saved with the statistics.
 
     Attributes:
-        features, extractor, resize: of the feature module; two sets compare only if these are equal.
+        features, extractor, resize: those of the feature module; only sets for which they are equal can be compared.
         dataset: name of the data set, or of the folder or file of images.
-        split, crop: of the data set, and how its images came to their resolution.
-        resolution: R of the images (3, R, R) before `resize`; None where a file does not tell it.
+        split, crop: the split of the data set, and how its images were cropped.
+        resolution: R of the images (3, R, R) before `resize`; None if a file does not contain it.
     """
 
     features: str
@@ -53,7 +53,7 @@ class Origin:
         return self.extractor != UNTOLD
 
     def check_comparable(self, other: "Origin") -> None:
-        """ValueError unless both sets have the same features, by name where a file does not tell their weights."""
+        """ValueError unless both sets have the same features; only their names count for files without a hash."""
         if not (self.is_told and other.is_told):
             if kind_of(self.features) != kind_of(other.features):
                 untold = other if self.is_told else self
@@ -74,7 +74,7 @@ class Origin:
 class FeatureStatistics:
     """Moments of the features of `count` images: mean (d,), unbiased covariance (d, d), float64, on the CPU.
 
-    `count` is None where a file does not tell it.
+    `count` is None if a file does not contain it.
     """
 
     mean: Tensor
@@ -88,12 +88,12 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Measured:
-    """A set of images, as one kind of features sees it.
+    """The statistics of a set of images by one kind of features.
 
     Attributes:
-        kept: (images, d) float32, the features one by one, where a metric needs them.
-        spatial: statistics of the spatial features, where sFID needs them.
-        notes: sentences that a report says of the images.
+        kept: the features of all images, (images, d) float32, if a metric needs them.
+        spatial: statistics of the spatial features, if sFID needs them.
+        notes: sentences about the images for the report.
     """
 
     statistics: FeatureStatistics
@@ -117,12 +117,12 @@ class GivenFeatures(nn.Module):
 class RunningStatistics:
     """The sums behind `FeatureStatistics`, in float64 by torchmetrics' FID metric.
 
-    Memory is two d by d matrices, whatever the number of images, unless `keep` holds every feature (float32) as
-    well, for the metrics that compare images one by one.
+    It needs memory for two d by d matrices, whatever the number of images. With `keep` all features (float32) are kept
+    as well, for metrics that compare single images.
 
     Args:
-        features: a module of `evaluation.features`; its device is where the sums are.
-        spatial: sum the spatial features as well, in two matrices more.
+        features: a module of `evaluation.features`; the sums are on its device.
+        spatial: also sum the spatial features, in two further matrices.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class RunningStatistics:
 
     @torch.no_grad()
     def update(self, indices: list[int], images: Tensor) -> None:
-        """Add a batch: uint8 images (batch, 3, R, R), and which images of the whole set they are."""
+        """Add a batch of uint8 images (batch, 3, R, R) and their indices in the whole set."""
         device = self.sums.device
-        with torch.autocast(device.type, enabled=False):  # images may be generated under autocast, not measured
+        with torch.autocast(device.type, enabled=False):  # images are measured without autocast
             if self.spatial_sums is None:
                 features = self.features(images.to(device))
             else:
@@ -148,14 +148,14 @@ class RunningStatistics:
             self.kept += zip(indices, features.float().cpu(), strict=True)
 
     def reduce(self) -> FeatureStatistics:
-        """The statistics over all processes, each of which has seen other images. ValueError if they are under 2."""
+        """The statistics of the images of all processes; ValueError for fewer than 2 images."""
         return _reduced(self.sums)
 
     def reduce_spatial(self) -> FeatureStatistics:
         return _reduced(self.spatial_sums)
 
     def gather_kept(self) -> Tensor:
-        """All kept features (images, d), over all processes, in the order of the images."""
+        """The kept features (images, d) of all processes, in the order of the images."""
         rows = self.kept
         if distributed.is_initialized():
             everyone = [None] * distributed.get_world_size()
@@ -183,7 +183,7 @@ def _reduced(sums: FrechetInceptionDistance) -> FeatureStatistics:
 
 
 def shortage(statistics: FeatureStatistics, what: str) -> str | None:
-    """A sentence where there are too few images for their covariance to have full rank, else None."""
+    """A sentence if there are too few images for a covariance of full rank, else None."""
     if statistics.count is None or statistics.count > statistics.num_features:
         return None
     return (

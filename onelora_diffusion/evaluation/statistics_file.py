@@ -1,8 +1,8 @@
 """Files of statistics: our own .safetensors, and the .npz of other tools.
 
-Those of ADM's evaluator and of pytorch-fid hold mu and sigma, ADM's mu_s and sigma_s as well; dgm-eval's the features
-one by one (reps). They do not tell what their numbers were made of, and are taken for the published features of which
-there are as many: 2,048 for Inception's, 1,024 for DINOv2's.
+Those of ADM's evaluator and of pytorch-fid contain mu and sigma, ADM's also mu_s and sigma_s; those of dgm-eval
+contain the features of each image (reps). They do not name their features, which are inferred from their number: 2,048
+are taken for Inception's and 1,024 for DINOv2's.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from onelora_diffusion.evaluation.npz import Header, read_headers
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
 from onelora_diffusion.files import write_bytes
 
-LARGEST_WIDTH = 8192  # features; a covariance of more takes over half a gigabyte
+LARGEST_WIDTH = 8192  # most features; the covariance of more takes over half a gigabyte
 PICKLES = (".pkl", ".pickle")
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file holds statistics, by its suffix and, of an .npz, by what is in it.
+    """Whether a file contains statistics, by its suffix and, for an .npz, by its arrays.
 
     Raises:
-        ValueError: it is a pickle, which is not read, or a damaged .npz.
+        ValueError: the file is a pickle, which is never read, or a damaged .npz.
     """
     check_no_pickle(path)
     if path.suffix == ".npz" and path.is_file():
@@ -48,7 +48,7 @@ def check_no_pickle(path: Path) -> None:
 
 
 def save_statistics(path: str | Path, measured: Measured) -> Path:
-    """Write statistics and their origin, beside, flushed and renamed; an .npz has ADM's layout."""
+    """Write statistics and their origin atomically; an .npz has ADM's layout."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, _npz(measured) if path.suffix == ".npz" else _safetensors(measured))
@@ -56,7 +56,7 @@ def save_statistics(path: str | Path, measured: Measured) -> Path:
 
 
 def load_statistics(path: str | Path, keep: bool = False) -> Measured:
-    """Read statistics and their origin, with `keep` also the features one by one, where the file has them.
+    """Read statistics and their origin; with `keep` also the features of each image, if the file has them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,7 +112,7 @@ def _npz(measured: Measured) -> bytes:
     arrays = {"mu": measured.statistics.mean.numpy(), "sigma": measured.statistics.covariance.numpy()}
     if measured.spatial:
         arrays |= {"mu_s": measured.spatial.mean.numpy(), "sigma_s": measured.spatial.covariance.numpy()}
-    # Other tools pass over these two.
+    # Other tools ignore these two.
     arrays |= {"count": np.array(measured.statistics.count)}
     arrays |= {"origin": np.array(json.dumps(dataclasses.asdict(measured.origin)))}
     content = BytesIO()
@@ -140,7 +140,7 @@ def _from_npz(path: Path, keep: bool) -> Measured:
 
 
 def _of_rows(path: Path, features: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
-    """Mean, covariance and number of features (images, d), and themselves."""
+    """(mean, covariance, number, features) of features (images, d)."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"'{path}': reps is {tuple(features.shape)}, not (images, d) of two images or more")
     features = features.double()
@@ -148,7 +148,7 @@ def _of_rows(path: Path, features: Tensor) -> tuple[Tensor, Tensor, int, Tensor]
 
 
 def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:
-    """One array of floating or whole numbers, not larger than a covariance may be."""
+    """Read an array of floating-point or whole numbers; ValueError if it is larger than a covariance may be."""
     header = headers.get(name)
     if header is None or header.dtype.kind not in "fiu" or header.num_bytes > LARGEST_WIDTH**2 * 8:
         found = f"is {header.dtype} {header.shape}" if header else "is missing"
@@ -166,7 +166,7 @@ def _text(path: Path, headers: dict[str, Header], name: str) -> str:
 
 
 def _moments(path: Path, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64. ValueError unless they are a mean and a covariance."""
+    """Convert to float64; ValueError unless the arrays are a mean and a covariance."""
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"'{path}': a mean {tuple(mean.shape)} and a covariance {tuple(covariance.shape)} do not fit")
     mean, covariance = mean.double(), covariance.double()
@@ -176,7 +176,7 @@ def _moments(path: Path, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tens
 
 
 def _origin(path: Path, text: str) -> Origin:
-    """What a file says it is of; without control characters, since it is shown."""
+    """The origin that a file contains, without control characters, since it is printed."""
     kinds = {field.name: (int, type(None)) if field.name == "resolution" else str for field in fields(Origin)}
     try:
         told = json.loads(text)
@@ -190,5 +190,5 @@ def _origin(path: Path, text: str) -> Origin:
 
 
 def shown(text: str) -> str:
-    """At most 500 characters of a text, with a question mark for each that would not print."""
+    """At most 500 characters of a text, with question marks for characters that cannot be printed."""
     return "".join(character if character.isprintable() else "?" for character in text[:500])

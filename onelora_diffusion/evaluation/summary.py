@@ -1,4 +1,4 @@
-"""What eval_fid.py reports: with every number its features, its reference, its sampler, and what it is worth."""
+"""The report of eval_fid.py: each number with its features, reference and sampler, and notes on its reliability."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,7 +12,7 @@ LABELS = {"turns": "", "random": ", random labels", "dataset": ", labels as freq
 
 
 def section(measured: Measured, reference: Measured, results: dict[str, dict]) -> dict:
-    """The numbers by one kind of features, what was compared with what, and what takes from their worth."""
+    """The numbers by one kind of features, the compared sets, and notes that limit what the numbers mean."""
     origin, sets = measured.origin, {"generated": measured.statistics, "reference": reference.statistics}
     notes = [*measured.notes, *reference.notes]
     notes += [note for metric in METRICS.values() for result in results.values() if (note := metric.note_of(result))]
@@ -40,7 +40,7 @@ def section(measured: Measured, reference: Measured, results: dict[str, dict]) -
 
 
 def in_sections(sections: Iterable[dict]) -> dict:
-    """The sections of a report: the first is the report's own, more features than one follow as `further`."""
+    """Put sections into a report: the first one at the top level, and those of further features under `further`."""
     first, *further = sections
     return {**first, "further": further} if further else first
 
@@ -56,7 +56,7 @@ def describe(origin: Origin, count: int | None) -> str:
 
 
 def print_report(report: dict) -> None:
-    """The table and what one must know to believe it."""
+    """Print the table and the notes that are needed to judge it."""
     results, sections = report["results"], sections_of(report)
     count = report["num_images"]
     title = "images of a file" if count is None else f"{count:,} images"
@@ -94,7 +94,7 @@ def sections_of(report: dict) -> list[dict]:
 
 
 def notes_of(report: dict) -> list[str]:
-    """What each kind of features compared with, and how it looked."""
+    """The reference and the settings of each kind of features."""
     notes = []
     for each in sections_of(report):
         features, reference = each["features"], dict(each["reference"])
@@ -107,7 +107,7 @@ def notes_of(report: dict) -> list[str]:
 
 
 def notes_on_worth(report: dict) -> list[str]:
-    """What takes from the worth of the numbers, and how they were taken."""
+    """Notes that limit what the numbers mean, and how they were measured."""
     return list(dict.fromkeys(note for each in sections_of(report) for note in each["notes"]))
 
 
@@ -119,14 +119,14 @@ def describe_guidance(report: dict) -> str:
 
 
 def names_of(part: dict) -> dict[str, str]:
-    """What a table calls each number of a section's results, by its key."""
+    """The name in tables of each number of a section's results, by its key."""
     first = next(iter(part["results"].values()))
     names = part["distance_name"], part["features"]["name"]
     return {key: shown.titled(*names) for key, shown in all_shown().items() if key in first}
 
 
 def result_rows(part: dict) -> dict[str, list[str]]:
-    """Rows of the table of a section, a column for each set of images."""
+    """The table rows of a section, with a value for each set of images."""
     results = list(part["results"].values())
     rows = {
         name: [all_shown()[key].format.format(**result) for result in results] for key, name in names_of(part).items()

@@ -1,4 +1,4 @@
-"""Several strengths of guidance beside each other: the table, the best of each metric, and the plot."""
+"""The report of several strengths of guidance: the table, the best value of each metric, and the plot."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from onelora_diffusion.files import write_bytes
 
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
-    """By the name that a table shows: the metric's key, and its value at each strength."""
+    """(key, value at each strength) of each metric, by its name in tables."""
     found = {}
     for each in sections_of(report):
         results = list(each["results"].values())
@@ -34,7 +34,7 @@ def best_scales(report: dict) -> dict[str, float]:
 
 
 def print_sweep(report: dict) -> None:
-    """A column for each strength, and where each metric is best."""
+    """Print a column for each strength, and the best strength for each metric."""
     rows = {}
     for each in sections_of(report):
         rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in result_rows(each).items()}
@@ -48,7 +48,7 @@ def print_sweep(report: dict) -> None:
 
 
 def plot_sweep(report: dict, picture: Path) -> None:
-    """Each metric over the strength of the guidance, its best marked, as a PNG."""
+    """Plot each metric over the strength of guidance, with its best value marked, as a PNG."""
     from io import BytesIO
 
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What differs between diffusion transformers: one file each, chosen by the transformer's class, or a recording."""
+"""The families of diffusion transformers, one file each, chosen by the transformer's class; or a recorded family."""
 
 from torch import nn
 
@@ -23,7 +23,7 @@ def family_of(pipeline) -> Family:
         ValueError: the pipeline cannot be recorded, or is none.
     """
     transformer = getattr(pipeline, "transformer", None)
-    # Whoever shares out or wraps a model may give it a class of its own, below the model's.
+    # Sharding or wrapping a model may give it a subclass of its class.
     classes = type(unwrapped(transformer) if isinstance(transformer, nn.Module) else transformer).__mro__
     known = {family.transformer_class for family in FAMILIES}
     if (

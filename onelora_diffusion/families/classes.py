@@ -9,11 +9,11 @@ def find_class(wanted: str | int, classes: Mapping[int, str], owner: str) -> int
     """The label of a class by name or number; a name wins over a number.
 
     Args:
-        classes: names by label; several names of one class are parted by commas.
-        owner: whose classes they are, for the error.
+        classes: names by label; several names of one class are separated by commas.
+        owner: the owner of the classes, for the error.
 
     Raises:
-        ValueError: there is none; with those that are there.
+        ValueError: there is no such class; the message lists similar ones.
     """
     if not isinstance(wanted, str):
         if wanted not in classes:
@@ -30,19 +30,19 @@ def find_class(wanted: str | int, classes: Mapping[int, str], owner: str) -> int
 
 
 def plain(name: str) -> str:
-    """A name without what people write differently."""
+    """A name in lower case, with underscores for spaces, by which names are compared."""
     return name.strip().casefold().replace(" ", "_")
 
 
 def told_apart(id2label: Mapping[int, str], num_classes: int) -> dict[int, str]:
-    """Names by label; classes of one name are told apart by their labels, and one without a name is its label."""
+    """Distinct names by label: equal names get their labels appended, and a missing name is the label."""
     names = [id2label.get(label, str(label)) for label in range(num_classes)]
     counts = Counter(map(plain, names))
     return {label: name if counts[plain(name)] == 1 else f"{name} ({label})" for label, name in enumerate(names)}
 
 
 def by_label(labels: Mapping[str, int]) -> dict[int, str]:
-    """Names by label, of labels by name; several names of one class are parted by commas."""
+    """Invert labels by name to names by label; several names of one class are joined by commas."""
     names: dict[int, str] = {}
     for name, label in sorted(labels.items(), key=lambda item: item[1]):
         names[label] = f"{names[label]}, {name}" if label in names else name

@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023): classes in place of prompts."""
+"""DiT (Peebles & Xie 2023), whose conditions are classes."""
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class DiT(Family):
 
 
 def null_and_last_label(transformer: nn.Module) -> tuple[int, int]:
-    """(the label that every class table takes for none, the last label of the table that serves)."""
+    """(the label that is the null label of all class tables, the last label of the active table)."""
     embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
-    # The last row of the largest class table: an adapter takes it for null in its smaller tables too.
+    # This is the last row of the largest class table; in smaller tables it selects the null row, too.
     null_label = max(len(table) for table in embedder.parameters()) - 1
     serving = transformer._onelora.class_tables.active_table() if hasattr(transformer, "_onelora") else None
     return null_label, len(embedder.embedding_table.weight if serving is None else serving) - 1

@@ -1,4 +1,4 @@
-"""What a family of diffusion transformers answers: the whole way from an image and its condition to a prediction."""
+"""The interface of a family of diffusion transformers: from an image and its condition to a prediction, and back."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,28 @@ from torch import Tensor, nn
 from onelora_diffusion.families.autoencoder import decode_latents, encode_moments
 
 Condition = int | str | None
-"""What an image is asked for by: a class label, or a prompt; None stands for no condition."""
+"""The condition of an image: a class label or a prompt; None stands for no condition."""
 Conditions = dict[str, Tensor | list]
-"""What a denoiser is told of its images beside the noise and the time: by name a tensor with a row for each image, or
-a list with an entry for each where they are of unequal size."""
+"""Encoded conditions, which a denoiser gets in addition to noise and time: by name, a tensor with a row for each
+image, or a list with an entry for each if their sizes differ."""
 
 
 class Family:
-    """How images and conditions become what a transformer is called with, and what comes of its prediction.
+    """Converts images and conditions to the inputs of a transformer, and its output to a prediction.
 
-    Nothing outside this folder asks whether conditions are class labels or prompts, except where somebody writes one
-    down.
+    Code outside this folder does not distinguish class labels from prompts, except where a user gives one.
 
     Attributes:
-        name: as it is named in settings and errors.
-        transformer_class: of diffusers.
-        pipeline_class: of diffusers, where `DiffusionPipeline` does not read all that is in the pipeline's folder.
+        name: the name in settings and errors.
+        transformer_class: the name of the transformer's class in diffusers.
+        pipeline_class: a pipeline class of diffusers, if `DiffusionPipeline` does not read everything in the folder.
         condition: `str` for prompts, `int` for class labels.
-        targets: the linear layers that an adapter serves by default: those of the blocks, of the modulation that all
-            blocks share, and of the output, as the paper has them on a DiT. None: see `target_layers`.
+        targets: the linear layers that are adapted by default: those of the blocks, of the modulation that all blocks
+            share, and of the output, like the paper's on a DiT. None: see `target_layers`.
         blocks: the lists of the transformer's blocks.
-        is_guided: whether images are guided from no condition, which then is trained as well.
-        takes_samplers: whether samplers of `onelora_diffusion.sampling` stand in for the pipeline's own scheduler.
-        images_at_once: how many images the networks run on at a time, if nothing else is asked for.
+        is_guided: whether guidance uses the empty condition, which then is trained as well.
+        takes_samplers: whether samplers of `onelora_diffusion.sampling` can replace the pipeline's own scheduler.
+        images_at_once: default number of images in a batch of the networks.
         merges_adapters: whether adapters are merged into the base's weights while images are drawn, which keeps a copy
             of those in memory.
     """
@@ -49,35 +48,35 @@ class Family:
     merges_adapters: ClassVar[bool] = False
 
     def check(self, pipeline) -> None:
-        """ValueError for a pipeline of the family that is called in a way that is not known here."""
+        """ValueError for a pipeline of the family that has to be called in an unknown way."""
 
     def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
         return [block for name in self.blocks for block in getattr(transformer, name)]
 
     def shared_by_blocks(self, transformer: nn.Module) -> list[nn.Module]:
-        """Modules inside the blocks that are computed with outside of them, for all blocks together."""
+        """Modules inside the blocks that are called outside of them, once for all blocks."""
         return []
 
     # -----------------------------------------------------------------------------------------------
     # Conditions
 
     def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:
-        """What `predict` needs of these conditions, a row each; of None, that from which images are guided.
+        """Encode conditions for `predict`, one row each; None gives the empty condition, which guidance uses.
 
         Args:
-            max_length: tokens of each prompt. None: as many as the pipeline draws with.
+            max_length: number of tokens of each prompt; None takes the pipeline's default.
         """
         raise NotImplementedError
 
     def check_conditions(self, pipeline, conditions: list[Condition]) -> None:
-        """ValueError for a condition that the base, with the adapters that serve, does not draw."""
+        """ValueError for a condition that the base with its active adapters cannot draw."""
 
     def of_base(self, pipeline, condition: int | str) -> int | str:
-        """The condition that the base draws beside an adapter's: the same prompt, or a class of its own."""
+        """The condition that the base draws for comparison with an adapter: the same prompt, or a class of its own."""
         return condition
 
     def encoders(self, pipeline) -> dict[str, object]:
-        """Models and tokenizers that conditions are encoded with and nothing else; None is one that is left out."""
+        """The models and tokenizers that only encode conditions, by name; None for one that the pipeline lacks."""
         parts = ("text_encoder", "tokenizer")
         return {name: part for name, part in pipeline.components.items() if name.startswith(parts)}
 
@@ -97,7 +96,7 @@ class Family:
         return decode_latents(vae, latents)
 
     def latent_shape(self, pipeline, height: int, width: int) -> tuple[int, ...]:
-        """(C, ...) of the latents of an image of so many pixels."""
+        """The shape (C, ...) of the latents of an image of height by width pixels."""
         scale = self.pixels_of_latent(pipeline)
         return self.latent_channels(pipeline.transformer), height // scale, width // scale
 
@@ -105,23 +104,23 @@ class Family:
         return transformer.config.in_channels
 
     def pixels_of_latent(self, pipeline) -> int:
-        """Pixels a side that a latent stands for."""
+        """Number of pixels per latent along one side."""
         return pipeline.vae_scale_factor
 
     def patch_size(self, transformer: nn.Module) -> int:
-        """Latents a side that make a token."""
+        """Number of latents per token along one side."""
         return transformer.config.patch_size
 
     def resolution(self, pipeline) -> int:
-        """Pixels a side of the images that the pipeline draws by itself."""
+        """Side in pixels of the images that the pipeline draws by default."""
         return pipeline.transformer.config.sample_size * self.pixels_of_latent(pipeline)
 
     def multiple(self, pipeline) -> int:
-        """Pixels a side of a token, of which the sides of an image are multiples."""
+        """Number of pixels per token along one side; image sides must be multiples of it."""
         return self.pixels_of_latent(pipeline) * self.patch_size(pipeline.transformer)
 
     def check_resolution(self, pipeline, resolution: int) -> None:
-        """ValueError for images of a size that the transformer does not take."""
+        """ValueError for an image size that the transformer does not support."""
         multiple = self.multiple(pipeline)
         if resolution < 1 or resolution % multiple:
             raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
@@ -130,28 +129,28 @@ class Family:
     # Predictions
 
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
-        """What the transformer predicts of latents (batch, C, ...): as many channels, or twice with a variance.
+        """The prediction of the transformer for latents (batch, C, ...), with C channels, or 2C with a variance.
 
         Args:
-            denoiser: the transformer as it is, or wrapped for several processes.
+            denoiser: the transformer, possibly wrapped for several processes.
             latents: normalised; of prompts they may be in any precision, since the transformer computes in that of
                 the encoded ones.
-            times: (batch,), each image's own, of the family's scheduler as `model_timesteps` gives them.
-            conditions: of `encode_conditions`, (batch, ...).
+            times: (batch,), the time of each image, as given by `model_timesteps` for the family's scheduler.
+            conditions: the result of `encode_conditions`, (batch, ...).
         """
         raise NotImplementedError
 
     def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
-        """Arguments of the scheduler's `set_timesteps`, as the pipeline's call gives them for so many tokens."""
+        """The arguments with which the pipeline calls the scheduler's `set_timesteps` for this number of tokens."""
         return {"num_inference_steps": num_inference_steps}
 
     def guidance_scale(self, pipeline) -> float:
-        """The strength of guidance that the pipeline draws with by itself."""
+        """The pipeline's default strength of guidance."""
         return inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
 
 
 def joined(rows: Sequence[Conditions]) -> Conditions:
-    """Conditions of several images from those of each, in their order."""
+    """Join the conditions of single images to those of a batch."""
     return {
         name: [entry for row in rows for entry in row[name]]
         if isinstance(first, list)
@@ -161,16 +160,16 @@ def joined(rows: Sequence[Conditions]) -> Conditions:
 
 
 def as_prompts(conditions: list[Condition]) -> list[str]:
-    """Prompts, with the empty one for None."""
+    """Replace None by the empty prompt."""
     return ["" if condition is None else condition for condition in conditions]
 
 
 def longest(max_length: int | None) -> dict[str, int]:
-    """The keyword argument of `encode_prompt`, where it is given."""
+    """The keyword argument of `encode_prompt` for a given number of tokens; {} for None."""
     return {} if max_length is None else {"max_sequence_length": max_length}
 
 
 def dynamic_shift(config: Mapping, num_tokens: int) -> float:
-    """μ of a scheduler that shifts by the size of the image: on the line from `base_shift` to `max_shift`."""
+    """The shift μ for an image of this number of tokens, interpolated between `base_shift` and `max_shift`."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])

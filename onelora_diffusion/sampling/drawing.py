@@ -19,8 +19,8 @@ from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest
 from onelora_diffusion.sampling.schedulers import make_scheduler
 from onelora_diffusion.sampling.settings import SamplerSettings
 
-IMAGES_AT_ONCE = 16  # in one batch of the networks: enough to fill a GPU
-KEPT_CONDITIONS = 64  # encoded, at a time
+IMAGES_AT_ONCE = 16  # in one batch of the networks, enough to use a GPU fully
+KEPT_CONDITIONS = 64  # number of encoded conditions that are cached
 
 OnStep = Callable[[float], object]
 
@@ -28,24 +28,23 @@ OnStep = Callable[[float], object]
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per image, a function of (seed, index) alone.
 
-    PyTorch's CPU generator keeps only the low 32 bits of its seed, so hashing (seed, index) would soon give
-    two images of a large set the same noise. Here the hash of `seed` is where the images start counting,
-    and no two of them meet.
+    PyTorch's CPU generator uses only the low 32 bits of its seed, so hashes of (seed, index) would soon give two
+    images of a large set the same noise. Instead index is added to a hash of `seed`, so that all images differ.
     """
     start = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
     return [torch.Generator().manual_seed((start + int(index)) % 2**32) for index in indices]
 
 
 class EncodedConditions:
-    """Conditions of a pipeline, encoded one by one, so that no row depends on the others; the last ones are kept.
+    """Encodes conditions of a pipeline one by one, so that no row depends on others, and caches the last ones.
 
-    `encoded[condition]` is a row of the family's `encode_conditions`, and `encoded[None]` that from which images are
-    guided.
+    `encoded[condition]` is a row of the family's `encode_conditions`, and `encoded[None]` the empty condition, which
+    guidance uses.
     """
 
     def __init__(self, pipeline, max_sequence_length: int | None = None):
         self.pipeline, self.family, self.max_sequence_length = pipeline, family_of(pipeline), max_sequence_length
-        self.keeps = bool(self.family.encoders(pipeline))  # what needs no encoder is made anew at no cost
+        self.keeps = bool(self.family.encoders(pipeline))  # encoding without encoders costs nothing and is not cached
         self._kept: OrderedDict[int | str | None, Conditions] = OrderedDict()
 
     @torch.no_grad()
@@ -69,16 +68,16 @@ def draw(
     size: int | None = None,
     on_step: OnStep = lambda share: None,
 ) -> Tensor:
-    """The images of requests, (batch, 3, size, size) in float32, around -1 to 1, in one batch of the networks.
+    """Draw requests in one batch of the networks: (batch, 3, size, size) in float32, from about -1 to 1.
 
     The first noise and that of every step come from each image's own generator, so an image does not depend on the
-    others of its batch; on their number only by rounding, which `generate_images` avoids.
+    other images of its batch. Their number affects only rounding, which `generate_images` avoids.
 
     Args:
-        pipeline: its transformer, in eval mode, its vae and scheduler are used.
-        settings: its sampler, steps, and the channels and interval of guidance; all else is each request's own.
-        size: pixels a side. None: as many as the pipeline draws by itself.
-        on_step: called with its share of the work after every step; what it raises ends the drawing.
+        pipeline: the pipeline, with its transformer in eval mode.
+        settings: the sampler, its steps, and the channels and interval of guidance; requests have all other settings.
+        size: side of the images in pixels; None takes the pipeline's default.
+        on_step: called after every step with its share of the work; an exception from it ends the drawing.
     """
     family = family_of(pipeline)
     size = size or family.resolution(pipeline)
@@ -107,7 +106,7 @@ def denoised_latents(
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     with denoise.routed():
-        for timestep in scheduler.timesteps:  # on the CPU, as the schedule is: no step waits for the device
+        for timestep in scheduler.timesteps:  # the schedule is on the CPU, so that no step waits for the device
             prediction = denoise(scaled(latents, timestep), timestep.item())
             if not learned_variance:
                 prediction = prediction[:, :channels]
@@ -131,7 +130,7 @@ def scheduler_of(
 
 
 def as_uint8(images: Tensor) -> Tensor:
-    """Images from -1 to 1 in uint8, rounded, not truncated."""
+    """Convert images from -1 to 1 to uint8, rounded and not truncated."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -150,29 +149,28 @@ def generate_images(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generate image `indices[k]` of the class or prompt `conditions[k]` for every k, batch by batch.
 
-    Image i is a function of (seed, i), its condition and the sampler. It is so to the bit where the networks always
-    run on the same number of images: a matrix product of another shape is summed in another order. Then neither
-    `batch_size` nor the share of a process changes it. (On one kind of machine, with as many CPU threads: see
-    docs/evaluation.md.)
+    Image i is a function of (seed, i), its condition and the sampler. It is the same bit for bit if the networks
+    always run on the same number of images, since matrix products of other shapes are summed in another order. Then
+    neither `batch_size` nor the share of a process changes it. (This holds on one kind of machine with equally many
+    CPU threads: see docs/evaluation.md.)
 
     Args:
-        pipeline: of one of the families; its transformer runs in eval mode, under the caller's autocast, and gets its
-            own mode back.
+        pipeline: a pipeline of one of the families. Its transformer runs in eval mode, which is restored afterwards,
+            and under the caller's autocast.
         conditions: labels, or prompts.
-        size: pixels a side. None: as many as the pipeline draws by itself.
-        max_sequence_length: tokens of a prompt. None: as many as the pipeline draws with.
-        images_at_once: how many images the networks always run on, the last ones padded. None: on as many as there
-            are, up to the family's own number, so that few images cost what they cost.
-        batch_size: how many images the iterator gives at a time.
-        progress: called after every step with the images that it made, in parts of an image.
+        size: side of the images in pixels; None takes the pipeline's default.
+        max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
+        images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
+            there are, up to the family's default, without padding.
+        batch_size: number of images that the iterator yields at a time.
+        progress: called after every step with the number of images that it completed, a fraction.
 
     Returns:
-        An iterator of (indices, images), a batch each; images are (batch, 3, size, size), uint8, on the pipeline's
-        device.
+        An iterator over batches (indices, images); images are (batch, 3, size, size), uint8, on the pipeline's device.
 
     Raises:
-        ValueError: at once, not at the first image: see `SamplerSettings.check`; or conditions and indices do not
-            pair up. At the first image: a label is none of the classes that serve.
+        ValueError: before the first image, as `SamplerSettings.check`, or if the numbers of conditions and indices
+            differ. At the first image, if a label is not among the active classes.
     """
     if len(conditions) != len(indices):
         kind = "class labels" if family_of(pipeline).condition is int else "prompts"
@@ -215,9 +213,9 @@ def draw_in_chunks(
     images_at_once: int | None = None,
     progress: Callable[[float], object] = lambda images: None,
 ) -> Iterator[Tensor]:
-    """The images of `request(k)` for every k of `wanted`, (chunk, 3, size, size) in uint8.
+    """Draw `request(k)` for every k of `wanted`, in chunks (chunk, 3, size, size) of uint8.
 
-    The transformer runs in eval mode, and gets its own mode back.
+    The transformer runs in eval mode, which is restored afterwards.
 
     Args:
         images_at_once, progress: as in `generate_images`.
@@ -236,11 +234,11 @@ def draw_in_chunks(
 
 
 def adapters_merged(transformer: nn.Module, settings: SamplerSettings) -> AbstractContextManager:
-    """Context manager around sampling: adapters cost nothing inside, unless the base takes part beside them."""
+    """Context manager that merges adapters during sampling, unless the base is used in addition to them."""
     return nullcontext() if settings.is_beside_base else merged(transformer)
 
 
 def progress_bar(num_images: int, description: str = "", **options) -> tqdm:
-    """A bar for `generate_images(progress=bar.update)`: it counts images, and moves with every step of a sampler."""
+    """A progress bar for `generate_images(progress=bar.update)` that counts images and moves with every step."""
     bar_format = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
     return tqdm(total=num_images, desc=description, unit=" images", bar_format=bar_format, **options)

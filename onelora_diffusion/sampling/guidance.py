@@ -19,13 +19,13 @@ class ImageRequest:
     """An image to draw.
 
     Attributes:
-        condition: what it shows, a row of a family's `encode_conditions`.
-        empty: the row that it is guided from, that of None.
-        generator: of its own noise, on the CPU.
-        guidance_scale: w; 1 or less is without guidance. Of a family that is not guided from no condition: what its
-            transformer is told.
-        guidance: `cfg`, or `domain`, which leads from the base without condition.
-        adapters: weights of the adapters that draw it, by name; {} is the base. None: those that serve.
+        condition: its encoded condition, a row of a family's `encode_conditions`.
+        empty: the encoded empty condition, which guidance uses.
+        generator: the CPU generator of its noise.
+        guidance_scale: w; 1 or less turns guidance off. For a family without such guidance, an input of its
+            transformer.
+        guidance: `cfg`, or `domain`, guidance from the base without condition.
+        adapters: the weights of its adapters by name; {} for the base alone, None for the active adapters.
     """
 
     condition: Conditions
@@ -41,13 +41,13 @@ class GuidedDenoiser:
 
         ε_i(x, t) = ε_i(x, t, ∅) + w_i · (ε_i(x, t, y_i) − ε_i(x, t, ∅))
 
-    (Ho & Salimans 2022). The transformer runs on all images with their conditions and then, in the same batch, on
-    those that are guided without one: by their own adapters, or by domain guidance (Zhong et al., ICLR 2025) by the
-    base. A learned variance stays that of the condition.
+    (Ho & Salimans 2022). One batch contains all images with their conditions, and the guided ones again without
+    condition: with their own adapters, or for domain guidance (Zhong et al., ICLR 2025) with the base alone. A learned
+    variance is that of the prediction with condition.
 
     Args:
-        channels: guide only the first so many latent channels. None: all.
-        interval: guide only between these two times, the lower first. None: always.
+        channels: number of the first latent channels that are guided; None guides all.
+        interval: the two times, the lower first, between which images are guided; None guides always.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class GuidedDenoiser:
     ):
         self.family, self.transformer, self.channels = family, transformer, channels
         self.interval = interval or (-float("inf"), float("inf"))
-        # diffusers' own properties look through every module, and thousands of adapters have more than the base.
+        # diffusers' properties for this walk over all modules, of which thousands of adapters have very many.
         first = next(parameter for parameter in transformer.parameters() if parameter.is_floating_point())
         self.device, self.dtype = first.device, first.dtype
         scales = [request.guidance_scale for request in requests]
@@ -73,7 +73,7 @@ class GuidedDenoiser:
         self.entries = self._entries(requests)
 
     def _entries(self, requests: Sequence[ImageRequest]) -> list[Entry] | None:
-        """The adapters of each row of the batch; None where those that serve are the adapters of all."""
+        """The adapters of each row of the batch; None if all rows use the active adapters."""
         is_domain = [requests[image].guidance == "domain" for image in self.guided]
         if not hasattr(self.transformer, "_onelora"):
             return None
@@ -84,7 +84,7 @@ class GuidedDenoiser:
         return own + [None if base else own[image] for image, base in zip(self.guided, is_domain, strict=True)]
 
     def routed(self) -> AbstractContextManager:
-        """Context manager inside which the denoiser is called."""
+        """Context manager in which the denoiser must be called."""
         return nullcontext() if self.entries is None else route_adapters(self.transformer, self.entries)
 
     def __call__(self, latents: Tensor, times: float | Tensor) -> Tensor:

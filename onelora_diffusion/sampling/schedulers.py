@@ -1,4 +1,4 @@
-"""The samplers: a function each, which makes diffusers' scheduler with its timesteps set, and a row of the table."""
+"""The samplers: for each a function that makes diffusers' scheduler with its timesteps set, and a row of the table."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from onelora_diffusion.families.family import dynamic_shift
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a sampler's scheduler is made from the config of the model's own.
+    """A sampler: how its scheduler is made from the config of the model's own scheduler.
 
     Attributes:
         of_noise: `of_noise(config, num_inference_steps, learned_variance)`, of a model that predicts noise or a
@@ -49,7 +49,7 @@ def dpm_solver(config: Mapping, num_inference_steps: int, learned_variance: bool
         algorithm_type="dpmsolver++",
         timestep_spacing=spacing,
         final_sigmas_type="zero",
-        variance_type=None,  # else it cuts the noise down to three channels
+        variance_type=None,  # otherwise it reduces the noise to three channels
     )
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
@@ -59,7 +59,7 @@ def ddpm(config: Mapping, num_inference_steps: int, learned_variance: bool) -> D
     """Ancestral sampling (Nichol & Dhariwal 2021) on DiT's evenly respaced steps, with the learned variance."""
     variance_type = "learned_range" if learned_variance else "fixed_large"
     scheduler = DDPMScheduler.from_config(config, variance_type=variance_type, clip_sample=_clips(config))
-    # In float32, 1 - ᾱ keeps three digits at the last steps.
+    # In float32, 1 - ᾱ has only three digits at the last steps.
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
     # DiT's steps, from the first to the last of the schedule; `linspace` rounds some of them differently.
     stride = (config["num_train_timesteps"] - 1) / max(num_inference_steps - 1, 1)
@@ -104,7 +104,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm-solver++": Sampler(of_noise=dpm_solver, of_flow=dpm_solver_of_flow),
     "ddpm": Sampler(of_noise=ddpm),
 }
-"""The samplers by name. Of those that fit a model, the first is what it is sampled by if none is chosen."""
+"""The samplers by name. The first one that fits a model is its default."""
 
 
 def fitting_samplers(scheduler_config: Mapping) -> list[str]:
@@ -122,9 +122,9 @@ def make_scheduler(
 
     Args:
         sampler: one of `fitting_samplers`.
-        scheduler_config: of the model's own scheduler.
-        num_tokens: of an image.
-        learned_variance: whether the scheduler is given the variance that the model predicts.
+        scheduler_config: the config of the model's own scheduler.
+        num_tokens: the number of tokens of an image.
+        learned_variance: whether the scheduler gets the variance that the model predicts.
     """
     if prediction_of(scheduler_config) == "flow":
         return SAMPLERS[sampler].of_flow(scheduler_config, num_inference_steps, num_tokens)
@@ -132,7 +132,7 @@ def make_scheduler(
 
 
 def _clips(config: Mapping) -> bool:
-    # Where the config says nothing of clipping, diffusers would clip to [-1, 1]; latents have no such bounds.
+    # Without a setting in the config diffusers would clip to [-1, 1], but latents have no such bounds.
     return config.get("clip_sample", False)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a sampler, of the command line and of every call."""
+"""The settings of sampling, for command lines and calls."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ SamplerName = Literal[tuple(SAMPLERS)]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """How noise becomes an image.
+    """The settings by which images are sampled from noise.
 
-    The samplers are those of `sampling.schedulers`. Guidance is classifier-free (Ho & Salimans 2022) or leads from the
-    base without class or prompt to the adapted model (Zhong et al., ICLR 2025), in a batch of twice the images either
-    way; it may be left to some of the timesteps (Kynkäänniemi et al. 2024).
+    The samplers are those of `sampling.schedulers`. Guidance is classifier-free (Ho & Salimans 2022) or from the base
+    without class or prompt towards the adapted model (Zhong et al., ICLR 2025). Both double the batch. It may be
+    limited to some of the timesteps (Kynkäänniemi et al. 2024).
     """
 
     sampler: SamplerName | None = None
@@ -39,15 +39,15 @@ class SamplerSettings:
 
     @property
     def is_beside_base(self) -> bool:
-        """Whether the base takes part in every step, beside the adapters."""
+        """Whether every step uses the base in addition to the adapters."""
         return self.guidance == "domain" and self.guidance_scale > 1
 
     def for_scheduler(self, scheduler_config: Mapping) -> "SamplerSettings":
-        """The same, with the sampler of such models where none is chosen."""
+        """These settings with the default sampler of a model with this scheduler, if none is chosen."""
         return self if self.sampler else replace(self, sampler=fitting_samplers(scheduler_config)[0])
 
     def check_family(self, family: Family) -> None:
-        """ValueError for what a family's images cannot be drawn with."""
+        """ValueError for settings with which a family cannot draw."""
         if self.sampler and not family.takes_samplers:
             raise ValueError(f"sampler {self.sampler!r} is for classes: pictures of prompts have their pipeline's own")
         if family.is_guided:
@@ -63,7 +63,7 @@ class SamplerSettings:
         if self.guidance not in GUIDANCES:
             raise ValueError(f"unknown guidance {self.guidance!r}; choose from {', '.join(GUIDANCES)}")
         if self.guidance == "domain" and self.guidance_interval is not None:
-            raise ValueError("domain guidance knows no guidance interval: the base takes part in every step")
+            raise ValueError("domain guidance has no guidance interval: the base takes part in every step")
         if self.guidance == "domain" and not hasattr(transformer, "_onelora"):
             raise ValueError("domain guidance leads from the base to an adapter: load one first")
         if self.sampler not in (None, *SAMPLERS):

@@ -126,6 +126,7 @@ def test_onelora_lists_its_commands_before_torch_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0 and done.stdout.endswith("False\n")
     assert re.findall(r"^    (\S+)", done.stdout, re.MULTILINE) == [*onelora.COMMANDS]
+    assert {name.replace("-", "_") for name in onelora.COMMANDS} == {path.stem for path in MODULES.glob("[a-z]*.py")}
 
 
 def test_onelora_hands_on_the_words_and_the_exit_code(monkeypatch, capsys):

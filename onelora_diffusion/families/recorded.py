@@ -527,11 +527,10 @@ class Recorded(Family):
     def _find_sizes(self) -> None:
         """Pixels of a latent, and the multiple of pixels that sides are taken in."""
         place, side = self._at(self.side, self.side), self.side
-        self._pixels = side // place.shape[-1]
+        self._pixels = max(1, side // place.shape[-1])
         if place.shape[1:] != (side // self._pixels,) * 2:
-            raise self._refusal(
-                f"asked for {side} by {side} pixels, it draws latents of {place.shape[1]} by {place.shape[2]}"
-            )
+            drawn = " by ".join(map(str, place.shape[1:]))
+            raise self._refusal(f"asked for {side} by {side} pixels it draws another size, of {drawn} latents")
         for self._multiple in (self._pixels * 2**power for power in range(12)):
             if self._multiple > side:
                 raise self._refusal(

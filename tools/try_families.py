@@ -1,0 +1,114 @@
+"""Record small pipelines of diffusers' classes, and print what each recording says: a table in Markdown.
+
+    python -m tools.try_families              # the table of docs/text_to_image.md; a minute on one core
+    python -m tools.try_families z_image wan  # of these alone
+
+A pipeline is the real class with random parts a few numbers wide, of `tests/text_pipelines.py` and
+`tests/stock_pipelines.py`.
+`replayed` is the largest difference between what the stock pipeline's transformer puts out in a step and what the
+recording predicts of the same noise, over the largest number in it; `batch` is that between three images of a batch,
+each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.rounding import rounding
+from onelora_diffusion.families.recorded import ASKED, Recorded
+from onelora_diffusion.files import first_line
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
+from stock_pipelines import STOCK, make_stock
+from text_pipelines import MAKERS, make_pipeline
+
+PROMPTS = ["a bold Q", "", "a violet triangle"]
+
+
+def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
+    return float(difference.abs().max() / of.abs().max())
+
+
+def replayed(pipeline, family: Recorded) -> float:
+    """The relative difference from the stock pipeline's own steps, without guidance."""
+    steps, own_step = [], pipeline.scheduler.step
+
+    def step(output, time, sample, *args, **kwargs):
+        steps.append((output.flatten(), float(time), sample.flatten()))
+        return own_step(output, time, sample, *args, **kwargs)
+
+    side, place = family.side, family._at(family.side, family.side)
+    settings = {name: value for name, value in ASKED.items() if name in family._parameters} | family._off
+    encoded = family.encode_conditions(pipeline, PROMPTS[:1])
+    pipeline.scheduler.step = step
+    pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings)
+    pipeline.scheduler.step = own_step
+    worst = 0.0
+    for output, time, sample in steps:
+        latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
+        found = family.predict(pipeline.transformer, latents, torch.tensor([time]), encoded)[:, : place.shape[0]]
+        worst = max(worst, largest(found - expected, expected))
+    return worst
+
+
+def batched(pipeline, family: Recorded) -> float:
+    """The relative difference of a batch from its images alone."""
+    encoded = family.encode_conditions(pipeline, PROMPTS)
+    latents = torch.randn(3, *family.latent_shape(pipeline, family.side, family.side))
+    times = torch.tensor([100.0, 500.0, 900.0])
+    together = family.predict(pipeline.transformer, latents, times, encoded)
+    alone = [
+        family.predict(pipeline.transformer, latents[row : row + 1], times[row : row + 1], one)
+        for row, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in PROMPTS)
+    ]
+    return largest(together - torch.cat(alone), together)
+
+
+@torch.no_grad()
+def row_of(name: str) -> tuple[str, bool]:
+    """The row of a pipeline, and whether it was refused or its differences are rounding."""
+    pipeline = make_pipeline(name) if name in MAKERS else make_stock(name)
+    title = f"`{type(pipeline).__name__}`"
+    try:
+        family = Recorded(pipeline)
+    except ValueError as error:
+        reason = first_line(error).partition("cannot be recorded: ")[2]
+        return f"| {title} | refused: {reason} | | | | | |", True
+    times = ", ".join(
+        f"`{name}` {by:g}·t{f' + {start:g}' if start else ''}" for name, (by, start) in family._times.items()
+    )
+    sign = "−" if family._at(family.side, family.side).sign < 0 else "+"
+    prompted = ", ".join(f"`{name}`" for name in family._prompted)
+    sized = ", ".join(f"`{name}`" for name in (*family._sized, *family._together)) or "–"
+    guidance = {0: "w", 1: "w − 1", None: "its own"}[family._offset] if family.is_guided else "none"
+    differences = replayed(pipeline, family), batched(pipeline, family)
+    # The time of half the pipelines is rounded once more on its way, and counts thousandfold in its sines.
+    is_rounding = max(differences) < 10 * rounding(pipeline.transformer)
+    cells = (
+        title,
+        f"`{family._noisy}` {sign}",
+        times,
+        prompted,
+        sized,
+        guidance,
+        " / ".join(f"{d:.0e}" for d in differences),
+    )
+    return f"| {' | '.join(cells)} |", is_rounding
+
+
+def main(names: list[str]) -> int:
+    print(
+        "| pipeline | noise, sign of the output | time | of the prompt | of the size | guidance | replayed / batch |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    is_good = True
+    for name in names or (*MAKERS, *STOCK):
+        row, is_rounding = row_of(name)
+        print(row, flush=True)
+        is_good &= is_rounding
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

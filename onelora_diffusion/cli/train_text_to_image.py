@@ -1,4 +1,4 @@
-"""Train an adapter on a frozen text-to-image transformer: PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA.
+"""Train an adapter on a frozen text-to-image transformer of diffusers: FLUX.1, Stable Diffusion 3, Qwen-Image, ...
 
     onelora train-text-to-image                          # the embedded job: minutes on two cores, no network
     onelora train-text-to-image --base stabilityai/stable-diffusion-3.5-medium --images dog --prompt "a sks dog"

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate.utils import send_to_device
@@ -109,7 +109,7 @@ class _Place:
         scale, shift: latents of the autoencoder are `scale · latents + shift`, (C, h, w).
         frames: whether the autoencoder has a dimension of frames.
         constants: all arguments that follow neither noise, time nor prompt.
-        run: of the call.
+        run: of the call, at the size that the pipeline is recorded at.
     """
 
     shape: tuple[int, ...]
@@ -122,7 +122,7 @@ class _Place:
     shift: Tensor
     frames: bool
     constants: dict
-    run: _Run
+    run: _Run | None
 
 
 class Recorded(Family):
@@ -347,7 +347,9 @@ class Recorded(Family):
         """What the pipeline says of images of this size, recorded once."""
         if (height, width) not in self._places:
             with torch.no_grad():
-                self._places[height, width] = self._recorded_at(height, width)
+                place = self._recorded_at(height, width)
+            # The steps themselves are looked at where the pipeline is recorded first, and are large elsewhere.
+            self._places[height, width] = replace(place, run=None) if hasattr(self, "_times") else place
         return self._places[height, width]
 
     def _recorded_at(self, height: int, width: int) -> _Place:

@@ -31,14 +31,11 @@ MAX_UNSEEN_SIZE = 256  # largest size of anything that a file's settings build b
 
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
-def build_adapter(
-    model: nn.Module, config: AdapterConfig, as_shapes: bool = False, own: set[str] | None = None
-) -> dict[str, LayerAdapter]:
+def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, LayerAdapter]:
     """Build the layer adapters of a new adapter, by the path of the layer that each adapts; the model is not changed.
 
     Args:
         as_shapes: build on the meta device, where tensors take no memory.
-        own: paths for which a file has tensors. A vector adapter without targets adapts those of the model's layers.
     """
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
@@ -46,10 +43,7 @@ def build_adapter(
     table = None if config.num_classes is None else _base_table(model, config)
     # A new adapter starts from the base's tensors, not from trained ones that replace them.
     with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
-        layers = _layers_of(model, config)
-        if own is not None and config.targets is None and config.recipe.parts:
-            layers = {path: layer for path, layer in layers.items() if path in own}
-        layers = served(layers)
+        layers = served(_layers_of(model, config))
         with torch.device("meta") if as_shapes else contextlib.nullcontext():
             adapter = dict(config.recipe.build(layers, config))
         if config.norms:
@@ -149,7 +143,7 @@ def build_for_values(
 ) -> dict[str, LayerAdapter] | None:
     """`build_adapter` for given values; None for a tuner whose shapes are known only after computing."""
     try:
-        return build_adapter(model, config, as_shapes, {name.split(".onelora_")[0] for name in values})
+        return build_adapter(model, config, as_shapes)
     except (NotImplementedError, RuntimeError) as error:
         sizes = [value for value in (config.peft_config or {}).values() if isinstance(value, int)]
         if as_shapes and max([config.rank, *sizes]) <= MAX_UNSEEN_SIZE:

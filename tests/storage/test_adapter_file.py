@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 from conftest import make_dit, randomize
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from onelora_diffusion import (
@@ -138,7 +138,7 @@ def test_foreign_base(saved):
         sample_size=8,
         num_embeds_ada_norm=10,
     )
-    with pytest.raises(ValueError, match="was made for another base"):
+    with pytest.raises(ValueError, match="transformer_blocks.2.* is missing"):
         load_adapter(deeper, saved)
     with pytest.raises(ValueError, match="made for another base \\(facebook/DiT-XL-2-256\\)"):
         load_adapter(make_dit(num_classes=12), saved)
@@ -199,3 +199,18 @@ def test_tensors_that_are_shared_out_over_processes_are_gathered_first(tmp_path)
     finally:
         distributed.destroy_process_group()
     assert torch.equal(read_adapter(tmp_path / "a.safetensors").tensors["0.onelora_b"], b)
+
+
+@pytest.mark.parametrize("method", ["1lora", "difffit", "lora"])
+def test_a_file_without_a_checksum_that_lacks_a_layer_is_refused(method, tmp_path):
+    """As version 0.1 wrote files; those of today are refused as damaged."""
+    path = save_adapter(randomize(inject_adapter(make_dit(), AdapterConfig(method))), tmp_path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["onelora"])
+    del header["format"]
+    kept = {key: tensor for key, tensor in load_file(path).items() if "blocks.1.attn1.to_k." not in key}
+    save_file(kept, path, {"onelora": json.dumps(header)})
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks.1.attn1.to_k.onelora_\S+ is missing; this base needs it"
+    ):
+        load_adapter(make_dit(), path)

@@ -208,6 +208,10 @@ def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[s
             raise ValueError(
                 f"{path} is on the disk, and its bias is read: attach adapters before enable_group_offload"
             )
+        if linear.weight.is_complex():
+            raise ValueError(
+                f"{path} computes with complex numbers, which these vectors do not: leave it out of targets"
+            )
         if config.rank > features:
             raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are summed up")
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}

@@ -325,3 +325,18 @@ def test_a_bias_that_is_loaded_later_is_no_part_of_what_is_read_of_the_outputs()
         assert_rounded(linear(x), expected, terms=20)
         merge_adapter(model)
         assert_rounded(linear(x), expected, terms=20)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"rank": 6}, "a rank of 6 is above the 5 features of 0 that are summed up"),
+        ({"rank": 5, "compression": "outputs"}, "a rank of 5 is above the 4 features of 0 that are summed up"),
+        ({"targets": ("1",)}, "1 computes with complex numbers"),
+    ],
+)
+def test_layers_that_cannot_be_summed_up_are_refused_by_name(config, message):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=message):
+        inject_adapter(model, AdapterConfig(**{"targets": ("0",)} | config))
+    assert not hasattr(model, "_onelora") and all(p.requires_grad for p in model.parameters())

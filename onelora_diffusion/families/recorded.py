@@ -459,8 +459,9 @@ class Recorded(Family):
         plain = min((sign * size for sign in (1, -1) for size in (1, 1e-3)), key=lambda plain: abs(plain - by))
         by = float(plain if abs(plain - by) <= precision * abs(plain) or precision > 1e-3 else by)
         start = float((values - by * at).mean())
-        start = float(round(start)) if abs(start - round(start)) <= precision * max(1, abs(start)) else start
-        if (by * at + start - values).abs().max() > precision * values.abs().max().clamp(min=1):
+        tolerance = precision * values.abs().max().clamp(min=1)
+        start = next((float(plain) for plain in (0, 1, 1000) if abs(start - plain) <= tolerance), start)
+        if (by * at + start - values).abs().max() > tolerance:
             raise self._refusal(f"{name} changes from step to step, and is no a·t + b of the time t")
         return by, start
 

@@ -189,6 +189,16 @@ def test_what_has_no_place_in_a_recording_is_refused():
         Recorded(pipeline)
 
 
+@pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])
+def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time):
+    whole, pipeline = stock(name)[1]._at(64, 64), make_stock(name).to(dtype=torch.bfloat16)
+    family = Recorded(pipeline)
+    half = family._at(64, 64)
+    assert family._times == time and family.targets == stock(name)[1].targets
+    assert all(torch.equal(getattr(half, part), getattr(whole, part)) for part in ("order", "packed", "unpacked"))
+    assert_rounded(half.scale.bfloat16(), whole.scale.bfloat16(), 1)
+
+
 def test_blocks_are_found_by_their_structure():
     class Block(nn.Sequential):
         def __init__(self):

@@ -73,15 +73,15 @@ def generate(settings: GenerateSettings) -> dict:
         "settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)},
         "machine": {"torch": torch.__version__, "processor": platform.processor() or platform.machine()},
         "measured": [],
-        "folding": [],
+        "merging": [],
         "sampler_seconds_per_step": sampler_alone(settings),
         "paper": paper(settings),
     }
     for precision in settings.precisions:
         for compiled in (False, True) if settings.compile else (False,):
-            rows, folding = measure(precision, compiled, settings)
+            rows, merging = measure(precision, compiled, settings)
             results["measured"] += rows
-            results["folding"].append(folding)
+            results["merging"].append(merging)
     report = markdown(results)
     print(report)
     (settings.output_dir / "generate.md").write_text(report)
@@ -95,15 +95,15 @@ def generate(settings: GenerateSettings) -> dict:
 
 
 def measure(precision: str, compiled: bool, settings: GenerateSettings) -> tuple[list[dict], dict]:
-    """Seconds of every way to make some images, in rounds; and of folding the adapter in and out once."""
+    """Seconds of every way to make some images, in rounds; and of merging and unmerging the adapter once."""
     base = make_base(settings.width, settings.heads, settings.layers, settings.sample_size)
     base.to(settings.device, DTYPES[precision])
     vae = make_vae(settings.vae_channels)
     unmerged = make_peer("1LoRA", base, True)
-    folded = merge_adapter(make_peer("1LoRA", copy.deepcopy(base), True))
+    merged_model = merge_adapter(make_peer("1LoRA", copy.deepcopy(base), True))
     pipelines = {
         name: DiTPipeline(model, vae, DDIMScheduler(clip_sample=False))
-        for name, model in ((STOCK, base), ("1LoRA, unmerged", unmerged), ("1LoRA, folded in", folded))
+        for name, model in ((STOCK, base), ("1LoRA, unmerged", unmerged), ("1LoRA, merged", merged_model))
     }
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
@@ -116,8 +116,8 @@ def measure(precision: str, compiled: bool, settings: GenerateSettings) -> tuple
             calls[name, images, images] = our_call(pipelines[name], images, None, settings)
         if settings.padded and images < settings.images_at_once:
             at_once = settings.images_at_once
-            calls["1LoRA, folded in", images, at_once] = our_call(
-                pipelines["1LoRA, folded in"], images, at_once, settings
+            calls["1LoRA, merged", images, at_once] = our_call(
+                pipelines["1LoRA, merged"], images, at_once, settings
             )
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     label = f"{precision}{', compiled' * compiled}"
@@ -240,8 +240,8 @@ def markdown(results: dict) -> str:
     lines += table(["", "images", "at once", "s", "images/s", "x stock"], cells)
     step = results["sampler_seconds_per_step"]
     lines += ["", f"The sampler's own work is {1e3 * step:.2f} ms a step."]
-    for row in results["folding"]:
-        lines += [f"Folding the adapter in and out again, {_precision(row)}: {row['seconds']:.2f} s, once a run."]
+    for row in results["merging"]:
+        lines += [f"Merging and unmerging the adapter, {_precision(row)}: {row['seconds']:.2f} s, once a run."]
     lines += ["", "### On paper: a guided step of 28 layers, ms by images at once", ""]
     keys = dict.fromkeys((row["device"], row["rate"]) for row in results["paper"])
     seconds = {(row["device"], row["rate"], row["images"]): row["seconds"] for row in results["paper"]}

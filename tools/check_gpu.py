@@ -324,7 +324,7 @@ def generation(place: Place, precision: str) -> Iterator[Row]:
     sizes = small if place.is_rehearsal else {"images": (1, 16), "num_inference_steps": 10}
     settings = generate.GenerateSettings(padded=False, device=place.device.type, **sizes)
     for row in generate.measure(precision, False, settings)[0]:
-        limit = place.time_limit(1.1) if row["model"] == "1LoRA, folded in" else None
+        limit = place.time_limit(1.1) if row["model"] == "1LoRA, merged" else None
         name = f"{row['images']} in {precision}: {row['model']}, x stock"
         yield Row(name, row["over_stock"][0], limit, f"{row['images_per_second']:.2f} images/s")
 

@@ -34,8 +34,8 @@ def test_every_way_is_timed_and_told(tmp_path):
         for model, at_once in (
             (STOCK, images),
             ("1LoRA, unmerged", images),
-            ("1LoRA, folded in", images),
-            ("1LoRA, folded in", 3),
+            ("1LoRA, merged", images),
+            ("1LoRA, merged", 3),
         )
     ]
     for row in results["measured"]:

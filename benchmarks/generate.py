@@ -116,9 +116,7 @@ def measure(precision: str, compiled: bool, settings: GenerateSettings) -> tuple
             calls[name, images, images] = our_call(pipelines[name], images, None, settings)
         if settings.padded and images < settings.images_at_once:
             at_once = settings.images_at_once
-            calls["1LoRA, merged", images, at_once] = our_call(
-                pipelines["1LoRA, merged"], images, at_once, settings
-            )
+            calls["1LoRA, merged", images, at_once] = our_call(pipelines["1LoRA, merged"], images, at_once, settings)
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     label = f"{precision}{', compiled' * compiled}"
     # The models share their blocks' code, which is compiled anew for each of them and each shape, and past the limit

@@ -27,6 +27,7 @@ def test_imports_keep_their_contracts(monkeypatch, capsys):
     from importlinter import api, cli
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("logging.config.dictConfig", lambda settings: None)  # which would turn off all loggers
     assert cli.lint_imports(no_cache=True, no_logo=True) == 0, capsys.readouterr().out
     contracts = api.read_configuration("pyproject.toml")["contracts_options"]
     (workshop,) = (set(contract["forbidden_modules"]) for contract in contracts if "forbidden_modules" in contract)

@@ -1,9 +1,13 @@
 """Small models, and a stand-in for the hub, that several tests use."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_dit(equal_copies: bool = True, num_classes: int = 10, seed: int = 0):

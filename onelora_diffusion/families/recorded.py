@@ -126,7 +126,7 @@ class _Place:
 
 
 class Recorded(Family):
-    """The family of one pipeline, which is called a dozen times while it is recorded, its transformer at most four.
+    """The family of one pipeline, whose call is recorded a dozen times, its transformer running in a few of them.
 
     Raises:
         ValueError: the pipeline does what has no place here, with the argument that it does it to.

@@ -19,7 +19,7 @@ from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, lo
 from onelora_diffusion.cli import eval_fid
 from onelora_diffusion.evaluation.settings import parse
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images
 
 SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale", "1.5"]
 
@@ -82,8 +82,9 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     load_adapter(pipeline.transformer, run_folder)
     labels = [index % 10 for index in range(23)]
     settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.5)
-    batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
-    images = torch.cat([images for _, images in batches])
+    with adapters_merged(pipeline.transformer, settings):  # as gen draws
+        batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
+        images = torch.cat([images for _, images in batches])
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
     calc = ["calc", "--images", tmp_path / "images.npz", "--dataset", "digits", "--output", tmp_path / "calc.json"]
     run(*calc, "--metrics", "kid", "precision-recall", "limit")

@@ -21,7 +21,7 @@ def adapted(make, config=PLAIN):
     """(a model with adapters a and b, of which a serves; its inputs; the base's output)."""
     torch.manual_seed(0)
     model, inputs = make()
-    base = run(model.eval(), inputs)
+    base = run(model.eval().requires_grad_(False), inputs)  # PyTorch adds up otherwise for what takes gradients
     for seed, name in enumerate(("a", "b")):
         randomize(inject_adapter(model, config, name), seed=seed, scale=0.02)
     set_adapters(model, "a")

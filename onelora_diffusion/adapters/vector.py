@@ -130,7 +130,6 @@ class VectorAdapter(LayerAdapter):
         self.beta = nn.Parameter(torch.empty(shape, **options)) if config.bias else None
         self.gamma = nn.Parameter(torch.empty(shape, **options)) if config.scale else None
         self.start()
-
         self.register_buffer("of_bias", None, persistent=False)
 
     def serve(self, layer: nn.Module) -> None:

@@ -43,6 +43,7 @@ from onelora_diffusion.evaluation.statistics import Measured, Origin
 from onelora_diffusion.evaluation.statistics_file import is_statistics, load_statistics, save_statistics
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
 from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
+from onelora_diffusion.families import family_of
 from onelora_diffusion.files import check_writable
 from onelora_diffusion.launch import start_all_processes
 from onelora_diffusion.pipelines.base import load_base, resolution_of
@@ -157,9 +158,10 @@ def draw_and_measure(plan: Plan, accelerator: Accelerator) -> tuple[dict[str, li
     settings, pipeline = plan.settings, plan.pipeline
     indices = share(settings.num_images, accelerator.process_index, accelerator.num_processes)
     results = {}
+    family = family_of(pipeline)
     for name, (model, sampler) in plan.columns.items():
         of_base = model == "base"
-        labels = [label % num_base_classes(pipeline) if of_base else label for label in plan.labels]
+        labels = [family.of_base(pipeline, label) if of_base else label for label in plan.labels]
         with (
             disable_adapter(pipeline.transformer)
             if plan.adapter and of_base

@@ -1,26 +1,23 @@
-"""The queue of the server: requests with equal batch keys are drawn in one batch, the oldest first."""
+"""The thread that draws what waits: requests with equal batch keys in one batch, the clients in turns."""
 
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from onelora_diffusion.files import first_line
 from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.drawing import picture_of
-from onelora_diffusion.serving.library import AdapterEntry, AdapterLibrary
+from onelora_diffusion.serving.library import AdapterLibrary
+from onelora_diffusion.serving.queue import Busy, Stopping, Ticket, TurnQueue
 from onelora_diffusion.serving.request import Request
 
 logger = logging.getLogger(__name__)
-
-
-class Busy(RuntimeError):
-    """The queue is full."""
 
 
 class _Abandoned(Exception):
@@ -37,42 +34,15 @@ class BatchSettings:
     """How long a request waits for others to share its batch, while nothing is drawn."""
     max_queue: int = 256
     """The most requests that may wait; the next one is refused, as the server is busy."""
+    max_queue_per_client: int = 64
+    """The most requests of one client that may wait."""
 
     def check(self) -> None:
-        if self.max_batch < 1 or self.max_queue < 1 or not 0 <= self.max_wait_ms <= 60_000:
-            raise ValueError(
-                f"--max-batch {self.max_batch} and --max-queue {self.max_queue} must be at least 1, and --max-wait-ms "
-                f"{self.max_wait_ms:g} from 0 to 60000"
-            )
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in the queue.
-
-    Attributes:
-        request: the request, completed by `Drawing.completed`.
-        entries: the files of its adapters.
-        batch_key: requests with equal keys can share a batch.
-        picture: a future of the image, (size, size, 3) uint8, or of the error.
-        progress: the share of the drawing that is done, from 0 to 1.
-    """
-
-    request: Request
-    entries: Sequence[AdapterEntry]
-    batch_key: tuple
-    queue: "Batcher" = field(repr=False)
-    picture: "Future[Tensor]" = field(default_factory=lambda: _started(Future()))
-    progress: float = 0.0
-    since: float = field(default_factory=time.monotonic)
-
-    def place(self) -> int:
-        """Its position in the queue, from 1; 0 as soon as it is being drawn."""
-        return self.queue.place(self)
-
-    def cancel(self) -> None:
-        """Cancel the request. A batch whose requests are all cancelled ends at its next step."""
-        self.queue.cancel(self)
+        for name in ("max_batch", "max_queue", "max_queue_per_client"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.max_wait_ms <= 60_000:
+            raise ValueError(f"--max-wait-ms {self.max_wait_ms:g} must be from 0 to 60000")
 
 
 class Batcher:
@@ -90,9 +60,10 @@ class Batcher:
         self.drawing, self.library, self.cache, self.settings = drawing, library, cache, settings
         self.counters: Counter[str] = Counter()
         self.batch_sizes: Counter[int] = Counter()
-        self._waiting: list[Ticket] = []
+        self._waiting = TurnQueue()
         self._drawn: list[Ticket] = []
         self._changed = threading.Condition()
+        self._seconds_a_picture = 1.0  # of those that were drawn last
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -100,60 +71,73 @@ class Batcher:
     # -----------------------------------------------------------------------------------------------
     # What other threads call
 
-    def submit(self, request: Request) -> Ticket:
-        """Put a request into the queue.
+    def submit(self, request: Request, client: str = "") -> Ticket:
+        """Put a request into the queue of a client.
 
         Raises:
             ValueError: an adapter, its class, sampler or size does not exist here.
-            Busy: the queue is full, or the server is being stopped.
+            Busy: the queue is full, or too many requests of the client wait.
+            Stopping: the server is being stopped; a kind of `Busy`.
         """
-        return self.submit_all([request])[0]
+        return self.submit_all([request], client)[0]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Put several requests into the queue: all of them, or none if one is refused."""
+    def submit_all(self, requests: Sequence[Request], client: str = "") -> list[Ticket]:
+        """Put several requests into the queue of a client: all of them, or none if one is refused."""
         try:
-            tickets = [self._ticket(request) for request in requests]
+            tickets = [self._ticket(request, client) for request in requests]
         except ValueError:
             self.counters["refused"] += 1
             raise
         with self._changed:
             if not self._is_open:
-                raise Busy("busy: the server is being stopped; ask again later")
-            if len(self._waiting) + len(tickets) > self.settings.max_queue:
-                self.counters["busy"] += len(tickets)
-                raise Busy(
-                    f"busy: {len(self._waiting)} requests are waiting, and {self.settings.max_queue} is the most; "
-                    "ask again later"
-                )
-            self._waiting += tickets
+                raise Stopping()
+            self._check_room(tickets, list(self._waiting), self.settings.max_queue, "")
+            self._check_room(tickets, self._waiting.of(client), self.settings.max_queue_per_client, " of one client")
+            for ticket in tickets:
+                self._waiting.add(ticket)
             self._changed.notify_all()
         return tickets
 
-    def _ticket(self, request: Request) -> Ticket:
+    def _check_room(self, tickets: list[Ticket], waiting: list[Ticket], most: int, whose: str) -> None:
+        if len(tickets) > most:
+            raise ValueError(f"{len(tickets)} pictures asked for at once; {most} is the most")
+        if len(waiting) + len(tickets) > most:
+            self.counters["busy"] += len(tickets)
+            raise Busy(
+                f"busy: {len(waiting)} requests{whose} are waiting, and {most} is the most; ask again later",
+                retry_after=self._waiting.place(waiting[-1]) * self._seconds_a_picture,
+            )
+
+    def _ticket(self, request: Request, client: str) -> Ticket:
         entries = [self.library.entry(name) for name, _ in request.adapters]
         request = self.drawing.completed(request, entries)
-        return Ticket(request, entries, self.drawing.batch_key(request), self)
+        return Ticket(request, entries, self.drawing.batch_key(request), self, client)
 
     def place(self, ticket: Ticket) -> int:
         with self._changed:
-            return self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
+            return self._waiting.place(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
         with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
+            self._waiting.remove(ticket)
             if not ticket.picture.done():
                 self.counters["cancelled"] += 1
                 ticket.picture.set_exception(CancelledError())
 
-    def close(self) -> None:
-        """Answer all requests that have no picture yet with `Busy`, and end the thread."""
+    def drain(self) -> None:
+        """Refuse new requests with `Stopping`, draw all that wait, and end the thread."""
         with self._changed:
             self._is_open = False
-            waiting, self._waiting = self._waiting, []
-            for ticket in [*waiting, *self._drawn]:
+            self._changed.notify_all()
+        self._thread.join()
+
+    def close(self) -> None:
+        """Answer all requests that have no picture yet with `Stopping`, and end the thread."""
+        with self._changed:
+            self._is_open = False
+            for ticket in [*self._waiting.clear(), *self._drawn]:
                 if not ticket.picture.done():
-                    ticket.picture.set_exception(Busy("busy: the server is being stopped; ask again later"))
+                    ticket.picture.set_exception(Stopping())
             self._changed.notify_all()
         self._thread.join()
 
@@ -174,8 +158,14 @@ class Batcher:
             }
 
     @property
+    def is_open(self) -> bool:
+        """Whether new requests are taken."""
+        return self._is_open
+
+    @property
     def is_alive(self) -> bool:
-        return self._is_open and self._thread.is_alive()
+        """Whether requests that wait are drawn."""
+        return self._thread.is_alive()
 
     # -----------------------------------------------------------------------------------------------
     # The thread
@@ -198,26 +188,25 @@ class Batcher:
                     self._drawn = []
 
     def _next_batch(self) -> list[Ticket] | None:
-        """The oldest request and those with an equal batch key; None when the queue is closed."""
+        """The next request and others with an equal batch key, in turns; None when the queue is closed and empty."""
         with self._changed:
             while True:
-                if not self._is_open:
+                first = next(iter(self._waiting), None)
+                if first is None and not self._is_open:
                     return None
-                if not self._waiting:
+                if first is None:
                     self._changed.wait()
                     continue
-                oldest = self._waiting[0]
-                batch = [ticket for ticket in self._waiting if ticket.batch_key == oldest.batch_key]
-                left = oldest.since + self.settings.max_wait_ms / 1000 - time.monotonic()
-                if left > 0 and len(batch) < self.settings.max_batch:
+                number = sum(ticket.batch_key == first.batch_key for ticket in self._waiting)
+                left = first.since + self.settings.max_wait_ms / 1000 - time.monotonic()
+                if left > 0 and number < self.settings.max_batch and self._is_open:
                     self._changed.wait(left)
                     continue
-                batch = batch[: self.settings.max_batch]
-                self._waiting = [ticket for ticket in self._waiting if ticket not in batch]
-                self._drawn = batch
-                for ticket in batch:
+                number = min(number, self.settings.max_batch)
+                self._drawn = [self._waiting.take(first.batch_key) for _ in range(number)]
+                for ticket in self._drawn:
                     self.counters["waited_us"] += int((time.monotonic() - ticket.since) * 1e6)
-                return batch
+                return self._drawn
 
     def _draw(self, batch: list[Ticket]) -> None:
         names, problems = self.cache.load(entry for ticket in batch for entry in ticket.entries)
@@ -242,10 +231,12 @@ class Batcher:
             if all(ticket.picture.done() for ticket in ready):
                 raise _Abandoned
 
+        start = time.monotonic()
         try:
             images = self.drawing.draw([ticket.request for ticket in ready], mixtures, on_step)
         finally:
             self.cache.shrink()
+        self._seconds_a_picture = (time.monotonic() - start) / len(ready)
         self.batch_sizes[len(ready)] += 1
         for ticket, image in zip(ready, images, strict=True):
             self._settle(ticket, picture=picture_of(image))
@@ -270,11 +261,6 @@ class Batcher:
                 ticket.picture.set_exception(error)
             else:
                 ticket.picture.set_exception(RuntimeError(f"not drawn: {first_line(error, 200)}"))
-
-
-def _started(future: Future) -> Future:
-    future.set_running_or_notify_cancel()  # from now on only `Ticket.cancel` can cancel it
-    return future
 
 
 COUNTERS = ("images", "failed", "refused", "busy", "cancelled")

@@ -14,9 +14,10 @@ from PIL import Image
 from onelora_diffusion.families.classes import find_class, plain
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.injection.routing import GUIDANCES
-from onelora_diffusion.serving.batching import Batcher, Busy, Ticket
+from onelora_diffusion.serving.batching import Batcher
 from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.picture_file import picture_with_settings, request_of, request_of_image
+from onelora_diffusion.serving.queue import Busy, Ticket
 from onelora_diffusion.serving.request import Request
 
 ALONE = "the base alone"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from serving.servers import make_pipeline, serving, write_adapters
 
-from onelora_diffusion.serving.batching import BatchSettings, Busy
+from onelora_diffusion.serving.batching import BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
+from onelora_diffusion.serving.queue import Busy, Stopping
 from onelora_diffusion.serving.request import Request
 
 PLAIN = Request(subject=1, num_inference_steps=3, guidance_scale=1.0)
@@ -146,6 +147,32 @@ def test_a_full_queue_says_that_it_is_busy_and_takes_all_of_a_call_or_nothing(pi
         drawing.go.set()
 
 
+def test_clients_are_served_in_turns_and_each_has_its_own_limit(pipeline, folder):
+    """A client with two requests does not wait for the forty of another that came before."""
+    drawing = Held(pipeline)
+    settings = {"max_batch": 4, "max_wait_ms": 0, "max_queue_per_client": 40}
+    with serving(pipeline, folder, drawing=drawing, **settings) as batcher:
+        batcher.submit(PLAIN, "many")
+        wait_until(lambda: drawing.drawn)
+        many = batcher.submit_all([PLAIN] * 40, "many")
+        few = batcher.submit_all([PLAIN] * 2, "few")
+        assert [ticket.place() for ticket in few] == [2, 4]
+        assert [ticket.place() for ticket in many[:4]] == [1, 3, 5, 6]
+        with pytest.raises(Busy, match="40 requests of one client are waiting, and 40 is the most") as refused:
+            batcher.submit(PLAIN, "many")
+        assert refused.value.retry_after == 42 * batcher._seconds_a_picture  # of which the last of its own is the 42nd
+        with pytest.raises(ValueError, match="41 pictures asked for at once; 40 is the most"):
+            batcher.submit_all([PLAIN] * 41, "another")
+        many[0].cancel()
+        assert [ticket.place() for ticket in few] == [2, 4]
+        drawing.go.set()
+        batcher.drain()
+        assert [ticket.picture.result(0).shape for ticket in few + many[1:]] == [(16, 16, 3)] * 41
+        assert few[0].request in drawing.drawn[1] and not batcher.is_alive
+        with pytest.raises(Stopping):
+            batcher.submit(PLAIN, "few")
+
+
 def test_cancelled_requests_leave_and_a_batch_that_nobody_wants_ends_early(pipeline, folder):
     drawing = Held(pipeline)
     slow = Request(subject=1, num_inference_steps=50, guidance_scale=1.0)
@@ -249,7 +276,10 @@ def test_closing_tells_those_who_wait_and_those_who_come(pipeline, folder):
         assert not batcher.is_alive
 
 
-def test_settings_that_cannot_be_are_refused():
-    for wrong in ({"max_batch": 0}, {"max_queue": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": 1e6}):
-        with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
-            BatchSettings(**wrong).check()
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_batch": 0}, {"max_queue": 0}, {"max_queue_per_client": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": 1e6}],
+)
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        BatchSettings(**wrong).check()

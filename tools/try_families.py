@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.rounding import rounding
-from onelora_diffusion.families.recorded import ASKED, Recorded
+from onelora_diffusion.families.recorded import Recorded, line_in_words
+from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
@@ -38,11 +39,11 @@ def replayed(pipeline, family: Recorded) -> float:
         steps.append((output.flatten(), float(time), sample.flatten()))
         return own_step(output, time, sample, *args, **kwargs)
 
-    side, place = family.side, family._at(family.side, family.side)
-    settings = {name: value for name, value in ASKED.items() if name in family._parameters} | family._off
+    side, place = family.record.side, family.place(*family.recorder.square)
+    settings = {name: value for name, value in ASKED.items() if name in family.recorder.parameters}
     encoded = family.encode_conditions(pipeline, PROMPTS[:1])
     pipeline.scheduler.step = step
-    pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings)
+    pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings | family.record.off)
     pipeline.scheduler.step = own_step
     worst = 0.0
     for output, time, sample in steps:
@@ -55,7 +56,7 @@ def replayed(pipeline, family: Recorded) -> float:
 def batched(pipeline, family: Recorded) -> float:
     """The relative difference of a batch from its images alone."""
     encoded = family.encode_conditions(pipeline, PROMPTS)
-    latents = torch.randn(3, *family.latent_shape(pipeline, family.side, family.side))
+    latents = torch.randn(3, *family.latent_shape(pipeline, *family.recorder.square))
     times = torch.tensor([100.0, 500.0, 900.0])
     together = family.predict(pipeline.transformer, latents, times, encoded)
     alone = [
@@ -75,19 +76,18 @@ def row_of(name: str) -> tuple[str, bool]:
     except ValueError as error:
         reason = first_line(error).partition("cannot be recorded: ")[2]
         return f"| {title} | refused: {reason} | | | | | |", True
-    times = ", ".join(
-        f"`{name}` {by:g}·t{f' + {start:g}' if start else ''}" for name, (by, start) in family._times.items()
-    )
-    sign = "−" if family._at(family.side, family.side).sign < 0 else "+"
-    prompted = ", ".join(f"`{name}`" for name in family._prompted)
-    sized = ", ".join(f"`{name}`" for name in (*family._sized, *family._together)) or "–"
-    guidance = {0: "w", 1: "w − 1", None: "its own"}[family._offset] if family.is_guided else "none"
+    record = family.record
+    times = ", ".join(f"`{name}` {line_in_words(*line)}" for name, line in record.times.items())
+    sign = "−" if family.place(*family.recorder.square).sign < 0 else "+"
+    prompted = ", ".join(f"`{name}`" for name in record.prompted)
+    sized = ", ".join(f"`{name}`" for name in (*record.sized, *record.together)) or "–"
+    guidance = {0: "w", 1: "w − 1", None: "its own"}[record.offset] if family.is_guided else "none"
     differences = replayed(pipeline, family), batched(pipeline, family)
     # The time of half the pipelines is rounded once more on its way, and counts thousandfold in its sines.
     is_rounding = max(differences) < 10 * rounding(pipeline.transformer)
     cells = (
         title,
-        f"`{family._noisy}` {sign}",
+        f"`{record.noisy}` {sign}",
         times,
         prompted,
         sized,

@@ -13,7 +13,9 @@ from torch import nn
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Recorded, family_of
-from onelora_diffusion.families.recorded import ASKED, repeated_blocks
+from onelora_diffusion.families.probing import line_of, place_at
+from onelora_diffusion.families.recording import ASKED
+from onelora_diffusion.families.targets import repeated_blocks
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
@@ -104,14 +106,14 @@ def test_pictures_are_those_of_the_stock_pipeline(name):
         guidance_scale=scale + (1 if name in ("z_image", "krea2") else 0),
     )
     found = draw(pipeline, [request], SamplerSettings(num_inference_steps=steps), 64)
-    asked = {key: value for key, value in ASKED.items() if key in family._parameters}
+    asked = {key: value for key, value in ASKED.items() if key in family.recorder.parameters}
     told = {"guidance_scale": scale, "negative_prompt": ""} if plain else {}
     latents = image_generators(0, [0])[0]
     noise = torch.randn(1, *family.latent_shape(pipeline, 64, 64), generator=latents)
-    place = family._at(64, 64)
+    place = family.place(64, 64)
     sample = torch.empty(noise.numel())
     sample[place.order] = noise.flatten()
-    sample = sample.reshape(place.run.samples[0].shape)
+    sample = sample.reshape(place_at(family.recorder, (64, 64))[1].samples[0].shape)
     picture = pipeline("a bold Q", height=64, width=64, num_inference_steps=steps, latents=sample, **asked, **told)[0]
     picture = picture[:, 0] if picture.ndim == 5 else picture
     tolerance = rounding_of_images(pipeline, steps) * 2 * scale
@@ -180,10 +182,9 @@ def test_what_has_no_place_in_a_recording_is_refused():
     with pytest.raises(ValueError, match="PixArtSigmaPipeline cannot be recorded: .* none is the scheduler's sample"):
         Recorded(pipeline)
     pipeline = make_pipeline("sd3")
-    family = Recorded(pipeline)
     times = torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
-    with pytest.raises(ValueError, match="timestep changes from step to step, and is no a·t"):
-        family._line("timestep", times, times**2, torch.float32)
+    assert line_of(times, times**2, torch.float32) is None
+    assert line_of(times, 1 - times / 1000, torch.float32) == (-1e-3, 1.0)
     pipeline.transformer_2 = pipeline.transformer
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: it has two transformers"):
         Recorded(pipeline)
@@ -191,10 +192,10 @@ def test_what_has_no_place_in_a_recording_is_refused():
 
 @pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])
 def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time):
-    whole, pipeline = stock(name)[1]._at(64, 64), make_stock(name).to(dtype=torch.bfloat16)
+    whole, pipeline = stock(name)[1].place(64, 64), make_stock(name).to(dtype=torch.bfloat16)
     family = Recorded(pipeline)
-    half = family._at(64, 64)
-    assert family._times == time and family.targets == stock(name)[1].targets
+    half = family.place(64, 64)
+    assert family.record.times == time and family.targets == stock(name)[1].targets
     assert all(torch.equal(getattr(half, part), getattr(whole, part)) for part in ("order", "packed", "unpacked"))
     assert_rounded(half.scale.bfloat16(), whole.scale.bfloat16(), 1)
 

@@ -1,0 +1,112 @@
+"""Values that a pipeline gives its denoiser: tensors, numbers, None, and lists and dictionaries of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def leaves(arguments: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    """Arguments by name, those in dictionaries as `dictionary.name`."""
+    for name, value in arguments.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def nested(named: dict) -> dict:
+    """The arguments of which these are the `leaves`."""
+    arguments: dict = {}
+    for path, value in named.items():
+        *parents, name = path.split(".")
+        inner = arguments
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return arguments
+
+
+def copied(value):
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: copied(entry) for name, entry in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
+def same(first, second) -> bool:
+    """Whether two values are equal, tensors on one device to the bit."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    if type(first) is not type(second):
+        return False
+    if hasattr(first, "shape"):
+        return first.shape == second.shape and bool((first == second).all())
+    return first is second or first == second
+
+
+def near(first, second) -> bool:
+    """Whether arguments for one image are the same to rounding, as those of a prompt are in another batch."""
+    first, second = first[0], second[0]
+    if first.shape != second.shape:
+        return False
+    if not first.is_floating_point():
+        return torch.equal(first, second)
+    tolerance = torch.finfo(first.dtype).eps ** 0.5
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(second.abs().max()))
+
+
+def tensors_in(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from tensors_in(entry)
+
+
+def filled(value, tensors: Iterator[Tensor]):
+    """The same with other tensors in the places of its own."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    return type(value)(filled(entry, tensors) for entry in value) if isinstance(value, list | tuple) else value
+
+
+def batch_kind(one, two) -> str | None:
+    """How an argument for one image becomes that for two: `rows`, `list` or `shared`; None: in another way."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.ndim == two.ndim and one.ndim:
+        if (len(one), len(two)) == (1, 2):
+            return "rows"
+        return "shared" if len(one) == len(two) or one.ndim > 1 else None
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple) and (len(one), len(two)) == (1, 2):
+        return "list"
+    return "shared" if same(one, two) else None
+
+
+def is_permuted(value, sample: Tensor) -> bool:
+    """Whether an argument for one image is the sample in another order."""
+    is_of_one = isinstance(value, list) or isinstance(value, Tensor) and value.ndim
+    if not is_of_one or len(value) != 1 or not isinstance(value[0], Tensor):
+        return False
+    (entry,) = value
+    if not entry.is_floating_point() or entry.numel() != sample.numel():
+        return False
+    return torch.equal(entry.flatten().sort().values, sample.to(entry.dtype).flatten().sort().values)
+
+
+def output_of(answer) -> Tensor | list:
+    """The first of what a denoiser returns: a tensor with a row, or a list with an entry for each image."""
+    output = answer[0]
+    return list(output) if isinstance(output, tuple) else output
+
+
+def on(value: Tensor, device: torch.device) -> Tensor:
+    return value if value.device == device else value.to(device, non_blocking=True)
+
+
+def described(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)[:40]

@@ -1,0 +1,363 @@
+"""What the recorded calls of a stock pipeline say: how it packs, scales, times, prompts, sizes and guides.
+
+Numbered values that go in one side and come out of the other say how latents are packed and normalised; arguments that
+follow the timestep are the time; what differs between two prompts is of the prompt. An answer that this method has no
+place for is refused, never guessed.
+"""
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
+from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
+from onelora_diffusion.families.targets import targets_in
+
+SIDES = (64, 128, 256, 512, 1024)  # pixels: the first that a pipeline takes is what it is recorded at
+# Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
+BASE, DIGITS = 128, 4
+OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
+TRIED_SCALE = 3.0
+
+
+def probe(recorder: Recorder) -> Place:
+    """Fill a recorder's record by some twenty calls, and return what was found at the recorded size.
+
+    Raises:
+        ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
+    """
+    blocks = recorder.blocks
+    if not blocks:
+        raise recorder.refusal("its transformer has no list of blocks of one class")
+    for name in ("prompt", "height", "width", "num_inference_steps"):
+        if name not in recorder.parameters:
+            raise recorder.refusal(f"its call takes no {name}")
+    if not hasattr(recorder.pipeline, "encode_prompt"):
+        raise recorder.refusal("it has no encode_prompt, by which its prompts are encoded")
+    find_noise(recorder)
+    place, run = place_at(recorder, recorder.square)
+    find_times(recorder, run)
+    find_conditions(recorder)
+    find_sizes(recorder, place)
+    find_guidance(recorder, place)
+    recorder.record.targets = targets_in(recorder.transformer, blocks, lambda: recorder.answered(place.constants))
+    return place
+
+
+def find_noise(recorder: Recorder) -> None:
+    """The smallest size that is taken, the setting without guidance, and the argument that has the noise."""
+    for side in SIDES:
+        recorder.record.side = side
+        try:
+            return find_noise_at(recorder)
+        except NotTakenError as error:
+            failure = error
+    raise failure
+
+
+def find_noise_at(recorder: Recorder) -> None:
+    record, outputs = recorder.record, []
+
+    def real(number, arguments):
+        outputs.append(output_of(recorder.transformer(**arguments)))
+        return outputs[-1]
+
+    for off in OFF:
+        if not off.keys() <= recorder.parameters.keys():
+            continue
+        outputs.clear()
+        run = recorder.run(SHORT, recorder.square, answer=real, **off)
+        if not run.samples:
+            raise recorder.refusal("its call ends before a step of its scheduler")
+        found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
+        if len(run.calls) == 1 and len(found) == 1:
+            break
+    else:
+        raise recorder.refusal(
+            f"with {off or 'its own settings'} its transformer is called {len(run.calls)} times in a step, and of its "
+            f"arguments {', '.join(found) or 'none'} is the scheduler's sample in another order"
+        )
+    (name,) = found
+    given, output = run.calls[0][name], outputs[0]
+    before, after = given[0].shape, output[0].shape
+    if len(before) != len(after) or any(a % b for a, b in zip(after, before, strict=True)):
+        raise recorder.refusal(f"{name} is {tuple(before)}, and the output {tuple(after)}")
+    record.factors = tuple(a // b for a, b in zip(after, before, strict=True))
+    record.off, record.noisy, record.encoded = off, name, send_to_device(run.encoded, "cpu")
+    record.takes_lists, record.gives_lists = isinstance(given, list), isinstance(output, list)
+
+
+def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
+    """What the pipeline says of images of this size, and the run that says it."""
+    record, steps = recorder.record, DIGITS + 1
+    answer = recorder.answering(lambda number, elements: _digit(number, elements) + 1)
+
+    def numbered(number, sample):
+        count = sample.numel()
+        values = torch.arange(count, dtype=torch.float32) if number == DIGITS else _digit(number, count)
+        return values.reshape(sample.shape).to(sample.device)
+
+    def run_of(steps: int, step) -> Run:
+        return recorder.run(SHORT, side, steps, answer, step, record.encoded, **record.off)
+
+    run = run_of(steps, numbered)
+    if len(run.calls) != steps or len(run.times) != steps:
+        raise recorder.refusal(f"in {steps} steps its transformer is called {len(run.calls)} times")
+    count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
+    packed = _from_digits([value[0] for value in given[1:]])
+    if not _is_permutation(packed, count):
+        raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
+    signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in run.outputs}
+    sign = signs.pop()
+    unpacked = _from_digits([value * sign - 1 for value in run.outputs[:DIGITS]])
+    elements = torch.Size(record.output_shape(tuple(given[0][0].shape))).numel()
+    is_part = len(unpacked) == count == len(unpacked.unique()) and 0 <= unpacked.min() and unpacked.max() < elements
+    if signs or not sign or not is_part:
+        raise recorder.refusal("what its scheduler steps by is no permutation of the transformer's output")
+    zeros, ones = (
+        run_of(2, lambda number, sample, value=value: torch.full(sample.shape, value, device=sample.device)).decoded
+        for value in (0.0, 1.0)
+    )
+    if run.decoded is None or run.decoded.numel() != count:
+        raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
+    shift, scale = zeros.float(), ones.float() - zeros.float()
+    order = ((run.decoded.float() - shift) / scale).flatten().cpu()
+    if not _is_permutation(order.round().long(), count) or (order - order.round()).abs().max() > 0.25:
+        raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
+    order = order.round().long()
+    latents = run.decoded.shape[1:]
+    if len(latents) == 4 and latents[1] != 1 or len(latents) not in (3, 4):
+        raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
+    shape = (latents[0], *latents[-2:])
+    check_schedule(recorder, run)
+    return Place(
+        shape=shape,
+        argument=tuple(given[0][0].shape),
+        order=order,
+        packed=order.argsort()[packed],
+        unpacked=unpacked[order],
+        sign=sign,
+        scale=scale.reshape(shape).cpu(),
+        shift=shift.reshape(shape).cpu(),
+        frames=run.decoded.ndim == 5,
+        constants=run.calls[0],
+    ), run
+
+
+def check_schedule(recorder: Recorder, run: Run) -> None:
+    scheduler = type(recorder.pipeline.scheduler).from_config(recorder.pipeline.scheduler.config)
+    for name, value in run.attributes.items():
+        setattr(scheduler, name, value)
+    scheduler.set_timesteps(**run.schedule)
+    if scheduler.timesteps[: len(run.times)].tolist() != run.times:
+        raise recorder.refusal("it steps at other times than its scheduler's set_timesteps has set")
+
+
+def find_times(recorder: Recorder, run: Run) -> None:
+    """The arguments that change from step to step, as lines over the scheduler's timestep."""
+    times = torch.tensor(run.times, dtype=torch.float64)
+    for name in run.calls[0]:
+        values = [call.get(name) for call in run.calls]
+        if name == recorder.record.noisy or all(same(value, values[0]) for value in values):
+            continue
+        values = [torch.as_tensor(value) for value in values]
+        if any(value.numel() != 1 for value in values):
+            raise recorder.refusal(f"{name} changes from step to step, and is not one time for each image")
+        line = line_of(times, torch.stack([value.double().reshape(()) for value in values]), values[0].dtype)
+        if line is None:
+            raise recorder.refusal(f"{name} changes from step to step, and is no a·t + b of the time t")
+        recorder.record.times[name] = line
+    if not recorder.record.times:
+        raise recorder.refusal("no argument of its transformer follows the time")
+
+
+def line_of(at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:
+    """a and b of a·t + b, which a pipeline has computed in a precision; None if values are on no line.
+
+    a and b are plain numbers where they are near one: 1 or a thousandth, and 0, 1 or 1000.
+    """
+    by = (values[-1] - values[0]) / (at[-1] - at[0])
+    precision = 4 * (torch.finfo(dtype).eps if dtype.is_floating_point else 2**-23)
+    plain = min((sign * size for sign in (1, -1) for size in (1, 1e-3)), key=lambda plain: abs(plain - by))
+    by = float(plain if abs(plain - by) <= precision * abs(plain) or precision > 1e-3 else by)
+    start = float((values - by * at).mean())
+    tolerance = precision * values.abs().max().clamp(min=1)
+    start = next((float(plain) for plain in (0, 1, 1000) if abs(start - plain) <= tolerance), start)
+    return (by, start) if (by * at + start - values).abs().max() <= tolerance else None
+
+
+def find_conditions(recorder: Recorder) -> None:
+    """Which arguments follow the prompt, how they are batched, and which follow the size."""
+    record, parameters = recorder.record, recorder.parameters
+    short, long, both = (recorder.call(prompt) for prompt in (SHORT, LONG, [SHORT, LONG]))
+    most = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
+    fewer = recorder.call(max_sequence_length=most // 2) if most else short
+    wide = recorder.call(side=(record.side, 2 * record.side), encoded=record.encoded)
+    for name in dict.fromkeys((*short, *both)):
+        if name == record.noisy or name in record.times:
+            record.batched[name] = True
+            continue
+        values = (short.get(name), long.get(name), both.get(name))
+        kind = batch_kind(values[0], values[2])
+        is_prompted = not same(values[0], values[1]) or not same(values[0], fewer.get(name))
+        if not same(values[0], wide.get(name)):
+            (record.together if is_prompted else record.sized).append(name)
+        if is_prompted:
+            record.prompted[name] = _prompted_as(recorder, name, kind, *values)
+        elif values[0] is None and isinstance(values[2], Tensor):
+            record.masks[name] = values[2]
+        elif kind is None:
+            raise recorder.refusal(
+                f"{name} is {described(values[0])} for one prompt, and {described(values[2])} for two"
+            )
+        record.batched[name] = kind in ("rows", "list")
+    if not record.prompted:
+        raise recorder.refusal("no argument of its transformer follows the prompt")
+    ragged = {name: how.ragged for name, how in record.prompted.items() if how.ragged is not None}
+    if ragged and record.together:
+        raise recorder.refusal(
+            f"{record.together[0]} follows the prompt and the size together, and {next(iter(ragged))} is as long as "
+            "the prompt"
+        )
+    lengths = [call[name][0].shape[dim] for call in (short, long) for name, dim in [*ragged.items()][:1]]
+    is_told = any(
+        # the mask of a prompt's tokens, or their number
+        name in ragged and short[name][0].ndim == 1 or [_numbers(call[name]) for call in (short, long)] == lengths
+        for name in record.prompted
+    )
+    record.pads = bool(record.masks) or is_told
+    for name, mask in record.masks.items():
+        expected = torch.arange(max(lengths, default=0)) < torch.tensor(lengths or [0])[:, None]
+        if mask.shape != expected.shape or not torch.equal(mask.bool().cpu(), expected):
+            raise recorder.refusal(f"{name} is given for two prompts alone, and is no mask of their tokens")
+
+
+def _numbers(value) -> float | None:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, both) -> Prompted:
+    if kind is None or not all(isinstance(value[0], Tensor) for value in (short, long)):
+        raise recorder.refusal(f"{name} follows the prompt as {described(short)}, and is {described(both)} for two")
+    first, second = (value.shape if kind == "shared" else value[0].shape for value in (short, long))
+    ragged = [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+    if len(first) != len(second) or len(ragged) > 1:
+        raise recorder.refusal(f"{name} is {described(short)} for one prompt and {described(long)} for another")
+    return Prompted(kind, ragged[0] if ragged else None)
+
+
+def find_sizes(recorder: Recorder, place: Place) -> None:
+    """Pixels of a latent, and the multiple of pixels that sides are taken in."""
+    record = recorder.record
+    side, latents = record.side, place.shape[1:]
+    record.pixels = max(1, side // latents[-1])
+    if latents != (side // record.pixels,) * 2:
+        drawn = " by ".join(map(str, latents))
+        raise recorder.refusal(f"asked for {side} by {side} pixels it draws another size, of {drawn} latents")
+    for record.multiple in (record.pixels * 2**power for power in range(12)):
+        if record.multiple > side:
+            raise recorder.refusal(
+                f"it rounds the size that it is asked for: {side + side} pixels are not twice {side}"
+            )
+        if _takes(recorder, side + record.multiple, prod(place.shape)):
+            return
+
+
+def _takes(recorder: Recorder, height: int, count: int) -> bool:
+    """Whether the pipeline draws images of this height, and its transformer the tokens of it."""
+    record = recorder.record
+    try:
+        run = recorder.run(
+            SHORT, (height, record.side), 2, recorder.answering(_digit), encoded=record.encoded, **record.off
+        )
+        if run.samples[0].numel() * record.side != count * height:
+            return False
+        output = recorder.answered(run.calls[0])
+    except (ValueError, RuntimeError):
+        return False
+    return tuple(output[0].shape) == record.output_shape(tuple(run.calls[0][record.noisy][0].shape))
+
+
+def find_guidance(recorder: Recorder, place: Place) -> None:
+    """By which argument pictures are guided, from what, and by which formula; or what the transformer is told."""
+    record, parameters = recorder.record, recorder.parameters
+    # Guided is what is guided by default, given a prompt to guide from; a distilled model is told a scale instead.
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in parameters and (parameters[name].default or 0) > 1:
+            run, answers = guided_run(recorder, name)
+            rows = sum(len(call[record.noisy]) for call in run.calls)
+            if rows == 2:
+                record.guide, record.offset = name, offset_of(recorder, place, run, answers)
+                return
+            if rows != 1:
+                raise recorder.refusal(f"with {name}={TRIED_SCALE} its transformer has {rows} rows for an image")
+    if "guidance_scale" in parameters:
+        first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
+        changed = [name for name in first if not same(first[name], second[name])]
+        if len(changed) > 1 or any(torch.as_tensor(first[name]).numel() != 1 for name in changed):
+            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its transformer's arguments")
+        for name in changed:
+            low, high = (float(torch.as_tensor(values[name])) for values in (first, second))
+            record.told = (name, high - low, low - 2 * (high - low))
+
+
+def guided_run(recorder: Recorder, guide: str, **settings) -> tuple[Run, list[Tensor]]:
+    """A guided step, with what the denoiser answered: a row for each image, in the order of its calls."""
+    answers = []
+    generator = torch.Generator().manual_seed(0)
+    random = recorder.answering(lambda number, elements: torch.randn(elements, generator=generator))
+
+    def answer(number, arguments):
+        answers.extend(value := random(number, arguments))
+        return value
+
+    guided = {guide: TRIED_SCALE, "negative_prompt": ""} | settings
+    return recorder.run(SHORT, recorder.square, 2, answer, **guided), answers
+
+
+def empty_row(recorder: Recorder, run: Run, alone: dict) -> tuple[int, dict]:
+    """The number and the arguments of that of a guided step's two rows which is not the prompt's own call `alone`."""
+    rows = list(_rows_of(recorder, run))
+    own = [number for number, row in enumerate(rows) if all(near(row[name], alone[name]) for name in row)]
+    if len(own) != 1:
+        raise recorder.refusal(f"of {len(rows)} rows of a guided step {len(own)} have the prompt")
+    return 1 - own[0], rows[1 - own[0]]
+
+
+def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
+    """The prompt's arguments of each row of a guided step, as those of a call alone."""
+    for call in run.calls:
+        for row in range(len(call[recorder.record.noisy])):
+            yield {
+                name: call.get(name) if call.get(name) is None or how.kind == "shared" else call[name][row : row + 1]
+                for name, how in recorder.record.prompted.items()
+            }
+
+
+def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
+    """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
+    empty, _ = empty_row(recorder, run, recorder.call())
+    found = run.outputs[0].float().flatten().cpu()[place.order]
+    outputs = [answer.float().flatten().cpu()[place.unpacked] for answer in answers]
+    without, own = outputs[empty], outputs[1 - empty]
+    for offset in (0, 1):
+        guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
+        if (guided - found).abs().max() <= 0.05 * guided.abs().max():
+            return offset
+    return None
+
+
+def _digit(number: int, count: int) -> Tensor:
+    """That digit of 0, 1, 2, ..., the lowest first."""
+    return (torch.arange(count) // BASE**number % BASE).float()
+
+
+def _from_digits(digits: list[Tensor]) -> Tensor:
+    return sum(digit.flatten().cpu().double() * BASE**place for place, digit in enumerate(digits)).round().long()
+
+
+def _is_permutation(order: Tensor, count: int) -> bool:
+    return len(order) == count and torch.equal(order.sort().values, torch.arange(count))

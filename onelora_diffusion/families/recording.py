@@ -1,0 +1,345 @@
+"""Calls of a stock pipeline with recorders in the place of its parts, and the record that is made of them."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from onelora_diffusion.families.arguments import copied, leaves, nested, output_of, same
+from onelora_diffusion.families.targets import repeated_blocks
+from onelora_diffusion.files import first_line
+from onelora_diffusion.injection.book import unwrapped
+
+SHORT, LONG = "dog", "violet triangle"  # two prompts of different length and beginning
+# Images are encoded to exactly the size that is asked for, and captions are encoded as they are written.
+ASKED = {"use_resolution_binning": False, "clean_caption": False, "num_frames": 1, "output_type": "pt"}
+
+
+class _Stop(Exception):
+    """Ends a recorded call, once it has said what was asked."""
+
+
+class NotTakenError(ValueError):
+    """A stock pipeline's own call fails, as it does for sizes that it does not draw."""
+
+
+class _Answer(tuple):
+    """What a denoiser or a scheduler returns, in each of the ways that pipelines read it."""
+
+    sample = prev_sample = property(lambda self: self[0])
+
+
+class _StandIn:
+    """A component of a pipeline with some of its attributes replaced, which leaves the component as it is."""
+
+    def __init__(self, part, called: Callable | None = None, **replaced):
+        vars(self).update(replaced, _part=part, _called=called)
+
+    def __getattr__(self, name: str):
+        return getattr(self._part, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._called(*args, **kwargs)
+
+
+@dataclass
+class Run:
+    """What one call of a stock pipeline has shown.
+
+    Attributes:
+        calls: arguments of the denoiser by name, those in dictionaries as `dictionary.name`.
+        times, outputs, samples: what `scheduler.step` got.
+        schedule: arguments of `scheduler.set_timesteps`.
+        attributes: what the pipeline set on the scheduler before that.
+        encoded: what each call of `encode_prompt` returned.
+        decoded: what `vae.decode` got.
+    """
+
+    calls: list[dict] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    schedule: dict = field(default_factory=dict)
+    attributes: dict = field(default_factory=dict)
+    encoded: list = field(default_factory=list)
+    decoded: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """An argument that follows the prompt.
+
+    Attributes:
+        kind: `rows` with a row for each image, `list` with an entry for each, `shared` by all images of a batch.
+        ragged: the dimension of a row that is as long as the prompt; None: all are of one shape.
+    """
+
+    kind: str
+    ragged: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What the pipeline says of images of one size.
+
+    Attributes:
+        shape: of their latents, (C, h, w).
+        argument: the shape of the noisy argument, without the batch.
+        order: for each latent, its place in the scheduler's sample.
+        packed: for each place of the noisy argument, the latent that stands there.
+        unpacked: for each latent, its place in the denoiser's output.
+        sign: of the output, by which it is a prediction.
+        scale, shift: latents of the autoencoder are `scale · latents + shift`, (C, h, w).
+        frames: whether the autoencoder has a dimension of frames.
+        constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
+    """
+
+    shape: tuple[int, ...]
+    argument: tuple[int, ...]
+    order: Tensor
+    packed: Tensor
+    unpacked: Tensor
+    sign: int
+    scale: Tensor
+    shift: Tensor
+    frames: bool
+    constants: dict
+
+
+@dataclass
+class Record:
+    """What is known of a pipeline.
+
+    Attributes:
+        side: pixels of the sides of the images that it was recorded with.
+        off: settings of its call without guidance.
+        noisy: the argument of the denoiser that is the noise.
+        takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
+        factors: sizes of the output over those of the noisy argument.
+        encoded: what `encode_prompt` returned of the short prompt.
+        times: by argument, a and b of a·t + b of the scheduler's time t.
+        prompted: the arguments that follow the prompt.
+        sized, together: the arguments that follow the size, and those that follow the prompt and the size.
+        masks: for two prompts, the masks of their tokens that are given where prompts are of unequal length alone.
+        batched: by argument, whether there is one for each image.
+        pads: whether prompts of unequal length share a batch.
+        pixels: of a latent, along one side.
+        multiple: pixels of which sides are multiples.
+        guide: the argument of the pipeline by which images are guided from the empty prompt; None: they are not.
+        offset: what is added to it in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
+        told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b.
+        targets: patterns of the layers that are adapted by default.
+    """
+
+    side: int = 0
+    off: dict = field(default_factory=dict)
+    noisy: str = ""
+    takes_lists: bool = False
+    gives_lists: bool = False
+    factors: tuple[int, ...] = ()
+    encoded: list | None = None
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    prompted: dict[str, Prompted] = field(default_factory=dict)
+    sized: list[str] = field(default_factory=list)
+    together: list[str] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    batched: dict[str, bool] = field(default_factory=dict)
+    pads: bool = False
+    pixels: int = 1
+    multiple: int = 1
+    guide: str | None = None
+    offset: int | None = 0
+    told: tuple[str, float, float] | None = None
+    targets: tuple[str, ...] = ()
+
+    def output_shape(self, argument: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an image's output for that of its noisy argument."""
+        return tuple(size * factor for size, factor in zip(argument, self.factors, strict=True))
+
+
+class Recorder:
+    """Calls a pipeline, its parts replaced.
+
+    Attributes:
+        blocks: paths of the lists of the denoiser's blocks.
+        parameters: of the pipeline's call, by name.
+        record: what is known of it so far.
+    """
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.transformer = unwrapped(pipeline.transformer)
+        self.blocks = repeated_blocks(self.transformer)
+        self.parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.record = Record()
+
+    def refusal(self, what: str) -> ValueError:
+        return ValueError(f"{type(self.pipeline).__name__} cannot be recorded: {what}")
+
+    def run(
+        self,
+        prompt: str | list[str] = SHORT,
+        side: tuple[int, int] | None = None,
+        steps: int = 2,
+        answer: Callable[[int, dict], object] | None = None,
+        step: Callable[[int, Tensor], Tensor | None] = lambda number, sample: None,
+        encoded: list | None = None,
+        **settings,
+    ) -> Run:
+        """Calls the pipeline.
+
+        Args:
+            side: (height, width) in pixels. None: what the pipeline draws by itself.
+            answer: what the denoiser returns of its call's number and arguments. None: the first call is the last.
+            step: the sample after that step. None: it is the last.
+            encoded: what `encode_prompt` returned before, in place of its own.
+
+        Raises:
+            NotTakenError: the call fails.
+        """
+        pipeline, run = self.pipeline, Run()
+        device = pipeline._execution_device if encoded is None else torch.device("cpu")
+        given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
+        given |= settings | ({"height": side[0], "width": side[1]} if side else {})
+        replaced = {
+            "transformer": _StandIn(self.transformer, self._denoiser(run, answer), device=device),
+            "vae": _StandIn(pipeline.vae, decode=_decoder(run), device=device, dtype=torch.float32),
+            "scheduler": _scheduler(pipeline.scheduler, run, step),
+            "encode_prompt": self._encoder(run, encoded),
+            "_progress_bar_config": {"disable": True},
+        }
+        with _replaced(pipeline, replaced), _silence():
+            try:
+                pipeline(**{name: value for name, value in given.items() if name in self.parameters})
+            except _Stop:
+                pass
+            except Exception as error:  # whatever a stock pipeline refuses by
+                asked = f"for {side[0]} by {side[1]} pixels " if side else ""
+                raise NotTakenError(
+                    f"{type(pipeline).__name__} cannot be recorded: its own call {asked}fails: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+        return run
+
+    def _denoiser(self, run: Run, answer: Callable | None) -> Callable:
+        signature = inspect.signature(self.transformer.forward)
+        variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+        def forward(*args, **kwargs):
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for name in variable:
+                arguments |= arguments.pop(name, {})
+            run.calls.append(dict(leaves(copied(arguments))))
+            if answer is None:
+                raise _Stop
+            return _Answer((answer(len(run.calls) - 1, arguments),))
+
+        return forward
+
+    def _encoder(self, run: Run, encoded: list | None) -> Callable:
+        @functools.wraps(self.pipeline.encode_prompt)
+        def encode_prompt(*args, **kwargs):
+            if encoded is None:
+                run.encoded.append(type(self.pipeline).encode_prompt(self.pipeline, *args, **kwargs))
+            else:
+                run.encoded.append(encoded[len(run.encoded)])
+            return run.encoded[-1]
+
+        return encode_prompt
+
+    def call(self, prompt: str | list[str] = SHORT, side: tuple[int, int] | None = None, **settings) -> dict:
+        """The arguments of the denoiser's first call, without guidance, at the recorded size."""
+        return self.run(prompt, side or self.square, **{**self.record.off, **settings}).calls[0]
+
+    @property
+    def square(self) -> tuple[int, int]:
+        return self.record.side, self.record.side
+
+    def answering(self, value_of: Callable[[int, int], Tensor]) -> Callable[[int, dict], object]:
+        """A denoiser that answers call `number`, all images together, by `value_of(number, elements)`."""
+        record = self.record
+
+        def answer(number, arguments):
+            given = dict(leaves(arguments))[record.noisy]
+            shape = (len(given), *record.output_shape(tuple(given[0].shape)))
+            value = value_of(number, torch.Size(shape).numel()).reshape(shape).to(given[0].device, given[0].dtype)
+            return list(value) if record.gives_lists else value
+
+        return answer
+
+    def answered(self, call: dict) -> Tensor | list:
+        """What the denoiser itself answers to a recorded call."""
+        device = next(self.transformer.parameters()).device
+        return output_of(self.transformer(**nested(send_to_device(call, device))))
+
+
+def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
+    """A scheduler like the pipeline's that records how it is used."""
+    scheduler = type(own).from_config(own.config)
+    before = dict(vars(scheduler))
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def recorded_set_timesteps(*args, **kwargs):
+        arguments = dict(inspect.signature(set_timesteps).bind(*args, **kwargs).arguments)
+        run.schedule = {name: value for name, value in arguments.items() if name != "device"}
+        run.attributes = {
+            name: value
+            for name, value in vars(scheduler).items()
+            if name not in ("set_timesteps", "step") and not same(value, before.get(name))
+        }
+        return set_timesteps(*args, **kwargs)
+
+    @functools.wraps(scheduler.step)
+    def recorded_step(model_output, timestep, sample, *args, **kwargs):
+        run.times.append(float(timestep))
+        run.outputs.append(model_output)
+        run.samples.append(sample)
+        after = step(len(run.times) - 1, sample)
+        if after is None:
+            raise _Stop
+        return _Answer((after,))
+
+    scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step
+    return scheduler
+
+
+def _decoder(run: Run) -> Callable:
+    def decode(latents, *args, **kwargs):
+        run.decoded = latents
+        raise _Stop
+
+    return decode
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Context manager: diffusers and transformers do not warn of what is asked of them to see whether they take it."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _replaced(pipeline, parts: dict) -> Iterator[None]:
+    """Context manager: these attributes of a pipeline are others, behind the back of its configuration."""
+    kept = {name: vars(pipeline)[name] for name in parts if name in vars(pipeline)}
+    vars(pipeline).update(parts)
+    try:
+        yield
+    finally:
+        for name in parts:
+            vars(pipeline).pop(name)
+        vars(pipeline).update(kept)

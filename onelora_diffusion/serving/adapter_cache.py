@@ -7,7 +7,8 @@ from torch import nn
 
 from onelora_diffusion.injection.verbs import unload_adapter
 from onelora_diffusion.serving.library import AdapterEntry, FileKey, without_path
-from onelora_diffusion.storage.reading import load_adapter
+from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.attaching import attach_adapter_file
 
 
 class AdapterCache:
@@ -46,10 +47,12 @@ class AdapterCache:
                 continue
             self._make_room(entry.num_bytes, needed.keys())
             try:
-                load_adapter(self.transformer, entry.path, f"file {self.num_reads}")
+                file = read_adapter(entry.path)
+                attach_adapter_file(self.transformer, file, f"file {self.num_reads}", str(entry.path))
             except (ValueError, OSError) as error:
                 problems[key] = without_path(entry.path, str(error))
                 continue
+            entry.digest = file.digest  # another than that of the listing if the file was replaced meanwhile
             self._by_file[key] = (f"file {self.num_reads}", entry.num_bytes)
             self.num_bytes += entry.num_bytes
             self.num_reads += 1

@@ -26,6 +26,7 @@ class Drawing:
 
     Attributes:
         draws_classes: whether requests name classes; otherwise they name prompts.
+        takes_negative_prompts: whether guidance may lead away from a prompt of the request's.
         samplers: the samplers that a request may choose.
         size: side of the images in pixels, if a request does not give one.
     """
@@ -35,6 +36,7 @@ class Drawing:
         self.transformer = pipeline.transformer.eval()
         self.size, self.encoded = self.family.resolution(pipeline), EncodedConditions(pipeline)
         self.draws_classes = self.family.condition is int
+        self.takes_negative_prompts = self.family.is_guided and not self.draws_classes
         self.base_classes: dict[int, str] = {}
         if self.draws_classes:
             labels, names = range(self.transformer.config.num_embeds_ada_norm), class_names or {}
@@ -65,6 +67,10 @@ class Drawing:
         settings = sampler_settings(request)
         replace(settings, guidance=request.guidance).check_family(self.family)
         settings.check(self.transformer, config)
+        if request.negative_prompt and not self.takes_negative_prompts:
+            raise ValueError(
+                f"negative_prompt is '{request.negative_prompt[:60]}'; this base is not guided from a prompt"
+            )
         if self.draws_classes:
             subject = find_class(request.subject, *self.classes_of(request.adapters, entries))
             sampler = settings.for_scheduler(config).sampler
@@ -98,11 +104,10 @@ class Drawing:
             mixtures: for each request, the weight of each adapter by its name in the model.
             on_step: called after every step with that step's share of the work; an exception from it ends the drawing.
         """
-        empty = self.encoded[None]
         asked = [
             ImageRequest(
                 condition=self.encoded[request.subject],
-                empty=empty,
+                empty=self.encoded[request.negative_prompt or None],
                 generator=image_generators(request.seed, [0])[0],
                 guidance_scale=request.guidance_scale,
                 guidance=request.guidance,

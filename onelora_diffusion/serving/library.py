@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from onelora_diffusion.files import printable
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, describe_adapter
@@ -15,14 +15,15 @@ SKIPPED = {"checkpoints", "latents"}  # folders of training runs that hold no ad
 RESCAN_S = 1.0  # the folders are listed again at most this often, as they may hold thousands of files
 
 
-FileKey = tuple[Path, tuple[int, int, int]]  # a path with its stamp: a changed file has another key
+Stamp = tuple[int, int, int] | None  # the inode, the time and the size of a file
+FileKey = tuple[Path, Stamp]  # a path with its stamp: a changed file has another key
 
 
 class UnknownAdapter(ValueError):
     """The library has no adapter of this name."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AdapterEntry:
     """What the header of an adapter file says; its values are not read.
 
@@ -32,11 +33,12 @@ class AdapterEntry:
         problem: why the adapter cannot be used, in one line, or None.
         classes: the adapter's own class names by label; None if it draws the base's classes.
         num_bytes: memory that its values take when loaded.
+        digest: SHA-256 of its settings and values, as of the last time that the file was read.
     """
 
     name: str
     path: Path
-    stamp: tuple[int, int, int]
+    stamp: Stamp
     problem: str | None = None
     method: str = ""
     base: str | None = None
@@ -45,6 +47,7 @@ class AdapterEntry:
     prompt: str | None = None
     num_params: int = 0
     num_bytes: int = 0
+    digest: str | None = None
 
     @property
     def key(self) -> FileKey:
@@ -55,8 +58,9 @@ class AdapterEntry:
 class AdapterLibrary:
     """The adapter files below some folders. A requested name is looked up in their list, and never used as a path.
 
-    A file that was added is found by the next listing, and a file that was changed counts as another adapter. A file
-    that is damaged or was made for another base is listed with the reason.
+    A file that was added is found by the next listing, and a file that was changed counts as another adapter; those
+    that were not changed are not read again. A file that cannot be used is listed with the reason: it is damaged, was
+    made for another base, lies too deep, or its name is that of a file before it.
 
     Args:
         folders: the folders to search; if two hold an adapter of the same name, the first one's is used.
@@ -107,19 +111,26 @@ class AdapterLibrary:
             if time.monotonic() - self._scanned_at < at_most_every:
                 return
             found: dict[str, AdapterEntry] = {}
-            for folder in self.folders:
-                for name, path in _files(folder.resolve()):
-                    if name not in found and (stamp := _stamp(path)) is not None:
-                        old = self._entries.get(name)
-                        is_same = old is not None and (old.path, old.stamp) == (path, stamp)
-                        found[name] = old if is_same else self._described(name, path, stamp)
+            for folder in map(Path.resolve, self.folders):
+                for path, problem in _files(folder):
+                    stamp, name = _stamp(path), _name(folder, path)
+                    if stamp is None and problem is None:  # it was removed just now
+                        continue
+                    if name in found:
+                        problem = f"has the name of another file, '{name}': rename one of them"
+                        name = f"{name} ({path.relative_to(folder).as_posix()})"
+                    old = self._entries.get(name)
+                    is_same = old is not None and (old.path, old.stamp) == (path, stamp)
+                    found[name] = old if is_same else self._described(name, path, stamp, problem)
             self._entries, self._scanned_at = found, time.monotonic()
 
-    def _described(self, name: str, path: Path, stamp: tuple[int, int, int]) -> AdapterEntry:
+    def _described(self, name: str, path: Path, stamp: Stamp, problem: str | None) -> AdapterEntry:
+        if problem:
+            return AdapterEntry(name, path, stamp, problem)
         try:
             adapter = describe_adapter(path)
             if adapter.fingerprint not in (self.fingerprint, None):
-                raise ValueError(f"was made for another base ({printable(adapter.base or 'unnamed', 60)})")
+                raise ValueError(f"was made for another base ({_text(adapter.base) or 'unnamed'})")
             if adapter.config.norms or adapter.config.recipe.is_whole:
                 raise ValueError("trains norms or the whole base, which the samples of a batch share: merge it")
         except (ValueError, OSError) as error:
@@ -134,12 +145,13 @@ class AdapterLibrary:
             path,
             stamp,
             method=config.method,
-            base=adapter.base and printable(adapter.base, 100),
+            base=_text(adapter.base),
             dataset=_text(training.get("dataset")),
             classes=classes,
             prompt=_text(training.get("prompt")),
             num_params=num_params,
             num_bytes=4 * num_params,  # a loaded adapter is float32
+            digest=adapter.digest,
         )
 
 
@@ -149,23 +161,41 @@ def without_path(path: Path, message: str) -> str:
 
 
 def _text(value) -> str | None:
-    return printable(value, 100) if isinstance(value, str) else None
+    """A text of a header for clients, in one line; of a path of the machine that wrote it, the last part."""
+    if not isinstance(value, str):
+        return None
+    path = PureWindowsPath(value)  # which splits at slashes of both kinds
+    return printable(path.name if path.root or path.drive or value[:1] in (".", "~") else value, 100)
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the files in a folder that may be adapters. Links that lead out of the folder are left out."""
+def _files(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(path, problem) of the files in a folder that may be adapters. Links that lead out of it are left out."""
     for parent, folders, files in os.walk(folder):
         depth = len(Path(parent).relative_to(folder).parts)
-        folders[:] = sorted(f for f in folders if depth < MAX_DEPTH and f not in SKIPPED and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if depth <= MAX_DEPTH and f not in SKIPPED and not f.startswith("."))
         for file in sorted(files):
             path = Path(parent, file)
-            if file.endswith(".safetensors") and not file.startswith(".") and path.resolve().is_relative_to(folder):
-                is_runs = file == WEIGHTS_NAME and depth
-                name = path.parent if is_runs else path.with_suffix("")
-                yield name.relative_to(folder).as_posix(), path
+            if not file.endswith(".safetensors") or file.startswith("."):
+                continue
+            try:
+                is_inside = not path.is_symlink() or path.resolve(strict=True).is_relative_to(folder)
+            except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
+                yield path, "is a link that leads nowhere"
+                continue
+            if depth > MAX_DEPTH:
+                yield path, f"lies deeper than {MAX_DEPTH} folders"
+            elif is_inside:
+                yield path, None
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _name(folder: Path, path: Path) -> str:
+    """The name of an adapter: the path of its file, or of the folder of the run that wrote it."""
+    relative = path.relative_to(folder)
+    is_runs = relative.name == WEIGHTS_NAME and len(relative.parts) > 1
+    return (relative.parent if is_runs else relative.with_suffix("")).as_posix()
+
+
+def _stamp(path: Path) -> Stamp:
     """A value that changes when the file changes; None if the file is gone."""
     try:
         status = path.stat()

@@ -119,7 +119,9 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 
 
 def describe_adapter(path: str | os.PathLike) -> AdapterFile:
-    """Read the header of an adapter file and check it against the tensors' shapes; values are not read.
+    """Read the header of an adapter file and check it against the tensors' shapes.
+
+    Values are not read: the tensors of the result are on the meta device.
 
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`, except that values are not checked.
@@ -131,9 +133,9 @@ def describe_adapter(path: str | os.PathLike) -> AdapterFile:
 def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
     """Read the adapter in an open file; settings are checked against shapes, these against the model, values last."""
     adapter, header = _describe_opened(file)
-    text, tensors = file.metadata["onelora"], file.tensors()
     if model is not None:
         check_fits(model, adapter, file.source)
+    text, tensors = file.metadata["onelora"], file.tensors()
     for name, tensor in tensors.items():
         check_values(name, tensor, file.source)
     if header.get("format", 1) > 1 and file.metadata.get("sha256") != digest(tensors, text):
@@ -145,7 +147,7 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
             adapter.version,
             LIBRARY_VERSION,
         )
-    return adapter
+    return dataclasses.replace(adapter, tensors=_without_prefix(tensors))
 
 
 def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
@@ -153,11 +155,14 @@ def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
     if "onelora" not in file.metadata:
         raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
     header = strict_json(file.metadata["onelora"], file.source)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors().items()}
     try:
-        return _described(header, tensors), header
+        return dataclasses.replace(_described(header, _without_prefix(file.shapes)), digest=file.digest()), header
     except ValueError as error:
         raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _file_of(path: str | os.PathLike) -> Path:

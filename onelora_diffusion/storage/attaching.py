@@ -30,6 +30,7 @@ class AdapterFile:
         id2label: class names by label.
         training: the training summary.
         version: the version of onelora-diffusion that wrote the file.
+        digest: SHA-256 of its settings and values, which tells files apart; None if it was not read from a file.
     """
 
     config: AdapterConfig
@@ -39,6 +40,7 @@ class AdapterFile:
     id2label: dict[int, str] = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     version: str = field(default_factory=lambda: version("onelora-diffusion"))
+    digest: str | None = None
 
     @property
     def origin(self) -> dict:

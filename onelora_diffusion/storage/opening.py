@@ -4,16 +4,20 @@ Every error is `FILE: what is wrong; what to do`.
 """
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from onelora_diffusion.files import printable
 
@@ -36,20 +40,32 @@ NAME = re.compile(r"[!-~]{1,512}")  # visible ASCII
 class OpenFile:
     """An open file with a checked header, whose tensors are not read yet.
 
+    The file is read and never mapped: a process that uses a mapped file is ended by SIGBUS when another one, such as
+    `cp`, cuts the file short.
+
     Attributes:
         source: the path, for errors.
         metadata: the texts in the header.
-        names: the names of the tensors.
+        shapes: the tensors by name without their values, on the meta device.
     """
 
     source: str
     metadata: dict[str, str]
-    names: list[str]
-    handle: safe_open = field(repr=False)
+    shapes: dict[str, torch.Tensor]
+    file: BinaryIO = field(repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, memory-mapped, so that values are read when used. The caller runs `check_values`."""
-        return {name: self.handle.get_tensor(name) for name in self.names}
+        """All tensors by name. The caller runs `check_values`."""
+        values = load(self._content())
+        return {name: values[name] for name in self.shapes}
+
+    def digest(self) -> str:
+        """The checksum that the header gives, which `read_opened` compares; the SHA-256 of a file without one."""
+        return self.metadata.get("sha256") or hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        self.file.seek(0)
+        return self.file.read()
 
 
 @contextlib.contextmanager
@@ -64,10 +80,9 @@ def opened(path: Path) -> Iterator[OpenFile]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at '{source}'")
     try:
-        header = _header(path, source)
-        with safe_open(path, framework="pt") as handle:
-            metadata = header.pop("__metadata__", {})
-            yield OpenFile(source, metadata, list(header), handle)
+        with path.open("rb") as file:
+            metadata, shapes = _header(file, source)
+            yield OpenFile(source, metadata, shapes, file)
     except (SafetensorError, OSError) as error:
         raise _damaged(source, error) from error
 
@@ -125,25 +140,27 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _header(path: Path, source: str) -> dict:
-    """The header of a safetensors file: name -> {dtype, shape, data_offsets}, and `__metadata__`."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            raise _damaged(source, f"its header has {size:,} bytes, and {MAX_HEADER_BYTES:,} is the most")
-        text = file.read(size)
-    header = strict_json(text, source)
+def _header(file: BinaryIO, source: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(the texts in the header of a safetensors file, its tensors on the meta device), checked against its size."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise _damaged(source, f"its header has {size:,} bytes, and {MAX_HEADER_BYTES:,} is the most")
+    header, shapes, num_bytes = strict_json(file.read(size), source), {}, 8 + size
     try:
-        for name, text in header.get("__metadata__", {}).items():
+        metadata = header.pop("__metadata__", {})
+        for name, text in metadata.items():
             if not isinstance(text, str):
                 raise _damaged(source, f"{name} in its header is {type(text).__name__}, and no text")
         for name, entry in header.items():
-            if name != "__metadata__":
-                dtype = entry["dtype"]
-                _check_entry(name, DTYPES.get(dtype, dtype), entry["shape"], source)
+            dtype, shape = DTYPES.get(entry["dtype"], entry["dtype"]), entry["shape"]
+            _check_entry(name, dtype, shape, source)
+            num_bytes += math.prod(shape) * dtype.itemsize
+            shapes[name] = (shape, dtype)
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(source, "its header does not describe tensors") from error
-    return header
+    if (found := os.fstat(file.fileno()).st_size) != num_bytes:
+        raise _damaged(source, f"it has {found:,} bytes, and {num_bytes:,} by its header")
+    return metadata, {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
 
 
 def _check_entry(name: str, dtype: torch.dtype | str, shape, source: str) -> None:

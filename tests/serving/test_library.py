@@ -8,6 +8,7 @@ import torch
 from conftest import dit_inputs
 from serving.servers import CLASSES, CONFIGS, make_pipeline, write_adapter, write_adapters
 
+from onelora_diffusion import inject_adapter, read_adapter, save_adapter, unload_adapter
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import adapters_of, fingerprint
 from onelora_diffusion.injection.routing import route_adapters
@@ -100,11 +101,51 @@ def test_no_name_leads_out_of_the_folder(tmp_path, transformer):
             library.entry(name)
 
 
-def test_of_two_adapters_of_one_name_the_earlier_folders_is_there(tmp_path, transformer):
-    write_adapter(transformer, tmp_path / "a/one.safetensors", CONFIGS["plain"], 0)
-    write_adapter(transformer, tmp_path / "b/one.safetensors", CONFIGS["food"], 0)
-    library = AdapterLibrary([tmp_path / "a", tmp_path / "b"], fingerprint(transformer))
-    assert [entry.path for entry in library.entries()] == [tmp_path / "a/one.safetensors"]
+def test_files_that_cannot_be_reached_by_a_name_are_listed_with_their_reason(tmp_path, transformer):
+    """Of two files of one name the first is drawn with, in the earlier folder; links in a circle end nothing."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    write_adapter(transformer, first / "one.safetensors", CONFIGS["plain"], 0)
+    for path in (
+        first / "one/onelora_weights.safetensors",
+        second / "one.safetensors",
+        first / "1/2/3/4/deep.safetensors",
+    ):
+        write_adapter(transformer, path, CONFIGS["food"], 0)
+    (first / "loop.safetensors").symlink_to("loop.safetensors")
+    (first / "circle").symlink_to(first)
+    os.mkfifo(first / "pipe.safetensors")
+    library = AdapterLibrary([first, second], fingerprint(transformer))
+    problems = {entry.name: entry.problem for entry in library.entries()}
+    assert problems == {
+        "one": None,
+        "one (one/onelora_weights.safetensors)": "has the name of another file, 'one': rename one of them",
+        "one (one.safetensors)": "has the name of another file, 'one': rename one of them",
+        "1/2/3/4/deep": "lies deeper than 3 folders",
+        "loop": "is a link that leads nowhere",
+        "pipe": "no adapter at 'pipe.safetensors'",
+    }
+    assert library.entry("one").path == first / "one.safetensors"
+
+
+def test_a_file_that_was_not_changed_is_not_read_again(tmp_path, transformer, monkeypatch):
+    for seed in range(3):
+        write_adapter(transformer, tmp_path / f"{seed}.safetensors", CONFIGS["plain"], seed)
+    library, read = AdapterLibrary([tmp_path], fingerprint(transformer)), []
+    describe = library_module.describe_adapter
+    monkeypatch.setattr(library_module, "describe_adapter", lambda path: read.append(path.name) or describe(path))
+    assert names(library) == ["0", "1", "2"] and len(read) == 3
+    write_adapter(transformer, tmp_path / "1.safetensors", CONFIGS["plain"], 7)
+    assert names(library) == ["0", "1", "2"] and read[3:] == ["1.safetensors"]
+
+
+def test_paths_of_the_machine_that_wrote_an_adapter_are_not_shown(tmp_path, transformer):
+    for name, base in (("a", "/home/ann/bases/dit"), ("b", "C:\\Users\\ann\\dit"), ("c", "facebook/DiT-XL-2-256")):
+        inject_adapter(transformer, CONFIGS["plain"])
+        save_adapter(transformer, tmp_path / f"{name}.safetensors", base=base, training={"dataset": base})
+        unload_adapter(transformer)
+    entries = AdapterLibrary([tmp_path], fingerprint(transformer)).entries()
+    assert [entry.base for entry in entries] == ["dit", "dit", "facebook/DiT-XL-2-256"]
+    assert [entry.dataset for entry in entries] == ["dit", "dit", "facebook/DiT-XL-2-256"]
 
 
 def test_a_folder_is_not_listed_for_every_request(tmp_path, transformer, monkeypatch):
@@ -181,6 +222,17 @@ def test_values_that_are_damaged_show_when_they_are_read(tmp_path, transformer):
     write_adapter(transformer, tmp_path / "bad.safetensors", AdapterConfig(bias=True), 0)
     os.utime(tmp_path / "bad.safetensors", ns=(time.time_ns(), time.time_ns()))
     assert cache.load([library.entry("bad")])[1] == {}
+
+
+def test_an_adapter_has_the_digest_of_the_file_that_was_loaded(tmp_path, transformer):
+    path = tmp_path / "one.safetensors"
+    write_adapter(transformer, path, CONFIGS["plain"], 0)
+    entry = AdapterLibrary([tmp_path], fingerprint(transformer)).entry("one")
+    assert entry.digest == read_adapter(path).digest
+    write_adapter(transformer, path, CONFIGS["plain"], 1)  # after it was listed and before it is loaded
+    assert entry.digest != read_adapter(path).digest
+    AdapterCache(transformer, 10**9).load([entry])
+    assert entry.digest == read_adapter(path).digest
 
 
 def test_residents_draw_without_dropout(tmp_path, transformer):

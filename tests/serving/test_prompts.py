@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomize
+from rounding import rounding_of_images
 from serving.servers import serving
 from text_pipelines import RESOLUTION, make_pipeline
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, set_adapters, unload_adapter
-from onelora_diffusion.sampling import SamplerSettings, generate_images
+from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators
 from onelora_diffusion.serving.drawing import Drawing, picture_of
 from onelora_diffusion.serving.request import Request
 
@@ -65,6 +66,31 @@ def test_each_picture_is_that_of_its_single_run_and_of_the_pipeline_with_its_ada
     torch.testing.assert_close(together, torch.stack(pictures), rtol=0, atol=1e-5)
     gaps = torch.cdist(together.flatten(1), together.flatten(1)) + torch.eye(len(together))
     assert gaps.min() > 1e-3
+
+
+@torch.no_grad()
+def test_a_negative_prompt_is_that_of_the_stock_pipeline():
+    pipeline, text = make_pipeline("sd3"), "a green ball"
+    drawing, size = Drawing(pipeline, 50), RESOLUTION["sd3"]
+    asked = [replace(REQUESTS[0], size=size, negative_prompt=away) for away in (None, "", text)]
+    drawn = drawing.draw([drawing.completed(one, []) for one in asked], [{}] * 3, lambda share: None)
+    assert torch.equal(drawn[0], drawn[1])
+    generator = image_generators(asked[2].seed, [0])
+    expected = pipeline(
+        asked[2].subject,
+        negative_prompt=text,
+        guidance_scale=asked[2].guidance_scale,
+        height=size,
+        width=size,
+        num_inference_steps=STEPS,
+        generator=generator,
+        output_type="pt",
+    ).images[0]
+    tolerance = rounding_of_images(pipeline, STEPS) * asked[2].guidance_scale
+    torch.testing.assert_close((drawn[2] / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=tolerance)
+    assert (drawn[2] - drawn[0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="negative_prompt is 'a green ball'; this base is not guided from a prompt"):
+        Drawing(make_pipeline("flux"), 50).completed(asked[2], [])
 
 
 def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pytest
@@ -18,6 +19,8 @@ from onelora_diffusion import (
     save_adapter,
     unload_adapter,
 )
+from onelora_diffusion.storage.adapter_file import describe_adapter, read_opened
+from onelora_diffusion.storage.opening import opened
 
 CONFIG = AdapterConfig(method="difffit", sum=True, num_classes=3)
 
@@ -214,3 +217,22 @@ def test_a_file_without_a_checksum_that_lacks_a_layer_is_refused(method, tmp_pat
         ValueError, match=r"transformer_blocks.1.attn1.to_k.onelora_\S+ is missing; this base needs it"
     ):
         load_adapter(make_dit(), path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_damaged(saved):
+    """A process that had the file mapped would be ended by SIGBUS, as by `cp` over an adapter that is in use."""
+    with pytest.raises(ValueError, match="is damaged"), opened(saved) as file:
+        os.truncate(saved, 4096)
+        read_opened(file)
+
+
+def test_the_digest_tells_settings_and_values_apart(dit, saved, tmp_path):
+    found = {read_adapter(saved).digest, describe_adapter(saved).digest}
+    assert len(found) == 1
+    tensors = load_file(saved)
+    for changed in ({"note": "another"}, {}):  # files of format 1 have no checksum
+        with safe_open(saved, framework="pt") as file:
+            metadata = {"onelora": file.metadata()["onelora"].replace('"format": 2, ', "")} | changed
+        save_file(tensors, tmp_path / "older.safetensors", metadata=metadata)
+        found.add(describe_adapter(tmp_path / "older.safetensors").digest)
+    assert len(found) == 3

@@ -1,4 +1,4 @@
-"""Checks on a linear layer of the base: whether it computes with its weight and bias as they stand."""
+"""A linear layer or 1 x 1 convolution of the base: its shape, and whether it computes with its weight as it stands."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,25 @@ from torch import nn
 from onelora_diffusion.files import first_line
 
 LINEAR_FORWARD = nn.Linear.forward
+OWN_FORWARDS = (LINEAR_FORWARD, nn.Conv2d.forward)
 TF32_ROUNDING = 1e-3  # largest relative error of a product whose fp32 factors are rounded to ten bits
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution of 1 x 1, which is a linear layer of each position's channels."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride == module.dilation == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    )
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, or the channels of a convolution of 1 x 1."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -28,7 +46,7 @@ def why_not_its_product(layer: nn.Module) -> str | None:
     # These hooks wrap the forward and do not change its outputs.
     hooked = not {"_diffusers_hook", "_hf_hook"}.isdisjoint(layer.__dict__)
     forward = type(layer).forward.__get__(layer) if hooked else layer.forward
-    if getattr(forward, "__func__", None) is LINEAR_FORWARD:
+    if getattr(forward, "__func__", None) in OWN_FORWARDS:
         return None
     dtype = weight.dtype if layer.bias is None else layer.bias.dtype
     x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import features_of
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
@@ -22,7 +23,7 @@ class MoraAdapter(LayerAdapter):
 
     def __init__(self, linear: nn.Linear, kind: int):
         super().__init__()
-        self.kind, self.in_features, self.out_features = kind, linear.in_features, linear.out_features
+        self.kind, (self.in_features, self.out_features) = kind, features_of(linear)
         rank = square_rank(linear.out_features, kind)
         self.M = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=linear.weight.device))
         self.start()

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import offload_group, weights_present, why_not_its_product
+from onelora_diffusion.adapters.base_layer import features_of, offload_group, weights_present, why_not_its_product
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 
@@ -64,7 +64,7 @@ class BaseLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features_of(linear)
         self.given = self.own = None
         self.is_read_rightly = False  # set once `why_not_its_product` has found no reason
         self.is_built = False  # until then weights are read in fp32, so that the tuner derives fp32 values from them
@@ -81,7 +81,7 @@ class BaseLinear(nn.Linear):
             return self._values("weight")
         if self.linear.weight.is_meta:  # the base has no values, but the adapter needs memory all the same
             return torch.zeros(()).expand(self.out_features, self.in_features)
-        return self.linear.weight.float()
+        return self.linear.weight.float().flatten(1)
 
     def _values(self, name: str) -> torch.Tensor:
         """The layer's weight or bias, for a tuner whose forward reads it; PEFT unpacks a quantised weight."""
@@ -94,7 +94,8 @@ class BaseLinear(nn.Linear):
             if not self.is_read_rightly and (reason := why_not_its_product(self.linear)):
                 raise ValueError(f"{READING} {reason}: {OTHER_METHODS}")
         self.is_read_rightly = True
-        return tensor if tensor.dtype.itemsize > 1 else tensor.float()
+        tensor = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+        return tensor.flatten(1) if tensor.ndim == 4 else tensor
 
     @property
     def bias(self) -> torch.Tensor | None:

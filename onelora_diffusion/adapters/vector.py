@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import offload_group
+from onelora_diffusion.adapters.base_layer import features_of, offload_group
 from onelora_diffusion.adapters.compressions import Compression, compression_of
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.functional import (
@@ -123,7 +123,7 @@ class VectorAdapter(LayerAdapter):
 
     def __init__(self, linear: nn.Linear, config: AdapterConfig):
         super().__init__()
-        shape, options = (linear.out_features,), {"dtype": torch.float32, "device": linear.weight.device}
+        shape, options = features_of(linear)[1:], {"dtype": torch.float32, "device": linear.weight.device}
         self.compression = compression_of(config)
         decompression = shape if config.rank == 1 else (config.rank, *shape)
         self.b = nn.Parameter(torch.empty(decompression, **options)) if config.sum else None
@@ -177,12 +177,12 @@ class VectorAdapter(LayerAdapter):
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(", ".join(found))
-        linear = self.layer
+        in_features, out_features = features_of(self.layer)
         beta = None if self.beta is None else self.beta.detach().cpu().float()
         if self.b is None:
-            return torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0), beta
-        shape_alone = torch.zeros(()).expand(linear.out_features, linear.in_features)
-        weight = shape_alone if self.compression.reads_input else plain_weight(linear)
+            return torch.zeros(0, in_features), torch.zeros(out_features, 0), beta
+        shape_alone = torch.zeros(()).expand(out_features, in_features)
+        weight = shape_alone if self.compression.reads_input else plain_weight(self.layer)
         b = torch.atleast_2d(self.b.detach().cpu().float()).T.contiguous()
         return self.compression.matrix(weight).cpu().clone(), b, beta
 
@@ -191,7 +191,7 @@ class VectorAdapter(LayerAdapter):
 def plain_weight(linear: nn.Linear) -> torch.Tensor:
     """A linear layer's weight (out_features, in_features) in fp32; of a quantised layer, computed by its forward."""
     if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
-        return linear.weight.float()
+        return linear.weight.float().flatten(1)
     dtype = torch.float32 if linear.bias is None else linear.bias.dtype
     rows = linear.forward(torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)).float()
     return (rows if linear.bias is None else rows - linear.bias.float()).T
@@ -202,7 +202,7 @@ def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[s
         return {}
     compression = compression_of(config)
     for path, linear in layers.items() if config.sum else ():
-        features = linear.in_features if compression.reads_input else linear.out_features
+        features = features_of(linear)[0 if compression.reads_input else 1]
         if not compression.reads_input and getattr(offload_group(linear), "offload_to_disk_path", None):
             raise ValueError(
                 f"{path} is on the disk, and its bias is read: attach adapters before enable_group_offload"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import weights_present
+from onelora_diffusion.adapters.base_layer import is_pointwise, weights_present
 from onelora_diffusion.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,14 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
     `targets=None` on a DiT, in diffusers' or its authors' code, takes the paper's set, which follows from its
     parameter counts: adaLN, q, k, v, attention output and both MLP linears of each block, and both output linears,
     without the timestep embedder. On other models it takes every linear layer but the output head and those of an
-    IP-Adapter.
+    IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
     """
     unused = unused_layers(model)
-    linears = {path: m for path, m in outer_modules(model) if is_linear(m) and not (is_dit(model) and path in unused)}
+    linears = {
+        path: m
+        for path, m in outer_modules(model)
+        if (is_linear(m) and not (is_dit(model) and path in unused)) or (path in (targets or ()) and is_pointwise(m))
+    }
     unreached = {
         f"{path}.out_proj" for path, module in base_modules(model) if isinstance(module, nn.MultiheadAttention)
     }

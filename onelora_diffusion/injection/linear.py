@@ -175,7 +175,7 @@ class LinearSeat(Seat):
 
         W = γ ⊙ (W0 + ΔW + b 1ᵀ), bias = γ ⊙ (bias0 + β), where ΔW is the sum over all other methods.
         """
-        weight = self.layer.weight.float()
+        weight = self.layer.weight.float().flatten(1)
         bias = weight.new_zeros(len(weight)) if self.layer.bias is None else self.layer.bias.float()
         base = weight, bias
         with torch.autocast(weight.device.type, enabled=False):  # autocast would round the products
@@ -214,7 +214,7 @@ class LinearSeat(Seat):
         own_bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
         self.original = layer.weight.detach().cpu().clone(), own_bias
         with torch.no_grad():
-            layer.weight.copy_(weight)
+            layer.weight.copy_(weight.view_as(layer.weight))
             if layer.bias is not None:
                 layer.bias.copy_(bias)
             elif bias.any():
@@ -294,7 +294,10 @@ class _LinearRoute:
 
 def adapter_hook(linear: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted linear layer."""
-    return linear.onelora(args[0] if args else next(iter(kwargs.values())), out)
+    x = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(linear, nn.Conv2d):  # of 1 x 1
+        return linear.onelora(x.movedim(-3, -1), out.movedim(-3, -1)).movedim(-1, -3)
+    return linear.onelora(x, out)
 
 
 def makes_new_memory(layer: nn.Module) -> bool:

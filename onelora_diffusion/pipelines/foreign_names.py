@@ -16,8 +16,8 @@ from onelora_diffusion.storage.lora import (
 )
 from onelora_diffusion.storage.naming import by_diffusers_paths
 
-LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha)")
-LORA_B = re.compile(r".*[._](B|up)(\.default)?\.weight")
+LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha|\.lokr_w[12](_[ab])?)")
+ROWS_PART = re.compile(r".*([._](B|up)(\.default)?\.weight|\.lokr_w[12](_a)?)")
 
 
 def denoiser_tensors(
@@ -76,4 +76,4 @@ def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor
 
 def _rows(tensors: dict[str, torch.Tensor]) -> int:
     """The output features of all layers in total, which splitting fused layers does not change."""
-    return sum(len(tensor) for key, tensor in tensors.items() if LORA_B.fullmatch(key))
+    return sum(len(tensor) for key, tensor in tensors.items() if ROWS_PART.fullmatch(key))

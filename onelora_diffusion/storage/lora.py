@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import printable, written_beside
 from onelora_diffusion.injection.attaching import state_dict_of
 from onelora_diffusion.injection.book import adapters_of
-from onelora_diffusion.injection.layers import is_linear, target_layers
+from onelora_diffusion.injection.layers import FUSED, is_linear, target_layers
 from onelora_diffusion.storage.attaching import AdapterFile, check_whole
+from onelora_diffusion.storage.lokr import read_lokr
 from onelora_diffusion.storage.naming import (
     ALL_NAMINGS,
     COMFYUI,
@@ -27,7 +29,7 @@ from onelora_diffusion.storage.naming import (
     by_diffusers_paths,
     named_for,
 )
-from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
+from onelora_diffusion.storage.peft_settings import check_settings, of_layer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ PEFT_CONFIG = "adapter_config.json"
 
 FOREIGN_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<name>.+?)\."
-    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block|diff_b)"
+    r"(?P<part>lora_A|lora_B|lora[._]down|lora[._]up|lora_magnitude_vector|dora_scale|alpha|miss_block"
+    r"|lokr_w[12](?:_[ab])?|diff_b)"
     r"(?:\.[^.]+?)??(?:\.(?P<kind>weight|bias))?"  # PEFT's state dicts have the adapter's name in their keys
 )
 TEXT_ENCODER_KEY = re.compile(r"(text_encoders?(_\d+)?\.|lora_te\d?_).+")
@@ -45,7 +48,7 @@ BIASES = ("beta", "lora_B.bias")
 
 # Kinds of adapters that are not read, by a pattern of their keys.
 OTHER_KINDS = {
-    r".+\.lokr_w[12](_[ab])?|.+\.lokr_t2": "LoKr",
+    r".+\.lokr_t2": "a LoKr of convolutions",
     r".+\.hada_(w[12]_[ab]|t[12])": "LoHa",
     r".+\.(oft_.+|boft_.+)": "OFT or BOFT",
     r".+\.(on_input|ia3_l(\..+)?)": "IA3",
@@ -103,9 +106,10 @@ def export_lora(
     pairs = lora_pairs(model, book.choose(adapter_name))
     component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
     lora = {}
-    for layer, (a, b, _) in pairs.items():
+    for layer, change in pairs.items():
+        a, b = change.pair()
         lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
-    rank = len(next(iter(pairs.values()))[0])
+    rank = len(next(iter(pairs.values())).a)
     settings = {"r": rank, "lora_alpha": rank, "target_modules": list(pairs), "bias": "none"}
     settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 fails without them
     path = Path(path)
@@ -181,7 +185,8 @@ def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> 
     pairs, reasons = {}, []
     for layer, module in book.adapters[adapter_name].items():
         try:
-            pairs[layer] = LoraLayer(*module.lora(with_bias))
+            change = module.lora(with_bias)
+            pairs[layer] = LoraLayer(*change, (1, 1) if is_pointwise(module.layer) else ())
         except ValueError as reason:
             reasons.append(str(reason))
     if reasons:
@@ -202,12 +207,12 @@ def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
         kind = next((kind for pattern, kind in OTHER_KINDS.items() if re.fullmatch(pattern, key)), None)
         if key.endswith(".dora_scale") and (tensor.ndim != 2 or tensor.shape[1] != 1):
             kind = "a DoRA whose scale is not one number for each output, of shape (out_features, 1)"
-        elif kind is None and tensor.ndim == 4 and FOREIGN_KEY.fullmatch(key):
+        elif kind is None and tensor.ndim == 4 and tensor.shape[2:] != (1, 1) and FOREIGN_KEY.fullmatch(key):
             kind = "a LoRA of convolutions"
         if kind is not None:
             raise ValueError(
-                f"{source}: {key} with shape {tuple(tensor.shape)} is part of {kind}; what is read is 1LoRA, LoRA and "
-                "DoRA of linear layers, and MiSS"
+                f"{source}: {key} with shape {tuple(tensor.shape)} is part of {kind}; what is read is 1LoRA, "
+                "LoRA, DoRA and LoKr of linear layers and of 1 x 1 convolutions, and MiSS"
             )
 
 
@@ -232,11 +237,12 @@ def is_foreign(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings: dict, source: str) -> AdapterFile:
-    """Convert the tensors of a LoRA, DoRA or MiSS to an adapter of this library.
+    """Convert the tensors of a LoRA, DoRA, LoKr or MiSS to an adapter of this library.
 
     A LoRA whose A repeats one number (c … c) in each row is exactly 1LoRA with b = α/r · B c; one of rank r whose
     row j has one number at each input i with i mod r = j, and zeros elsewhere, is 1LoRA of rank r, and so is MiSS.
-    Any other LoRA or DoRA becomes an adapter of that method, which needs PEFT.
+    Any other LoRA, DoRA or LoKr becomes an adapter of that method, which needs PEFT. A convolution of 1 x 1 is read
+    as the linear layer that it is.
 
     Args:
         settings: PEFT's settings of the adapter; empty if it came without any, in which case alpha is r.
@@ -245,13 +251,15 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     Raises:
         ValueError: a key is of another kind, A or B of a layer is missing, or a setting has no equivalent here.
     """
-    _check_settings(settings, source)
+    check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
     kinds = {frozenset(parts) - {"alpha", "lora_B.bias", "diff_b"} for parts in layers.values()}
     if kinds == {frozenset({"miss_block"})}:
         values = {path: {"b": _miss(model, path, p, settings, source)} for path, p in layers.items()}
     elif kinds == {frozenset()} and all(set(parts) == {"diff_b"} for parts in layers.values()):
         values = {path: {"beta": parts["diff_b"]} for path, parts in layers.items()}
+    elif all(kind and all(name.startswith("lokr_") for name in kind) for kind in kinds):
+        values, lokr = read_lokr(layers, settings, source)
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
         values = _lora(model, layers, settings, source)
     else:
@@ -273,6 +281,8 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     elif "b" in names:
         rank = 1 if names["b"].ndim == 1 else len(names["b"])
         config = AdapterConfig(rank=rank, bias="beta" in names, targets=targets)
+    elif "lokr_w1" in names:
+        config = AdapterConfig("peft:lokr", targets=targets, peft_config=lokr)
     else:
         method = "dora" if "lora_magnitude_vector.weight" in names else "lora"
         peft_config = {"lora_bias": True} if "lora_B.bias" in names else None
@@ -307,12 +317,18 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         match = FOREIGN_KEY.fullmatch(key)
         part = match and PARTS.get(match["part"], match["part"]) + (".bias" if match["kind"] == "bias" else "")
         if match is None or part.endswith(".bias") and part != "lora_B.bias":
-            raise ValueError(f"{source}: {key} with shape {tuple(tensor.shape)} is no part of a LoRA, DoRA or MiSS")
+            raise ValueError(
+                f"{source}: {key} with shape {tuple(tensor.shape)} is no part of a LoRA, DoRA, LoKr or MiSS"
+            )
         path = paths.get(match["name"])
         layer = None if path is None else model.get_submodule(path)
-        if layer is None or not is_linear(layer):
+        if layer is None or not (is_linear(layer) or is_pointwise(layer)):
             found = "" if layer is None else f", but {path}, a {type(layer).__name__}, which no adapter here serves"
-            raise ValueError(f"{source}: {key} serves no linear layer of {type(model).__name__}{found}")
+            if match["name"].rpartition(".")[2] in FUSED:
+                found = "; it is for fused projections: call fuse_qkv_projections() first"
+            raise ValueError(
+                f"{source}: {key} serves no linear layer, nor 1 x 1 convolution, of {type(model).__name__}{found}"
+            )
         if part == "diff_b" and (layer.bias is None or tensor.shape != layer.bias.shape):
             raise ValueError(
                 f"{source}: {key} with shape {tuple(tensor.shape)} changes a bias that {path} has not; leave it out"
@@ -320,6 +336,8 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         parts = layers.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
+        if tensor.ndim == 4 and part != "lora_magnitude_vector":
+            tensor = tensor.flatten(1)
         parts[part] = tensor.float().flatten() if part == "lora_magnitude_vector" else tensor.float()
     return layers
 
@@ -354,7 +372,8 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
             raise ValueError(f"{source}: {path} has no lora_magnitude_vector, as other layers of this DoRA have")
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise ValueError(f"{source}: alpha of {path} has shape {tuple(parts['alpha'].shape)}; it is one number")
-        alpha = parts["alpha"].item() if "alpha" in parts else _alpha(path, len(a), settings)
+        alpha = of_layer(path, settings, "lora_alpha", "alpha_pattern", len(a), source)
+        alpha = parts["alpha"].item() if "alpha" in parts else alpha
         scale = alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
         none = torch.zeros(len(b))
         bias = scale * parts.get("lora_B.bias", none) + parts.get("diff_b", none)
@@ -392,94 +411,17 @@ def _sums_groups(layer: tuple[torch.Tensor, ...]) -> bool:
     return rank <= features and torch.equal(a, groups(rank, features, a.device) * a.diagonal()[:, None])
 
 
-def _alpha(path: str, rank: int, settings: dict) -> float:
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        name = _plain_name(pattern)
-        if path == name or not pattern.startswith("^") and path.endswith(f".{name}"):
-            return alpha
-    return settings.get("lora_alpha", rank)
-
-
-def _plain_name(pattern: str) -> str:
-    """The layer that a pattern of PEFT names. Regular expressions of a file are never compiled."""
-    return pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".")
-
-
-# Settings of PEFT that may have any value, since they are read here or do not affect what the tensors compute.
-READ = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),  # told by the tensors' names
-    *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
-    *("lora_bias", "use_dora"),  # told by the tensors
-    *("lora_dropout", "miss_dropout"),  # used in training alone
-    *("init_weights", "mini_r"),  # checked with the shape of MiSS
-    *("megatron_core", "qalora_group_size", "runtime_config"),  # without effect unless they are used
-}
-VALUES = {
-    "peft_type": ("LORA", "MISS", None),
-    "bias": ("none", None),
-    # Other initialisations change the base, or have to be computed again when the adapter is loaded.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
-}
-NEUTRAL = (None, False, "", [], {}, "none")  # values of a setting that is not set
-
-
-def _check_values(settings: dict, source: str) -> None:
-    """ValueError for a setting of PEFT that may change what the tensors or the base compute."""
-    for name, value in settings.items():
-        is_known = name in READ or value in VALUES.get(name, NEUTRAL)
-        if not is_known and not (name not in VALUES and _is_default(name, value)):
-            raise ValueError(
-                f"{source}: its {printable(str(name), 40)} is {printable(repr(value), 80)}, and it is not known here "
-                "what an adapter with that computes; have it saved as a plain LoRA"
-            )
-
-
-def _is_default(name: str, value) -> bool:
-    """Whether this value is the installed PEFT's default of a setting."""
-    try:
-        from peft import LoraConfig, MissConfig
-    except ImportError:
-        return False
-    return any(name in own and own[name] == value for own in (LoraConfig().to_dict(), MissConfig().to_dict()))
-
-
-def _check_settings(settings: dict, source: str) -> None:
-    """ValueError for settings that are not understood, of the wrong type or not finite."""
-    _check_values(settings, source)
-    alphas = {"lora_alpha": settings.get("lora_alpha", 1)}
-    if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
-        raise ValueError(f"{source}: its alpha_pattern is {type(patterns).__name__}; it must be numbers by layer")
-    for pattern in patterns:
-        if not re.fullmatch(r"[\w.-]{1,512}", _plain_name(pattern)):
-            raise ValueError(
-                f"{source}: its alpha_pattern has {printable(pattern, 80)!r}, a regular expression; name layers in it"
-            )
-    for name, alpha in (alphas | patterns).items():
-        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_VALUE:
-            raise ValueError(
-                f"{source}: its alpha of {name} is {printable(str(alpha), 80)}; it must be a finite number"
-            )
-    if type(settings.get("use_rslora") or False) is not bool:
-        raise ValueError(
-            f"{source}: its use_rslora is {printable(str(settings['use_rslora']), 80)}; it must be a bool"
-        )
-    base = settings.get("base_model_name_or_path")
-    if not isinstance(base, str | None) or len(base or "") > MAX_TEXT:
-        raise ValueError(f"{source}: its base_model_name_or_path is no name; remove it from the settings")
-
-
 def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Values that do not change a layer, for a layer that only shares the end of its name with one in the file."""
-    rank = len(parts.get("lora_A.weight", ()))
+    rank, (in_features, out_features) = len(parts.get("lora_A.weight", ())), features_of(linear)
     shapes = {
-        "b": (*parts.get("b", torch.empty(0)).shape[:-1], linear.out_features),
-        "beta": (linear.out_features,),
-        "lora_A.weight": (rank, linear.in_features),
-        "lora_B.weight": (linear.out_features, rank),
-        "lora_B.bias": (linear.out_features,),
+        "b": (*parts.get("b", torch.empty(0)).shape[:-1], out_features),
+        "beta": (out_features,),
+        "lora_A.weight": (rank, in_features),
+        "lora_B.weight": (out_features, rank),
+        "lora_B.bias": (out_features,),
     }
     neutral = {name: torch.zeros(shape) for name, shape in shapes.items() if name in parts}
     if "lora_magnitude_vector.weight" in parts:
-        neutral["lora_magnitude_vector.weight"] = linear.weight.detach().float().norm(dim=1)
+        neutral["lora_magnitude_vector.weight"] = linear.weight.detach().float().flatten(1).norm(dim=1)
     return neutral

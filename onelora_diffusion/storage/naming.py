@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
 from onelora_diffusion.injection.layers import is_linear
 
 Naming = Literal["diffusers", "kohya", "comfyui"]
@@ -176,11 +177,19 @@ COMFYUI_OWN = {
 
 
 class LoraLayer(NamedTuple):
-    """Change of a linear layer: A (r, in_features), B (out_features, r), and of its bias (out_features,) or None."""
+    """Change of a linear layer: A (r, in_features), B (out_features, r), and of its bias (out_features,) or None.
+
+    Files have A and B with the layer's `kernel` as further dimensions: (1, 1) for a convolution of 1 x 1.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     beta: torch.Tensor | None = None
+    kernel: tuple[int, ...] = ()
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as files have them."""
+        return self.a.view(*self.a.shape, *self.kernel), self.b.view(*self.b.shape, *self.kernel)
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,8 @@ class NativeLayer:
             if layers[path].beta is not None:
                 beta[self.paths.index(path)] += layers[path].beta
         changes_bias = any(layers[path].beta is not None for path in present)
-        return LoraLayer(a, self._swapped(torch.cat(b)), self._swapped(torch.cat(beta)) if changes_bias else None)
+        joined_beta = self._swapped(torch.cat(beta)) if changes_bias else None
+        return LoraLayer(a, self._swapped(torch.cat(b)), joined_beta, layers[present[0]].kernel)
 
     def parted(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Split native rows into those of each path."""
@@ -232,9 +242,9 @@ def namings_of(flag: tuple[Naming, ...] | None) -> tuple[Naming, ...]:
 def native_layers(model: nn.Module) -> dict[str, NativeLayer] | None:
     """The linear layers of a model by their native names, of a UNet by diffusers'; None for an unknown class."""
     kind = type(model).__name__
-    linears = {path: layer for path, layer in model.named_modules() if is_linear(layer)}
+    linears = {path: layer for path, layer in model.named_modules() if is_linear(layer) or is_pointwise(layer)}
     if kind == UNET:
-        return {path: NativeLayer((path,), (layer.out_features,)) for path, layer in linears.items()}
+        return {path: NativeLayer((path,), (features_of(layer)[1],)) for path, layer in linears.items()}
     if kind not in TABLES:
         return None
     found = {}
@@ -246,7 +256,7 @@ def native_layers(model: nn.Module) -> dict[str, NativeLayer] | None:
                 paths = tuple(pattern.replace("*", number) for pattern in patterns)
                 if not linears.keys() >= set(paths):
                     continue  # diffusers' fuse_qkv_projections has fused some of them
-                rows = tuple(linears[path].out_features for path in paths)
+                rows = tuple(features_of(linears[path])[1] for path in paths)
                 norm = type(model.get_submodule(path.rpartition(".")[0])).__name__ if "." in path else ""
                 found[native.replace("*", number)] = NativeLayer(paths, rows, norm == "AdaLayerNormContinuous")
     return found
@@ -290,6 +300,8 @@ def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> di
         if name is None:
             return None
         layer, part = known[name], key[len(name) :]
+        if part.startswith(".lokr_") and (len(layer.paths) > 1 or layer.is_swapped):
+            return None  # the rows of a Kronecker product cannot be taken apart
         if OF_ROWS.match(part) and len(tensor) == sum(layer.rows):
             found |= {f"{path}{part}": rows for path, rows in zip(layer.paths, layer.parted(tensor), strict=True)}
         elif OF_ROWS.match(part):
@@ -371,8 +383,7 @@ def named_for(
 def _tensors(layers: dict[str, LoraLayer], prefix: str, parts: tuple[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, layer in layers.items():
         if len(layer.a):
-            yield f"{prefix}{name}.{parts[0]}.weight", layer.a
-            yield f"{prefix}{name}.{parts[1]}.weight", layer.b
+            yield from zip((f"{prefix}{name}.{part}.weight" for part in parts), layer.pair(), strict=True)
             if parts[0] == "lora_down":
                 yield f"{prefix}{name}.alpha", torch.tensor(float(len(layer.a)))
         if layer.beta is not None:

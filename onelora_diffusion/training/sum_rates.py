@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from onelora_diffusion.adapters.base_layer import features_of
 from onelora_diffusion.injection.linear import LinearSeat
 
 SUM = "onelora_b"
@@ -66,7 +67,7 @@ class SumScales:
         means = torch.stack([torch.stack(self.squares[name]).mean() for name in names])
         means = accelerator.reduce(means, "mean").tolist()
         return {
-            name: _rounded(self.seats[name].layer.in_features ** 0.25 / math.sqrt(mean)) if mean else 1.0
+            name: _rounded(features_of(self.seats[name].layer)[0] ** 0.25 / math.sqrt(mean)) if mean else 1.0
             for name, mean in zip(names, means, strict=True)
         }
 

@@ -17,7 +17,10 @@ from onelora_diffusion import (
     export_lora,
     inject_adapter,
     load_adapter,
+    merge_adapter,
+    route_adapters,
     save_adapter,
+    unmerge_adapter,
 )
 from onelora_diffusion.storage.reading import read_dict
 
@@ -229,7 +232,7 @@ def test_a_dora_as_kohyas_scripts_and_lycoris_write_it_is_read(is_fused, tmp_pat
 
 FIRST = f"lora_unet_{PATH.replace('.', '_')}"
 KINDS = [
-    ({f"{FIRST}.lokr_w1": (4, 4), f"{FIRST}.lokr_w2": (8, 8)}, "LoKr"),
+    ({f"{FIRST}.lokr_t2": (2, 2, 3, 3)}, "a LoKr of convolutions"),
     ({f"{FIRST}.hada_w1_a": (32, 2), f"{FIRST}.hada_w1_b": (2, 32)}, "LoHa"),
     ({f"{FIRST}.dora_scale": (1, 32)}, "a DoRA whose scale is not one number for each output"),
     ({f"{FIRST}.diff": (32, 32)}, "changes of whole weights"),
@@ -237,7 +240,7 @@ KINDS = [
     ({f"{FIRST}.on_input": (32,)}, "IA3"),
     ({f"{FIRST}.oft_blocks": (4, 8, 8)}, "OFT"),
     ({f"{FIRST}.lora_mid.weight": (2, 2, 3, 3)}, "a LoRA of convolutions"),
-    ({"lora_unet_proj_in.lora_down.weight": (2, 8, 1, 1)}, "a LoRA of convolutions"),
+    ({"lora_unet_conv_in.lora_down.weight": (2, 8, 3, 3)}, "a LoRA of convolutions"),
     ({f"base_model.model.{PATH}.vera_lambda_b": (32,)}, "another tuner"),
     ({"emb_params": (2, 8)}, "a textual inversion"),
 ]
@@ -258,9 +261,178 @@ def test_a_layer_of_another_kind_is_named(tmp_path):
         tmp_path / "it.safetensors",
     )
     with pytest.raises(
-        ValueError, match="serves no linear layer of DiTTransformer2DModel, but pos_embed.proj, a Conv2d"
+        ValueError,
+        match="serves no linear layer, nor 1 x 1 convolution, of DiTTransformer2DModel, but pos_embed.proj, a Conv2d",
     ):
         load_adapter(make_dit(), tmp_path / "it.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Convolutions of 1 x 1, and Kronecker products
+
+POINTWISE = (
+    "down_blocks.1.attentions.0.proj_in",
+    "mid_block.attentions.0.proj_out",
+    "up_blocks.0.resnets.0.conv_shortcut",
+)
+BESIDE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def small_unet():
+    torch.manual_seed(0)
+    model, inputs = unet()
+    return model.eval(), inputs
+
+
+def written_by_kohya(model, ones=False):
+    """A LoRA of rank 3 and alpha 2 of three convolutions of 1 x 1 and a linear layer, by kohya's names."""
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for path in (*POINTWISE, BESIDE):
+        outs, ins, *kernel = model.get_submodule(path).weight.shape
+        name, rank = f"lora_unet_{path.replace('.', '_')}", 1 if ones else 3
+        down = torch.ones(1, ins, *kernel) if ones else torch.randn(rank, ins, *kernel, generator=generator)
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outs, rank, *kernel, generator=generator) / 4
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+@pytest.mark.parametrize("ones, method", [(False, "lora"), (True, "1lora")])
+def test_kohyas_convolutions_of_1_by_1_are_read_as_diffusers_reads_them(ones, method, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    base, inputs = small_unet()
+    save_file(written_by_kohya(base, ones), tmp_path / "it.safetensors")
+    stock, own = copy.deepcopy(base), copy.deepcopy(base)
+    StableDiffusionPipeline.load_lora_into_unet(
+        *StableDiffusionPipeline.lora_state_dict(tmp_path / "it.safetensors", unet_config=base.config), unet=stock
+    )
+    expected = run(stock, inputs)
+    load_adapter(own, tmp_path / "it.safetensors")
+    assert (expected - run(base, inputs)).abs().max() > 0.05
+    assert_rounded(run(own, inputs), expected, base)
+    assert own._onelora.configs["default"].method == method
+    with route_adapters(own, ["default", None]):
+        routed = run(own, inputs)
+    assert_rounded(routed, torch.stack([expected[0], run(base, inputs)[1]]), base)
+    assert_rounded(run(merge_adapter(own), inputs), expected, base)
+    unmerge_adapter(own)
+    if method == "1lora":
+        for naming in ("diffusers", "kohya"):
+            export_lora(own, tmp_path / "out.safetensors", naming=naming)
+            again = copy.deepcopy(base)
+            StableDiffusionPipeline.load_lora_into_unet(
+                *StableDiffusionPipeline.lora_state_dict(tmp_path / "out.safetensors", unet_config=base.config),
+                unet=again,
+            )
+            assert_rounded(run(again, inputs), expected, base)
+
+
+LOKR = {
+    "whole": {"lokr_w1": (4, 4), "lokr_w2": (8, 8)},
+    "products": {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)},
+    "one product": {"lokr_w1": (2, 2), "lokr_w2_a": (16, 4), "lokr_w2_b": (4, 16)},
+}
+
+
+@pytest.mark.parametrize("shapes", LOKR.values(), ids=LOKR)
+def test_a_lokr_of_lycoris_adds_a_kronecker_product(shapes, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    w1, w2 = (
+        parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"] for name in ("lokr_w1", "lokr_w2")
+    )
+    scale = 1 if set(shapes) == {"lokr_w1", "lokr_w2"} else 3 / shapes["lokr_w2_b"][0]
+    base, inputs = small_flux()
+    path = "transformer_blocks.0.attn.to_v"
+    changed, own = copy.deepcopy(base), copy.deepcopy(base)
+    changed.get_submodule(path).weight.data += scale * torch.kron(w1, w2)
+    tensors = {f"lycoris_{path.replace('.', '_')}.{name}": tensor for name, tensor in parts.items()}
+    save_file(tensors | {f"lycoris_{path.replace('.', '_')}.alpha": torch.tensor(3.0)}, tmp_path / "it.safetensors")
+    load_adapter(own, tmp_path / "it.safetensors")
+    expected = run(changed, inputs)
+    assert (expected - run(base, inputs)).abs().max() > 0.01
+    assert_rounded(run(own, inputs), expected, base)
+    save_adapter(own, tmp_path / "native.safetensors")
+    assert_rounded(run(load_adapter(copy.deepcopy(base), tmp_path / "native.safetensors"), inputs), expected, base)
+    assert_rounded(run(merge_adapter(own), inputs), expected, base)
+
+
+def test_a_lokr_of_peft_has_its_scales(tmp_path):
+    from peft import LoKrConfig, get_peft_model
+
+    base, inputs = small_flux()
+    settings = LoKrConfig(
+        r=2, alpha=6, target_modules=LAYERS, decompose_both=True, rank_pattern={"to_k": 4}, alpha_pattern={"to_q": 1}
+    )
+    model = get_peft_model(copy.deepcopy(base), settings)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lokr_" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    expected = run(model.eval(), inputs)
+    model.save_pretrained(tmp_path)
+    assert (expected - run(base, inputs)).abs().max() > 0.01
+    for found in by_each_verb(base, inputs, tmp_path):
+        assert_rounded(found, expected, base)
+
+
+def test_a_lokr_of_a_fused_layer_needs_the_base_fused(tmp_path):
+    """diffusers fuses the base itself when it loads such a file."""
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    base = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=[4, 4, 4, 4],
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([1.0]),
+        "img_ids": torch.zeros(4, 4),
+        "txt_ids": torch.zeros(3, 4),
+    }
+    name = "diffusion_model.double_blocks.0.img_attn"
+    tensors = {f"{name}.qkv.lokr_w1": torch.randn(4, 4), f"{name}.qkv.lokr_w2": torch.randn(24, 8)}
+    tensors |= {f"{name}.proj.lokr_w1": torch.randn(4, 4), f"{name}.proj.lokr_w2": torch.randn(8, 8)}
+    save_file(tensors, tmp_path / "it.safetensors")
+    stock, own = (Flux2Pipeline(None, None, None, None, copy.deepcopy(base)) for _ in range(2))
+    stock.load_lora_weights(tmp_path / "it.safetensors")
+    pipe = OneLoRALoaderMixin.from_pipe(own)
+    with pytest.raises(ValueError, match="attn.to_qkv.* call fuse_qkv_projections"):
+        pipe.load_lora_weights(tmp_path / "it.safetensors")
+    pipe.transformer.fuse_qkv_projections()
+    pipe.load_lora_weights(tmp_path / "it.safetensors")
+    expected = run(stock.transformer, inputs)
+    assert (expected - run(base, inputs)).abs().max() > 0.01
+    assert_rounded(run(pipe.transformer, inputs), expected, base)
+
+
+WRONG_LOKR = [
+    ({"lokr_w1": (4, 4)}, "has no lokr_w2"),
+    ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (3, 8)}, "whose product it is"),
+    ({"lokr_w1": (4, 4), "lokr_w2": (8,)}, "they must be matrices"),
+    ({"lokr_w1": (3, 5), "lokr_w2": (8, 8)}, "no decompose_factor of PEFT"),
+]
+
+
+@pytest.mark.parametrize("shapes, reason", WRONG_LOKR, ids=[reason for _, reason in WRONG_LOKR])
+def test_a_lokr_of_wrong_sizes_is_refused(shapes, reason, tmp_path):
+    save_file({f"{PATH}.{name}": torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "it.safetensors")
+    model = make_dit()
+    with pytest.raises(ValueError, match=reason):
+        load_adapter(model, tmp_path / "it.safetensors")
+    assert not hasattr(model, "_onelora")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ class Vectors:
             weight, bias = self.gamma.to(weight).unsqueeze(1) * weight, self.gamma.to(bias) * bias
         return weight, bias
 
+    @property
+    def require_grad(self) -> bool:
+        """Whether any part requires gradients."""
+        return any(part is not None and part.requires_grad for part in (*self.b.values(), self.beta, self.gamma))
+
     def map(self, change) -> "Vectors":
         """Apply `change` to each part that is not None."""
         beta, gamma = (None if part is None else change(part) for part in (self.beta, self.gamma))

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -346,17 +346,24 @@ class AdapterBook:
         """Context manager in which the route assigns adapters to samples."""
         state, weights, outer = self.state, self.weights, self.open_route
         try:
-            for seat in self.seats.values():
-                seat.route(route)
+            self._route_seats(route)
             self._activate_seats({})  # deactivates trained norms, which all samples of the batch would share
             self.open_route = route
             yield
         finally:
             self.open_route = outer
-            for seat in self.seats.values():
-                seat.route(outer)
+            self._route_seats(outer)
             if state == SERVING:
                 self.activate(weights)
+
+    def reroute(self, samples: Sequence[Mapping[str, Weight]]) -> None:
+        """Assign other adapters to samples, inside `routed`; those that were known before are not read again."""
+        self.open_route.assign(samples)
+        self._route_seats(self.open_route)
+
+    def _route_seats(self, route: Route | None) -> None:
+        for seat in self.seats.values():
+            seat.route(route)
 
     # -----------------------------------------------------------------------------------------------
     # Every forward

@@ -163,7 +163,7 @@ class _TableRoute:
         self.route = route
         names = [
             serving_table(tables, {name: weight_at(weight, CLASS_TABLE) for name, weight in mixture.items()})
-            for mixture in route.mixtures
+            for mixture in route.mixtures.values()
         ]
         self.tables = [tables[name].weight for name in dict.fromkeys(names) if name is not None]
         firsts = dict(zip((n for n in dict.fromkeys(names) if n is not None), _starts(self.tables), strict=True))

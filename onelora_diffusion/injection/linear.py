@@ -1,6 +1,7 @@
 """The seat beside a linear layer: its layer adapters, and the hook that adds their terms to its output."""
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from onelora_diffusion.adapters.base_layer import (
 )
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.vector import Vectors
-from onelora_diffusion.adapters.weights import as_tensor, weight_at
+from onelora_diffusion.adapters.weights import Weight, as_tensor, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.layers import is_tuned
 from onelora_diffusion.injection.route import Route
@@ -237,27 +238,40 @@ class LinearSeat(Seat):
         self.hook()
 
     def route(self, route: Route | None) -> None:
-        self.open_route = None if route is None else _LinearRoute(self, route)
+        if self.open_route is None or self.open_route.route is not route:
+            self.open_route = None if route is None else _LinearRoute(self, route)
+        if self.open_route is not None:
+            self.open_route.update()
 
 
 class _LinearRoute:
     """Applies to each sample of a batch its own weighted sum of a layer's adapters."""
 
     def __init__(self, seat: LinearSeat, route: Route):
-        self.path, self.route = seat.path, route
-        mixtures = [
-            [(seat[name], weight_at(weight, seat.path)) for name, weight in mixture.items() if name in seat]
-            for mixture in route.mixtures
+        self.seat, self.path, self.route = seat, seat.path, route
+        self.parts: dict[str, list[tuple[LayerAdapter, Vectors | None, float]]] = {}
+
+    def update(self) -> None:
+        """Read the route's mixtures; of adapters in those that the route had before, the vectors are known."""
+        self.parts = {key: self.parts.get(key) or self._parts(mix) for key, mix in self.route.mixtures.items()}
+        mixtures = list(self.parts.values())
+        self.adapters = [adapter for parts in mixtures for adapter, _, _ in parts]
+        self.vectors = [
+            [(vectors, weight) for _, vectors, weight in parts if vectors is not None] for parts in mixtures
         ]
-        self.adapters = list(dict.fromkeys(adapter for mix in mixtures for adapter, _ in mix))
-        self.mixtures = [[(a, weight) for a, weight in mix if a.vectors() is not None] for mix in mixtures]
-        self.trains = any(p.requires_grad for mix in self.mixtures for a, _ in mix for p in a.parameters())
         # The weights in each mixture of the adapters that are not vectors.
-        others = dict.fromkeys(a for mix in mixtures for a, _ in mix if a.vectors() is None)
-        self.others = {other: [dict(mix).get(other, 0.0) for mix in mixtures] for other in others}
-        self.vectors = [[(adapter.vectors(), weight) for adapter, weight in mix] for mix in self.mixtures]
-        with torch.no_grad():
-            self.kept = self.stacks()  # compiled code would be compiled again for each number of mixtures
+        others = dict.fromkeys(adapter for parts in mixtures for adapter, vectors, _ in parts if vectors is None)
+        self.others = {other: [sum(w for a, _, w in parts if a is other) for parts in mixtures] for other in others}
+        self.kept = None
+        if anything_is_compiled():  # compiled code would be compiled again for each number of mixtures
+            self.trains = any(vectors.require_grad for mixture in self.vectors for vectors, _ in mixture)
+            with torch.no_grad():
+                self.kept = self.stacks()
+
+    def _parts(self, mixture: Mapping[str, Weight]) -> list[tuple[LayerAdapter, Vectors | None, float]]:
+        """The adapters of this layer in a mixture, their vectors if they have any, and their weights."""
+        present = {self.seat[name]: weight for name, weight in mixture.items() if name in self.seat}
+        return [(adapter, adapter.vectors(), weight_at(weight, self.path)) for adapter, weight in present.items()]
 
     def serve(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None) -> torch.Tensor:
         if len(out) != len(self.route.batch):
@@ -268,8 +282,8 @@ class _LinearRoute:
         base = out
         for adapter, weights in self.others.items():
             out = self.add_other(adapter, weights, x, base, out)
-        is_anew = not torch.compiler.is_compiling() or self.trains and torch.is_grad_enabled()
-        stacks = self.stacks() if is_anew else self.kept
+        is_kept = torch.compiler.is_compiling() and self.kept is not None
+        stacks = self.stacks() if not is_kept or self.trains and torch.is_grad_enabled() else self.kept
         return stacks.map(lambda stack: self.rows(stack, out.device)).serve(x, out, base, sums)
 
     def stacks(self) -> Vectors:

@@ -12,20 +12,20 @@ class Route:
     """The distinct weighted sums of adapters (mixtures) that a batch needs, and the one that each sample uses.
 
     Attributes:
-        mixtures: K dicts of weights by adapter name; an empty one stands for the base alone.
+        mixtures: K dicts of weights by adapter name, each by a key; an empty one stands for the base alone.
         samples: the index of the mixture of each sample that was given.
         batch: the index of the mixture of each sample in the current batch.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Weight]]):
-        self.mixtures: list[Mapping[str, Weight]] = []
-        self.samples: list[int] = []
-        numbers: dict[str, int] = {}
-        for mixture in samples:
-            if (key := repr(mixture)) not in numbers:
-                numbers[key] = len(self.mixtures)
-                self.mixtures.append(mixture)
-            self.samples.append(numbers[key])
+        self.assign(samples)
+
+    def assign(self, samples: Sequence[Mapping[str, Weight]]) -> None:
+        """Set the mixture of each sample; seats that have the route read it again when it is given to them."""
+        keys = [repr(mixture) for mixture in samples]
+        self.mixtures: dict[str, Mapping[str, Weight]] = dict(zip(keys, samples, strict=True))
+        numbers = {key: number for number, key in enumerate(self.mixtures)}
+        self.samples = [numbers[key] for key in keys]
         self.batch = self.samples
         self._index = torch.tensor(self.batch)
         self._copied: dict[tuple, torch.Tensor] = {}

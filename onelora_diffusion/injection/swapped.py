@@ -137,7 +137,9 @@ class SwapSeat(Seat):
         self.hook()
 
     def route(self, route: Route | None) -> None:
-        for name in {} if route is None else dict.fromkeys(name for mixture in route.mixtures for name in mixture):
+        for name in (
+            {} if route is None else dict.fromkeys(name for mixture in route.mixtures.values() for name in mixture)
+        ):
             if name in self:
                 raise ValueError(
                     f"adapter '{name}' trains {self.path} itself, which all samples share: it cannot serve single "

@@ -5,7 +5,7 @@ from rounding import assert_rounded, assert_rounded_together
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, set_adapters, unload_adapter
-from onelora_diffusion.injection.routing import route_adapters, route_beside_base
+from onelora_diffusion.injection.routing import reroute_adapters, route_adapters, route_beside_base
 
 CONFIGS = {
     "food": {"num_classes": 3},
@@ -176,3 +176,24 @@ def test_any_model_whose_layers_keep_samples_apart():
     inject_adapter(flat, AdapterConfig(targets=("1",)), "a")
     with pytest.raises(ValueError, match="does not keep samples apart"), route_adapters(flat, ["a", None]):
         flat(x)
+
+
+def test_a_batch_may_change_inside_a_route():
+    """Samples leave, join and change their adapters; each still equals its single run, and values that are written."""
+    model = make_routed()
+    inputs = dit_inputs(8) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7, 0, 3])}
+    with torch.no_grad():
+        alone = [run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES)]
+        with route_adapters(model, NAMES[:3]):
+            for samples in ([2, 1], [1, 6, 4, 2, 7], [3], [0, 1, 2, 3, 4, 5, 6, 7]):
+                reroute_adapters(model, [NAMES[i] for i in samples])
+                out = model(**{key: value[samples] for key, value in inputs.items()}).sample
+                assert_rounded(out, torch.cat([alone[i] for i in samples]), model)
+            with pytest.raises(ValueError, match="'fish' is not in the list"):
+                reroute_adapters(model, ["fish"])
+            reroute_adapters(model, ["bias", "food"])
+            for parameter in model._onelora.adapters["bias"].values():
+                parameter.beta.zero_()
+            out = model(**{key: value[[3, 0]] for key, value in inputs.items()}).sample
+        expected = run_alone(model, None, **sample_of(inputs, 3)), alone[0]
+        assert_rounded(out, torch.cat(expected), model)

@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.sampled import sample_latents
 from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.families.autoencoder import decode_latents
+from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import dynamic_shift
 from onelora_diffusion.sampling import (
     IMAGES_AT_ONCE,
@@ -33,7 +34,9 @@ from onelora_diffusion.sampling import (
     progress_bar,
     schedulers,
 )
+from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.sampling.schedulers import fitting_samplers
+from onelora_diffusion.sampling.trajectory import RunningBatch
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -327,6 +330,51 @@ def test_an_image_does_not_depend_on_its_batch(predict, sampler):
     together = sample(list(range(7)))
     for share in ([0], [1, 3, 5], [6, 2, 0, 4]):
         assert_rounded(sample(share), together[share], model)
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULER, FLOW])
+def test_images_of_all_samplers_join_a_running_batch_and_leave_it(scheduler):
+    """Each has its own sampler, steps, guidance and adapter, and takes the steps that it takes alone."""
+    model = randomize(inject_adapter(tiny_transformer(), AdapterConfig()), 0.3)
+    pipeline = SimpleNamespace(transformer=model, scheduler=scheduler)
+    adapters = [{}, {"default": 1.0}, {"default": -0.5}]
+
+    def request(k):
+        return ImageRequest(
+            condition={"class_labels": torch.tensor([k])},
+            empty={"class_labels": torch.tensor([1000])},
+            generator=image_generators(3, [k])[0],
+            guidance_scale=1.0 + k % 3,
+            guidance=("cfg", "domain")[k == 4],
+            adapters=adapters[k % 3],
+        )
+
+    samplers = fitting_samplers(scheduler.config)
+    settings = [SamplerSettings(sampler=samplers[k % 3], num_inference_steps=3 + k % 4) for k in range(7)]
+
+    def finish(waiting, most):
+        """Latents by number, in a batch of at most so many images, which is filled at every step."""
+        running, done, sizes = {}, {}, []
+        with RunningBatch(pipeline, DiT()) as batch:
+            while waiting or running:
+                while waiting and len(running) < most:
+                    k = waiting.pop(0)
+                    running[k] = batch.start([request(k)], settings[k], (4, 4, 4))
+                batch.step(list(running.values()))
+                sizes.append(len(running))
+                done |= {k: running.pop(k).latents for k in list(running) if running[k].is_done}
+            assert model._onelora.open_route is not None
+        assert model._onelora.open_route is None
+        return done, sizes
+
+    alone, _ = finish(list(range(7)), 1)
+    together, sizes = finish(list(range(7)), 3)
+    assert sizes.count(3) >= 2 * len(sizes) / 3 and list(together) != list(
+        alone
+    )  # a later one with fewer steps is first
+    for k in range(7):
+        assert_rounded(together[k], alone[k], model, size=4 * alone[k].abs().max().item())
+    assert min((alone[j] - alone[k]).abs().max() for k in range(7) for j in range(k)) > 0.1
 
 
 def test_batches_cover_every_index_once():

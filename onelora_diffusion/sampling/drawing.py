@@ -1,23 +1,20 @@
 """From requests to images: one noise stream for each image, a sampler's steps, and decoding."""
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from onelora_diffusion.families import Conditions, Family, family_of
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.pipelines.base import eval_mode
-from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest
-from onelora_diffusion.sampling.schedulers import make_scheduler
+from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.sampling.settings import SamplerSettings
+from onelora_diffusion.sampling.trajectory import RunningBatch
 
 IMAGES_AT_ONCE = 16  # in one batch of the networks, enough to use a GPU fully
 KEPT_CONDITIONS = 64  # number of encoded conditions that are cached
@@ -95,38 +92,12 @@ def denoised_latents(
     on_step: OnStep = lambda share: None,
 ) -> Tensor:
     """From the noise of each request's generator, by a sampler's steps, to latents (batch, *shape) in float32."""
-    transformer, channels = pipeline.transformer, shape[0]
-    denoise = GuidedDenoiser(family, transformer, requests, settings.guidance_channels, settings.guidance_interval)
-    learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * channels
-    scheduler = scheduler_of(pipeline, family, settings, shape, learned_variance)
-    generators = [request.generator for request in requests]
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    noise = {"generator": generators} if takes_noise else {}
-    latents = randn_tensor((len(requests), *shape), generators, device=denoise.device, dtype=torch.float32)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-    with denoise.routed():
-        for timestep in scheduler.timesteps:  # the schedule is on the CPU, so that no step waits for the device
-            prediction = denoise(scaled(latents, timestep), timestep.item())
-            if not learned_variance:
-                prediction = prediction[:, :channels]
-            latents = scheduler.step(prediction, timestep, latents, **noise).prev_sample
-            on_step(1 / len(scheduler.timesteps))
-    return latents
-
-
-def scheduler_of(
-    pipeline, family: Family, settings: SamplerSettings, shape: tuple[int, ...], learned_variance: bool = False
-):
-    """A scheduler with its timesteps set for latents of this shape: the chosen sampler's, or the pipeline's own."""
-    own, steps = pipeline.scheduler, settings.num_inference_steps
-    num_tokens = prod(shape[1:]) // family.patch_size(pipeline.transformer) ** 2
-    if family.takes_samplers:
-        sampler = settings.for_scheduler(own.config).sampler
-        return make_scheduler(sampler, own.config, steps, num_tokens, learned_variance)
-    scheduler = type(own).from_config(own.config)
-    scheduler.set_timesteps(**family.timesteps(scheduler, steps, num_tokens))
-    return scheduler
+    with RunningBatch(pipeline, family, settings.guidance_channels, settings.guidance_interval) as batch:
+        trajectory = batch.start(requests, settings, shape)
+        while not trajectory.is_done:
+            batch.step([trajectory])
+            on_step(1 / trajectory.num_steps)
+    return trajectory.latents
 
 
 def as_uint8(images: Tensor) -> Tensor:

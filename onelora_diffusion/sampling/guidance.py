@@ -1,7 +1,6 @@
 """One denoiser for a batch of images, each with its own condition, strength of guidance, adapters and time."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.families import Conditions, Family
 from onelora_diffusion.families.family import joined
-from onelora_diffusion.injection.routing import Entry, Guidance, route_adapters
+from onelora_diffusion.injection.routing import Entry, Guidance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +42,7 @@ class GuidedDenoiser:
 
     (Ho & Salimans 2022). One batch contains all images with their conditions, and the guided ones again without
     condition: with their own adapters, or for domain guidance (Zhong et al., ICLR 2025) with the base alone. A learned
-    variance is that of the prediction with condition.
+    variance is that of the prediction with condition. It is called inside a route of its `entries`, if it has any.
 
     Args:
         channels: number of the first latent channels that are guided; None guides all.
@@ -58,11 +57,9 @@ class GuidedDenoiser:
         channels: int | None = None,
         interval: tuple[int, int] | None = None,
     ):
-        self.family, self.transformer, self.channels = family, transformer, channels
+        self.family, self.transformer, self.requests, self.channels = family, transformer, requests, channels
         self.interval = interval or (-float("inf"), float("inf"))
-        # diffusers' properties for this walk over all modules, of which thousands of adapters have very many.
-        first = next(parameter for parameter in transformer.parameters() if parameter.is_floating_point())
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype = first_weight(transformer).device, first_weight(transformer).dtype
         scales = [request.guidance_scale for request in requests]
         self.guided = [image for image, scale in enumerate(scales) if family.is_guided and scale > 1]
         rows = [request.condition for request in requests] + [requests[image].empty for image in self.guided]
@@ -83,24 +80,20 @@ class GuidedDenoiser:
         own = [serving if request.adapters is None else request.adapters for request in requests]
         return own + [None if base else own[image] for image, base in zip(self.guided, is_domain, strict=True)]
 
-    def routed(self) -> AbstractContextManager:
-        """Context manager in which the denoiser must be called."""
-        return nullcontext() if self.entries is None else route_adapters(self.transformer, self.entries)
-
-    def __call__(self, latents: Tensor, times: float | Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, times: Tensor) -> Tensor:
         """
         Args:
             latents: (batch, C, ...) in float32, on the transformer's device.
-            times: of all images; or each image's own, (batch,), on the CPU, so that no step waits for the device.
+            times: each image's own, (batch,), on the CPU, so that no step waits for the device.
         """
         lowest, highest = self.interval
-        own_times = times if isinstance(times, Tensor) else torch.full((len(latents),), times)
-        is_inside = ((own_times >= lowest) & (own_times <= highest))[self.guided]
+        is_inside = ((times >= lowest) & (times <= highest))[self.guided]
         if not is_inside.any() and self.entries is None:
-            conditions = {name: rows[: len(latents)] for name, rows in self.conditions.items()}
-            return self._predict(latents, times, conditions)
-        guided_times = times[self.guided] if isinstance(times, Tensor) else times
-        output = self._predict(torch.cat([latents, latents[self.index]]), times, self.conditions, guided_times)
+            return self._predict(
+                latents, times, {name: rows[: len(latents)] for name, rows in self.conditions.items()}
+            )
+        both = torch.cat([latents, latents[self.index]]), torch.cat([times, times[self.guided]])
+        output = self._predict(*both, self.conditions)
         channels = self.channels or latents.shape[1]
         with_condition, without = output[: len(latents)], output[len(latents) :, :channels]
         own = with_condition[self.index, :channels]
@@ -111,9 +104,14 @@ class GuidedDenoiser:
         with_condition[self.index, :channels] = guided
         return with_condition
 
-    def _predict(self, latents: Tensor, times: float | Tensor, conditions: Conditions, *more: Tensor) -> Tensor:
-        if isinstance(times, Tensor):
-            times = torch.cat([times, *more]).to(self.device, non_blocking=True)
-        else:
-            times = torch.full((len(latents),), times, device=self.device)
+    def _predict(self, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        times = times.to(self.device, non_blocking=True)
         return self.family.predict(self.transformer, latents.to(self.dtype), times, conditions).float()
+
+
+def first_weight(transformer: nn.Module) -> Tensor:
+    """A weight that has the transformer's device and dtype.
+
+    diffusers' properties for these walk over all modules, of which thousands of adapters have very many.
+    """
+    return next(parameter for parameter in transformer.parameters() if parameter.is_floating_point())

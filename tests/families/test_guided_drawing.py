@@ -77,6 +77,8 @@ def test_each_image_of_a_batch_is_denoised_at_its_own_time(name):
             empty, channels = predicted(request.empty), latents.shape[1]
             expected[:, :channels] = (empty + scale * (expected - empty))[:, :channels]
         assert_rounded(found[row : row + 1], expected, model, size=max(1.0, scale) * expected.abs().max().item())
-    alone = GuidedDenoiser(family, model, requests, interval=(200, 600))(latents, 100.0)  # guides none
+    alone = GuidedDenoiser(family, model, requests, interval=(200, 600))(
+        latents, torch.full((3,), 100.0)
+    )  # guides none
     without = joined([request.condition for request in requests]) | {"guidance": torch.tensor(SCALES)}
     assert torch.equal(alone, family.predict(model, latents, torch.full((3,), 100.0), without))

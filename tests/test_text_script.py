@@ -35,6 +35,7 @@ from onelora_diffusion.families.flux import unpack
 from onelora_diffusion.sampling import SamplerSettings, as_uint8, generate_images, image_generators
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
+from onelora_diffusion.training.task import encode
 
 COLOURS = {
     "a red sign": (230, 20, 20),
@@ -321,8 +322,9 @@ def test_text_encoders_leave_memory(bases, signs, tmp_path):
     task = prepare_task(settings_of(bases, signs, tmp_path, "sd3"), Accelerator(cpu=True))
     encoders = [name for name in task.pipeline.components if name.startswith("text_encoder")]
     assert len(encoders) == 3 and all(getattr(task.pipeline, name) is not None for name in encoders)
-    examples, is_cached = task.encode(Stop(Clock(), 1))
-    assert is_cached and all(getattr(task.pipeline, name) is None for name in encoders)
+    encode([task], Stop(Clock(), 1))
+    task.open_caches()
+    assert task.is_cached and all(getattr(task.pipeline, name) is None for name in encoders)
     prompts = task.conditions(torch.tensor([0, 3]), torch.tensor([False, True]))
     expected = family_of(make_pipeline("sd3")).encode_conditions(make_pipeline("sd3"), ["a red sign", ""], LENGTH)
     for key, tensor in expected.items():

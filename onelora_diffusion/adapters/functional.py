@@ -58,6 +58,32 @@ class _AddOuter(torch.autograd.Function):
         return grad, grad_s, grad_b
 
 
+class _AddOuterRows(torch.autograd.Function):
+    """`_AddOuter` by sample: out (batch, tokens, features), s (batch, tokens, rank), b (batch, rank, features)."""
+
+    @staticmethod
+    def forward(ctx, out, s, b):
+        inputs = s, b
+        result = _untracked(out)
+        if out.dtype == torch.float16:
+            result.add_(torch.bmm(s, b.to(s.dtype)))
+        else:
+            s, b = s.to(out.dtype), b.to(out.dtype)
+            result.addcmul_(s, b) if b.shape[1] == 1 else result.baddbmm_(s, b)
+        ctx.save_for_backward(*inputs, s, b)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        own_s, own_b, s, b = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            s, b = own_s.to(s.dtype), own_b.to(b.dtype)
+        rows = grad.to(b.dtype)
+        grad_s = torch.bmm(rows, b.mT).to(own_s.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = torch.bmm(s.to(b.dtype).mT, rows).to(own_b.dtype) if ctx.needs_input_grad[2] else None
+        return grad, grad_s, grad_b
+
+
 def _rank(b: torch.Tensor) -> int:
     return 1 if b.ndim == 1 else len(b)
 
@@ -173,8 +199,12 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
 def add_outer_rows_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """As `add_outer_`, with one `b` for each sample: (batch, out_features) or (batch, rank, out_features).
 
-    `out` is (batch, ..., out_features), and is changed in place unless gradients are recorded.
+    `out` is (batch, ..., out_features), changed in place.
     """
+    if torch.is_grad_enabled() and not _is_derived_elsewhere():
+        of_samples = b.reshape(len(b), -1, b.shape[-1])
+        flat, sums = out.reshape(len(out), -1, out.shape[-1]), s.reshape(len(s), -1, of_samples.shape[1])
+        return _AddOuterRows.apply(flat, sums, of_samples).view(out.shape)
     if b.ndim == 2:
         return _add_rows(out, s.unsqueeze(-1), _beside(b, out))
     flat, sums = out.reshape(len(out), -1, out.shape[-1]), s.reshape(len(s), -1, s.shape[-1])

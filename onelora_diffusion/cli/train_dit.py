@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from onelora_diffusion import inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.identity import data_identity
@@ -33,9 +32,9 @@ from onelora_diffusion.training.task import Task, TrainingData
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def prepare_task(settings: Settings, accelerator: Accelerator) -> Task:
-    """A DiT with its adapter, and the data set whose classes it learns."""
-    pipeline = load_base(settings.base)
+def prepare_task(settings: Settings, accelerator: Accelerator, pipeline=None) -> Task:
+    """A DiT, or that of a task before, and the data set whose classes its adapter learns."""
+    pipeline = pipeline or load_base(settings.base)
     resolution, transformer = family_of(pipeline).resolution(pipeline), pipeline.transformer
     with first_on_each_machine(accelerator) if settings.download else nullcontext():
         dataset = load_dataset(
@@ -51,7 +50,6 @@ def prepare_task(settings: Settings, accelerator: Accelerator) -> Task:
     if settings.method != "full" and settings.mixed_precision != "no":
         # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.
         transformer.to(torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16)
-    inject_adapter(transformer, settings.adapter_config(dataset.num_classes))
     data = TrainingData(
         images=dataset,
         conditions=range(dataset.num_classes),
@@ -62,7 +60,7 @@ def prepare_task(settings: Settings, accelerator: Accelerator) -> Task:
         facts={"dataset": settings.dataset},
         id2label=dataset.id2label,
     )
-    return Task(settings, accelerator, pipeline, data)
+    return Task(settings, accelerator, pipeline, settings.adapter_config(dataset.num_classes), data)
 
 
 def main(settings: Settings, since: float | None = None) -> int:

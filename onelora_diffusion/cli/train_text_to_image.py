@@ -16,15 +16,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion import inject_adapter
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.storage.lora import check_export
-from onelora_diffusion.storage.naming import namings_of
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
 from onelora_diffusion.training.task import Task, TrainingData
@@ -32,11 +29,12 @@ from onelora_diffusion.training.task import Task, TrainingData
 EMBEDDED = Path(__file__).parent / "recipes" / "digit_words.yaml"
 
 
-def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
-    """A text-to-image transformer with its adapter, and the captioned images that it learns."""
-    pipeline = load_base(settings.base, condition=str, precision=settings.base_precision)
+def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=None) -> Task:
+    """A text-to-image transformer, or that of a task before, and the captioned images that its adapter learns."""
+    is_new = pipeline is None
+    pipeline = pipeline or load_base(settings.base, condition=str, precision=settings.base_precision)
     family = family_of(pipeline)
-    if isinstance(family, Recorded):
+    if is_new and isinstance(family, Recorded):
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
@@ -50,9 +48,6 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
         multiple=family.multiple(pipeline),
         broken=settings.broken_images,
     )
-    inject_adapter(pipeline.transformer, settings.adapter_config(targets=family.targets))
-    for naming in namings_of(settings.export_lora):
-        check_export(pipeline.transformer, "default", naming)  # an error now, where it cannot be one
     data = TrainingData(
         images=captioned.dataset,
         conditions=captioned.captions,
@@ -70,7 +65,7 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator) -> Task:
         },
         buckets=captioned.buckets,
     )
-    return Task(settings, accelerator, pipeline, data)
+    return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
 
 
 def main(settings: PromptSettings, since: float | None = None) -> int:

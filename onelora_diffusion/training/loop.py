@@ -1,18 +1,16 @@
 """A training run: prepare everything before the first step, run the loop, and end."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import partial, reduce
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, send_to_device
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from onelora_diffusion.command_line import one_line_errors, typed_as
@@ -20,48 +18,27 @@ from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
-from onelora_diffusion.files import digest
-from onelora_diffusion.injection.verbs import adapter_state_dict
-from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
+from onelora_diffusion.families import Conditions
+from onelora_diffusion.families.family import joined
+from onelora_diffusion.injection.routing import route_adapters
+from onelora_diffusion.processes import say
+from onelora_diffusion.training.job import Job, MakeTask, Training, prepare
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
-from onelora_diffusion.training.outputs import Outputs, diverged, no_update
+from onelora_diffusion.training.outputs import Outputs, diverged
 from onelora_diffusion.training.publishing import check_hub, publish
-from onelora_diffusion.training.randomness import StepDraws, StepKeyedBatches, draw_step, micro_batches
-from onelora_diffusion.training.resuming import agree_on_checkpoint, check_same_data, is_elsewhere
-from onelora_diffusion.training.run import Run
-from onelora_diffusion.training.run_lock import RunLock
+from onelora_diffusion.training.randomness import StepDraws, StepKeyedBatches, draw_step
 from onelora_diffusion.training.schedule import learning_rate_factor
-from onelora_diffusion.training.settings import OF_A_MACHINE, RunSettings
+from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
-from onelora_diffusion.training.state import check_same_adapter
-from onelora_diffusion.training.stopping import Clock, Stop, format_duration, parse_duration
+from onelora_diffusion.training.stopping import Stop, format_duration
 from onelora_diffusion.training.sum_rates import SumScales
-from onelora_diffusion.training.task import Task
-from onelora_diffusion.training.weighting import check_weighting, loss_weights, weighted_loss
+from onelora_diffusion.training.task import encode
+from onelora_diffusion.training.trackers import start_trackers
+from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 
-@dataclass
-class Job:
-    """Everything that a run uses; the part that training changes is the record `run`."""
-
-    settings: RunSettings
-    accelerator: Accelerator
-    task: Task
-    rows: list[slice]
-    """The rows of the global batch that this process takes, one slice for each of its passes."""
-    evaluation: object | None
-    run: Run
-    is_cached: bool = False
-    """Whether batches contain moments of latents instead of images."""
-    model: nn.Module | None = None
-    """The transformer as `begin` has prepared it for several processes."""
-    optimizer: Optimizer | None = None
-
-
-def start(
-    settings: RunSettings, make_task: Callable[[RunSettings, Accelerator], Task], since: float | None = None
-) -> int:
+def start(settings: RunSettings, make_task: MakeTask, since: float | None = None) -> int:
     """Train, or print in one line why not; return the exit code. The budget counts from the monotonic time `since`."""
     script = typed_as(settings.script)
     with ExitStack() as held:
@@ -73,7 +50,7 @@ def start(
         try:
             code = 0
             if job is not None:
-                with Stop(job.run.clock, job.accelerator.num_processes) as stop:
+                with Stop(job.clock, job.accelerator.num_processes) as stop:
                     code = train(job, stop)
         except NonFiniteError as error:
             said = f"{script}: {diverged(error, settings)}"
@@ -90,131 +67,50 @@ def start(
         return code
 
 
-def prepare(
-    settings: RunSettings,
-    make_task: Callable[[RunSettings, Accelerator], Task],
-    since: float | None,
-    held: ExitStack,
-) -> Job | None:
-    """Prepare everything that a run needs, up to its newest checkpoint; None if there is nothing to do.
-
-    Only the clock in the output folder is written; the folder is locked until `held` is closed.
-    """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise processes without GPUs would not form a group
-        mixed_precision=settings.mixed_precision,
-        # The settings include the launcher's options, so accelerate must not apply these again.
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=None if settings.track == "none" else settings.track,
-        project_dir=settings.output_dir,
-    )
-    shared = {name: value for name, value in settings.as_json().items() if name not in OF_A_MACHINE}
-    check_equal(accelerator, {f"--{name.replace('_', '-')}": value for name, value in shared.items()})
-    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")
-    if settings.engine == "fsdp2" and accelerator.num_processes == 1:
-        raise ValueError("--engine fsdp2 shares the base out over several processes: start more, or choose ddp")
-    rows = micro_batches(
-        settings.batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        settings.gradient_accumulation_steps,
-    )
-
-    lock = held.enter_context(RunLock(settings.output_dir, accelerator))
-    clock = Clock(None if settings.max_train_time is None else parse_duration(settings.max_train_time), since)
-    clock.resume(0 if settings.fresh else lock.seconds)
-    checkpoint, finished = agree_on_checkpoint(settings, clock, accelerator)
-    if finished and checkpoint.step == 0:
-        raise ValueError(no_update(settings))
-    # A finished run checks its data only if they are in another folder.
-    if told_by_main(accelerator, lambda: not finished or is_elsewhere(settings, checkpoint)):
-        held.enter_context(lock.counting(clock))
-        task = on_every_process(accelerator, lambda: make_task(settings, accelerator))
-        check_equal(
-            accelerator, {"the data set": f"{task.data.identity.describe()}, {task.data.identity.fingerprint[:12]}"}
-        )
-        if checkpoint:
-            check_same_data(settings, checkpoint, task.data.identity, partial(say, accelerator))
-    if finished:
-        say(
-            accelerator,
-            f"{settings.output_dir}: finished at step {checkpoint.step}, nothing to do. Raise --max-steps or "
-            "--max-train-time to go on, or start over with --fresh",
-        )
-        return None
-
-    transformer = task.pipeline.transformer
-    check_weighting(task.pipeline.scheduler, settings.snr_gamma, settings.loss_weighting)
-    trained = adapter_state_dict(transformer)
-    if checkpoint:
-        check_same_adapter(checkpoint.tensors, trained)
-    transformer.train()
-    if settings.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if settings.compile:
-        for block in task.family.blocks_of(transformer):
-            block.compile()
-    evaluation = None
-    if settings.eval_every:
-        from onelora_diffusion.training.evaluating import Evaluation
-
-        evaluation = Evaluation(settings, accelerator, task.pipeline, task.data.images)
-    run = Run(settings, accelerator, trained, clock)
-    run.data = task.data.identity
-    if checkpoint:
-        run.restore(checkpoint)
-        say(accelerator, f"resuming {checkpoint.path} after {format_duration(clock.seconds)}")
-    if accelerator.num_processes > 1:
-        vae = digest(task.pipeline.vae.state_dict())  # every machine encodes with its own copy
-        check_equal(accelerator, {"the step": run.step, "the adapter": digest(trained), "the autoencoder": vae})
-    return Job(settings, accelerator, task, rows, evaluation, run)
-
-
 def train(job: Job, stop: Stop) -> int:
     """Run updates and write outputs until the last step, the end of the time or a signal; return the exit code."""
-    settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
-    examples, batches = begin(job, stop)
+    begin(job, stop)
     # From here on outputs are written.
-    outputs = Outputs(run, accelerator, task, job.evaluation, stop)
-    first, last = run.step, float("inf") if settings.max_steps is None else settings.max_steps
-    measures = settings.rates_by_sum and run.rate_factors is None  # rates are measured in the first update
-    progress = tqdm(total=settings.max_steps, initial=first, unit="step", disable=not accelerator.is_main_process)
-    with progress:
-        while not (ended := stop.agreed()) and run.step < last:
-            # The first update compiles the blocks (the second, if the first measures rates). That may take minutes,
-            # and there is no progress to save yet.
-            is_compiling = settings.compile and run.step <= first + measures
-            with stop.suspended() if is_compiling else nullcontext():
-                update(job, islice(batches, len(job.rows)))
-            progress.update()
-            if run.step % settings.log_every == 0:
-                outputs.write_losses(progress)
-            if settings.sample_every and run.step % settings.sample_every == 0:
-                outputs.write_samples()
-            if settings.eval_every and (run.step % settings.eval_every == 0 or run.step == last):
-                outputs.write_evaluation()
-            if run.step % settings.checkpoint_every == 0:
-                outputs.write_checkpoint()
-        outputs.write_checkpoint()
-        if run.losses.rows:
-            outputs.write_losses(progress)
-
-    if settings.broken_images == "skip":
-        broken = (examples.broken() if job.is_cached else task.data.images.broken).int().to(accelerator.device)
-        outputs.num_broken = int(accelerator.reduce(broken).count_nonzero())
-        accelerator.print(f"{outputs.num_broken} unreadable images were skipped")
-    outputs.write_adapters()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return outputs.say_end(ended)
+    with progress_bar(job) as progress:
+        while not (ended := stop.agreed()):
+            settle(job, stop, progress)
+            if not job.trainings:
+                break
+            with stop.suspended() if is_compiling(job) else nullcontext():
+                update(job)
+            for training in list(job.trainings):
+                progress.update()
+                with job.alone(training):
+                    training.outputs.write_due(progress)
+        for training in list(job.trainings):
+            with job.alone(training):
+                finish(job, training, progress, ended)
+    job.accelerator.wait_for_everyone()
+    job.accelerator.end_training()
+    return job.last.say_end(ended) if job.settings.subjects is None else say_end_of_all(job, ended)
 
 
-def begin(job: Job, stop: Stop) -> tuple[Dataset, Iterator[tuple[Tensor, Tensor]]]:
-    """Encode the data and prepare the model for several processes; return (the examples, endless batches of them)."""
-    settings, accelerator, task, run = job.settings, job.accelerator, job.task, job.run
-    examples, job.is_cached = task.encode(stop)
+def begin(job: Job, stop: Stop) -> None:
+    """Encode the data, and prepare the model and the trainings that are in the first batch."""
+    settings, accelerator = job.settings, job.accelerator
+    encode([training.task for training in job.all_trainings], stop)
+    first = job.trainings[0]
+    transformer = first.task.pipeline.transformer
+    if settings.engine == "fsdp2":
+        job.model = shard_base(transformer, first.task.family, first.run.trained, accelerator.device)
+    else:
+        job.model = accelerator.prepare(transformer)
+    if accelerator.log_with:
+        start_trackers(accelerator, settings, max(training.first for training in job.all_trainings))
+    for training in job.trainings:
+        start_batches(job, training, stop)
+
+
+def start_batches(job: Job, training: Training, stop: Stop) -> None:
+    """Prepare the optimiser, the batches and the outputs of a training."""
+    settings, accelerator, task, run = training.settings, job.accelerator, training.task, training.run
+    if not stop.agreed():  # after a signal caches may be incomplete, and there will be no update
+        task.open_caches()
     buckets = task.data.buckets
     keys = StepKeyedBatches(
         settings.seed,
@@ -222,87 +118,217 @@ def begin(job: Job, stop: Stop) -> tuple[Dataset, Iterator[tuple[Tensor, Tensor]
         settings.batch_size,
         len(task.data.images),
         settings.flip,
-        job.rows,
+        training.rows,
         buckets and buckets.of_image,
     )
     loader = DataLoader(
-        examples,
+        task.examples,
         batch_sampler=keys,
-        num_workers=0 if job.is_cached else settings.num_workers,
+        num_workers=0 if task.is_cached else settings.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=leave_signals_to_main,
     )
-    transformer = task.pipeline.transformer
-    if settings.engine == "fsdp2":
-        job.model = shard_base(transformer, task.family, run.trained, accelerator.device)
-        job.optimizer = accelerator.prepare(run.optimizer)
-    else:
-        job.model, job.optimizer = accelerator.prepare(transformer, run.optimizer)
-    return examples, iter(loader)
+    # accelerate keeps all optimisers that it prepares, with the memory of subjects that have ended.
+    training.optimizer = accelerator.prepare(run.optimizer) if task.subject is None else run.optimizer
+    training.batches = iter(loader)
+    training.outputs = Outputs(run, accelerator, task, training.evaluation, stop)
 
 
-def update(job: Job, batch: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Update the adapter and its averages once.
+def progress_bar(job: Job) -> tqdm:
+    trainings = job.all_trainings
+    last = [training.settings.max_steps for training in trainings]
+    return tqdm(
+        total=None if None in last else sum(last),
+        initial=sum(training.first for training in trainings),
+        unit="step",
+        disable=not job.accelerator.is_main_process,
+    )
 
-    Args:
-        batch: for each of the job's rows, images or the moments of their latents, and the numbers of their conditions.
+
+def settle(job: Job, stop: Stop, progress: tqdm) -> None:
+    """End the trainings that have made their last update, and begin those of subjects that wait."""
+    while True:
+        for training in [training for training in job.trainings if training.is_done]:
+            with job.alone(training):
+                finish(job, training, progress)
+        if not job.has_room:
+            return
+        with job.alone(job.waiting[0]):
+            start_batches(job, job.add_subject(), stop)
+
+
+def is_compiling(job: Job) -> bool:
+    """Whether blocks are compiled in the next update: the first one, and the second if the first measures rates.
+
+    That may take minutes, and there is no progress to save yet.
     """
-    settings, accelerator, run = job.settings, job.accelerator, job.run
-    for group in job.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scheduled(run.step, settings)
-    measures = settings.rates_by_sum and run.rate_factors is None
-    scales = SumScales(job.task.pipeline.transformer, run.trained) if measures else None
-    drawn, mean_losses = None, {}
-    with scales.watching() if scales else nullcontext():
-        for rows, (images, numbers) in zip(job.rows, batch, strict=True):
-            images = images.to(accelerator.device, non_blocking=True)
-            moments = images if job.is_cached else job.task.family.encode_images(job.task.pipeline.vae, images)
-            # All random values of an update are drawn for the global batch and then sliced.
-            drawn = drawn or draw_step(
-                settings.seed,
-                run.step,
-                settings.batch_size,
-                tuple(moments.shape[2:]),
-                job.task.pipeline.scheduler.config.num_train_timesteps,
-                job.task.condition_drop,
-                settings.density(),
-            )
-            is_last = rows is job.rows[-1]  # gradients are exchanged once per update
-            with nullcontext() if is_last else accelerator.no_sync(job.model):
-                losses = losses_of(job, moments, numbers, drawn, rows)
-                accelerator.backward(losses["loss"].mean() / len(job.rows))
-            for name, loss in losses.items():
-                mean_losses[name] = mean_losses.get(name, 0) + loss.detach().mean() / len(job.rows)
-    if scales:
-        run.scale_rates(scales.factors(accelerator))
-        accelerator.print(scales.in_words(run.rate_factors))
+    newest = (training.run.step - training.first - training.measures_rates for training in job.trainings)
+    return job.settings.compile and any(steps <= 0 for steps in newest)
+
+
+def finish(job: Job, training: Training, progress: tqdm, ended: int = 0) -> None:
+    """Write the last outputs of a training, which leaves the batch."""
+    accelerator, task, outputs = job.accelerator, training.task, training.outputs
+    outputs.write_checkpoint()
+    if training.run.losses.rows:
+        outputs.write_losses(progress)
+    if training.settings.broken_images == "skip":
+        broken = (task.examples.broken() if task.is_cached else task.data.images.broken).int().to(accelerator.device)
+        outputs.num_broken = int(accelerator.reduce(broken).count_nonzero())
+        accelerator.print(f"{outputs.num_broken} unreadable images were skipped")
+    outputs.write_adapters()
+    job.ended, job.last = job.ended + 1, outputs
+    if task.subject is not None:
+        tqdm.write(f"{task.subject}: {outputs.how_it_ended(ended)}; {outputs.folder}")
+    job.remove(training)
+
+
+@dataclass
+class Part:
+    """The samples of a pass: moments (samples, 2, C, H, W) of their latents, their conditions and random values."""
+
+    moments: Tensor
+    conditions: Conditions
+    draws: StepDraws
+
+
+def update(job: Job) -> None:
+    """Update the adapters of all trainings, and their averages, once."""
+    settings, accelerator = job.settings, job.accelerator
+    for training in job.trainings:
+        for group in training.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scheduled(training.run.step, training.settings)
+    scales = {
+        training: SumScales(training.task.pipeline.transformer, training.run.trained, training.task.adapter_name)
+        for training in job.trainings
+        if training.measures_rates and training.run.rate_factors is None
+    }
+    num_passes = settings.gradient_accumulation_steps
+    means: dict[Training, dict[str, Tensor]] = {training: {} for training in job.trainings}
+    for number in range(num_passes):
+        is_last = number == num_passes - 1  # gradients are exchanged once per update
+        parts = [(training, next_part(job, training, number)) for training in job.trainings]
+        for group in of_equal_shape(parts):
+            with nullcontext() if is_last else accelerator.no_sync(job.model), ready_for(job, group, scales):
+                losses = losses_of(job, group)
+                total = reduce(torch.add, (each["loss"].mean() for each in losses))
+                accelerator.backward(total / num_passes)
+            for (training, _), each in zip(group, losses, strict=True):
+                for name, loss in each.items():
+                    means[training][name] = means[training].get(name, 0) + loss.detach().mean() / num_passes
+    for training, measured in scales.items():
+        training.run.scale_rates(measured.factors(accelerator))
+        accelerator.print(measured.in_words(training.run.rate_factors))
+    for training in job.trainings:
+        step(job, training, means[training])
+
+
+def step(job: Job, training: Training, losses: dict[str, Tensor]) -> None:
+    """Update an adapter and its averages by its gradients."""
+    settings, run = training.settings, training.run
     if settings.engine == "fsdp2":
         average_gradients(run.trained)
     if settings.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
-    job.optimizer.step()
-    job.optimizer.zero_grad()
+        job.accelerator.clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
     run.step += 1
     with averaged_values(run.optimizer):
         for average in run.averages:
             average.update(run.step)
-    run.losses.add(mean_losses)
+    run.losses.add(losses)
 
 
-def losses_of(job: Job, moments: Tensor, numbers: Tensor, drawn: StepDraws, rows: slice) -> dict[str, Tensor]:
-    """The losses of rows of a global batch by name, each (rows,)."""
-    settings, accelerator, task = job.settings, job.accelerator, job.task
-    scheduler, draws = task.pipeline.scheduler, drawn.rows(rows, accelerator.device)
-    conditions = task.conditions(numbers, drawn.label_drops[rows])
-    conditions = send_to_device(conditions, accelerator.device, non_blocking=True)
-    x_start = sample_moments(moments, draws.posterior_noise)
+def next_part(job: Job, training: Training, number: int) -> Part:
+    """The samples of a training in the pass of this number."""
+    settings, task, device, rows = training.settings, training.task, job.accelerator.device, training.rows[number]
+    images, numbers = next(training.batches)
+    images = images.to(device, non_blocking=True)
+    moments = images if task.is_cached else task.family.encode_images(task.pipeline.vae, images)
+    if number == 0:
+        # All random values of an update are drawn for the global batch and then sliced.
+        training.drawn = draw_step(
+            settings.seed,
+            training.run.step,
+            settings.batch_size,
+            tuple(moments.shape[2:]),
+            task.pipeline.scheduler.config.num_train_timesteps,
+            task.condition_drop,
+            settings.density(),
+        )
+    conditions = task.conditions(numbers, training.drawn.label_drops[rows])
+    conditions = send_to_device(conditions, device, non_blocking=True)
+    return Part(moments, conditions, training.drawn.rows(rows, device))
+
+
+def of_equal_shape(parts: list[tuple[Training, Part]]) -> list[list[tuple[Training, Part]]]:
+    """Divide parts into those whose images have one shape, which one batch can hold."""
+    groups: dict[tuple, list[tuple[Training, Part]]] = {}
+    for training, part in parts:
+        groups.setdefault(tuple(part.moments.shape[1:]), []).append((training, part))
+    return list(groups.values())
+
+
+@contextmanager
+def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Training, SumScales]) -> Iterator[None]:
+    """Context manager in which each sample of a group uses the adapter of its training, and sums are measured."""
+    with ExitStack() as entered:
+        if job.settings.subjects is not None:
+            names = [training.task.adapter_name for training, part in group for _ in part.moments]
+            entered.enter_context(route_adapters(group[0][0].task.pipeline.transformer, names))
+        first = 0
+        for training, part in group:
+            last = first + len(part.moments)
+            if training in scales:
+                entered.enter_context(scales[training].watching(slice(first, last)))
+            first = last
+        yield
+
+
+def losses_of(job: Job, group: list[tuple[Training, Part]]) -> list[dict[str, Tensor]]:
+    """The losses by name of each part of a group, (samples,), computed in one batch."""
+    settings, task = job.settings, group[0][0].task
+    scheduler = task.pipeline.scheduler
+    together = joined_parts([part for _, part in group])
+    draws = together.draws
+    x_start = sample_moments(together.moments, draws.posterior_noise)
     latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
-    with accelerator.autocast():
+    with job.accelerator.autocast():
         times = model_timesteps(draws.timesteps, scheduler)
-        output = task.family.predict(job.model, latents, times, conditions)
+        output = task.family.predict(job.model, latents, times, together.conditions)
     losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
     weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
-    return losses | {"loss": weighted_loss(losses, weights)}
+    losses |= {"loss": weighted_loss(losses, weights)}
+    sizes = [len(part.moments) for _, part in group]
+    split = {name: loss.split(sizes) for name, loss in losses.items()}
+    return [{name: split[name][number] for name in split} for number in range(len(group))]
+
+
+def joined_parts(parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    draws = zip(*(part.draws for part in parts), strict=True)
+    return Part(
+        torch.cat([part.moments for part in parts]),
+        joined([part.conditions for part in parts]),
+        StepDraws(*map(torch.cat, draws)),
+    )
+
+
+def say_end_of_all(job: Job, ended: int) -> int:
+    """Print how the trainings of subjects have ended, and return the exit code."""
+    settings, told = job.settings, partial(say, job.accelerator)
+    told(f"{job.ended} adapters in {settings.output_dir}, {format_duration(job.clock.seconds)}")
+    if job.waiting:
+        told(f"{len(job.waiting)} subjects have not begun")
+    if job.failed:
+        told(f"{job.failed} subjects have ended with an error")
+    if ended:
+        told("The same command resumes." if Stop.is_signal(ended) else "The same command with more time goes on.")
+        return 128 + ended if Stop.is_signal(ended) else int(bool(job.failed))
+    if job.ended:
+        told("\n  ".join(["Next:", *job.last.settings.next_steps()]))
+    return int(bool(job.failed))
 
 
 def scheduled(step: int, settings: RunSettings) -> float:

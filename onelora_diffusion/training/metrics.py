@@ -59,10 +59,15 @@ class LossWindow:
 
 
 class MetricsFile:
-    """The file metrics.jsonl, with lines of losses and lines of evaluations."""
+    """The file metrics.jsonl, with lines of losses and lines of evaluations.
 
-    def __init__(self, path: Path, accelerator, batch_size: int, step: int, clock: Clock):
+    Args:
+        prefix: the start of the names under which trackers get the values.
+    """
+
+    def __init__(self, path: Path, accelerator, batch_size: int, step: int, clock: Clock, prefix: str = ""):
         self.path, self.accelerator, self.batch_size, self.clock = path, accelerator, batch_size, clock
+        self.prefix = prefix
         self.last_step, self.last_seconds = step, clock.seconds
 
     def write_losses(self, window: LossWindow, step: int, learning_rate: float) -> dict:
@@ -77,7 +82,7 @@ class MetricsFile:
         return self.write(line)
 
     def write(self, line: dict) -> dict:
-        self.accelerator.log(line, step=line["step"])
+        self.accelerator.log({f"{self.prefix}{name}": value for name, value in line.items()}, step=line["step"])
         if self.accelerator.is_main_process:
             append_line(self.path, line)
         return line

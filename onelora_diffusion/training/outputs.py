@@ -3,7 +3,8 @@
 import json
 import shutil
 import signal
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from onelora_diffusion.training.samples import write_sample
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
-from onelora_diffusion.training.trackers import show_picture, start_trackers
+from onelora_diffusion.training.trackers import show_picture
 
 
 class Outputs:
@@ -40,22 +41,40 @@ class Outputs:
         self.run, self.settings, self.accelerator = run, run.settings, accelerator
         self.task, self.evaluation, self.stop = task, evaluation, stop
         self.folder, self.num_broken = self.settings.output_dir, 0
+        self.prefix = "" if task.subject is None else f"{task.subject}/"
         if accelerator.is_main_process:
             if self.settings.fresh:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
             cut_lines_after(self.folder / "metrics.jsonl", run.step, len(run.losses.rows))
             write_bytes(self.folder / "settings.json", json.dumps(self.settings.as_json(), indent=2).encode())
             write_bytes(self.folder / "data.json", json.dumps(run.data._asdict(), indent=2).encode())
-        if accelerator.log_with:
-            start_trackers(accelerator, run)
         self.metrics = MetricsFile(
-            self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock
+            self.folder / "metrics.jsonl", accelerator, self.settings.batch_size, run.step, run.clock, self.prefix
         )
         say(
             accelerator,
             f"{self.settings.method} on {self.settings.base or 'the miniature'}: {run.num_trainable_params:,} trained "
             f"parameters; {task.data.described}; output in {self.folder}",
         )
+
+    def write_due(self, progress: tqdm) -> None:
+        """Write the outputs that are due after an update."""
+        settings, step = self.settings, self.run.step
+        if step % settings.log_every == 0:
+            self.write_losses(progress)
+        if settings.sample_every and step % settings.sample_every == 0:
+            self.write_samples()
+        if settings.eval_every and (step % settings.eval_every == 0 or step == settings.max_steps):
+            self.write_evaluation()
+        if step % settings.checkpoint_every == 0:
+            self.write_checkpoint()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context manager in which the transformer computes with this adapter alone, at its moving average."""
+        self.task.activate()
+        with self.run.averages[0].applied():
+            yield
 
     def write_losses(self, progress: tqdm) -> None:
         run = self.run
@@ -71,17 +90,17 @@ class Outputs:
             return
         is_stopped, alone = (self.stop.agreed, nullcontext) if is_sharded else (self.stop.asked, self.stop.at_once)
         png = None
-        with suppress(Interrupted), self.run.averages[0].applied(), self.accelerator.autocast(), alone():
+        with suppress(Interrupted), self.averaged(), self.accelerator.autocast(), alone():
             png = self.task.sample_grid(is_stopped)
         if is_main and png:
             write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
-            show_picture(self.accelerator, "samples", png, self.run.step)
+            show_picture(self.accelerator, f"{self.prefix}samples", png, self.run.step)
 
     def write_evaluation(self) -> None:
         """Write a line of metrics with the distance, and the adapter if it is the best, unless a signal comes."""
         run, measured = self.run, None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
-        with suppress(Interrupted), run.averages[0].applied(), self.accelerator.autocast(), alone():
+        with suppress(Interrupted), self.averaged(), self.accelerator.autocast(), alone():
             with self.task.decoding():
                 measured = self.evaluation.measure(self.stop)
         if measured:
@@ -91,7 +110,7 @@ class Outputs:
             if self.accelerator.is_main_process:
                 plot = self.folder / "distance.png"
                 self.evaluation.plot(self.metrics.path, plot)
-                show_picture(self.accelerator, "distance", plot.read_bytes(), run.step)
+                show_picture(self.accelerator, f"{self.prefix}distance", plot.read_bytes(), run.step)
 
     def write_checkpoint(self) -> None:
         """Write a checkpoint of this step, or print in one line why it could not be written.
@@ -122,7 +141,7 @@ class Outputs:
             self._write_adapter(name, tensors, **facts)
         if self.accelerator.is_main_process:
             if namings := namings_of(self.settings.export_lora):
-                with run.averages[0].applied():
+                with self.averaged():
                     for naming in namings:
                         export_lora(self.task.pipeline.transformer, self.folder / "lora", naming=naming)
 
@@ -148,11 +167,18 @@ class Outputs:
         save_adapter(
             self.task.pipeline.transformer,
             self.folder / name,
+            self.task.adapter_name,
             state_dict=values,
             id2label=self.task.data.id2label,
             base=settings.base,
             training=summary | facts,
         )
+
+    def how_it_ended(self, ended: int) -> str:
+        step = self.run.step
+        reasons = {0: f"all {step} steps done", 1: f"the time budget is used up at step {step}"}
+        reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {step}"
+        return f"{reason}, {format_duration(self.run.clock.seconds)}"
 
     def say_end(self, ended: int) -> int:
         """Print how the run ended and which commands to run next; return the exit code."""
@@ -160,10 +186,7 @@ class Outputs:
         if run.step == 0 and not Stop.is_signal(ended):
             told(f"{typed_as(self.settings.script)}: {no_update(self.settings)}")
             return 1
-        reasons = {0: f"all {run.step} steps done", 1: f"the time budget is used up at step {run.step}"}
-        reason = reasons.get(ended) or f"stopped by {signal.Signals(ended).name} at step {run.step}"
-        time = format_duration(run.clock.seconds)
-        told(f"{reason}, {time}: {run.num_trainable_params:,} trained parameters (moving average)")
+        told(f"{self.how_it_ended(ended)}: {run.num_trainable_params:,} trained parameters (moving average)")
         if run.best:
             distance = f"{self.evaluation.distance_name} {run.best['distance']:.4f}"
             told(f"best of all evaluations: {distance} at step {run.best['step']}")

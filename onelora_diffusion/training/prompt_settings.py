@@ -44,7 +44,8 @@ class PromptSettings(RunSettings):
     """What to learn: a folder of images with metadata.jsonl or .csv or a .txt beside each, or with --prompt; or
     hf:NAME."""
     prompt: str | None = None
-    """The caption of all images, such as 'a photo of sks dog'."""
+    """The caption of all images, such as 'a photo of sks dog'. With --subjects, {subject} in it and in validation
+    prompts stands for the name of each."""
     image_column: str | None = None
     """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
     caption_column: str = "text"
@@ -75,6 +76,10 @@ class PromptSettings(RunSettings):
     """At the end also write lora/, the adapter as a LoRA, as diffusers and PEFT read it; or as kohya's scripts or
     ComfyUI do: `--export-lora kohya comfyui`."""
 
+    def of_folder(self, folder: Path) -> "PromptSettings":
+        """These settings for the images in a folder."""
+        return replace(self, images=str(folder))
+
     def condition_drop(self, is_guided: bool) -> float:
         """Share of samples that train without their condition."""
         if self.caption_drop is None:
@@ -84,10 +89,10 @@ class PromptSettings(RunSettings):
     def check(self) -> None:
         """ValueError for settings that are known to be wrong before any file is read."""
         check_settings(self)
-        is_embedded = self.base is None and self.images is None
+        is_embedded = self.base is None and self.images is None and self.subjects is None
         if self.base is None and not is_embedded:
             raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
-        if self.images is None and not is_embedded:
+        if self.images is None and self.subjects is None and not is_embedded:
             raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
@@ -140,8 +145,9 @@ def parse_command_line(arguments: list[str], embedded: Path) -> PromptSettings:
         FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, HINTS)
-    chosen = first_flags(arguments, "config", "base", "images")
-    recipe = chosen["config"] or (None if chosen["base"] or chosen["images"] else embedded)
+    chosen = first_flags(arguments, "config", "base", "images", "subjects")
+    is_embedded = not any(chosen.values())
+    recipe = embedded if is_embedded else chosen["config"]
     default = read_recipe(Path(recipe), PromptSettings) if recipe else PromptSettings()
     flags, name = with_switches(arguments, PromptSettings), typed_as(PromptSettings.script)
     return tyro.cli(PromptSettings, args=flags, default=default.as_launched(), prog=name)

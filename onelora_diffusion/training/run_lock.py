@@ -60,7 +60,7 @@ class RunLock:
         seconds = before.get("seconds", 0.0)
         self.path.open("ab").close()
         self.file = self.path.open("r+b", buffering=0)
-        self._write(seconds)
+        self.write(seconds)
         return seconds
 
     def __enter__(self) -> "RunLock":
@@ -89,9 +89,9 @@ class RunLock:
 
         def beat() -> None:
             while not ended.wait(BEAT):
-                self._write(clock.seconds)
+                self.write(clock.seconds)
 
-        self._write(clock.seconds)
+        self.write(clock.seconds)
         beating = threading.Thread(target=beat, daemon=True)
         beating.start()
         try:
@@ -99,7 +99,7 @@ class RunLock:
         finally:
             ended.set()
             beating.join()
-            self._write(clock.seconds)
+            self.write(clock.seconds)
 
     def _read(self) -> dict:
         """The content of the file; {} if it is new or damaged, as the newest checkpoint also has the seconds."""
@@ -109,7 +109,8 @@ class RunLock:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
 
-    def _write(self, seconds: float) -> None:
+    def write(self, seconds: float) -> None:
+        """Save the seconds that the run has used."""
         line = json.dumps({"seconds": seconds, "process": os.getpid(), "machine": platform.node()})
         with suppress(OSError):  # the next write may succeed, and a run does not end because of its clock
             self.file.seek(0)

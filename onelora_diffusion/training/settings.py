@@ -41,6 +41,12 @@ class RunSettings:
     """A recipe, *.yaml, that sets the defaults of all other flags."""
     output_dir: Path = Path("runs/run")
     """Where the adapter, checkpoints, metrics and samples go."""
+    subjects: Path | None = None
+    """Train an adapter for each of many subjects, in the same batches: a folder with a folder of images for each, or
+    a table, *.yaml, that names them with their settings. Each adapter is that of a run of its own into a folder of
+    --output-dir; --batch-size and --max-steps are those of each, --max-train-time is that of all together."""
+    subjects_at_once: int = 16
+    """The most subjects in a batch; others begin as these end."""
     flip: bool = False
     """Mirror half of the images."""
     broken_images: Literal["fatal", "skip"] = "fatal"
@@ -218,6 +224,10 @@ class Settings(RunSettings):
     latent_cache_gb: float = 10.0
     """Encode all images once, to disk, if their latents take no more than this; 0: encode them at every step."""
 
+    def of_folder(self, folder: Path) -> "Settings":
+        """These settings for the classes in a folder."""
+        return dataclasses.replace(self, dataset="imagefolder", data_root=folder)
+
     def condition_drop(self, is_guided: bool) -> float:
         """Share of samples that train without their condition."""
         return self.label_drop
@@ -243,17 +253,18 @@ FREE_SETTINGS = {
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
     *("allow_changed_settings", "fresh", "validation_prompt", "export_lora", "push_to_hub"),
+    *("subjects", "subjects_at_once"),
 }
 
 # Settings that may differ between the machines of one run: where things lie there, and how many processes load them.
 OF_A_MACHINE = {
-    *("config", "output_dir", "data_root", "images", "latent_cache", "eval_weights", "eval_reference"),
+    *("config", "output_dir", "subjects", "data_root", "images", "latent_cache", "eval_weights", "eval_reference"),
     *("download", "num_workers"),
 }
 
 AT_LEAST = {
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
-    **dict.fromkeys(("keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
+    **dict.fromkeys(("subjects_at_once", "keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
     "eval_images": 2,
 }
@@ -296,11 +307,11 @@ def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
         FileNotFoundError, ValueError: the recipe is missing, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, DIFFUSERS_FLAGS)
-    chosen = first_flags(arguments, "dataset", "config")
+    chosen = first_flags(arguments, "dataset", "config", "subjects")
     if chosen["config"]:
         default = read_recipe(Path(chosen["config"]))
     else:
-        default = recipe(chosen["dataset"] or EMBEDDED, recipes)
+        default = recipe(chosen["dataset"] or ("imagefolder" if chosen["subjects"] else EMBEDDED), recipes)
     flags, name = with_switches(arguments, Settings), typed_as(Settings.script)
     return tyro.cli(Settings, args=flags, default=default.as_launched(), prog=name)
 
@@ -325,32 +336,45 @@ def recipe(dataset: str, recipes: Path) -> Settings:
 def read_recipe(path: Path, settings: type[RunSettings] = Settings) -> RunSettings:
     """Read settings from a YAML file; names are those of the flags with _ for -, and others keep their defaults."""
     try:
+        values = read_yaml(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no recipe {path}: give one by --config") from None
+    if "config" in values:
+        raise ValueError(f"{path}: config names a recipe from outside; write the settings of both into one file")
+    return with_values(settings(), values, str(path))
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file of `name: value`, with all values as texts, lists or further such tables."""
+    try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no recipe {path}: give one by --config") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a list of `name: value`")
+    return values
+
+
+def with_values(settings: RunSettings, values: dict, source: str) -> RunSettings:
+    """Change settings to values that were read from YAML; ValueError for an unknown name or a wrong value."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{path}: unknown setting {name}{hint}")
-    if "config" in values:
-        raise ValueError(f"{path}: config names a recipe from outside; write the settings of both into one file")
+            raise ValueError(f"{source}: unknown setting {name}{hint}")
     # The values are parsed as flags, so that both are read in the same way.
     try:
         flags = [word for name, value in values.items() for word in _as_flag(fields[name], value)]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
+    kind = type(settings)
     try:
-        return tyro.cli(settings, args=with_switches(flags, settings))
+        return tyro.cli(kind, args=with_switches(flags, kind), default=settings)
     except SystemExit:
-        print(f"in {path}", file=sys.stderr)
+        print(f"in {source}", file=sys.stderr)
         raise
 
 
@@ -420,6 +444,8 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError(
             "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"
         )
+    if settings.subjects is not None:
+        check_subjects(settings)
     packages = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
     for flag, value, package in (
         ("optimizer", settings.optimizer, packages.get(settings.optimizer)),
@@ -428,3 +454,22 @@ def check_settings(settings: RunSettings) -> None:
         if package and importlib.util.find_spec(package) is None:
             extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
             raise ValueError(f"--{flag} {value} needs a package that is missing: pip install {extra}")
+
+
+def check_subjects(settings: RunSettings) -> None:
+    """ValueError for settings that do not go with --subjects."""
+    config = settings.adapter_config()
+    refused = {
+        f"--method {settings.method}": config.recipe.is_whole,
+        "training norms (--no-norms), which all samples of a batch share,": config.norms,
+        "--engine fsdp2": settings.engine == "fsdp2",
+        "--mixed-precision fp16": settings.mixed_precision == "fp16",
+        "--track wandb": settings.track == "wandb",
+        "--push-to-hub": settings.push_to_hub is not None,
+    }
+    for flag, is_chosen in refused.items():
+        if is_chosen:
+            raise ValueError(f"{flag} does not go with --subjects")
+    for name in ("images", "data_root"):
+        if getattr(settings, name, None) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is each subject's own: leave it out beside --subjects")

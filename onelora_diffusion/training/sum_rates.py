@@ -24,10 +24,12 @@ class SumScales:
     """The mean square of each layer's sum, over the forward passes inside `watching`.
 
     Args:
-        trained: the trained tensors of the transformer, by name; those named `<path>.onelora_b` multiply a sum.
+        trained: the trained tensors of an adapter, by name; those named `<path>.onelora_b` multiply a sum.
+        adapter_name: the name of the adapter in the transformer.
     """
 
-    def __init__(self, transformer: nn.Module, trained: dict[str, Tensor]):
+    def __init__(self, transformer: nn.Module, trained: dict[str, Tensor], adapter_name: str = "default"):
+        self.adapter_name = adapter_name
         names = [name for name in trained if name.endswith(f".{SUM}")]
         self.seats: dict[str, LinearSeat] = {
             name: transformer.get_submodule(name.removesuffix(f".{SUM}")).onelora for name in names
@@ -35,9 +37,12 @@ class SumScales:
         self.squares: dict[str, list[Tensor]] = {name: [] for name in names}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Context manager that measures the sums. Blocks run uncompiled in it, as compiled code skips these hooks."""
-        handles = [seat.register_forward_pre_hook(self._look(name)) for name, seat in self.seats.items()]
+    def watching(self, samples: slice = slice(None)) -> Iterator[None]:
+        """Context manager that measures the sums of these samples of a batch.
+
+        Blocks run uncompiled in it, as compiled code skips these hooks.
+        """
+        handles = [seat.register_forward_pre_hook(self._look(name, samples)) for name, seat in self.seats.items()]
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
@@ -45,12 +50,12 @@ class SumScales:
             for handle in handles:
                 handle.remove()
 
-    def _look(self, name: str):
+    def _look(self, name: str, samples: slice):
         @torch.no_grad()
         def hook(seat: LinearSeat, args: tuple) -> None:
-            vectors, (x, out) = seat.vectors(), args[:2]
+            vectors, (x, out) = seat[self.adapter_name].vectors(), (each.detach()[samples] for each in args[:2])
             compression = next(iter(vectors.b))
-            compressed = compression.compress(x.detach(), out.detach(), vectors.of_bias[compression])
+            compressed = compression.compress(x, out, vectors.of_bias[compression])
             self.squares[name].append(compressed.float().square().mean())
 
         return hook

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data.buckets import Buckets
 from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
@@ -18,11 +20,13 @@ from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.injection.book import disable_adapter
-from onelora_diffusion.injection.verbs import adapter_state_dict
+from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
 from onelora_diffusion.processes import among_sharers
 from onelora_diffusion.sampling import SamplerSettings, adapters_merged, image_generators
 from onelora_diffusion.sampling.drawing import draw_in_chunks
 from onelora_diffusion.sampling.guidance import ImageRequest
+from onelora_diffusion.storage.lora import check_export
+from onelora_diffusion.storage.naming import namings_of
 from onelora_diffusion.training.samples import png_of
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Stop
@@ -60,82 +64,85 @@ class Task:
     """A base, its adapter and its training data, on every process of a run.
 
     Args:
-        pipeline: a pipeline of one of the families, with its adapter in the transformer. Trained tensors are moved to
-            the device at once, and the rest by `encode`.
+        pipeline: a pipeline of one of the families; `attach` adds the adapter to its transformer.
+        config: the settings of the adapter.
 
     Attributes:
+        subject: the name of what it learns, if it is one of several tasks on one base.
+        adapter_name: the name of the adapter in the transformer.
         family: the family of the pipeline.
         condition_drop: share of samples that train without their condition.
+        folders: the caches that `encode` has built, of prompts and of latents, if there are any.
+        examples: `[index, flip] -> (image or, if `is_cached`, its moments, number of its condition)`.
     """
 
-    def __init__(self, settings: RunSettings, accelerator: Accelerator, pipeline, data: TrainingData):
+    def __init__(
+        self,
+        settings: RunSettings,
+        accelerator: Accelerator,
+        pipeline,
+        config: AdapterConfig,
+        data: TrainingData,
+    ):
         self.settings, self.accelerator, self.pipeline, self.data = settings, accelerator, pipeline, data
+        self.config = config
+        self.subject: str | None = None
+        self.adapter_name = "default"
         self.family = family_of(pipeline)
         self.condition_drop = settings.condition_drop(self.family.is_guided)
-        for tensor in adapter_state_dict(pipeline.transformer).values():
-            tensor.data = tensor.to(accelerator.device)
+        self.examples, self.is_cached = FlippableImages(data.images), False
+        self.folders: tuple[list[Path] | None, Path | None] = None, None
         self._base_images: Tensor | None = None
         accelerator.print(describe(data.images))
 
-    def encode(self, stop: Stop) -> tuple[Dataset, bool]:
-        """Encode conditions and, unless the cache would be too large, images.
+    def attach(self) -> dict[str, Tensor]:
+        """Attach the adapter to the transformer, and return its trained tensors, on the device, by name.
 
-        Returns:
-            (`[index, flip] -> (image or its moments, number of its condition)`, whether moments are cached). Text
-            encoders are freed, and the autoencoder leaves the device if nothing is left to encode.
+        Raises:
+            ValueError: the base has no such adapter, or the adapter is no LoRA of those that are to be written.
         """
-        settings, pipeline, data, family = self.settings, self.pipeline, self.data, self.family
-        device, examples = self.accelerator.device, FlippableImages(data.images)
-        parent = settings.latent_cache or settings.output_dir.parent / "latents"
-        shape, encoders = family.latent_shape(pipeline, data.resolution, data.resolution), family.encoders(pipeline)
-        is_cached = cache_size(len(data.images), settings.flip, shape) <= settings.latent_cache_gb * 1e9
-        number, sharers = among_sharers(parent, self.accelerator) if is_cached or encoders else (0, 1)
-        share = {
-            "process_index": number,
-            "num_processes": sharers,
-            "is_stopped": stop.asked,
-            "report": tqdm.write,
-        }
-        identity, length = identity_of(encoders), settings.max_sequence_length
-        for encoder in encoders.values():
-            if isinstance(encoder, nn.Module):
-                encoder.to(device)
-        # The conditions of samples have a cache of their own: choosing others does not encode the training data again.
-        all_conditions = (data.conditions, [condition for condition, _ in data.shown])
-        folders = [
-            build_prompt_cache(
-                parent,
-                conditions,
-                lambda conditions: family.encode_conditions(pipeline, conditions, length),
-                identity,
-                f"{family.name}, {length or 'all'} tokens",
-                **share,
+        transformer, name = self.pipeline.transformer, self.adapter_name
+        inject_adapter(transformer, self.config, name)
+        for naming in namings_of(self.settings.export_lora):
+            check_export(transformer, name, naming)
+        trained = adapter_state_dict(transformer, name)
+        for tensor in trained.values():
+            tensor.data = tensor.to(self.accelerator.device)
+        return trained
+
+    @property
+    def caches(self) -> Path:
+        """The folder of the caches of encoded images and prompts."""
+        return self.settings.latent_cache or self.settings.output_dir.parent / "latents"
+
+    @property
+    def all_conditions(self) -> tuple[list[int | str], list[int | str]]:
+        """The conditions of the images, and those of samples."""
+        return list(self.data.conditions), [condition for condition, _ in self.data.shown]
+
+    def activate(self) -> None:
+        """Let the transformer compute with this adapter alone."""
+        if self.subject is not None:
+            set_adapters(self.pipeline.transformer, self.adapter_name)
+
+    def detach(self) -> None:
+        """Remove the adapter from the transformer, if it was attached."""
+        transformer = self.pipeline.transformer
+        if hasattr(transformer, "_onelora") and self.adapter_name in transformer._onelora.adapters:
+            unload_adapter(transformer, self.adapter_name)
+
+    def open_caches(self) -> None:
+        """Read the complete caches; without one of prompts, conditions are encoded, for the attached adapter."""
+        prompts, latents = self.folders
+        if prompts is None:
+            rows = (
+                self.family.encode_conditions(self.pipeline, [None, *conditions]) for conditions in self.all_conditions
             )
-            for conditions in (all_conditions if encoders else ())
-        ]
-        pipeline.register_modules(**dict.fromkeys(encoders))
-        dtype = pipeline.vae.dtype
-        pipeline.vae.to(device, torch.float32)  # it stays there for all steps
-        if is_cached:
-            latents = build_cache(
-                parent,
-                data.images,
-                pipeline.vae,
-                settings.flip,
-                family.encode_images,
-                num_workers=settings.num_workers,
-                **share,
-            )
-            pipeline.vae.to("cpu", dtype)
-        pipeline.transformer.to(device)
-        if stop.agreed():  # caches may be incomplete, and there will be no step
-            return examples, False
-        if encoders:
-            self.learned, self.shown = map(PromptCache, folders, all_conditions)
-        else:
-            rows = (family.encode_conditions(pipeline, [None, *conditions]) for conditions in all_conditions)
             self.learned, self.shown = map(ConditionRows, rows)
-        return (LatentCache(latents, len(data.images), data.buckets), True) if is_cached else (examples, False)
+        else:
+            self.learned, self.shown = map(PromptCache, prompts, self.all_conditions)
+        if latents is not None:
+            self.examples, self.is_cached = LatentCache(latents, len(self.data.images), self.data.buckets), True
 
     def conditions(self, numbers: Tensor, drops: Tensor) -> Conditions:
         """The encoded conditions of numbers (batch,); where `drops`, (batch,) bool, is True, the empty condition."""
@@ -197,3 +204,69 @@ class Task:
             if is_stopped():
                 return None
         return torch.cat(images)
+
+
+def encode(tasks: Sequence[Task], stop: Stop) -> None:
+    """Encode the conditions and, unless the cache would be too large, the images of tasks on one pipeline.
+
+    Text encoders are freed then, and the autoencoder leaves the device if nothing is left to encode. After a signal
+    caches may be incomplete, and no task is to train.
+    """
+    pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
+    encoders = family.encoders(pipeline)
+    identity = identity_of(encoders)
+    for encoder in encoders.values():
+        if isinstance(encoder, nn.Module):
+            encoder.to(device)
+    prompts = [_encode_prompts(task, identity, stop) for task in tasks] if encoders else []
+    pipeline.register_modules(**dict.fromkeys(encoders))
+    dtype = pipeline.vae.dtype
+    pipeline.vae.to(device, torch.float32)  # it stays there for all steps
+    latents = [_encode_images(task, stop) for task in tasks]
+    if None not in latents:
+        pipeline.vae.to("cpu", dtype)
+    pipeline.transformer.to(device)
+    for number, task in enumerate(tasks):
+        task.folders = prompts[number] if encoders else None, latents[number]
+
+
+def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
+    """The folders of a task's encoded conditions, and of those of its samples.
+
+    The latter have a cache of their own: choosing others does not encode the training data again.
+    """
+    family, pipeline, length = task.family, task.pipeline, task.settings.max_sequence_length
+    return [
+        build_prompt_cache(
+            task.caches,
+            conditions,
+            lambda conditions: family.encode_conditions(pipeline, conditions, length),
+            identity,
+            f"{family.name}, {length or 'all'} tokens",
+            **_share(task, stop),
+        )
+        for conditions in task.all_conditions
+    ]
+
+
+def _encode_images(task: Task, stop: Stop) -> Path | None:
+    """The folder of a task's latents; None if they would be too large."""
+    settings, data, family = task.settings, task.data, task.family
+    shape = family.latent_shape(task.pipeline, data.resolution, data.resolution)
+    if cache_size(len(data.images), settings.flip, shape) > settings.latent_cache_gb * 1e9:
+        return None
+    return build_cache(
+        task.caches,
+        data.images,
+        task.pipeline.vae,
+        settings.flip,
+        family.encode_images,
+        num_workers=settings.num_workers,
+        **_share(task, stop),
+    )
+
+
+def _share(task: Task, stop: Stop) -> dict:
+    """The share of a cache's files that this process writes, as arguments."""
+    number, sharers = among_sharers(task.caches, task.accelerator)
+    return {"process_index": number, "num_processes": sharers, "is_stopped": stop.asked, "report": tqdm.write}

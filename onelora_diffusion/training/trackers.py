@@ -9,26 +9,25 @@ from accelerate import Accelerator
 from PIL import Image
 
 from onelora_diffusion.files import write_bytes
-from onelora_diffusion.training.run import Run
+from onelora_diffusion.training.settings import RunSettings
 
 PROJECT = "onelora-diffusion"
 WANDB_ID = "wandb-id"  # a file in the run's folder
 
 
-def start_trackers(accelerator: Accelerator, run: Run) -> None:
-    """Open the trackers with which `accelerator` logs, at the current step; every process must call it.
+def start_trackers(accelerator: Accelerator, settings: RunSettings, step: int) -> None:
+    """Open the trackers with which `accelerator` logs, at a step; every process must call it.
 
     TensorBoard's entries of later steps, which a killed run may have left, are removed. At Weights & Biases the run
     whose id is in the folder is continued.
     """
-    settings = run.settings
     flat = {name: str(value) for name, value in settings.as_json().items()}
-    options = {"tensorboard": {"purge_step": run.step + 1}}
+    options = {"tensorboard": {"purge_step": step + 1}}
     if settings.track == "wandb" and accelerator.is_main_process:
-        identity = wandb_id(settings.output_dir / WANDB_ID, is_new=run.step == 0)
+        identity = wandb_id(settings.output_dir / WANDB_ID, is_new=step == 0)
         options["wandb"] = {"id": identity, "resume": "allow", "dir": str(settings.output_dir)}
     # TensorBoard shows each written set of settings as another run, so they are written once.
-    is_shown = settings.track == "tensorboard" and run.step > 0 and (settings.output_dir / PROJECT).is_dir()
+    is_shown = settings.track == "tensorboard" and step > 0 and (settings.output_dir / PROJECT).is_dir()
     accelerator.init_trackers(PROJECT, None if is_shown else flat, options)
 
 

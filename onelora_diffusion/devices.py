@@ -11,6 +11,8 @@ from typing import Literal
 import psutil
 import torch
 
+from onelora_diffusion.denoisers import blocks_of, denoiser_of
+
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,7 +26,7 @@ class ComputeSettings:
     tf32: bool = True
     """On CUDA, float32 products round their factors to TF32 (ten bits of mantissa), which is several times as fast."""
     compile: bool = False
-    """Compile the transformer's blocks (torch.compile): the start is slow, then steps are faster."""
+    """Compile the denoiser's blocks (torch.compile): the start is slow, then steps are faster."""
 
     def place(self, pipeline, device: torch.device) -> None:
         """Move a pipeline to `device` in this precision; adapters keep theirs. Blocks are compiled at their first run.
@@ -37,10 +39,11 @@ class ComputeSettings:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         dtype = DTYPES[self.mixed_precision]
         overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
-        pipeline.transformer.to(device, dtype)
+        denoiser = denoiser_of(pipeline)
+        denoiser.to(device, dtype)
         pipeline.vae.to(device, torch.float32 if overflows else dtype)
         if self.compile:
-            for block in pipeline.transformer.transformer_blocks:
+            for block in blocks_of(denoiser):
                 block.compile()
 
     def report(self, device: torch.device) -> dict:

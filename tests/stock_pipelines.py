@@ -3,6 +3,8 @@
 import torch
 from text_pipelines import TOKENS, make_clip, make_gemma, make_t5, make_tokenizer, make_vae
 
+from onelora_diffusion.denoisers import denoiser_of
+
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LAYERS = {"intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -376,7 +378,59 @@ def make_ernie_image():
     )
 
 
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def make_sd15():
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    return StableDiffusionPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=UNet2DConditionModel(sample_size=8, cross_attention_dim=8, attention_head_dim=4, **UNET),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_sdxl():
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    return StableDiffusionXLPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        text_encoder_2=make_clip(projection=4),
+        tokenizer_2=make_tokenizer(24),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=28,
+            **UNET,
+        ),
+        scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **BETAS),
+        force_zeros_for_empty_prompt=True,
+    )
+
+
 STOCK = {
+    "sd15": make_sd15,
+    "sdxl": make_sdxl,
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
     "lumina2": make_lumina2,
@@ -395,7 +449,7 @@ STOCK = {
 def make_stock(name: str, seed: int = 0):
     torch.manual_seed(seed)
     pipeline = STOCK[name]()
-    for parameter in pipeline.transformer.eval().parameters():
+    for parameter in denoiser_of(pipeline).eval().parameters():
         if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
             torch.nn.init.normal_(parameter, std=0.1)
     pipeline.set_progress_bar_config(disable=True)

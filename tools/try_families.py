@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rounding import rounding
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
@@ -33,10 +34,11 @@ def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
 
 def replayed(pipeline, family: Recorded) -> float:
     """The relative difference from the stock pipeline's own steps, without guidance."""
-    steps, own_step = [], pipeline.scheduler.step
+    steps, own_step, is_scaled = [], pipeline.scheduler.step, hasattr(pipeline.scheduler, "scale_model_input")
 
     def step(output, time, sample, *args, **kwargs):
-        steps.append((output.flatten(), float(time), sample.flatten()))
+        given = pipeline.scheduler.scale_model_input(sample, time) if is_scaled else sample
+        steps.append((output.flatten(), float(time), given.flatten()))
         return own_step(output, time, sample, *args, **kwargs)
 
     side, place = family.record.side, family.place(*family.recorder.square)
@@ -48,7 +50,7 @@ def replayed(pipeline, family: Recorded) -> float:
     worst = 0.0
     for output, time, sample in steps:
         latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
-        found = family.predict(pipeline.transformer, latents, torch.tensor([time]), encoded)[:, : place.shape[0]]
+        found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded)[:, : place.shape[0]]
         worst = max(worst, largest(found - expected, expected))
     return worst
 
@@ -58,9 +60,9 @@ def batched(pipeline, family: Recorded) -> float:
     encoded = family.encode_conditions(pipeline, PROMPTS)
     latents = torch.randn(3, *family.latent_shape(pipeline, *family.recorder.square))
     times = torch.tensor([100.0, 500.0, 900.0])
-    together = family.predict(pipeline.transformer, latents, times, encoded)
+    together = family.predict(denoiser_of(pipeline), latents, times, encoded)
     alone = [
-        family.predict(pipeline.transformer, latents[row : row + 1], times[row : row + 1], one)
+        family.predict(denoiser_of(pipeline), latents[row : row + 1], times[row : row + 1], one)
         for row, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in PROMPTS)
     ]
     return largest(together - torch.cat(alone), together)
@@ -84,7 +86,7 @@ def row_of(name: str) -> tuple[str, bool]:
     guidance = {0: "w", 1: "w − 1", None: "its own"}[record.offset] if family.is_guided else "none"
     differences = replayed(pipeline, family), batched(pipeline, family)
     # The time of half the pipelines is rounded once more on its way, and counts thousandfold in its sines.
-    is_rounding = max(differences) < 10 * rounding(pipeline.transformer)
+    is_rounding = max(differences) < 10 * rounding(denoiser_of(pipeline))
     cells = (
         title,
         f"`{record.noisy}` {sign}",

@@ -23,6 +23,7 @@ from onelora_diffusion import OneLoRADiTPipeline, count_trainable, disable_adapt
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import classes_of
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation.evaluator import Evaluator, check_material, compare, metrics_of_each
 from onelora_diffusion.evaluation.images import Source, open_images, share
@@ -118,7 +119,7 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     settings = settings.for_dataset(dataset).for_scheduler(pipeline.scheduler.config)
     columns = columns_of(settings, adapter)
     for _, sampler in columns.values():
-        sampler.check(pipeline.transformer, pipeline.scheduler.config)
+        sampler.check(denoiser_of(pipeline), pipeline.scheduler.config)
 
     source = Source("adapted" if adapter else "base", resolution_of(pipeline))
     default = default_for(dataset, settings.reference)
@@ -163,9 +164,9 @@ def draw_and_measure(plan: Plan, accelerator: Accelerator) -> tuple[dict[str, li
         of_base = model == "base"
         labels = [family.of_base(pipeline, label) if of_base else label for label in plan.labels]
         with (
-            disable_adapter(pipeline.transformer)
+            disable_adapter(denoiser_of(pipeline))
             if plan.adapter and of_base
-            else adapters_merged(pipeline.transformer, sampler),
+            else adapters_merged(denoiser_of(pipeline), sampler),
             progress_bar(len(indices), name, disable=not accelerator.is_main_process) as progress,
         ):
             images = generate_images(
@@ -204,7 +205,7 @@ def make_report(
         **{field.name: getattr(settings, field.name) for field in fields(SamplerSettings)},
         **settings.report(accelerator.device),
         "images_at_once": settings.images_at_once,
-        "num_trainable_params": count_trainable(plan.pipeline.transformer) if adapter else None,
+        "num_trainable_params": count_trainable(denoiser_of(plan.pipeline)) if adapter else None,
         "adapter_bytes": adapter_file(settings.adapter).stat().st_size if adapter else None,
         "classifier": recognition
         and {"description": recognition.classifier.describe(), "accuracy": recognition.classifier.accuracy},
@@ -311,7 +312,7 @@ def load_models(settings: Generate):
     named_by = None if settings.base else settings.adapter
     pipeline = load_base(settings.base or (adapter and adapter.base), named_by)
     if adapter:
-        load_adapter(pipeline.transformer, settings.adapter)
+        load_adapter(denoiser_of(pipeline), settings.adapter)
     names = {label: name for name, label in pipeline.labels.items()}
     if adapter and adapter.config.num_classes:
         names = adapter.id2label

@@ -40,6 +40,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
 from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
@@ -115,9 +116,9 @@ def main(settings: Settings) -> None:
             source = load(settings, adapter, accelerator.device)
             for naming in namings_of(settings.export_lora):
                 folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
-                check_export(source.pipeline.transformer, "default", naming)
+                check_export(denoiser_of(source.pipeline), "default", naming)
                 if accelerator.is_main_process:
-                    path = export_lora(source.pipeline.transformer, folder / "lora", naming=naming)
+                    path = export_lora(denoiser_of(source.pipeline), folder / "lora", naming=naming)
                     print(f"LoRA by {naming}'s names: {path}")
         draw(settings, source, pictures, accelerator)
         if accelerator.is_main_process:
@@ -290,7 +291,7 @@ class Source:
 
     def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
-        settings, transformer, family = self.settings, self.pipeline.transformer, family_of(self.pipeline)
+        settings, transformer, family = self.settings, denoiser_of(self.pipeline), family_of(self.pipeline)
         conditions = [self.conditions[index % len(self.conditions)] for index in share]
         if of_base:  # alone: nothing leads from it to an adapter
             settings = replace(settings, guidance=SamplerSettings.guidance)
@@ -316,8 +317,8 @@ def load(settings: Settings, adapter: AdapterFile, device: torch.device) -> Sour
     source = load_prompts(settings, adapter) if "family" in adapter.training else load_classes(settings, adapter)
     settings, pipeline = source.settings, source.pipeline
     settings.check_family(family_of(pipeline))
-    load_adapter(pipeline.transformer, settings.adapter)
-    settings.check(pipeline.transformer, pipeline.scheduler.config)
+    load_adapter(denoiser_of(pipeline), settings.adapter)
+    settings.check(denoiser_of(pipeline), pipeline.scheduler.config)
     settings.place(pipeline.to(device), device)
     return source
 

@@ -1,7 +1,6 @@
 """The families of diffusion transformers, one file each, chosen by the transformer's class; or a recorded family."""
 
-from torch import nn
-
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Conditions, Family
 from onelora_diffusion.families.flux import Flux
@@ -17,30 +16,25 @@ FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), San
 
 
 def family_of(pipeline) -> Family:
-    """The family of a pipeline's transformer, recorded from the pipeline where no file here has it.
+    """The family of a pipeline's denoiser, recorded from the pipeline where no file here has it.
 
     Raises:
         ValueError: the pipeline cannot be recorded, or is none.
     """
-    transformer = getattr(pipeline, "transformer", None)
     # Sharding or wrapping a model may give it a subclass of its class.
-    classes = type(unwrapped(transformer) if isinstance(transformer, nn.Module) else transformer).__mro__
+    classes = [each.__name__ for each in type(unwrapped(denoiser_of(pipeline))).__mro__]
     known = {family.transformer_class for family in FAMILIES}
-    if (
-        isinstance(transformer, nn.Module)
-        and hasattr(pipeline, "scheduler")
-        and not known & {c.__name__ for c in classes}
-    ):
+    if not known & set(classes) and hasattr(pipeline, "scheduler"):
         return recorded_of(pipeline)
-    family = family_named(next((each.__name__ for each in classes if each.__name__ in known), classes[0].__name__))
+    family = family_named(next((name for name in classes if name in known), classes[0]))
     family.check(pipeline)
     return family
 
 
 def recorded_of(pipeline) -> Recorded:
-    """The family that was recorded from this pipeline, with the transformer that it has now."""
+    """The family that was recorded from this pipeline, with the denoiser that it has now."""
     family = vars(pipeline).get("_onelora_family")  # kept there: once trained, it has no text encoders to be asked
-    if family is None or family.transformer is not unwrapped(pipeline.transformer):
+    if family is None or family.denoiser is not unwrapped(denoiser_of(pipeline)):
         family = vars(pipeline)["_onelora_family"] = Recorded(pipeline)
     return family
 

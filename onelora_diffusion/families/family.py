@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.autoencoder import decode_latents, encode_moments
 
 Condition = int | str | None
@@ -28,7 +29,6 @@ class Family:
         condition: `str` for prompts, `int` for class labels.
         targets: the linear layers that are adapted by default: those of the blocks, of the modulation that all blocks
             share, and of the output, like the paper's on a DiT. None: see `target_layers`.
-        blocks: the lists of the transformer's blocks.
         is_guided: whether guidance uses the empty condition, which then is trained as well.
         takes_samplers: whether samplers of `onelora_diffusion.sampling` can replace the pipeline's own scheduler.
         images_at_once: default number of images in a batch of the networks.
@@ -41,7 +41,6 @@ class Family:
     pipeline_class: ClassVar[str] = "DiffusionPipeline"
     condition: ClassVar[type] = str
     targets: ClassVar[tuple[str, ...] | None]
-    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     is_guided: ClassVar[bool] = True
     takes_samplers: ClassVar[bool] = False
     images_at_once: ClassVar[int] = 1
@@ -49,9 +48,6 @@ class Family:
 
     def check(self, pipeline) -> None:
         """ValueError for a pipeline of the family that has to be called in an unknown way."""
-
-    def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
-        return [block for name in self.blocks for block in getattr(transformer, name)]
 
     def shared_by_blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """Modules inside the blocks that are called outside of them, once for all blocks."""
@@ -98,7 +94,7 @@ class Family:
     def latent_shape(self, pipeline, height: int, width: int) -> tuple[int, ...]:
         """The shape (C, ...) of the latents of an image of height by width pixels."""
         scale = self.pixels_of_latent(pipeline)
-        return self.latent_channels(pipeline.transformer), height // scale, width // scale
+        return self.latent_channels(denoiser_of(pipeline)), height // scale, width // scale
 
     def latent_channels(self, transformer: nn.Module) -> int:
         return transformer.config.in_channels
@@ -113,11 +109,11 @@ class Family:
 
     def resolution(self, pipeline) -> int:
         """Side in pixels of the images that the pipeline draws by default."""
-        return pipeline.transformer.config.sample_size * self.pixels_of_latent(pipeline)
+        return denoiser_of(pipeline).config.sample_size * self.pixels_of_latent(pipeline)
 
     def multiple(self, pipeline) -> int:
         """Number of pixels per token along one side; image sides must be multiples of it."""
-        return self.pixels_of_latent(pipeline) * self.patch_size(pipeline.transformer)
+        return self.pixels_of_latent(pipeline) * self.patch_size(denoiser_of(pipeline))
 
     def check_resolution(self, pipeline, resolution: int) -> None:
         """ValueError for an image size that the transformer does not support."""

@@ -15,7 +15,6 @@ class Flux(Family):
     name = "flux"
     transformer_class = "FluxTransformer2DModel"
     targets = ("transformer_blocks.*", "single_transformer_blocks.*", "norm_out.linear", "proj_out")
-    blocks = ("transformer_blocks", "single_transformer_blocks")
     is_guided = False
 
     def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:

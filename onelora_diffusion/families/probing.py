@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
 from onelora_diffusion.families.targets import targets_in
@@ -31,7 +32,7 @@ def probe(recorder: Recorder) -> Place:
     """
     blocks = recorder.blocks
     if not blocks:
-        raise recorder.refusal("its transformer has no list of blocks of one class")
+        raise recorder.refusal("its denoiser has no list of blocks of one class")
     for name in ("prompt", "height", "width", "num_inference_steps"):
         if name not in recorder.parameters:
             raise recorder.refusal(f"its call takes no {name}")
@@ -43,7 +44,7 @@ def probe(recorder: Recorder) -> Place:
     find_conditions(recorder)
     find_sizes(recorder, place)
     find_guidance(recorder, place)
-    recorder.record.targets = targets_in(recorder.transformer, blocks, lambda: recorder.answered(place.constants))
+    recorder.record.targets = targets_in(recorder.denoiser, blocks, lambda: recorder.answered(place.constants))
     return place
 
 
@@ -62,7 +63,7 @@ def find_noise_at(recorder: Recorder) -> None:
     record, outputs = recorder.record, []
 
     def real(number, arguments):
-        outputs.append(output_of(recorder.transformer(**arguments)))
+        outputs.append(output_of(recorder.denoiser(**arguments)))
         return outputs[-1]
 
     for off in OFF:
@@ -77,7 +78,7 @@ def find_noise_at(recorder: Recorder) -> None:
             break
     else:
         raise recorder.refusal(
-            f"with {off or 'its own settings'} its transformer is called {len(run.calls)} times in a step, and of its "
+            f"with {off or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
             f"arguments {', '.join(found) or 'none'} is the scheduler's sample in another order"
         )
     (name,) = found
@@ -97,17 +98,17 @@ def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
 
     def numbered(number, sample):
         count = sample.numel()
-        values = torch.arange(count, dtype=torch.float32) if number == DIGITS else _digit(number, count)
+        values = torch.arange(count, dtype=torch.float32) if number >= DIGITS else _digit(number, count)
         return values.reshape(sample.shape).to(sample.device)
 
     def run_of(steps: int, step) -> Run:
         return recorder.run(SHORT, side, steps, answer, step, record.encoded, **record.off)
 
     run = run_of(steps, numbered)
-    if len(run.calls) != steps or len(run.times) != steps:
-        raise recorder.refusal(f"in {steps} steps its transformer is called {len(run.calls)} times")
+    if len(run.calls) != len(run.times) or len(run.times) < steps:  # a sampler of a higher order may take more
+        raise recorder.refusal(f"in {len(run.times)} steps its denoiser is called {len(run.calls)} times")
     count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
-    packed = _from_digits([value[0] for value in given[1:]])
+    packed = _from_digits([value[0] for value in given[1:steps]])
     if not _is_permutation(packed, count):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
     signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in run.outputs}
@@ -116,7 +117,7 @@ def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
     elements = torch.Size(record.output_shape(tuple(given[0][0].shape))).numel()
     is_part = len(unpacked) == count == len(unpacked.unique()) and 0 <= unpacked.min() and unpacked.max() < elements
     if signs or not sign or not is_part:
-        raise recorder.refusal("what its scheduler steps by is no permutation of the transformer's output")
+        raise recorder.refusal("what its scheduler steps by is no permutation of the denoiser's output")
     zeros, ones = (
         run_of(2, lambda number, sample, value=value: torch.full(sample.shape, value, device=sample.device)).decoded
         for value in (0.0, 1.0)
@@ -148,12 +149,23 @@ def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
 
 
 def check_schedule(recorder: Recorder, run: Run) -> None:
+    """Its times are those of its scheduler, and noise is added as in training."""
     scheduler = type(recorder.pipeline.scheduler).from_config(recorder.pipeline.scheduler.config)
     for name, value in run.attributes.items():
         setattr(scheduler, name, value)
     scheduler.set_timesteps(**run.schedule)
     if scheduler.timesteps[: len(run.times)].tolist() != run.times:
         raise recorder.refusal("it steps at other times than its scheduler's set_timesteps has set")
+    if prediction_of(scheduler.config) == "flow":
+        return
+    clean, noise = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    first, is_known = scheduler.timesteps[:1], hasattr(scheduler, "alphas_cumprod")
+    if is_known:
+        scaled = scheduler.scale_model_input(scheduler.add_noise(clean, noise, first), first[0])
+        is_known = torch.allclose(scaled, add_noise(clean, noise, first.round().long(), scheduler), atol=1e-3)
+    if not is_known:
+        kind = type(scheduler).__name__
+        raise recorder.refusal(f"its {kind} does not give its denoiser √ᾱ x + √(1-ᾱ) ε of its betas")
 
 
 def find_times(recorder: Recorder, run: Run) -> None:
@@ -171,7 +183,7 @@ def find_times(recorder: Recorder, run: Run) -> None:
             raise recorder.refusal(f"{name} changes from step to step, and is no a·t + b of the time t")
         recorder.record.times[name] = line
     if not recorder.record.times:
-        raise recorder.refusal("no argument of its transformer follows the time")
+        raise recorder.refusal("no argument of its denoiser follows the time")
 
 
 def line_of(at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:
@@ -215,7 +227,7 @@ def find_conditions(recorder: Recorder) -> None:
             )
         record.batched[name] = kind in ("rows", "list")
     if not record.prompted:
-        raise recorder.refusal("no argument of its transformer follows the prompt")
+        raise recorder.refusal("no argument of its denoiser follows the prompt")
     ragged = {name: how.ragged for name, how in record.prompted.items() if how.ragged is not None}
     if ragged and record.together:
         raise recorder.refusal(
@@ -267,7 +279,7 @@ def find_sizes(recorder: Recorder, place: Place) -> None:
 
 
 def _takes(recorder: Recorder, height: int, count: int) -> bool:
-    """Whether the pipeline draws images of this height, and its transformer the tokens of it."""
+    """Whether the pipeline draws images of this height, and its denoiser the tokens of it."""
     record = recorder.record
     try:
         run = recorder.run(
@@ -282,29 +294,30 @@ def _takes(recorder: Recorder, height: int, count: int) -> bool:
 
 
 def find_guidance(recorder: Recorder, place: Place) -> None:
-    """By which argument pictures are guided, from what, and by which formula; or what the transformer is told."""
+    """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
     record, parameters = recorder.record, recorder.parameters
-    # Guided is what is guided by default, given a prompt to guide from; a distilled model is told a scale instead.
+    # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
     for name in ("true_cfg_scale", "guidance_scale"):
         if name in parameters and (parameters[name].default or 0) > 1:
-            run, answers = guided_run(recorder, name)
-            rows = sum(len(call[record.noisy]) for call in run.calls)
-            if rows == 2:
-                record.guide, record.offset = name, offset_of(recorder, place, run, answers)
-                return
-            if rows != 1:
-                raise recorder.refusal(f"with {name}={TRIED_SCALE} its transformer has {rows} rows for an image")
+            for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
+                run, answers = guided_run(recorder, **guided)
+                rows = sum(len(call[record.noisy]) for call in run.calls)
+                if rows == 2:
+                    record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
+                    return
+                if rows != 1:
+                    raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
     if "guidance_scale" in parameters:
         first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
         changed = [name for name in first if not same(first[name], second[name])]
         if len(changed) > 1 or any(torch.as_tensor(first[name]).numel() != 1 for name in changed):
-            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its transformer's arguments")
+            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")
         for name in changed:
             low, high = (float(torch.as_tensor(values[name])) for values in (first, second))
             record.told = (name, high - low, low - 2 * (high - low))
 
 
-def guided_run(recorder: Recorder, guide: str, **settings) -> tuple[Run, list[Tensor]]:
+def guided_run(recorder: Recorder, **guided) -> tuple[Run, list[Tensor]]:
     """A guided step, with what the denoiser answered: a row for each image, in the order of its calls."""
     answers = []
     generator = torch.Generator().manual_seed(0)
@@ -314,7 +327,6 @@ def guided_run(recorder: Recorder, guide: str, **settings) -> tuple[Run, list[Te
         answers.extend(value := random(number, arguments))
         return value
 
-    guided = {guide: TRIED_SCALE, "negative_prompt": ""} | settings
     return recorder.run(SHORT, recorder.square, 2, answer, **guided), answers
 
 

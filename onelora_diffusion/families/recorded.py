@@ -3,6 +3,8 @@
 `families/probing.py` says what is looked for, and what is refused.
 """
 
+import re
+
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ ROOM = 512  # tokens of a prompt that are kept where the pipeline names no numbe
 
 
 class Recorded(Family):
-    """The family of one pipeline, whose call is recorded some twenty times, its transformer running in a few of them.
+    """The family of one pipeline, whose call is recorded some twenty times, its denoiser running in a few of them.
 
     Raises:
         ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
@@ -27,15 +29,15 @@ class Recorded(Family):
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.recorder = Recorder(pipeline)
-        self.transformer, self.blocks = self.recorder.transformer, self.recorder.blocks
-        self.transformer_class = type(self.transformer).__name__
+        self.denoiser = self.recorder.denoiser
+        self.transformer_class = type(self.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
         if getattr(pipeline, "transformer_2", None) is not None:
             raise self.recorder.refusal("it has two transformers, and here one is trained")
         with torch.no_grad():
             self._places: dict[tuple[int, int], Place] = {self.recorder.square: probe(self.recorder)}
         self.record = self.recorder.record
-        self.is_guided, self.targets = self.record.guide is not None, self.record.targets
+        self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
     def __str__(self) -> str:
         """What was found, in three lines."""
@@ -45,6 +47,7 @@ class Recorded(Family):
             f"{name} ({'one length' if how.ragged is None else 'of each length'})"
             for name, how in record.prompted.items()
         )
+        blocks = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in self.recorder.blocks)
         guidance = f"told as {record.told[0]}" if record.told else "none"
         if self.is_guided:
             way = {0: "w", 1: "w - 1", None: "in a way of its own; pictures here are guided plainly by w"}
@@ -55,7 +58,7 @@ class Recorded(Family):
             f"of the prompt: {prompted}; of the size: {', '.join(record.sized) or 'nothing'}"
             f"{'; of both: ' + ', '.join(record.together) if record.together else ''}",
             f"guidance: {guidance}; sides are multiples of {record.multiple}; "
-            f"adapters in {', '.join(f'{path}.*' for path in self.blocks)}",
+            f"adapters in {', '.join(f'{path}.*' for path in blocks)}",
         )
         return "\n".join(f"{self.name}: {line}" for line in lines)
 
@@ -69,9 +72,6 @@ class Recorded(Family):
     def _side_of(self, latents: Tensor) -> tuple[int, int]:
         height, width = latents.shape[-2:]
         return height * self.record.pixels, width * self.record.pixels
-
-    def blocks_of(self, transformer: nn.Module) -> list[nn.Module]:
-        return [block for path in self.blocks for block in transformer.get_submodule(path)]
 
     # -----------------------------------------------------------------------------------------------
     # Conditions
@@ -89,7 +89,7 @@ class Recorded(Family):
         run = recorder.run(prompt, recorder.square, **record.off | settings)
         call = run.calls[0]
         if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
-            guided, _ = guided_run(recorder, record.guide, **settings)
+            guided, _ = guided_run(recorder, **record.guided | settings)
             _, empty = empty_row(recorder, guided, recorder.call(**settings))
             if record.together and not all(near(empty[name], call[name]) for name in empty):
                 raise ValueError(f"{self.name} encodes the empty prompt in another way where it is guided from it")
@@ -104,7 +104,7 @@ class Recorded(Family):
         for name in call.keys() - record.prompted.keys() - record.times.keys() - {record.noisy}:
             device = call[name].device if isinstance(call[name], Tensor) else "cpu"
             if not same(call[name], send_to_device(constants.get(name), device)):
-                raise ValueError(f"{self.name} tells its transformer another {name} of this prompt than of others")
+                raise ValueError(f"{self.name} tells its denoiser another {name} of this prompt than of others")
         row = {}
         for name, how in record.prompted.items():
             value = call[name][None] if how.kind == "shared" else call[name][0][None]

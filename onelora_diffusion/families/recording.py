@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from onelora_diffusion.denoisers import denoiser_name, denoiser_of, repeated_blocks
 from onelora_diffusion.families.arguments import copied, leaves, nested, output_of, same
-from onelora_diffusion.families.targets import repeated_blocks
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
@@ -131,8 +131,8 @@ class Record:
         pads: whether prompts of unequal length share a batch.
         pixels: of a latent, along one side.
         multiple: pixels of which sides are multiples.
-        guide: the argument of the pipeline by which images are guided from the empty prompt; None: they are not.
-        offset: what is added to it in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
+        guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
+        offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
         told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b.
         targets: patterns of the layers that are adapted by default.
     """
@@ -153,10 +153,15 @@ class Record:
     pads: bool = False
     pixels: int = 1
     multiple: int = 1
-    guide: str | None = None
+    guided: dict = field(default_factory=dict)
     offset: int | None = 0
     told: tuple[str, float, float] | None = None
     targets: tuple[str, ...] = ()
+
+    @property
+    def guide(self) -> str | None:
+        """The argument of the pipeline that is the scale of guidance from the empty prompt."""
+        return next(iter(self.guided), None)
 
     def output_shape(self, argument: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an image's output for that of its noisy argument."""
@@ -167,6 +172,7 @@ class Recorder:
     """Calls a pipeline, its parts replaced.
 
     Attributes:
+        component: the pipeline's attribute that is the denoiser.
         blocks: paths of the lists of the denoiser's blocks.
         parameters: of the pipeline's call, by name.
         record: what is known of it so far.
@@ -174,8 +180,9 @@ class Recorder:
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
-        self.transformer = unwrapped(pipeline.transformer)
-        self.blocks = repeated_blocks(self.transformer)
+        self.component = denoiser_name(pipeline)
+        self.denoiser = unwrapped(denoiser_of(pipeline))
+        self.blocks = repeated_blocks(self.denoiser)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         self.record = Record()
 
@@ -208,7 +215,7 @@ class Recorder:
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1]} if side else {})
         replaced = {
-            "transformer": _StandIn(self.transformer, self._denoiser(run, answer), device=device),
+            self.component: _StandIn(self.denoiser, self._denoiser(run, answer), device=device),
             "vae": _StandIn(pipeline.vae, decode=_decoder(run), device=device, dtype=torch.float32),
             "scheduler": _scheduler(pipeline.scheduler, run, step),
             "encode_prompt": self._encoder(run, encoded),
@@ -228,7 +235,7 @@ class Recorder:
         return run
 
     def _denoiser(self, run: Run, answer: Callable | None) -> Callable:
-        signature = inspect.signature(self.transformer.forward)
+        signature = inspect.signature(self.denoiser.forward)
         variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
         def forward(*args, **kwargs):
@@ -275,12 +282,12 @@ class Recorder:
 
     def answered(self, call: dict) -> Tensor | list:
         """What the denoiser itself answers to a recorded call."""
-        device = next(self.transformer.parameters()).device
-        return output_of(self.transformer(**nested(send_to_device(call, device))))
+        device = next(self.denoiser.parameters()).device
+        return output_of(self.denoiser(**nested(send_to_device(call, device))))
 
 
 def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
-    """A scheduler like the pipeline's that records how it is used."""
+    """A scheduler like the pipeline's that records how it is used, and gives the denoiser its sample as it is."""
     scheduler = type(own).from_config(own.config)
     before = dict(vars(scheduler))
     set_timesteps = scheduler.set_timesteps
@@ -292,7 +299,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
         run.attributes = {
             name: value
             for name, value in vars(scheduler).items()
-            if name not in ("set_timesteps", "step") and not same(value, before.get(name))
+            if name not in ("set_timesteps", "step", "scale_model_input") and not same(value, before.get(name))
         }
         return set_timesteps(*args, **kwargs)
 
@@ -307,6 +314,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
         return _Answer((after,))
 
     scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step
+    scheduler.scale_model_input = lambda sample, timestep=None: sample
     return scheduler
 
 

@@ -6,30 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
-def repeated_blocks(transformer: nn.Module) -> tuple[str, ...]:
-    """Paths of the outermost lists of a transformer's blocks: of the classes that it names, or of one class each."""
-    named = set(getattr(transformer, "_repeated_blocks", None) or ())
-    lists = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.ModuleList)}
-    found = []
-    for path, module in lists.items():
-        classes = {type(entry).__name__ for entry in module}
-        is_one = classes <= named if named else len(classes) == 1
-        is_inner = any(path.startswith(f"{outer}.") for outer in (found if named else lists))
-        if classes and is_one and not is_inner and any(isinstance(part, nn.Linear) for part in module.modules()):
-            found.append(path)
-    return tuple(found)
-
-
-def targets_in(
-    transformer: nn.Module, blocks: tuple[str, ...], predict: Callable[[], Tensor | list]
-) -> tuple[str, ...]:
+def targets_in(denoiser: nn.Module, blocks: tuple[str, ...], predict: Callable[[], Tensor | list]) -> tuple[str, ...]:
     """Patterns of the linear layers in lists of blocks that a prediction depends on.
 
     The last block of some transformers computes tokens of the prompt that nobody reads.
     """
     inside = {
         path: module
-        for path, module in transformer.named_modules()
+        for path, module in denoiser.named_modules()
         if isinstance(module, nn.Linear) and any(path.startswith(f"{block}.") for block in blocks)
     }
     added = {path: torch.zeros((), device=module.weight.device, requires_grad=True) for path, module in inside.items()}
@@ -56,7 +40,7 @@ def targets_in(
     return tuple(
         pattern
         for block in blocks
-        for pattern in patterns(block, [f"{block}.{i}" for i in range(len(transformer.get_submodule(block)))])
+        for pattern in patterns(block, [f"{block}.{i}" for i in range(len(denoiser.get_submodule(block)))])
     )
 
 

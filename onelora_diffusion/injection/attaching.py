@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -31,11 +32,14 @@ MAX_UNSEEN_SIZE = 256  # largest size of anything that a file's settings build b
 
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
-def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = False) -> dict[str, LayerAdapter]:
+def build_adapter(
+    model: nn.Module, config: AdapterConfig, as_shapes: bool = False, named: Iterable[str] = ()
+) -> dict[str, LayerAdapter]:
     """Build the layer adapters of a new adapter, by the path of the layer that each adapts; the model is not changed.
 
     Args:
         as_shapes: build on the meta device, where tensors take no memory.
+        named: as in `target_layers`.
     """
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
@@ -43,7 +47,7 @@ def build_adapter(model: nn.Module, config: AdapterConfig, as_shapes: bool = Fal
     table = None if config.num_classes is None else _base_table(model, config)
     # A new adapter starts from the base's tensors, not from trained ones that replace them.
     with disable_adapter(model) if hasattr(model, "_onelora") else contextlib.nullcontext():
-        layers = served(_layers_of(model, config))
+        layers = served(_layers_of(model, config, named))
         with torch.device("meta") if as_shapes else contextlib.nullcontext():
             adapter = dict(config.recipe.build(layers, config))
         if config.norms:
@@ -65,13 +69,13 @@ def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
     return model.get_submodule(path)
 
 
-def _layers_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+def _layers_of(model: nn.Module, config: AdapterConfig, named: Iterable[str]) -> dict[str, nn.Module]:
     """The layers that the method of `config` adapts, by path."""
     if config.recipe.is_whole:
         return full_layers(model, config)
     if config.recipe.parts and not (config.sum or config.bias or config.scale):
         return {}
-    layers = target_layers(model, config.targets)
+    layers = target_layers(model, config.targets, named)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
     return fused_layers(model, layers) if config.fuse_qkv and config.recipe.serves_fused else layers
@@ -143,7 +147,7 @@ def build_for_values(
 ) -> dict[str, LayerAdapter] | None:
     """`build_adapter` for given values; None for a tuner whose shapes are known only after computing."""
     try:
-        return build_adapter(model, config, as_shapes)
+        return build_adapter(model, config, as_shapes, values)
     except (NotImplementedError, RuntimeError) as error:
         sizes = [value for value in (config.peft_config or {}).values() if isinstance(value, int)]
         if as_shapes and max([config.rank, *sizes]) <= MAX_UNSEEN_SIZE:

@@ -8,7 +8,7 @@ from torch import nn
 from onelora_diffusion.adapters.compressions import compression_of
 from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.config import PARTS, AdapterConfig
-from onelora_diffusion.injection.attaching import attach_adapter, build_with_values
+from onelora_diffusion.injection.attaching import attach_adapter, build_with_values, state_dict_of
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name
 from onelora_diffusion.injection.layers import target_layers
 
@@ -68,7 +68,12 @@ def _config_of_sum(model: nn.Module, book: AdapterBook, mixture: dict[str, Weigh
     if len({compression_of(c) for c in compressing}) > 1:
         raise ValueError(f"adapters {', '.join(mixture)} compress in different ways: their sum is no adapter")
     first = compressing[0] if compressing else AdapterConfig()
-    paths = {path for c in configs if c.sum or c.bias or c.scale for path in target_layers(model, c.targets)}
+    paths = {
+        path
+        for name, c in zip(mixture, configs, strict=True)
+        if c.sum or c.bias or c.scale
+        for path in target_layers(model, c.targets, state_dict_of(book.adapters[name]))
+    }
     tables = [c for c in configs if c.num_classes is not None]
     return AdapterConfig(
         **{part: any(getattr(c, part) for c in configs) for part in PARTS} | {"norms": False},

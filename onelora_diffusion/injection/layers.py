@@ -2,13 +2,14 @@
 
 import fnmatch
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from onelora_diffusion.adapters.base_layer import is_pointwise, weights_present
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.denoisers import repeated_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,20 @@ def added_paths(model: nn.Module) -> set[str]:
     )
 
 
-def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
+def target_layers(
+    model: nn.Module, targets: tuple[str, ...] | None, named: Iterable[str] = ()
+) -> dict[str, nn.Linear]:
     """The linear layers to adapt, by path.
 
     `targets=None` on a DiT, in diffusers' or its authors' code, takes the paper's set, which follows from its
     parameter counts: adaLN, q, k, v, attention output and both MLP linears of each block, and both output linears,
-    without the timestep embedder. On other models it takes every linear layer but the output head and those of an
-    IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
+    without the timestep embedder. On other models it takes every linear layer of the repeated blocks, or where there
+    are none every one but the output head; and none of an IP-Adapter. A convolution of 1 x 1
+    is taken if its whole path is a target.
+
+    Args:
+        named: the tensors of an adapter that exists. If they are of layers outside the blocks, as in files that were
+            written when those belonged to the default, it has every layer but the output head.
     """
     unused = unused_layers(model)
     linears = {
@@ -97,7 +105,12 @@ def target_layers(model: nn.Module, targets: tuple[str, ...] | None) -> dict[str
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
         is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
         left_out = unreached | unused | added_paths(model)
-        return {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
+        found = {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
+        blocks = tuple(f"{path}." for path in repeated_blocks(model)) if is_target is _is_no_head else ()
+        others = tuple(f"{path}." for path in found if not path.startswith(blocks))
+        if not blocks or any(name.startswith(others) for name in named):
+            return found
+        return {path: linear for path, linear in found.items() if path.startswith(blocks)}
 
     chosen = {path for target in targets for path in linears if _matches(path, target)} - unused
     for target in targets:

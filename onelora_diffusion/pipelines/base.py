@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from onelora_diffusion.denoisers import DENOISERS
 from onelora_diffusion.families import FAMILIES, Family, family_named, family_of
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
@@ -40,7 +41,7 @@ def load_base(
         named_by: the adapter file that names the base; if it causes a download, this is printed first.
         condition: the required kind of condition, checked before anything is loaded: `int` for classes, `str` for
             prompts, or `object` for either.
-        precision: `fp32` or `bf16` for all models; or `int8` (torchao) or `nf4` (bitsandbytes) for the transformer,
+        precision: `fp32` or `bf16` for all models; or `int8` (torchao) or `nf4` (bitsandbytes) for the denoiser,
             which is quantised while it is loaded, with bf16 for all else.
 
     Raises:
@@ -58,7 +59,7 @@ def load_base(
         raise ValueError(f"base model '{base or folder}' is a {class_name}, which draws {draws}")
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision in ("int8", "nf4"):
-        packed = {"transformer": _packed(precision)}
+        packed = dict.fromkeys(_denoisers(index), _packed(precision))
         settings["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=packed)
     if "id2label" in index:
         settings["id2label"] = class_names(index)
@@ -99,8 +100,13 @@ def model_index(base: str | Path | None) -> dict:
 
 
 def transformer_class(index: dict) -> str:
-    """The class of the transformer that a `model_index.json` names."""
-    return printable(str((index.get("transformer") or [None, "NoneType"])[1]), 60)
+    """The class of the transformer or UNet that a `model_index.json` names."""
+    return printable(str(next(iter(_denoisers(index).values()), "NoneType")), 60)
+
+
+def _denoisers(index: dict) -> dict[str, str]:
+    """Component -> the name of its class; a component that a pipeline may lack is there without one."""
+    return {name: index[name][1] for name in DENOISERS if index.get(name) and index[name][1]}
 
 
 def _read_index(base: str | Path | None, named_by: Path | None = None, condition: type = int) -> tuple[Path, dict]:

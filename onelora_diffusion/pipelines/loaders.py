@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight
+from onelora_diffusion.denoisers import DENOISERS
 from onelora_diffusion.injection import model_verbs
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
@@ -28,8 +29,6 @@ from onelora_diffusion.storage.attaching import attach_adapter_file, swap_values
 from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
 from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
-
-DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two transformers, used one after the other
 
 
 class OneLoRALoaderMixin:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Conditions, Family, family_of
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.pipelines.base import eval_mode
@@ -148,7 +149,7 @@ def generate_images(
         raise ValueError(f"{len(conditions)} {kind} for {len(indices)} images; one each is needed")
     family, encoded = family_of(pipeline), EncodedConditions(pipeline, max_sequence_length)
     settings.check_family(family)
-    settings.check(pipeline.transformer, pipeline.scheduler.config)
+    settings.check(denoiser_of(pipeline), pipeline.scheduler.config)
     scale = family.guidance_scale(pipeline) if settings.guidance_scale is None else settings.guidance_scale
 
     def request(k: int) -> ImageRequest:
@@ -199,7 +200,7 @@ def draw_in_chunks(
         def count(share: float, num_images: int = len(chunk)) -> None:
             progress(num_images * share)
 
-        with eval_mode(pipeline.transformer):
+        with eval_mode(denoiser_of(pipeline)):
             images = draw(pipeline, [request(k) for k in chunk + padding], settings, size, count)
         yield as_uint8(images)[: len(chunk)]
 

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Family
 from onelora_diffusion.injection.routing import reroute_adapters, route_adapters
 from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest, first_weight
@@ -106,7 +107,7 @@ class RunningBatch:
 
     def start(self, requests: Sequence[ImageRequest], settings: SamplerSettings, shape: tuple[int, ...]) -> Trajectory:
         """The trajectory of images with one sampler and latents of a shape (C, ...), before its first step."""
-        transformer = self.pipeline.transformer
+        transformer = denoiser_of(self.pipeline)
         learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * shape[0]
         scheduler = copy.deepcopy(self._scheduler(settings, shape, learned_variance))
         return Trajectory(requests, scheduler, shape, first_weight(transformer).device, learned_variance)
@@ -126,7 +127,7 @@ class RunningBatch:
 
     def _compose(self, requests: list[ImageRequest]) -> None:
         """Prepare the conditions and adapters of these images."""
-        transformer, before = self.pipeline.transformer, self._denoise
+        transformer, before = denoiser_of(self.pipeline), self._denoise
         denoise = GuidedDenoiser(self.family, transformer, requests, *self.guidance)
         if before is None or before.entries is None or denoise.entries is None:
             self.close()
@@ -142,7 +143,7 @@ def scheduler_of(
 ):
     """A scheduler with its timesteps set for latents of this shape: the chosen sampler's, or the pipeline's own."""
     own, steps = pipeline.scheduler, settings.num_inference_steps
-    num_tokens = prod(shape[1:]) // family.patch_size(pipeline.transformer) ** 2
+    num_tokens = prod(shape[1:]) // family.patch_size(denoiser_of(pipeline)) ** 2
     if family.takes_samplers:
         sampler = settings.for_scheduler(own.config).sampler
         return make_scheduler(sampler, own.config, steps, num_tokens, learned_variance)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import find_class
 from onelora_diffusion.sampling import SamplerSettings, as_uint8, draw, image_generators
@@ -33,7 +34,7 @@ class Drawing:
 
     def __init__(self, pipeline, max_steps: int, class_names: Mapping[int, str] | None = None):
         self.pipeline, self.max_steps, self.family = pipeline, max_steps, family_of(pipeline)
-        self.transformer = pipeline.transformer.eval()
+        self.transformer = denoiser_of(pipeline).eval()
         self.size, self.encoded = self.family.resolution(pipeline), EncodedConditions(pipeline)
         self.draws_classes = self.family.condition is int
         self.takes_negative_prompts = self.family.is_guided and not self.draws_classes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from onelora_diffusion.denoisers import blocks_of, denoiser_of
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import train_adapters
 from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
@@ -130,7 +131,7 @@ class Job:
         training.measures_rates = settings.rates_by_sum and run.rate_factors is None
         self.trainings.append(training)
         if task.subject is not None:
-            train_adapters(task.pipeline.transformer, [each.task.adapter_name for each in self.trainings])
+            train_adapters(denoiser_of(task.pipeline), [each.task.adapter_name for each in self.trainings])
 
     def add_subject(self) -> Training:
         """Begin the training of the next subject, or resume it.
@@ -225,12 +226,12 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
         job.add(job.waiting.popleft(), checkpoint)
     while job.has_room:
         job.add_subject()
-    transformer, family = pipeline.transformer, job.trainings[0].task.family
+    transformer = denoiser_of(pipeline)
     transformer.train()
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if settings.compile:
-        for block in family.blocks_of(transformer):
+        for block in blocks_of(transformer):
             block.compile()
     if accelerator.num_processes > 1:
         (training,) = job.trainings

@@ -17,6 +17,7 @@ from onelora_diffusion.command_line import one_line_errors, typed_as
 from onelora_diffusion.data.images import BrokenImageError
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions
 from onelora_diffusion.families.family import joined
@@ -95,7 +96,7 @@ def begin(job: Job, stop: Stop) -> None:
     settings, accelerator = job.settings, job.accelerator
     encode([training.task for training in job.all_trainings], stop)
     first = job.trainings[0]
-    transformer = first.task.pipeline.transformer
+    transformer = denoiser_of(first.task.pipeline)
     if settings.engine == "fsdp2":
         job.model = shard_base(transformer, first.task.family, first.run.trained, accelerator.device)
     else:
@@ -199,7 +200,7 @@ def update(job: Job) -> None:
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scheduled(training.run.step, training.settings)
     scales = {
-        training: SumScales(training.task.pipeline.transformer, training.run.trained, training.task.adapter_name)
+        training: SumScales(denoiser_of(training.task.pipeline), training.run.trained, training.task.adapter_name)
         for training in job.trainings
         if training.measures_rates and training.run.rate_factors is None
     }
@@ -275,7 +276,7 @@ def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Trainin
     with ExitStack() as entered:
         if job.settings.subjects is not None:
             names = [training.task.adapter_name for training, part in group for _ in part.moments]
-            entered.enter_context(route_adapters(group[0][0].task.pipeline.transformer, names))
+            entered.enter_context(route_adapters(denoiser_of(group[0][0].task.pipeline), names))
         first = 0
         for training, part in group:
             last = first + len(part.moments)

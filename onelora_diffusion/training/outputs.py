@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from onelora_diffusion.command_line import typed_as
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.processes import say
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
@@ -143,7 +144,7 @@ class Outputs:
             if namings := namings_of(self.settings.export_lora):
                 with self.averaged():
                     for naming in namings:
-                        export_lora(self.task.pipeline.transformer, self.folder / "lora", naming=naming)
+                        export_lora(denoiser_of(self.task.pipeline), self.folder / "lora", naming=naming)
 
     def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
         settings, run = self.settings, self.run
@@ -165,7 +166,7 @@ class Outputs:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
         save_adapter(
-            self.task.pipeline.transformer,
+            denoiser_of(self.task.pipeline),
             self.folder / name,
             self.task.adapter_name,
             state_dict=values,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from onelora_diffusion.denoisers import blocks_of
 from onelora_diffusion.families import Family
 
 
@@ -29,7 +30,7 @@ def shard_base(transformer: nn.Module, family: Family, trained: dict[str, Tensor
             ignored.update(module.parameters(recurse=False))
     for shared in family.shared_by_blocks(transformer):
         fully_shard(shared, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    for block in family.blocks_of(transformer):
+    for block in blocks_of(transformer):
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     return fully_shard(transformer, mesh=mesh, ignored_params=ignored)
 

@@ -18,6 +18,7 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
@@ -101,7 +102,7 @@ class Task:
         Raises:
             ValueError: the base has no such adapter, or the adapter is no LoRA of those that are to be written.
         """
-        transformer, name = self.pipeline.transformer, self.adapter_name
+        transformer, name = denoiser_of(self.pipeline), self.adapter_name
         inject_adapter(transformer, self.config, name)
         for naming in namings_of(self.settings.export_lora):
             check_export(transformer, name, naming)
@@ -123,11 +124,11 @@ class Task:
     def activate(self) -> None:
         """Let the transformer compute with this adapter alone."""
         if self.subject is not None:
-            set_adapters(self.pipeline.transformer, self.adapter_name)
+            set_adapters(denoiser_of(self.pipeline), self.adapter_name)
 
     def detach(self) -> None:
         """Remove the adapter from the transformer, if it was attached."""
-        transformer = self.pipeline.transformer
+        transformer = denoiser_of(self.pipeline)
         if hasattr(transformer, "_onelora") and self.adapter_name in transformer._onelora.adapters:
             unload_adapter(transformer, self.adapter_name)
 
@@ -163,7 +164,7 @@ class Task:
 
         If the settings ask for it, the first row is drawn by the base. None if stopped early or without conditions.
         """
-        shown, transformer = self.data.shown, self.pipeline.transformer
+        shown, transformer = self.data.shown, denoiser_of(self.pipeline)
         if not shown:
             return None
         with self.decoding():
@@ -225,7 +226,7 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     latents = [_encode_images(task, stop) for task in tasks]
     if None not in latents:
         pipeline.vae.to("cpu", dtype)
-    pipeline.transformer.to(device)
+    denoiser_of(pipeline).to(device)
     for number, task in enumerate(tasks):
         task.folders = prompts[number] if encoders else None, latents[number]
 

@@ -9,6 +9,7 @@ from rounding import assert_rounded
 from text_pipelines import MAKERS, RESOLUTION, make_pipeline
 from torch import nn
 
+from onelora_diffusion.denoisers import repeated_blocks
 from onelora_diffusion.diffusion import prediction_of
 from onelora_diffusion.families import FAMILIES, family_of
 from onelora_diffusion.families.flux import pack, unpack
@@ -163,9 +164,10 @@ def test_targets_are_the_blocks_the_shared_modulation_and_the_output(pipeline, n
     family = family_of(pipeline)
     found = target_layers(pipeline.transformer, family.targets)
     assert len(found) == TARGETS[name]
-    in_blocks = [path for path in found if path.split(".")[0] in family.blocks]
+    blocks = repeated_blocks(pipeline.transformer)
+    in_blocks = [path for path in found if path.split(".")[0] in blocks]
     linears = [path for path, module in pipeline.transformer.named_modules() if isinstance(module, nn.Linear)]
-    assert in_blocks == [path for path in linears if path.split(".")[0] in family.blocks]
+    assert in_blocks == [path for path in linears if path.split(".")[0] in blocks]
     assert len(found) == len(in_blocks) + 2
 
 
@@ -177,7 +179,7 @@ def test_an_unknown_family_is_an_error_that_names_the_known():
     assert [family.name for family in FAMILIES] == ["dit", "pixart", "sd3", "flux", "sana"]
     with pytest.raises(ValueError, match="the pipeline has a Linear, of no family .*: dit .*, pixart .*, sd3 "):
         family_of(SimpleNamespace(transformer=nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match="the pipeline has no transformer, of no family"):
+    with pytest.raises(ValueError, match="has neither a transformer nor a unet"):
         family_of(SimpleNamespace())
 
 

@@ -4,18 +4,18 @@ import functools
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EDMEulerScheduler
 from rounding import assert_rounded, rounding_of_images
 from stock_pipelines import make_stock
 from text_pipelines import MAKERS, make_pipeline
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
+from onelora_diffusion.denoisers import denoiser_of, repeated_blocks
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.families.probing import line_of, place_at
 from onelora_diffusion.families.recording import ASKED
-from onelora_diffusion.families.targets import repeated_blocks
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
@@ -23,7 +23,15 @@ from onelora_diffusion.sampling.guidance import ImageRequest
 
 LENGTH = 24  # tokens of a prompt of the pipelines whose families are written by hand
 PROMPTS = ["a bold Q", "", "a violet triangle, upside down"]
-STOCK = ["qwen_image", "z_image", "wan", "krea2", "ernie_image"]  # a mask; lists; frames; both; lengths
+STOCK = [
+    "sd15",
+    "sdxl",
+    "qwen_image",
+    "z_image",
+    "wan",
+    "krea2",
+    "ernie_image",
+]  # UNets; a mask; lists; frames; both; lengths
 
 
 @functools.cache
@@ -46,13 +54,12 @@ def inputs(family, pipeline, prompts=PROMPTS, seed=0, **settings):
 def test_a_recording_is_what_was_written_by_hand(name):
     pipeline = make_pipeline(name)
     if name == "flux":  # a distilled one, which is told its guidance
-        config = {key: value for key, value in pipeline.transformer.config.items() if key != "_use_default_values"}
-        transformer = type(pipeline.transformer).from_config(config | {"guidance_embeds": True})
+        config = {key: value for key, value in denoiser_of(pipeline).config.items() if key != "_use_default_values"}
+        transformer = type(denoiser_of(pipeline)).from_config(config | {"guidance_embeds": True})
         pipeline.register_modules(transformer=transformer.eval())
     written, recorded = family_of(pipeline), Recorded(pipeline)
     assert not isinstance(written, Recorded)
-    for question in ("is_guided", "blocks"):
-        assert getattr(recorded, question) == getattr(written, question)
+    assert recorded.is_guided == written.is_guided
     assert set(recorded.targets) < set(written.targets)
     assert recorded.latent_shape(pipeline, 64, 64) == written.latent_shape(pipeline, 64, 64)
     assert recorded.guidance_scale(pipeline) == written.guidance_scale(pipeline)
@@ -61,9 +68,9 @@ def test_a_recording_is_what_was_written_by_hand(name):
     latents, times, own = inputs(written, pipeline, max_length=LENGTH)
     conditions = recorded.encode_conditions(pipeline, PROMPTS, LENGTH)
     for guidance in ({}, {"guidance": torch.tensor([1.0, 2.5, 4.0])} if name == "flux" else {}):
-        expected = written.predict(pipeline.transformer, latents, times, own | guidance)
-        found = recorded.predict(pipeline.transformer, latents, times, conditions | guidance)
-        assert_rounded(found, expected, pipeline.transformer)
+        expected = written.predict(denoiser_of(pipeline), latents, times, own | guidance)
+        found = recorded.predict(denoiser_of(pipeline), latents, times, conditions | guidance)
+        assert_rounded(found, expected, denoiser_of(pipeline))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert_rounded(
         recorded.encode_images(pipeline.vae, images), written.encode_images(pipeline.vae, images), pipeline.vae.encoder
@@ -84,12 +91,12 @@ def test_a_recording_is_what_was_written_by_hand(name):
 def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
     pipeline, family = stock(name)
     latents, times, conditions = inputs(family, pipeline)
-    together = family.predict(pipeline.transformer, latents, times, conditions)
+    together = family.predict(denoiser_of(pipeline), latents, times, conditions)
     assert together.shape == latents.shape and together.std() > 0.01
     for row in range(len(PROMPTS)):
         alone = family.encode_conditions(pipeline, [PROMPTS[row]])
-        one = family.predict(pipeline.transformer, latents[row : row + 1], times[row : row + 1], alone)
-        assert_rounded(together[row : row + 1], one, pipeline.transformer)
+        one = family.predict(denoiser_of(pipeline), latents[row : row + 1], times[row : row + 1], alone)
+        assert_rounded(together[row : row + 1], one, denoiser_of(pipeline))
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -107,7 +114,7 @@ def test_pictures_are_those_of_the_stock_pipeline(name):
     )
     found = draw(pipeline, [request], SamplerSettings(num_inference_steps=steps), 64)
     asked = {key: value for key, value in ASKED.items() if key in family.recorder.parameters}
-    told = {"guidance_scale": scale, "negative_prompt": ""} if plain else {}
+    told = family.record.guided | {family.record.guide: scale} if plain else {}
     latents = image_generators(0, [0])[0]
     noise = torch.randn(1, *family.latent_shape(pipeline, 64, 64), generator=latents)
     place = family.place(64, 64)
@@ -124,7 +131,7 @@ def test_pictures_are_those_of_the_stock_pipeline(name):
 @pytest.mark.parametrize("name", STOCK)
 def test_an_adapter_learns_and_samples_have_adapters_of_their_own(name):
     pipeline = make_stock(name)
-    family, model = family_of(pipeline), pipeline.transformer.requires_grad_(False)
+    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
     latents, _, conditions = inputs(family, pipeline, ["a bold Q", "a bold O"])
     inject_adapter(model, AdapterConfig(targets=family.targets))
     vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -165,27 +172,29 @@ def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is
     latents, times, conditions = inputs(family, pipeline, prompts)
     assert conditions["encoder_hidden_states.length"].tolist() == [16, 32, 16]
     with torch.no_grad():
-        together = family.predict(pipeline.transformer, latents, times, conditions)
+        together = family.predict(denoiser_of(pipeline), latents, times, conditions)
         alone = [
-            family.predict(pipeline.transformer, latents[i : i + 1], times[i : i + 1], one)
+            family.predict(denoiser_of(pipeline), latents[i : i + 1], times[i : i + 1], one)
             for i, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in prompts)
         ]
-    assert_rounded(together, torch.cat(alone), pipeline.transformer)
-    model = inject_adapter(pipeline.transformer, AdapterConfig(targets=family.targets))
+    assert_rounded(together, torch.cat(alone), denoiser_of(pipeline))
+    model = inject_adapter(denoiser_of(pipeline), AdapterConfig(targets=family.targets))
     with pytest.raises(ValueError, match="takes prompts of one length in a batch"), route_adapters(model, [None] * 3):
         family.predict(model, latents, times, conditions)
 
 
 def test_what_has_no_place_in_a_recording_is_refused():
     pipeline = make_pipeline("pixart")
-    pipeline.scheduler = EulerDiscreteScheduler()  # which scales what the transformer is given
-    with pytest.raises(ValueError, match="PixArtSigmaPipeline cannot be recorded: .* none is the scheduler's sample"):
+    pipeline.scheduler = EDMEulerScheduler()  # which scales what the denoiser is given in another way
+    with pytest.raises(
+        ValueError, match="PixArtSigmaPipeline cannot be recorded: its EDMEulerScheduler does not give"
+    ):
         Recorded(pipeline)
     pipeline = make_pipeline("sd3")
     times = torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
     assert line_of(times, times**2, torch.float32) is None
     assert line_of(times, 1 - times / 1000, torch.float32) == (-1e-3, 1.0)
-    pipeline.transformer_2 = pipeline.transformer
+    pipeline.transformer_2 = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: it has two transformers"):
         Recorded(pipeline)
 

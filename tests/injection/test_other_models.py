@@ -3,11 +3,13 @@
 import pytest
 import torch
 from conftest import randomize
+from denoisers import unet
 from rounding import assert_rounded
 
 from onelora_diffusion import (
     AdapterConfig,
     adapter_state_dict,
+    combine_adapters,
     count_trainable,
     inject_adapter,
     load_adapter,
@@ -16,6 +18,8 @@ from onelora_diffusion import (
     unload_adapter,
     unmerge_adapter,
 )
+from onelora_diffusion.injection import layers
+from onelora_diffusion.injection.layers import target_layers
 
 
 def llama():
@@ -106,6 +110,25 @@ def test_the_output_head_is_no_target():
     model, _ = vit()
     assert count_trainable(inject_adapter(model, AdapterConfig())) == 2 * (5 * 32 + 48)
     assert not [name for name in adapter_state_dict(model) if "classifier" in name]
+
+
+def test_targets_are_the_linear_layers_of_repeated_blocks_and_old_files_keep_their_own(tmp_path, monkeypatch):
+    """Of a UNet with a transformer block at each of four places: q, k, v, out, twice, and a gated MLP of two."""
+    model, _ = unet()
+    inside = set(target_layers(model, None))
+    assert len(inside) == 4 * (2 * 4 + 2) and all(".transformer_blocks.0." in path for path in inside)
+    with monkeypatch.context() as before:
+        before.setattr(layers, "repeated_blocks", lambda model: ())  # all but the head, as in old files
+        path = save_adapter(randomize(inject_adapter(model, AdapterConfig())), tmp_path)
+    other = load_adapter(unet()[0], path)
+    loaded = adapter_state_dict(other)
+    assert len(loaded) > len(inside)
+    combine_adapters(other, ["default"], [-1.0], adapter_name="negated")
+    for key, tensor in adapter_state_dict(other, "negated").items():
+        assert torch.equal(tensor, -loaded[key])
+    assert adapter_state_dict(other, "negated").keys() == loaded.keys()
+    for key, tensor in adapter_state_dict(model).items():
+        assert torch.equal(loaded[key], tensor), key
 
 
 def test_norms_of_llama():

@@ -68,13 +68,23 @@ def offload_group(layer: nn.Module):
     return getattr(registry and registry.get_hook("group_offloading"), "group", None)
 
 
+def offload_hook(module: nn.Module):
+    """accelerate's hook that loads a module's offloaded weights for each call, or None; it may be among others."""
+    hooks = [module.__dict__.get("_hf_hook")]
+    while hooks:
+        hook = hooks.pop()
+        if getattr(hook, "offload", False):
+            return hook
+        hooks += getattr(hook, "hooks", ())
+    return None
+
+
 @contextlib.contextmanager
 def weights_present(module: nn.Module) -> Iterator[None]:
     """Context manager that loads the weights of submodules that accelerate has offloaded."""
-    with contextlib.ExitStack() as stack:
-        for part in module.modules():
-            if getattr(getattr(part, "_hf_hook", None), "offload", False):
-                from accelerate.utils import align_module_device
-
-                stack.enter_context(align_module_device(part))
+    offloaded = [(part, hook) for part in module.modules() if (hook := offload_hook(part)) is not None]
+    with contextlib.ExitStack() as after:
+        for part, hook in offloaded:
+            hook.pre_forward(part)
+            after.callback(hook.post_forward, part, None)
         yield

@@ -24,7 +24,7 @@ class MoraAdapter(LayerAdapter):
     def __init__(self, linear: nn.Linear, kind: int):
         super().__init__()
         self.kind, (self.in_features, self.out_features) = kind, features_of(linear)
-        rank = square_rank(linear.out_features, kind)
+        rank = square_rank(self.out_features, kind)
         self.M = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=linear.weight.device))
         self.start()
 

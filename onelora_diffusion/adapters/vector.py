@@ -156,11 +156,7 @@ class VectorAdapter(LayerAdapter):
             return Vectors({}, self.beta, self.gamma)
         of_bias = self.of_bias
         if of_bias is not None:
-            lent = self.layer._modules.get("onelora_swap")
-            if not self.layer.bias.is_meta and offload_group(self.layer) is None:
-                of_bias = self.compression.of_bias(self.layer.bias)  # of what the bias is now
-            elif lent is not None and lent.is_in_use:  # the adapters' own, which are not offloaded
-                of_bias = lent.of_lent("bias", self.compression.of_bias, of_bias)
+            of_bias = self.layer.onelora.of_bias(self.compression, of_bias)
         return Vectors({self.compression: self.b}, self.beta, self.gamma, {self.compression: of_bias})
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

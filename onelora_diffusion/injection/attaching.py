@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.base_layer import offload_hook
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, ClassTable
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.swap import build_copies
@@ -64,8 +65,8 @@ def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
     """The class table that `config` replaces; it is the same one for all adapters of a model."""
     path = class_table_paths(model, config.class_table)[0]
     seat = model._onelora.class_tables if hasattr(model, "_onelora") else None
-    if seat is not None and path != seat.paths[0]:
-        raise ValueError(f"class_table='{path}': other adapters have theirs at {seat.paths[0]}: unload those first")
+    if seat is not None and path != seat.path:
+        raise ValueError(f"class_table='{path}': other adapters have theirs at {seat.path}: unload those first")
     return model.get_submodule(path)
 
 
@@ -94,7 +95,7 @@ def attach_adapter(
         is_to_train: make it the only adapter that trains, too. Otherwise the adapters that train stay the same.
     """
     is_first = not hasattr(model, "_onelora")
-    if not hasattr(model, "_onelora"):
+    if is_first:
         model._onelora = AdapterBook(model)
         take_over(model)
     book = model._onelora
@@ -163,8 +164,8 @@ def build_for_values(
 
 def _execution_device(model: nn.Module) -> torch.device | None:
     """The device to which accelerate loads offloaded weights, and where adapters stay; None without offloading."""
-    hooks = (getattr(module, "_hf_hook", None) for _, module in base_modules(model))
-    return next((hook.execution_device for hook in hooks if getattr(hook, "offload", False)), None)
+    hooks = filter(None, (offload_hook(module) for _, module in base_modules(model)))
+    return next((hook.execution_device for hook in hooks), None)
 
 
 def check_shapes(own: dict[str, torch.Tensor], values: dict[str, torch.Tensor], source: str) -> None:

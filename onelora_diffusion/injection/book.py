@@ -15,22 +15,15 @@ from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attention import is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
-from onelora_diffusion.injection.compiled import forget_compiled
-from onelora_diffusion.injection.dit_parts import DiTParts
-from onelora_diffusion.injection.layers import (
-    added_paths,
-    base_modules,
-    class_table_paths,
-    stock_modules,
-)
+from onelora_diffusion.injection.compiled import anything_is_compiled, forget_compiled
+from onelora_diffusion.injection.conditioning import DiTParts
+from onelora_diffusion.injection.layers import added_paths, base_modules, class_table_paths, stock_modules, untuned
 from onelora_diffusion.injection.linear import LinearSeat, memory_of
 from onelora_diffusion.injection.model_lock import ModelLock
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 from onelora_diffusion.injection.swapped import SwapSeat
 from onelora_diffusion.injection.watch import Watch
-
-SERVING, PAUSED, MERGED = "serving", "paused", "merged"
 
 
 class AdapterBook:
@@ -43,9 +36,9 @@ class AdapterBook:
         configs: name -> the adapter's settings.
         origins: name -> entries of its file's header (`id2label`, `base`, `training`).
         seats: (kind, path) -> the seat in the model.
-        state: `serving`; `paused`, while the base computes alone; `merged`, while adapters are merged into the base.
         weights: name -> weight of the active adapters; after a pause or a merge they are active again.
-        merged_weights: name -> weight of the adapters that are merged into the base's weights.
+        is_paused: whether the base computes alone.
+        merged: name -> weight of the adapters that are merged into the base's weights; None if none are.
         chosen: names of the adapters that train; None until they are chosen, while the newest one trains.
         verbs: the methods that replace the model's own, by name.
         watch: the hooks on every forward of the model.
@@ -61,10 +54,9 @@ class AdapterBook:
         self.configs: dict[str, AdapterConfig] = {}
         self.origins: dict[str, dict] = {}
         self.seats: dict[tuple[str, str], Seat] = {}
-        self.state = SERVING
         self.weights: dict[str, Weight] = {}
-        self.merged_weights: dict[str, Weight] = {}
-        self._state_before_merge = SERVING
+        self.is_paused = False
+        self.merged: dict[str, Weight] | None = None
         self.chosen: tuple[str, ...] | None = None
         self.verbs: tuple[str, ...] = ()
         self.lock = ModelLock()
@@ -84,12 +76,7 @@ class AdapterBook:
     @property
     def serving(self) -> dict[str, Weight]:
         """name -> weight of the adapters that are active now and not merged."""
-        return self.weights if self.state == SERVING else {}
-
-    @property
-    def merged(self) -> dict[str, Weight] | None:
-        """name -> weight of the merged adapters, or None if none are merged."""
-        return self.merged_weights if self.state == MERGED else None
+        return {} if self.is_paused or self.merged is not None else self.weights
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -155,10 +142,10 @@ class AdapterBook:
 
     def require_unmerged(self, action: str) -> None:
         """ValueError while adapters are merged into the base; `action` is what cannot be done."""
-        if self.state == MERGED:
+        if self.merged is not None:
             raise ValueError(
-                f"adapters {', '.join(self.merged_weights)} are merged: unmerge them before {action} (unmerge_adapter "
-                "of a model, unfuse_lora of a pipeline)"
+                f"adapters {', '.join(self.merged)} are merged: unmerge them before {action} (unmerge_adapter of a "
+                "model, unfuse_lora of a pipeline)"
             )
 
     # -----------------------------------------------------------------------------------------------
@@ -169,7 +156,7 @@ class AdapterBook:
             self.parts.fuse()
         before = len(self.seats)
         for path, module in adapter.items():
-            self._seat(module.seat, path, config).add(adapter_name, module)
+            self._seat(module.seat, path, config.class_table).add(adapter_name, module)
         if len(self.seats) > before:
             forget_compiled()
         newest = self.trained
@@ -209,16 +196,17 @@ class AdapterBook:
                 for verb in self.verbs:
                     self.model.__dict__.pop(verb, None)
 
-    def _seat(self, kind: str, path: str, config: AdapterConfig):
+    def _seat(self, kind: str, path: str, class_table: str | None) -> Seat:
+        """The seat of this kind at a layer, which is created if it does not exist."""
+        model, reached = self.model, self.watch.reached
         make = {
-            BESIDE_LINEAR: lambda: LinearSeat(self.model.get_submodule(path), path, self.watch.reached),
-            IN_PLACE: lambda: SwapSeat(self.model, path, self.watch.reached),
-            AS_CLASS_TABLE: lambda: TableSeat(self.model, class_table_paths(self.model, config.class_table)),
+            # A layer of PEFT calls the layer that it is around; both orders of attaching give the same sum.
+            BESIDE_LINEAR: lambda: LinearSeat(untuned(model.get_submodule(path)), self.parts.places(path), reached),
+            IN_PLACE: lambda: SwapSeat(model, self.parts.places(path), reached),
+            AS_CLASS_TABLE: lambda: TableSeat(model, class_table_paths(model, class_table)),
         }
         if (kind, path) not in self.seats:
             self.seats[kind, path] = make[kind]()
-            if self.parts.conditioning is not None:
-                self.seats[kind, path].other_places = self.parts.conditioning.other_places(path)
         return self.seats[kind, path]
 
     def train(self, adapter_names: Iterable[str]) -> None:
@@ -266,7 +254,7 @@ class AdapterBook:
         """Activate these adapters with these weights, and no others."""
         self.parts.check_together(self.seats, weights)
         self._activate_seats(weights)
-        self.weights, self.state = weights, SERVING
+        self.weights, self.is_paused = weights, False
 
     def _activate_seats(self, weights: dict[str, Weight]) -> None:
         for (_, path), seat in self.seats.items():
@@ -275,51 +263,71 @@ class AdapterBook:
     def pause(self) -> None:
         """Let the base compute alone until `resume` or the next `activate`."""
         self._activate_seats({})
-        self.state = PAUSED
+        self.is_paused = True
 
     def resume(self) -> None:
-        if self.state == PAUSED:
+        if self.is_paused:
             self.activate(self.weights)
+
+    def _activate_as(self, weights: dict[str, Weight], is_paused: bool) -> None:
+        """Return to a former state."""
+        self.activate(weights)
+        if is_paused:
+            self.pause()
 
     # -----------------------------------------------------------------------------------------------
     # Merge
 
-    def merge(self, weights: dict[str, Weight], check_finite: bool) -> None:
-        """Merge these adapters into the base's weights; those that are active now are active again after `unmerge`.
+    def merge(self, adapter_names: str | Iterable[str] | None, scale: float = 1.0, check_finite: bool = True) -> None:
+        """Merge adapters, with their weights times `scale`, into the base's weights.
+
+        Those that are active now are active again after `unmerge`.
+
+        Args:
+            adapter_names: None takes the active ones. One that is not active has the weight 1.
 
         Raises:
-            ValueError: an adapter cannot be merged into a layer, or a weight would become NaN or infinite. Nothing is
-                changed then.
+            ValueError: adapters are merged already, there are none to merge, an adapter cannot be merged into a layer,
+                or a weight would become NaN or infinite. Nothing is changed then.
         """
-        before, state = self.weights, self.state
-        self.activate(weights)
-        done = []
-        try:
-            self._check_mergeable()
-            for seat in self._in_merge_order():
-                seat.merge(check_finite)
-                done.append(seat)
-        except ValueError as error:
-            for seat in reversed(done):
-                seat.unmerge()
-            self.activate(before)
-            if state == PAUSED:
-                self.pause()
-            raise ValueError(f"{error}: nothing was merged") from None
-        self._step_aside()
-        self.watch.refuse_scales()
-        self.weights, self.merged_weights, self.state, self._state_before_merge = before, dict(weights), MERGED, state
+        with self.lock:
+            self.require_unmerged("others are merged")
+            names = self.serving if adapter_names is None else self.choose_all(adapter_names)
+            if not names:
+                raise ValueError("no adapter is active: name the adapters to merge")
+            weights = {name: scaled(self.serving.get(name, 1.0), scale) for name in names}
+            weights = {name: self.check_weight(weight, name) for name, weight in weights.items()}
+            before = self.weights, self.is_paused
+            self.activate(weights)
+            done = []
+            try:
+                self._check_mergeable()
+                for seat in self._in_merge_order():
+                    seat.merge(check_finite)
+                    done.append(seat)
+            except ValueError as error:
+                for seat in reversed(done):
+                    seat.unmerge()
+                self._activate_as(*before)
+                raise ValueError(f"{error}: nothing was merged") from None
+            self._step_aside()
+            self.watch.guard_merged()
+            for seat in () if anything_is_compiled() else self.seats.values():  # compiled code would not notice it
+                seat.unhook()
+            (self.weights, self.is_paused), self.merged = before, weights
 
     def unmerge(self) -> None:
         """Restore the base's weights bit for bit, and activate the adapters that were active before the merge."""
-        for seat in reversed(self._in_merge_order()):
-            seat.unmerge()
-        self._step_aside()
-        self._take_part()
-        self.merged_weights = {}
-        self.activate(self.weights)
-        if self._state_before_merge == PAUSED:
-            self.pause()
+        with self.lock:
+            if self.merged is None:
+                raise ValueError("no adapter is merged")
+            for seat in reversed(self._in_merge_order()):
+                seat.unmerge()
+                seat.hook()
+            self._step_aside()
+            self._take_part()
+            self.merged = None
+            self._activate_as(self.weights, self.is_paused)
 
     def _in_merge_order(self) -> list:
         """The seats in the order of merging: replaced tensors first, then fused q, k, v, then the separate three."""
@@ -344,7 +352,7 @@ class AdapterBook:
     @contextlib.contextmanager
     def routed(self, route: Route):
         """Context manager in which the route assigns adapters to samples."""
-        state, weights, outer = self.state, self.weights, self.open_route
+        is_paused, weights, outer = self.is_paused, self.weights, self.open_route
         try:
             self._route_seats(route)
             self._activate_seats({})  # deactivates trained norms, which all samples of the batch would share
@@ -353,7 +361,7 @@ class AdapterBook:
         finally:
             self.open_route = outer
             self._route_seats(outer)
-            if state == SERVING:
+            if not is_paused:
                 self.activate(weights)
 
     def reroute(self, samples: Sequence[Mapping[str, Weight]]) -> None:
@@ -435,12 +443,12 @@ def disable_adapter(model: nn.Module):
     book = adapters_of(model)
     with book.lock:
         book.require_unmerged("the base is reached")
-        state = book.state
+        was_paused = book.is_paused
         book.pause()
         try:
             yield model
         finally:
-            if state == SERVING:
+            if not was_paused:
                 book.resume()
 
 

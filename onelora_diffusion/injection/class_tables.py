@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
-from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.weights import weight_at
-from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.linear import why_not_writable
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -17,7 +15,7 @@ from onelora_diffusion.injection.seat import Seat
 class TableSeat(Seat):
     """The named class tables of a model's adapters, the child `onelora` of the base's table.
 
-    The table named `active` is used, or inside a route each sample's own. Labels past the classes of a table, the
+    The active table is used, or inside a route each sample's own. Labels past the classes of a table, the
     base's too, select its null row. If a module around the table drops labels by itself, as Meta's `LabelEmbedder`
     does, its `num_classes`, which is its null label, is set to that of the active table.
 
@@ -26,19 +24,14 @@ class TableSeat(Seat):
     """
 
     def __init__(self, model: nn.Module, paths: list[str]):
-        super().__init__()
         bases = list(dict.fromkeys(model.get_submodule(path) for path in paths))
+        super().__init__(bases[0], paths)
         owners = dict.fromkeys(model.get_submodule(path.rpartition(".")[0]) for path in paths)
-        counts = {owner: owner.num_classes for owner in owners if hasattr(owner, "num_classes")}
-        self.paths, self.bases, self.counts = paths, bases, counts
-        self.layer = bases[0]
-        self.num_rows = bases[0].num_embeddings
-        self.active: str | None = None
-        self._table: LayerAdapter | None = None  # the active table; compiled code would treat its name as a constant
+        self.counts = {owner: owner.num_classes for owner in owners if hasattr(owner, "num_classes")}
+        self.bases, self.num_rows = bases, bases[0].num_embeddings
         self.open_route: _TableRoute | None = None
         self.originals: list[nn.Parameter] | None = None
         self.labels: torch.Tensor | None = None
-        self._hooks: list = []
         for base in bases:
             base.onelora = self
         self._before = [base.register_forward_pre_hook(begin_lookup, with_kwargs=True) for base in bases]
@@ -46,10 +39,6 @@ class TableSeat(Seat):
 
     # -----------------------------------------------------------------------------------------------
     # Look labels up
-
-    @property
-    def places(self) -> list[str]:
-        return self.paths
 
     def begin(self, labels: torch.Tensor) -> torch.Tensor:
         """Map labels (batch,) to labels for which the base's table has a row."""
@@ -60,24 +49,20 @@ class TableSeat(Seat):
         """Replace the base's rows (batch, width) of the labels given to `begin` by those of the active tables."""
         labels, self.labels = self.labels, None
         if self._is_replica:
-            self._look_up_table()
+            self._list_adapters()
         if self.open_route is not None:
             return self.open_route(labels, rows).to(rows.dtype)
-        if self._table is None or self.originals is not None:  # the base's table is active, or contains merged rows
+        if self._alone is None or self.originals is not None:  # the base's table is active, or contains merged rows
             return rows
-        table = self._table().to(labels.device)
+        table = self._alone().to(labels.device)
         return nn.functional.embedding(labels.clamp(max=len(table) - 1), table).to(rows.dtype)
 
     def active_table(self) -> torch.Tensor | None:
         """The active adapter's table (num_classes + 1, width), or None if the base's is used."""
-        return None if self.active is None else self[self.active].weight
+        return None if self._alone is None else self._alone.weight
 
     def hook(self) -> None:
         self._hooks = self._hooks or [base.register_forward_hook(end_lookup) for base in self.bases]
-
-    def unhook(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
 
     def leave(self) -> None:
         self.unhook()
@@ -90,7 +75,7 @@ class TableSeat(Seat):
     def _recount(self) -> None:
         """Set the null label of modules that drop labels past the classes of all active tables."""
         if self.open_route is None:
-            num_rows = self.num_rows if self.active is None else len(self[self.active].weight)
+            num_rows = self.num_rows if self._alone is None else len(self._alone.weight)
         else:
             num_rows = max([self.num_rows, *map(len, self.open_route.tables)])
         for owner, num_classes in self.counts.items():
@@ -104,28 +89,23 @@ class TableSeat(Seat):
         return False  # the seat stays: labels past the base's classes select its null row
 
     def activate(self, weights: dict[str, float]) -> None:
-        self.active = serving_table(self, weights)
-        self._look_up_table()
+        name = serving_table(self, weights)
+        super().activate({} if name is None else {name: 1})
         self._recount()
 
-    def _look_up_table(self) -> None:
-        self._table = None if self.active is None else self._modules[self.active]
-
     def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
-        return None if self.active is None else why_not_writable(self.bases[0])
+        return why_not_writable(self.bases[0]) if self.active else None
 
     def merge(self, check: bool) -> None:
         """Write the active table into the base's, with its null row in all rows past its classes."""
-        if self.active is None:
+        if not self.active:
             return
         self.originals = [base.weight for base in self.bases]
-        table = self[self.active].weight.detach()
+        table = self.active_table().detach()
         table = torch.cat([table, table[-1:].expand(max(0, self.num_rows - len(table)), -1)])
         merged = nn.Parameter(table.to(self.originals[0].dtype), requires_grad=False)
         for base in self.bases:
             base.weight, base.num_embeddings = merged, len(table)
-        if not anything_is_compiled():  # compiled code would not notice that the hook returns
-            self.unhook()
 
     def unmerge(self) -> None:
         if self.originals is None:
@@ -133,7 +113,6 @@ class TableSeat(Seat):
         for base, original in zip(self.bases, self.originals, strict=True):
             base.weight, base.num_embeddings = original, self.num_rows
         self.originals = None
-        self.hook()
 
     def route(self, route: Route | None) -> None:
         self.open_route = None if route is None else _TableRoute(self, route)
@@ -165,8 +144,10 @@ class _TableRoute:
             serving_table(tables, {name: weight_at(weight, CLASS_TABLE) for name, weight in mixture.items()})
             for mixture in route.mixtures.values()
         ]
-        self.tables = [tables[name].weight for name in dict.fromkeys(names) if name is not None]
-        firsts = dict(zip((n for n in dict.fromkeys(names) if n is not None), _starts(self.tables), strict=True))
+        used = [name for name in dict.fromkeys(names) if name is not None]
+        self.tables = [tables[name].weight for name in used]
+        starts = itertools.accumulate(map(len, self.tables), initial=0)
+        firsts = dict(zip(used, starts, strict=False))  # the last sum is the length of all
         self.firsts = [firsts.get(name, 0) for name in names]
         self.nulls = [-1 if name is None else len(tables[name].weight) - 1 for name in names]
         self.kept = torch.cat([table.detach() for table in self.tables]) if self.tables else None
@@ -184,7 +165,3 @@ class _TableRoute:
         first, null = (self.route.copied(of, torch.long, labels.device)[index] for of in (self.firsts, self.nulls))
         rows = nn.functional.embedding(first + torch.minimum(labels, null).clamp(min=0), table)
         return torch.where((null < 0).unsqueeze(-1), base_rows.to(rows.dtype), rows)
-
-
-def _starts(tables: list[torch.Tensor]) -> list[int]:
-    return list(itertools.accumulate((len(table) for table in tables), initial=0))[:-1]

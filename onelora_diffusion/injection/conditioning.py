@@ -1,13 +1,24 @@
-"""Compute the timestep and class embedding once for all blocks of a DiT."""
+"""The parts that all adapters of a DiT share: one conditioning for all blocks, one sum or matrix for q, k and v."""
 
 import copy
 import logging
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters.contract import BESIDE_LINEAR, IN_PLACE
+from onelora_diffusion.injection.attention import SHARED_SUMS, fuse_in_place
 from onelora_diffusion.injection.class_tables import TableSeat
-from onelora_diffusion.injection.layers import class_table_paths, equal_copies, is_packed
+from onelora_diffusion.injection.dit_parts import (
+    attentions_of,
+    embeddings_of,
+    is_dit,
+    paths_in_blocks,
+    replace_embeddings,
+)
+from onelora_diffusion.injection.layers import class_table_paths, equal_copies, is_made_here, is_packed
+from onelora_diffusion.injection.seat import Seat
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +66,7 @@ def compute_once(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     """Forward pre-hook of a DiT with shared conditioning: the timestep argument becomes c(t, y)."""
     names = ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict")
     inputs = dict(zip(names[: len(args)], args, strict=True)) | kwargs  # torch 2.7 cannot compile strict=False
-    conditioning = transformer.transformer_blocks[0].norm1.emb
+    conditioning = embeddings_of(transformer)[0]
     inputs["timestep"] = conditioning(inputs["timestep"], inputs["class_labels"], inputs["hidden_states"].dtype)
     return (), inputs
 
@@ -66,66 +77,106 @@ def name_repeated_blocks(transformer: nn.Module) -> None:
 
 
 class DiTConditioning:
-    """Shared conditioning of a DiT, with the seat of its adapters' class tables.
+    """One timestep and class embedding for all blocks of a DiT, and the seat of class tables.
 
-    If the copies in the blocks differ, as in a randomly initialised DiT, or are quantised, every block keeps its own
-    timestep embedder and base table. The adapters' class tables are shared in any case.
+    If the copies in the blocks differ, as in a randomly initialised DiT, or are quantised, every block keeps its own,
+    and only the class embedders are replaced.
     """
 
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer
-        self.norms = [block.norm1 for block in transformer.transformer_blocks]
-        self.stock: list[nn.Module] = []
-        self.hook = None
-        self.table_seat: TableSeat
-
-    def other_places(self, path: str) -> list[str]:
-        """The paths in the other blocks of the shared layer that has this path in the first block."""
-        first = "transformer_blocks.0.norm1.emb."
-        if not self.is_shared or not path.startswith(first):
-            return []
-        return [first.replace("0", str(index)) + path.removeprefix(first) for index in range(1, len(self.norms))]
+        self.stock = embeddings_of(transformer)
+        self.stock_class_embedders = [embedding.class_embedder for embedding in self.stock]
+        self.hook = None  # there is one if the blocks share an embedding
 
     def install(self) -> "DiTConditioning":
         """Replace the blocks' embeddings in the model."""
         name_repeated_blocks(self.transformer)
-        self.stock = [norm.emb for norm in self.norms]
+        first, last = self.stock[0], self.stock[-1]
         if equal_copies(self.stock):
-            if not any(parameter.is_meta for parameter in self.stock[-1].parameters()):
-                del self.stock[1:]  # offloaded copies take no memory
-            shared = SharedConditioning(self.stock[0]).train(self.stock[0].training)
-            for norm in self.norms:
-                norm.emb = shared
+            if not any(parameter.is_meta for parameter in last.parameters()):
+                del self.stock[1:], self.stock_class_embedders[1:]  # offloaded copies take no memory
+            shared = SharedConditioning(first).train(first.training)
+            replace_embeddings(self.transformer, [shared] * len(self.transformer.transformer_blocks))
             self.hook = self.transformer.register_forward_pre_hook(compute_once, with_kwargs=True)
         else:
-            if not next(self.stock[0].parameters()).is_meta:
+            if not next(first.parameters()).is_meta:
                 logger.warning(
                     "The %d blocks of this DiT hold different timestep and class embeddings, as a random one does and "
                     "no converted checkpoint, or packed ones: each keeps its own, and none is shared.",
                     len(self.stock),
                 )
-            self.stock_class_embedders = [emb.class_embedder for emb in self.stock]
-            for emb in self.stock:
-                emb.class_embedder = LabelsAsGiven(emb.class_embedder).train(emb.training)
+            for embedding in self.stock:
+                embedding.class_embedder = LabelsAsGiven(embedding.class_embedder).train(embedding.training)
         self.table_seat = TableSeat(self.transformer, class_table_paths(self.transformer))
         return self
 
     def restore(self) -> None:
         """Give every block its own embedding again, equal to its original one."""
         self.table_seat.leave()
-        if self.is_shared:
-            # An embedding that was quantised or offloaded since cannot be copied, so the blocks go on sharing it.
-            stays = is_packed(self.stock[0]) or any(hasattr(part, "_hf_hook") for part in self.stock[0].modules())
-            another = (lambda stock: stock) if stays else copy.deepcopy
-            others = self.stock[1:] or [another(self.stock[0]) for _ in self.norms[1:]]
-            own = [self.stock[0], *others]
-            self.hook.remove()
-            for norm, embedding in zip(self.norms, own, strict=True):
-                norm.emb = embedding
-        else:
-            for emb, class_embedder in zip(self.stock, self.stock_class_embedders, strict=True):
-                emb.class_embedder = class_embedder
+        if self.hook is None:
+            for embedding, class_embedder in zip(self.stock, self.stock_class_embedders, strict=True):
+                embedding.class_embedder = class_embedder
+            return
+        self.hook.remove()
+        first, *others = self.stock
+        # An embedding that was quantised or offloaded since cannot be copied, so the blocks go on sharing it.
+        stays = is_packed(first) or any(hasattr(part, "_hf_hook") for part in first.modules())
+        missing = len(self.transformer.transformer_blocks) - len(self.stock)
+        others += [first if stays else copy.deepcopy(first) for _ in range(missing)]
+        replace_embeddings(self.transformer, [first, *others])
 
-    @property
-    def is_shared(self) -> bool:
-        return self.hook is not None
+
+class DiTParts:
+    """The parts of a DiT that all its adapters share; other models have none."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.conditioning = DiTConditioning(model).install() if is_dit(model) else None
+        self._stock_processors: dict[str, object] = {}
+
+    def attentions(self) -> dict[str, nn.Module]:
+        return {} if self.conditioning is None else attentions_of(self.model)
+
+    def places(self, path: str) -> list[str]:
+        """All paths in the model of the layer at this path."""
+        is_shared = self.conditioning is not None and self.conditioning.hook is not None
+        return paths_in_blocks(self.model, path) if is_shared else [path]
+
+    def fuse(self) -> None:
+        """Compute q, k and v by one matrix product."""
+        for attn in self.attentions().values():
+            fuse_in_place(attn)
+
+    def share_sums(self) -> None:
+        """Compute one feature sum for q, k and v."""
+        for path, attn in self.attentions().items():
+            if path not in self._stock_processors:
+                self._stock_processors[path] = attn.processor
+                attn.set_processor(SHARED_SUMS)
+
+    def stop_sharing_sums(self) -> None:
+        while self._stock_processors:
+            path, processor = self._stock_processors.popitem()
+            self.model.get_submodule(path).set_processor(processor)
+
+    def check_together(self, seats: Mapping[tuple[str, str], Seat], names: Iterable[str]) -> None:
+        """Compute q, k and v by one product or three, as these adapters need; ValueError if they need both."""
+        for path, attn in self.attentions().items():
+            own = {name for name in names if name in seats.get((IN_PLACE, f"{path}.to_q"), ())}
+            fused = {name for name in names if name in seats.get((BESIDE_LINEAR, f"{path}.to_qkv"), ())}
+            if own and fused:
+                raise ValueError(
+                    f"'{own.pop()}' trains q, k and v, which '{fused.pop()}' adapts as one: they cannot serve together"
+                )
+            if hasattr(attn, "to_qkv"):  # to_qkv computes with the base's q, k and v, also if these are replaced
+                attn.fused_projections = not own
+
+    def restore(self) -> None:
+        """Put back everything that was replaced."""
+        if self.conditioning is not None:
+            self.conditioning.restore()
+        for attn in self.attentions().values():
+            if "to_qkv" in attn._modules and is_made_here(attn.to_qkv):  # q, k and v are views of its weight
+                del attn.to_qkv
+                attn.fused_projections = False

@@ -10,25 +10,12 @@ from torch import nn
 from onelora_diffusion.adapters.base_layer import is_pointwise, weights_present
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.denoisers import repeated_blocks
+from onelora_diffusion.injection.dit_parts import FIRST, embeddings_of, is_dit, is_in_embedding
 
 logger = logging.getLogger(__name__)
 
 UNREACHED = "torch.nn.MultiheadAttention reads the weight of its output projection and never calls the layer"
-OUTPUT_HEADS = (
-    "lm_head",
-    "classifier",
-    "score",
-    "head",
-    "proj_out",
-    "proj_out_1",
-    "proj_out_2",
-    "final_layer",
-)
-
-
-def is_dit(model: nn.Module) -> bool:
-    """Whether this is diffusers' DiT; diffusers is not imported."""
-    return any(cls.__name__ == "DiTTransformer2DModel" for cls in type(model).__mro__)
+OUTPUT_HEADS = ("lm_head", "classifier", "score", "head", "proj_out", "proj_out_1", "proj_out_2", "final_layer")
 
 
 def is_modulated(model: nn.Module) -> bool:
@@ -36,8 +23,8 @@ def is_modulated(model: nn.Module) -> bool:
 
     It is recognised by names that all of them have: `blocks` and a `final_layer`, each with an `adaLN_modulation`.
     """
-    places = [path.split(".") for path, _ in base_modules(model) if path.endswith(".adaLN_modulation")]
-    return all(any(part in place for place in places) for part in ("blocks", "final_layer"))
+    modulated = [path.split(".") for path, _ in base_modules(model) if path.endswith(".adaLN_modulation")]
+    return {"blocks", "final_layer"} <= {name for names in modulated for name in names}
 
 
 def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
@@ -68,12 +55,9 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
 
 def added_paths(model: nn.Module) -> set[str]:
     """The paths of modules that diffusers adds to a base and removes again, those of an IP-Adapter."""
-    tops = [path for path, module in base_modules(model) if "IPAdapter" in type(module).__name__]
-    return (
-        {p for p, _ in base_modules(model) if any(p == top or p.startswith(f"{top}.") for top in tops)}
-        if tops
-        else set()
-    )
+    paths = {path: type(module).__name__ for path, module in base_modules(model)}
+    tops = tuple(f"{path}." for path, kind in paths.items() if "IPAdapter" in kind)
+    return {path for path in paths if f"{path}.".startswith(tops)}
 
 
 def target_layers(
@@ -97,16 +81,14 @@ def target_layers(
         for path, m in outer_modules(model)
         if (is_linear(m) and not (is_dit(model) and path in unused)) or (path in (targets or ()) and is_pointwise(m))
     }
-    unreached = {
-        f"{path}.out_proj" for path, module in base_modules(model) if isinstance(module, nn.MultiheadAttention)
-    }
+    unreached = {f"{path}.out_proj" for path, m in base_modules(model) if isinstance(m, nn.MultiheadAttention)}
     if targets is None:
         if unreached:
             logger.warning("%s and the like are left out: %s", min(unreached), UNREACHED)
-        is_target = _is_conditioned if is_dit(model) else _is_modulated if is_modulated(model) else _is_no_head
-        left_out = unreached | unused | added_paths(model)
-        found = {path: linear for path, linear in linears.items() if path not in left_out and is_target(path)}
-        blocks = tuple(f"{path}." for path in repeated_blocks(model)) if is_target is _is_no_head else ()
+        is_left_out = is_in_embedding if is_dit(model) else _is_unmodulated if is_modulated(model) else _is_head
+        left_out = unreached | unused | added_paths(model) | set(filter(is_left_out, linears))
+        found = {path: linear for path, linear in linears.items() if path not in left_out}
+        blocks = tuple(f"{path}." for path in repeated_blocks(model)) if is_left_out is _is_head else ()
         others = tuple(f"{path}." for path in found if not path.startswith(blocks))
         if not blocks or any(name.startswith(others) for name in named):
             return found
@@ -126,33 +108,31 @@ def target_layers(
                 f"target '{target}' matches no linear layer of {type(model).__name__}; its linear layers are named "
                 f"{', '.join(kinds)}"
             )
-    if unreachable := sorted(chosen & unreached):
-        raise ValueError(f"{unreachable[0]} cannot be adapted: {UNREACHED}")
+    if unreachable := chosen & unreached:
+        raise ValueError(f"{min(unreachable)} cannot be adapted: {UNREACHED}")
     return _without_copies(model, {path: linear for path, linear in linears.items() if path in chosen})
 
 
 def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """`layers` with only the first timestep and class embedding of a DiT, if all blocks will share it."""
-    copies = {path for path in layers if ".norm1.emb." in path and not path.startswith("transformer_blocks.0.")}
-    if not copies or not is_dit(model) or not equal_copies([block.norm1.emb for block in model.transformer_blocks]):
+    copies = {path for path in layers if is_in_embedding(path) and not path.startswith(FIRST)}
+    if not copies or not is_dit(model) or not equal_copies(embeddings_of(model)):
         return layers
     return {path: module for path, module in layers.items() if path not in copies}
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without adapters and the modules made for them; the number of adapters costs no time."""
-    seen = set()
-
-    def walk(module, path):
+    seen, ahead = set(), [("", model)]
+    while ahead:
+        path, module = ahead.pop()
         if remove_duplicate and module in seen:
-            return
+            continue
         seen.add(module)
         yield path, module
-        for name, child in module._modules.items():
+        for name, child in reversed(module._modules.items()):
             if child is not None and name not in ("onelora", "onelora_swap") and not is_made_here(child):
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
+                ahead.append((f"{path}.{name}" if path else name, child))
 
 
 def is_made_here(module: nn.Module) -> bool:
@@ -213,34 +193,26 @@ def unused_layers(model: nn.Module) -> set[str]:
     }
 
 
-def stock_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def stock_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules by all their paths as in the original model, without fused copies and layers of PEFT."""
 
-    def walk(module, path):
-        module = untuned(module)
-        yield path, module
-        copies = copies_in_use(module)
-        for name, child in module._modules.items():
-            if child is not None and name not in copies:
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
+    model = untuned(model)
+    yield path, model
+    copies = copies_in_use(model)
+    for name, child in model._modules.items():
+        if child is not None and name not in copies:
+            yield from stock_modules(child, f"{path}.{name}" if path else name)
 
 
-def _is_conditioned(path: str) -> bool:
-    """Whether the paper's set has this layer of diffusers' DiT: all but those of the timestep embedders."""
-    return ".norm1.emb." not in path
+def _is_unmodulated(path: str) -> bool:
+    """Whether a layer of a DiT in its authors' code is outside the paper's set: an embedder or a projector."""
+    return {"blocks", "final_layer"}.isdisjoint(path.split("."))
 
 
-def _is_modulated(path: str) -> bool:
-    """Whether the paper's set has this layer of a DiT in its authors' code: all but embedders and projectors."""
-    return not {"blocks", "final_layer"}.isdisjoint(path.split("."))
-
-
-def _is_no_head(path: str) -> bool:
-    """Whether a layer is no output head, by its name; Flux also has a `proj_out` in each block, which is none."""
+def _is_head(path: str) -> bool:
+    """Whether a layer is the output head, by its name; Flux also has a `proj_out` in each block, which is none."""
     *parents, name = path.split(".")
-    return name not in OUTPUT_HEADS or any(parent.isdigit() for parent in parents)
+    return name in OUTPUT_HEADS and not any(parent.isdigit() for parent in parents)
 
 
 def _matches(path: str, target: str) -> bool:
@@ -256,36 +228,27 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
     """
     if tuned := next((path for path, module in base_modules(model) if is_tuned(module)), None):
         raise ValueError(f"full trains the base's own layers, but PEFT has an adapter at {tuned}: unload or merge it")
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    low = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4}
+    low = {p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize < 4}
     if low:
         raise ValueError(f"full trains the base in float32, but this one is {low.pop()}: load it in float32, autocast")
     if config.targets is not None:
         return dict(target_layers(model, config.targets))
-    left_out = unused_layers(model) | added_paths(model)
-    layers = {
-        path: module
-        for path, module in base_modules(model)
-        if path not in left_out and any(True for _ in module.parameters(recurse=False))
-    }
-    if is_dit(model):
-        layers = _without_copies(model, layers)
-    if config.num_classes is not None:
-        tables = class_table_paths(model, config.class_table)
-        layers = {path: module for path, module in layers.items() if path not in tables}
-    return layers
+    tables = [] if config.num_classes is None else class_table_paths(model, config.class_table)
+    left_out = unused_layers(model) | added_paths(model) | set(tables)
+    layers = {path: m for path, m in base_modules(model) if path not in left_out and _has_weights(m)}
+    return _without_copies(model, layers)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers with weights, by path. Those of a DiT have none."""
     added = added_paths(model)
-    return {
-        path: module
-        for path, module in outer_modules(model)
-        if "Norm" in type(module).__name__
-        and path not in added
-        and any(True for _ in module.parameters(recurse=False))
-    }
+    norms = {path: m for path, m in outer_modules(model) if "Norm" in type(m).__name__ and _has_weights(m)}
+    return {path: norm for path, norm in norms.items() if path not in added}
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, apart from those of its children."""
+    return any(parameter is not None for parameter in module._parameters.values())
 
 
 def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -311,12 +274,11 @@ def equal_copies(embeddings: list[nn.Module]) -> bool:
         if is_packed(embeddings[0]) or first[0].is_meta:  # there are no values to compare, so each block keeps its own
             return False
         first = [_words(parameter) for parameter in first]
-        return all(_have_words(embedding, first) for embedding in embeddings[1:])
-
-
-def _have_words(module: nn.Module, words: list[torch.Tensor]) -> bool:
-    with weights_present(module):
-        return all(torch.equal(a, _words(b)) for a, b in zip(words, module.parameters(), strict=True))
+        for embedding in embeddings[1:]:
+            with weights_present(embedding):
+                if not all(torch.equal(a, _words(b)) for a, b in zip(first, embedding.parameters(), strict=True)):
+                    return False
+    return True
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -15,11 +15,11 @@ from onelora_diffusion.adapters.base_layer import (
     weights_present,
     why_not_its_product,
 )
+from onelora_diffusion.adapters.compressions import Compression
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.vector import Vectors
-from onelora_diffusion.adapters.weights import Weight, as_tensor, weight_at
+from onelora_diffusion.adapters.weights import Weight, weight_at
 from onelora_diffusion.injection.compiled import anything_is_compiled
-from onelora_diffusion.injection.layers import is_tuned
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
 
@@ -35,27 +35,19 @@ class Reached(set):
 
 
 class LinearSeat(Seat):
-    """The adapters of one linear layer, its child module `onelora`; `active` has those in use with their weights.
-
-    Inside a route, the route's adapters are used for each sample instead.
+    """The adapters of one linear layer, its child module `onelora`.
 
     Args:
-        layer: the linear layer at `path` of the model.
         reached: the paths of the layers that the model's forward has called; each call adds its own.
     """
 
-    def __init__(self, layer: nn.Linear, path: str, reached: Reached):
-        super().__init__()
-        self.layer, self.path, self.reached = layer, path, reached
-        self.active: dict[str, float] = {}
-        # The active adapters as compiled code reads them: it would treat names and numbers as constants.
+    def __init__(self, layer: nn.Linear, places: list[str], reached: Reached):
+        super().__init__(layer, places)
+        self.reached = reached
         self._serves = False
-        self._alone: LayerAdapter | None = None
-        self._weighted: list[tuple[LayerAdapter, torch.Tensor]] = []
-        self._others: list[tuple[LayerAdapter, float]] = []
+        self._others: list[tuple[LayerAdapter, float]] = []  # active adapters that are not vectors
         self.open_route: _LinearRoute | None = None
         self.original: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._hook = None
         self.layer.onelora = self
         self.hook()
 
@@ -94,14 +86,19 @@ class LinearSeat(Seat):
             return self._alone.vectors()
         return Vectors.combined([(adapter.vectors(), weight) for adapter, weight in self._weighted])
 
-    def hook(self) -> None:
-        if self._hook is None:
-            self._hook = self.layer.register_forward_hook(adapter_hook, with_kwargs=True)
+    def of_bias(self, compression: Compression, kept: torch.Tensor) -> torch.Tensor:
+        """`compression.of_bias` for the bias with which the layer computes now.
 
-    def unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        Args:
+            kept: the result for the layer's own bias, from when it could be read: an offloaded one cannot.
+        """
+        if not self.layer.bias.is_meta and offload_group(self.layer) is None:
+            return compression.of_bias(self.layer.bias)
+        lent = self.layer._modules.get("onelora_swap")  # the adapters' own biases, which are not offloaded
+        return kept if lent is None or not lent.is_in_use else lent.of_lent("bias", compression.of_bias, kept)
+
+    def hook(self) -> None:
+        self._hooks = self._hooks or [self.layer.register_forward_hook(adapter_hook, with_kwargs=True)]
 
     @property
     def is_in_use(self) -> bool:
@@ -157,18 +154,12 @@ class LinearSeat(Seat):
         del self.layer.onelora
 
     def activate(self, weights: dict[str, float]) -> None:
-        self.active = {name: weight for name, weight in weights.items() if name in self._modules}
+        super().activate(weights)
         self._serves = bool(self.active)
-        self._list_adapters()
 
-    def _list_adapters(self) -> None:
-        vectors, self._others = [], []
-        for name, weight in self.active.items():
-            adapter = self._modules[name]
-            (self._others if adapter.vectors() is None else vectors).append((adapter, weight))
-        is_alone = len(vectors) == 1 and vectors[0][1] == 1
-        self._alone = vectors[0][0] if is_alone else None
-        self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in vectors]
+    def _keep(self, adapters: list[tuple[LayerAdapter, float]]) -> None:
+        self._others = [(adapter, weight) for adapter, weight in adapters if adapter.vectors() is None]
+        super()._keep([(adapter, weight) for adapter, weight in adapters if adapter.vectors() is not None])
 
     @torch.no_grad()
     def merged_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,18 +180,15 @@ class LinearSeat(Seat):
         weight = self.layer._parameters.get("weight")
         if not self.active:
             return None
-        if (
-            is_tuned(self.layer)
-            or weight is not None
-            and f"{self.path}.base_layer" in users.get(memory_of(weight), ())
-        ):
-            return "has an adapter of PEFT's as well: merge or unload that first"
         if weight is None:
             return "has a weight that is computed from others (weight_norm, spectral_norm): remove that first"
+        shared = [path for path in users.get(memory_of(weight), ()) if path != self.path]
+        if f"{self.path}.base_layer" in shared:
+            return "has an adapter of PEFT's as well: merge or unload that first"
         if reason := why_not_writable(self.layer):
             return reason
-        if tied := [path for path in users.get(memory_of(weight), ()) if path != self.path]:
-            return f"shares its weight with {tied[0]}, which would change with it: serve adapters unmerged"
+        if shared:
+            return f"shares its weight with {shared[0]}, which would change with it: serve adapters unmerged"
         if reason := why_not_its_product(self.layer):
             return f"{reason}: serve adapters unmerged"
         return None
@@ -221,8 +209,6 @@ class LinearSeat(Seat):
             elif bias.any():
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
         self._serves = False
-        if not anything_is_compiled():  # compiled code would not notice that the hook returns
-            self.unhook()
 
     def unmerge(self) -> None:
         if self.original is None:
@@ -235,7 +221,6 @@ class LinearSeat(Seat):
             else:
                 self.layer.bias.copy_(bias)
         self.original = None
-        self.hook()
 
     def route(self, route: Route | None) -> None:
         if self.open_route is None or self.open_route.route is not route:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from onelora_diffusion.injection.book import AdapterBook, adapters_of
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter
 from onelora_diffusion.injection.layers import is_made_here
 
 
@@ -26,25 +26,13 @@ def merge_adapter(
             finite, or a layer's weight cannot be changed: it is quantised, in eight bits, tied to another, computed
             from other tensors, or not all that the layer computes with. Nothing is changed then.
     """
-    book = adapters_of(model)
-    with book.lock:
-        book.require_unmerged("others are merged")
-        serving = book.serving
-        names = serving if adapter_names is None else book.choose_all(adapter_names)
-        weights = {name: serving.get(name, 1.0) for name in names}
-        if not weights:
-            raise ValueError("no adapter is active: name the adapters to merge")
-        book.merge(weights, safe_merging)
+    adapters_of(model).merge(adapter_names, check_finite=safe_merging)
     return model
 
 
 def unmerge_adapter(model: nn.Module) -> nn.Module:
     """Restore the base's weights bit for bit; the adapters that were active before the merge are active again."""
-    book = adapters_of(model)
-    with book.lock:
-        if book.merged is None:
-            raise ValueError("no adapter is merged")
-        book.unmerge()
+    adapters_of(model).unmerge()
     return model
 
 
@@ -55,16 +43,11 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     Outputs stay the same, at the cost of the base alone. If adapters cannot be merged (a quantised base, a tuner
     without a merge), if there are none or if they are merged already, the model is not changed.
     """
-    try:
-        merge_adapter(model)
-        is_merged = True
-    except ValueError:
-        is_merged = False
-    try:
+    with contextlib.ExitStack() as after:
+        with contextlib.suppress(ValueError):
+            merge_adapter(model)
+            after.callback(unmerge_adapter, model)
         yield model
-    finally:
-        if is_merged:
-            unmerge_adapter(model)
 
 
 def stock_state_dict(
@@ -99,7 +82,7 @@ def stock_state_dict(
     }
     if book.merged is not None and (seat := book.class_tables) is not None:
         room = table_rows or seat.num_rows
-        for key in (f"{path}.weight" for path in seat.paths):
+        for key in (f"{path}.weight" for path in seat.places):
             if len(stock[key]) > room:
                 raise ValueError(
                     f"the adapter has {len(stock[key]) - 1} classes, but the base's class table only has room for "
@@ -132,15 +115,6 @@ def save_base(model: nn.Module, save_directory, *args, **kwargs):
             hook.remove()
 
 
-@contextlib.contextmanager
-def _base_in_place(book: AdapterBook) -> Iterator[None]:
+def _base_in_place(book: AdapterBook) -> contextlib.AbstractContextManager:
     """Context manager in which trained norms and weights are replaced by the base's, unless they are merged."""
-    with book.lock:
-        was_serving = bool(book.serving)
-        if was_serving:
-            book.pause()
-        try:
-            yield
-        finally:
-            if was_serving:
-                book.resume()
+    return disable_adapter(book.model) if book.merged is None else book.lock

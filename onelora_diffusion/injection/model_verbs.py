@@ -10,7 +10,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.contract import BESIDE_LINEAR, IN_PLACE
 from onelora_diffusion.adapters.peft import PeftAdapter
-from onelora_diffusion.adapters.weights import Weight, by_path, scaled
+from onelora_diffusion.adapters.weights import Weight, by_path
 from onelora_diffusion.injection.book import AdapterBook
 from onelora_diffusion.injection.layers import is_tuned
 from onelora_diffusion.injection.merging import save_base
@@ -52,14 +52,8 @@ def fuse_lora(
     if adapter_names is not None and _are_of_peft(model, adapter_names, "fuse_lora"):
         _check_additive(model, adapter_names)
         return type(model).fuse_lora(model, lora_scale, safe_fusing, adapter_names)
-    with book.lock:
-        book.require_unmerged("they are fused again")
-        names = list(book.serving) if adapter_names is None else book.choose_all(adapter_names)
-        if not names:
-            raise ValueError("no adapter is active: name the adapters to fuse")
-        _check_apart(model, "fuse_lora")
-        fused = {name: book.check_weight(scaled(book.serving.get(name, 1.0), lora_scale), name) for name in names}
-        book.merge(fused, check_finite=safe_fusing)
+    _check_apart(model, "fuse_lora")
+    book.merge(adapter_names, lora_scale, safe_fusing)
     if adapter_names is None:
         _peft_too(model, "fuse_lora", lora_scale, safe_fusing)
 
@@ -185,7 +179,7 @@ def _check_additive(model: nn.Module, adapter_names: str | list[str]) -> None:
     """ValueError if an adapter of this library replaces or reads weights that PEFT would merge into."""
     names = adapter_names if isinstance(adapter_names, str) else ", ".join(adapter_names)
     for (kind, path), seat in model._onelora.seats.items():
-        if not is_tuned(model.get_submodule(path)) or seat.layer is model.get_submodule(path):
+        if not is_tuned(model.get_submodule(path)):
             continue
         for name, adapter in seat.items():
             reads = kind == BESIDE_LINEAR and any(not c.reads_input for c in getattr(adapter.vectors(), "b", {}))

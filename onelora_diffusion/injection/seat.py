@@ -1,8 +1,10 @@
 """The base class of seats: places in a model at which adapters are attached."""
 
+import torch
 from torch import nn
 
 from onelora_diffusion.adapters.contract import LayerAdapter
+from onelora_diffusion.adapters.weights import as_tensor
 from onelora_diffusion.injection.route import Route
 
 # Names that wrappers insert into a module's path: torch.compile, FSDP, checkpointing.
@@ -12,27 +14,29 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class Seat(nn.ModuleDict):
     """The adapters attached at one place of a model; it is a child module of the layer that they adapt.
 
-    Attributes:
+    Args:
         layer: the adapted module of the base; adapters that are added take over its train or eval mode.
-        other_places: further paths of the same layer in the model.
+        places: the paths of the layer in the model.
+
+    Attributes:
+        active: the adapters in use, by name, with their weights; inside a route those of each sample are used instead.
         has_new_bias: whether `merge` has added a bias to a layer without one.
     """
 
-    layer: nn.Module
-    other_places: list[str] = []
     has_new_bias = False
     _is_replica = False  # torch sets it on the copies that DataParallel makes for devices, which have other children
     __setattr__ = object.__setattr__  # adapters are its only children, and their names may equal those of attributes
 
-    def __init__(self):
+    def __init__(self, layer: nn.Module, places: list[str]):
         super().__init__()
+        self.layer, self.places, self.path = layer, places, places[0]
+        self.active: dict[str, float] = {}
+        # The active adapters as compiled code reads them: it would treat names and numbers as constants.
+        self._alone: LayerAdapter | None = None
+        self._weighted: list[tuple[LayerAdapter, torch.Tensor]] = []
+        self._hooks: list = []
         self.left_out: str | None = None
         self.register_load_state_dict_post_hook(forget_missing)
-
-    @property
-    def places(self) -> list[str]:
-        """The paths of the adapted layer in the model."""
-        return [self.path, *self.other_places]
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
         """The adapters' tensors are part of the state dict of the whole model, and not of a part of it.
@@ -63,6 +67,14 @@ class Seat(nn.ModuleDict):
         if self.is_empty:
             self.leave()
 
+    def hook(self) -> None:
+        """Let the layer's calls use the adapters, if they do not yet."""
+        raise NotImplementedError
+
+    def unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
     @property
     def is_empty(self) -> bool:
         """Whether the last adapter was removed, and the seat with it."""
@@ -74,7 +86,17 @@ class Seat(nn.ModuleDict):
 
     def activate(self, weights: dict[str, float]) -> None:
         """Activate those of these adapters that have this seat, and no others."""
-        raise NotImplementedError
+        self.active = {name: weight for name, weight in weights.items() if name in self._modules}
+        self._list_adapters()
+
+    def _list_adapters(self) -> None:
+        """Keep the active adapters as `_alone` and `_weighted`: one of weight 1, or all with their weights."""
+        self._keep([(self._modules[name], weight) for name, weight in self.active.items()])
+
+    def _keep(self, adapters: list[tuple[LayerAdapter, float]]) -> None:
+        is_alone = len(adapters) == 1 and adapters[0][1] == 1
+        self._alone = adapters[0][0] if is_alone else None
+        self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in adapters]
 
     def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         """Why the active adapters cannot be merged here, or None if they can.
@@ -86,7 +108,7 @@ class Seat(nn.ModuleDict):
         return None
 
     def merge(self, check: bool) -> None:
-        """Merge the active adapters into the base's tensors.
+        """Merge the active adapters into the base's tensors, which the layer's calls use once the seat is unhooked.
 
         Raises:
             ValueError: with `check`, a merged tensor would contain NaN or infinity.

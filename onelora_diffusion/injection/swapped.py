@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.swap import SwapAdapter
-from onelora_diffusion.adapters.weights import as_tensor
-from onelora_diffusion.injection.compiled import anything_is_compiled
 from onelora_diffusion.injection.linear import why_not_writable
 from onelora_diffusion.injection.route import Route
 from onelora_diffusion.injection.seat import Seat
@@ -21,21 +19,16 @@ class SwapSeat(Seat):
     those alone. While its forward runs, the module's class returns the adapters' tensors under the same names.
 
     Args:
-        model: the model that has the module at `path`.
+        model: the model that has the module at the first of `places`.
         reached: the paths of the layers that the model's forward has called; each call adds its own.
     """
 
-    def __init__(self, model: nn.Module, path: str, reached: set[str]):
-        super().__init__()
-        self.layer, self.path, self.reached = model.get_submodule(path), path, reached
+    def __init__(self, model: nn.Module, places: list[str], reached: set[str]):
+        super().__init__(model.get_submodule(places[0]), places)
+        self.reached = reached
         self.num_calls = 0  # number of running calls of the module
         self.originals: dict[str, nn.Parameter] = {}
-        self.active: dict[str, float] = {}
-        # The active adapters as compiled code reads them: it would treat names and numbers as constants.
-        self._alone: SwapAdapter | None = None
-        self._weighted: list[tuple[SwapAdapter, torch.Tensor]] = []
-        self.caller = _caller(model, path)
-        self._hooks: list = []
+        self.caller = _caller(model, self.path)
         self.layer.onelora_swap = self
         self.hook()
 
@@ -89,8 +82,7 @@ class SwapSeat(Seat):
         self._hooks = [before, self.caller.register_forward_hook(end_lending, always_call=True)]
 
     def unhook(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        super().unhook()
         if "lent_parameters" in vars(type(self.layer)):  # otherwise other code has changed the class, which is kept
             self.layer.__class__ = type(self.layer).__base__
 
@@ -102,17 +94,10 @@ class SwapSeat(Seat):
         del self.layer.onelora_swap
 
     def activate(self, weights: dict[str, float]) -> None:
-        self.active = {name: weight for name, weight in weights.items() if name in self._modules}
-        self._list_adapters()
+        super().activate(weights)
         self.num_calls = 0  # a call may have been interrupted by Ctrl-C
         if self._hooks:
             self.caller._forward_hooks.move_to_end(self._hooks[1].id)  # it runs after the adapters beside the layer
-
-    def _list_adapters(self) -> None:
-        serving = [(self._modules[name], weight) for name, weight in self.active.items()]
-        is_alone = len(serving) == 1 and serving[0][1] == 1
-        self._alone = serving[0][0] if is_alone else None
-        self._weighted = [] if is_alone else [(adapter, as_tensor(weight)) for adapter, weight in serving]
 
     def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         return why_not_writable(self.layer) if self.is_in_use and "weight" in self.layer._parameters else None
@@ -128,19 +113,14 @@ class SwapSeat(Seat):
         for name, tensor in merged.items():
             self.layer._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)
         self._alone, self._weighted = None, []
-        if not anything_is_compiled():  # compiled code would not notice that the hook returns
-            self.unhook()
 
     def unmerge(self) -> None:
         self.layer._parameters.update(self.originals)
         self.originals = {}
-        self.hook()
 
     def route(self, route: Route | None) -> None:
-        for name in (
-            {} if route is None else dict.fromkeys(name for mixture in route.mixtures.values() for name in mixture)
-        ):
-            if name in self:
+        for mixture in () if route is None else route.mixtures.values():
+            if name := next((name for name in mixture if name in self), None):
                 raise ValueError(
                     f"adapter '{name}' trains {self.path} itself, which all samples share: it cannot serve single "
                     "samples"

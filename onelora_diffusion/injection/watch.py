@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR
+from onelora_diffusion.injection.layers import untuned
 from onelora_diffusion.injection.linear import Reached
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,13 @@ class Watch:
             model.register_forward_hook(self._end, always_call=True),
         ]
 
-    def refuse_scales(self) -> None:
-        """Install only the check for merged adapters, which refuses a scale in the call."""
-        self._hooks = [self.book.model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True)]
+    def guard_merged(self) -> None:
+        """Install only what merged adapters need: it refuses a scale in a call, and other weights for the base."""
+        model = self.book.model
+        self._hooks = [
+            model.register_forward_pre_hook(self._check_unscaled, with_kwargs=True),
+            model.register_load_state_dict_pre_hook(self._refuse_weights),
+        ]
 
     def stop(self) -> None:
         """Remove the hooks."""
@@ -72,6 +77,9 @@ class Watch:
     def _check_unscaled(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if (scale := take_scale(kwargs)[0]) != 1:
             self.book.require_unmerged(f"they are scaled by {scale}")
+
+    def _refuse_weights(self, model: nn.Module, *args) -> None:
+        self.book.require_unmerged("other weights are loaded, which unmerging would replace by those of now")
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
         if not _is_elsewhere(model):
@@ -121,7 +129,7 @@ def _is_elsewhere(model: nn.Module) -> bool:
 
 def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
     try:
-        return model.get_submodule(path) is layer
+        return untuned(model.get_submodule(path)) is layer
     except AttributeError:
         return False
 

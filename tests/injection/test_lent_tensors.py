@@ -381,7 +381,7 @@ def test_only_a_forward_is_lent_them(x, base):
 
 def test_classes_are_the_base_s_again_and_go_by_its_names_meanwhile(x, monkeypatch):
     # They stay where a test before this one has compiled something.
-    monkeypatch.setattr("onelora_diffusion.injection.swapped.anything_is_compiled", lambda: False)
+    monkeypatch.setattr("onelora_diffusion.injection.book.anything_is_compiled", lambda: False)
     model = make(FULL)
     assert [type(m).__name__ for m in (model.first, model.norm)] == ["Linear", "LayerNorm"]
     assert isinstance(model.first, nn.Linear)

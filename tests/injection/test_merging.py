@@ -284,3 +284,19 @@ def test_adapters_in_and_beside_one_layer_are_merged_in_the_order_in_which_they_
         unmerge_adapter(dit)
         assert torch.equal(dit(**inputs).sample, expected)
     assert all(torch.equal(tensor, before[key]) for key, tensor in dit.state_dict().items())
+
+
+def test_other_weights_are_not_loaded_while_adapters_are_merged(dit, inputs):
+    other = make_dit(seed=5).state_dict()
+    model = randomize(inject_adapter(dit, AdapterConfig()))
+    merge_adapter(model)
+    with torch.no_grad():
+        merged_output = model(**inputs).sample
+        with pytest.raises(
+            ValueError, match="adapters default are merged: unmerge them before other weights are loaded"
+        ):
+            model.load_state_dict(other, strict=False)
+        assert torch.equal(model(**inputs).sample, merged_output)
+        unmerge_adapter(model).load_state_dict(other, strict=False)
+        unload_adapter(model)
+        assert torch.equal(model(**inputs).sample, make_dit(seed=5)(**inputs).sample)

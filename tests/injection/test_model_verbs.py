@@ -56,7 +56,7 @@ def test_each_verb_of_a_model_does_what_the_librarys_does(make, config):
     model.set_adapters("a")
     model.fuse_lora(lora_scale=0.5)
     assert_rounded(run(model, inputs), half, model)
-    with pytest.raises(ValueError, match="are merged: unmerge them before they are fused again"):
+    with pytest.raises(ValueError, match="are merged: unmerge them before others are merged"):
         model.fuse_lora()
     model.unfuse_lora()
     assert torch.equal(run(model, inputs), a)
@@ -156,6 +156,22 @@ def test_adapters_of_peft_are_not_fused_into_weights_that_ours_replace_or_read(c
     with_theirs = run(model, inputs)
     model.fuse_lora(adapter_names=["theirs"])
     assert_rounded(run(model, inputs), with_theirs, model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AdapterConfig(), AdapterConfig(compression="outputs"), AdapterConfig("difffit")],
+    ids=["1lora", "outputs", "γβ"],
+)
+def test_beside_peft_an_adapter_computes_the_same_whichever_was_first(config):
+    outputs = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        model, inputs = sd3()
+        for add in [lambda model: randomize(inject_adapter(model, config, "ours")), styled][::order]:
+            add(model.eval())
+        outputs.append(run(model, inputs))
+    assert torch.equal(*outputs)
 
 
 def test_an_adapter_of_peft_is_not_added_beside_a_lora_of_ours(tmp_path):

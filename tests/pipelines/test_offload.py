@@ -158,6 +158,15 @@ def offloaded_by_accelerate(base, folder):
     cpu_offload(base, CPU)
 
 
+def offloaded_among_other_hooks(base, folder):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    offloaded_by_accelerate(base, folder)
+    for module in [module for module in base.modules() if hasattr(module, "_hf_hook")]:
+        for _ in range(2):
+            add_hook_to_module(module, ModelHook(), append=True)
+
+
 def offloaded_by_groups(base, folder):
     base.enable_group_offload(CPU, CPU, "leaf_level")
 
@@ -167,7 +176,9 @@ def offloaded_to_the_disk(base, folder):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "peft:hra"])
-@pytest.mark.parametrize("offload", [offloaded_by_accelerate, offloaded_by_groups, offloaded_to_the_disk])
+@pytest.mark.parametrize(
+    "offload", [offloaded_by_accelerate, offloaded_among_other_hooks, offloaded_by_groups, offloaded_to_the_disk]
+)
 def test_tuners_that_read_the_layers_weight(tmp_path, method, offload):
     """DoRA divides by the norm of the layer's rows; HRA turns its columns. LoRA needs the output alone."""
     torch.manual_seed(0)

@@ -49,8 +49,8 @@ class AdapterConfig:
             the paper's 1LoRA, and r with `compression="sum"` is MiSS of rank r. Methods without `sum` and MoRA ignore
             it; a `peft:<tuner>` has its own settings.
         targets: names of linear layers. A name matches a path or its last components (`to_q`, `ff.net.2`);
-            `*` and `?` match as in a shell. None takes the paper's set on a DiT, and on any other model the
-            linear layers of its repeated blocks, or if it has none every one but the output head.
+            `*` and `?` match as in a shell. None takes the paper's set on a DiT, on other models of
+            diffusers the linear layers of their repeated blocks, and elsewhere every one but the output head.
             `full` trains every module that has weights, or only these layers.
         num_classes: N trains a new class table of N + 1 rows, the null row last. None keeps the base's table.
         class_table: name of the base's class table (`y_embedder.embedding_table`), whose last row is the null row.

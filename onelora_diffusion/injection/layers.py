@@ -18,6 +18,11 @@ UNREACHED = "torch.nn.MultiheadAttention reads the weight of its output projecti
 OUTPUT_HEADS = ("lm_head", "classifier", "score", "head", "proj_out", "proj_out_1", "proj_out_2", "final_layer")
 
 
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Whether a model is of a class of diffusers, or derived from one; diffusers is not imported."""
+    return any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__)
+
+
 def is_modulated(model: nn.Module) -> bool:
     """Whether this model is built like Meta's DiT, as SiT, REPA, LightningDiT, DDT and RAE are.
 
@@ -67,9 +72,9 @@ def target_layers(
 
     `targets=None` on a DiT, in diffusers' or its authors' code, takes the paper's set, which follows from its
     parameter counts: adaLN, q, k, v, attention output and both MLP linears of each block, and both output linears,
-    without the timestep embedder. On other models it takes every linear layer of the repeated blocks, or where there
-    are none every one but the output head; and none of an IP-Adapter. A convolution of 1 x 1
-    is taken if its whole path is a target.
+    without the timestep embedder. On other models of diffusers it takes every linear layer of the repeated blocks, which
+    can be routed; on any other model, or where no blocks are repeated, every one but the output head; and none of an
+    IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
 
     Args:
         named: the tensors of an adapter that exists. If they are of layers outside the blocks, as in files that were
@@ -88,7 +93,8 @@ def target_layers(
         is_left_out = is_in_embedding if is_dit(model) else _is_unmodulated if is_modulated(model) else _is_head
         left_out = unreached | unused | added_paths(model) | set(filter(is_left_out, linears))
         found = {path: linear for path, linear in linears.items() if path not in left_out}
-        blocks = tuple(f"{path}." for path in repeated_blocks(model)) if is_left_out is _is_head else ()
+        by_blocks = is_left_out is _is_head and is_of_diffusers(model)
+        blocks = tuple(f"{path}." for path in repeated_blocks(model)) if by_blocks else ()
         others = tuple(f"{path}." for path in found if not path.startswith(blocks))
         if not blocks or any(name.startswith(others) for name in named):
             return found

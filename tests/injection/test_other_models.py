@@ -131,6 +131,13 @@ def test_targets_are_the_linear_layers_of_repeated_blocks_and_old_files_keep_the
         assert torch.equal(loaded[key], tensor), key
 
 
+def test_targets_of_a_model_that_is_not_of_diffusers_are_all_but_its_head():
+    model = torch.nn.Module()
+    model.embed, model.head = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    assert set(target_layers(model, None)) == {"embed", "blocks.0", "blocks.1"}
+
+
 def test_norms_of_llama():
     model, inputs = llama()
     inject_adapter(model, AdapterConfig(norms=True))

@@ -39,6 +39,7 @@ from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.storage.reading import load_adapter
 
 BATCHED, ALONE, SWITCHED = "1LoRA, batched across adapters", "1LoRA, one at a time", "PEFT LoRA, switched by request"
+NO_LIMIT = {"max_queue": 10**6, "max_queue_per_client": 10**6}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MINIATURE, BLOCK = "miniature", "one block of DiT-XL/2's width"
 
@@ -147,7 +148,7 @@ class Way:
         self.library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
         self.cache = AdapterCache(self.pipeline.transformer, 10**12)
         self.drawing = Drawing(self.pipeline, max(settings.steps))
-        self.settings = BatchSettings(max_batch=max_batch, max_wait_ms=settings.max_wait_ms, max_queue=10_000)
+        self.settings = BatchSettings(max_batch=max_batch, max_wait_ms=settings.max_wait_ms, **NO_LIMIT)
 
     @contextlib.contextmanager
     def started(self):
@@ -178,16 +179,19 @@ class SwitchedDrawing(Drawing):
         super().__init__(pipeline, max_steps)
         self.lora, self.config = lora, config
 
-    def draw(self, requests, mixtures, on_step):
-        ((name, _),) = mixtures[0].items()
+    def start(self, request, mixture):
+        ((name, _),) = mixture.items()
         if name not in self.lora.peft_config:
             self.lora.add_adapter(name, self.config)
             self.transformer.eval()
         self.lora.set_adapter(name)
-        return super().draw(requests, mixtures, on_step)
+        return super().start(request, {})
 
 
 class InMemory(AdapterCache):
+    def will_change(self, entries):
+        return False
+
     def load(self, entries):
         return {entry.key: entry.name for entry in entries}, {}
 

@@ -24,16 +24,20 @@ class AdapterCache:
 
     def __init__(self, transformer: nn.Module, memory_bytes: int):
         self.transformer, self.memory_bytes = transformer, memory_bytes
-        self._by_file: OrderedDict[FileKey, tuple[str, int]] = (
-            OrderedDict()
-        )  # (name in the model, bytes), least recently used first
+        # (name in the model, bytes), least recently used first
+        self._by_file: OrderedDict[FileKey, tuple[str, int]] = OrderedDict()
         self.num_bytes = self.num_reads = 0
 
     def __len__(self) -> int:
         return len(self._by_file)
 
+    def will_change(self, entries: Iterable[AdapterEntry]) -> bool:
+        """Whether `load` of these would load or unload adapters."""
+        needed, loaded = {entry.key for entry in entries}, self._by_file.keys()
+        return not needed <= loaded or self.num_bytes > self.memory_bytes and not loaded <= needed
+
     def load(self, entries: Iterable[AdapterEntry]) -> tuple[dict[FileKey, str], dict[FileKey, str]]:
-        """Load the adapters of a batch into the model.
+        """Load the adapters of a batch into the model, and unload others that exceed the limit of memory.
 
         Returns:
             (file -> the adapter's name in the model, file -> why it could not be loaded, in one line).
@@ -56,11 +60,8 @@ class AdapterCache:
             self._by_file[key] = (f"file {self.num_reads}", entry.num_bytes)
             self.num_bytes += entry.num_bytes
             self.num_reads += 1
+        self._make_room(0, needed.keys())
         return {key: self._by_file[key][0] for key in needed if key in self._by_file}, problems
-
-    def shrink(self) -> None:
-        """Unload adapters until the limit of memory is kept again, which one batch may exceed."""
-        self._make_room(0, ())
 
     def _make_room(self, num_bytes: int, needed) -> None:
         for key in [key for key in self._by_file if key not in needed]:

@@ -1,4 +1,4 @@
-"""The thread that draws what waits: requests with equal batch keys in one batch, the clients in turns."""
+"""The thread that draws what waits: clients in turns, in one batch that requests join and leave at its steps."""
 
 import logging
 import threading
@@ -12,16 +12,12 @@ from torch import Tensor
 
 from onelora_diffusion.files import first_line
 from onelora_diffusion.serving.adapter_cache import AdapterCache
-from onelora_diffusion.serving.drawing import picture_of
+from onelora_diffusion.serving.engine import Engine
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.queue import Busy, Stopping, Ticket, TurnQueue
 from onelora_diffusion.serving.request import Request
 
 logger = logging.getLogger(__name__)
-
-
-class _Abandoned(Exception):
-    """Every request of the batch that is being drawn was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +26,9 @@ class BatchSettings:
 
     max_batch: int = 16
     """Pictures drawn together; with guidance the networks run on twice as many."""
+    join: bool = True
+    """Requests join a running batch at its next step. Otherwise it is drawn to its end, and those of a batch share
+    their sampler and steps as well."""
     max_wait_ms: float = 20.0
     """How long a request waits for others to share its batch, while nothing is drawn."""
     max_queue: int = 256
@@ -49,7 +48,7 @@ class Batcher:
     """A thread that draws the requests of the queue; it alone runs the model.
 
     Args:
-        drawing: a `Drawing`, or another object with the methods `completed`, `batch_key` and `draw`.
+        drawing: a `Drawing`, or another object with its methods.
 
     Attributes:
         counters: how many requests ended in which way since the start (see `COUNTERS`).
@@ -59,11 +58,11 @@ class Batcher:
         settings.check()
         self.drawing, self.library, self.cache, self.settings = drawing, library, cache, settings
         self.counters: Counter[str] = Counter()
-        self.batch_sizes: Counter[int] = Counter()
+        self.engine = Engine(drawing, library, cache, self._settle)
         self._waiting = TurnQueue()
-        self._drawn: list[Ticket] = []
+        self._drawing: list[Ticket] = []
         self._changed = threading.Condition()
-        self._seconds_a_picture = 1.0  # of those that were drawn last
+        self._seconds_a_picture, self._seconds_since_picture = 1.0, 0.0
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -111,7 +110,10 @@ class Batcher:
     def _ticket(self, request: Request, client: str) -> Ticket:
         entries = [self.library.entry(name) for name, _ in request.adapters]
         request = self.drawing.completed(request, entries)
-        return Ticket(request, entries, self.drawing.batch_key(request), self, client)
+        batch_key = self.drawing.batch_key(request)
+        if not self.settings.join:
+            batch_key += (request.sampler, request.num_inference_steps)
+        return Ticket(request, entries, batch_key, self, client)
 
     def place(self, ticket: Ticket) -> int:
         with self._changed:
@@ -135,7 +137,7 @@ class Batcher:
         """Answer all requests that have no picture yet with `Stopping`, and end the thread."""
         with self._changed:
             self._is_open = False
-            for ticket in [*self._waiting.clear(), *self._drawn]:
+            for ticket in [*self._waiting.clear(), *self._drawing]:
                 if not ticket.picture.done():
                     ticket.picture.set_exception(Stopping())
             self._changed.notify_all()
@@ -148,9 +150,9 @@ class Batcher:
             waited = self.counters["waited_us"] / 1e6
             return {
                 **counters,
-                "batch_sizes": {str(size): count for size, count in sorted(self.batch_sizes.items())},
+                "batch_sizes": {str(size): count for size, count in sorted(self.engine.batch_sizes.copy().items())},
                 "waiting": len(self._waiting),
-                "drawing": len(self._drawn),
+                "drawing": sum(not ticket.picture.done() for ticket in self._drawing),
                 "mean_wait_s": round(waited / max(1, counters["images"] + counters["failed"]), 6),
                 "resident_adapters": len(self.cache),
                 "resident_bytes": self.cache.num_bytes,
@@ -171,84 +173,44 @@ class Batcher:
     # The thread
 
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
+        while (joining := self._next()) is not None:
+            start, drawn = time.monotonic(), self.counters["images"]
             try:
-                self._draw(batch)
-            except _Abandoned:
-                pass
-            except Exception as error:  # out of memory, or a programming error: it must not end the server
-                logger.exception("a batch of %d was not drawn", len(batch))
-                if len(batch) > 1:  # a single request may be the cause
-                    for ticket in batch:
-                        self._draw_alone(ticket)
-                else:
-                    self._settle(batch[0], error=error)
-            finally:
-                with self._changed:
-                    self._drawn = []
+                self.engine.step(joining)
+            except Exception as error:  # a programming error must not end the server
+                logger.exception("a step failed")
+                for ticket in {*joining, *self.engine.running}:
+                    self._settle(ticket, error=error)
+            self._measure(time.monotonic() - start, self.counters["images"] - drawn)
 
-    def _next_batch(self) -> list[Ticket] | None:
-        """The next request and others with an equal batch key, in turns; None when the queue is closed and empty."""
+    def _next(self) -> list[Ticket] | None:
+        """The requests that join the running batch, in turns; None when the queue is closed and all of it is drawn."""
+        settings = self.settings
         with self._changed:
-            while True:
-                first = next(iter(self._waiting), None)
-                if first is None and not self._is_open:
+            while not self.engine.running:
+                if not self._waiting and not self._is_open:
                     return None
-                if first is None:
-                    self._changed.wait()
-                    continue
-                number = sum(ticket.batch_key == first.batch_key for ticket in self._waiting)
-                left = first.since + self.settings.max_wait_ms / 1000 - time.monotonic()
-                if left > 0 and number < self.settings.max_batch and self._is_open:
-                    self._changed.wait(left)
-                    continue
-                number = min(number, self.settings.max_batch)
-                self._drawn = [self._waiting.take(first.batch_key) for _ in range(number)]
-                for ticket in self._drawn:
-                    self.counters["waited_us"] += int((time.monotonic() - ticket.since) * 1e6)
-                return self._drawn
+                oldest = min((ticket.since for ticket in self._waiting), default=float("inf"))
+                left = oldest + settings.max_wait_ms / 1000 - time.monotonic()
+                if self._waiting and (left <= 0 or len(self._waiting) >= settings.max_batch or not self._is_open):
+                    break
+                self._changed.wait(None if left == float("inf") else left)
+            joining, batch_key = [], None
+            self._drawing = [ticket for ticket in self.engine.running if not ticket.picture.done()]
+            free = settings.max_batch - len(self._drawing) if settings.join or not self._drawing else 0
+            while len(joining) < free and (ticket := self._waiting.take(batch_key)):
+                self.counters["waited_us"] += int((time.monotonic() - ticket.since) * 1e6)
+                joining.append(ticket)
+                batch_key = None if settings.join else ticket.batch_key
+            self._drawing = self._drawing + joining
+            return joining
 
-    def _draw(self, batch: list[Ticket]) -> None:
-        names, problems = self.cache.load(entry for ticket in batch for entry in ticket.entries)
-        ready = []
-        for ticket in batch:
-            broken = next((entry for entry in ticket.entries if entry.key in problems), None)
-            if broken is None:
-                ready.append(ticket)
-            else:
-                self.library.refuse(broken, problems[broken.key])
-                self._settle(ticket, error=ValueError(f"adapter '{broken.name}': {problems[broken.key]}"))
-        if not ready:
-            return
-        mixtures = [
-            {names[entry.key]: weight for entry, (_, weight) in zip(t.entries, t.request.adapters, strict=True)}
-            for t in ready
-        ]
-
-        def on_step(share: float) -> None:
-            for ticket in ready:
-                ticket.progress += share
-            if all(ticket.picture.done() for ticket in ready):
-                raise _Abandoned
-
-        start = time.monotonic()
-        try:
-            images = self.drawing.draw([ticket.request for ticket in ready], mixtures, on_step)
-        finally:
-            self.cache.shrink()
-        self._seconds_a_picture = (time.monotonic() - start) / len(ready)
-        self.batch_sizes[len(ready)] += 1
-        for ticket, image in zip(ready, images, strict=True):
-            self._settle(ticket, picture=picture_of(image))
-
-    def _draw_alone(self, ticket: Ticket) -> None:
-        ticket.progress = 0.0
-        try:
-            self._draw([ticket])
-        except _Abandoned:
-            pass
-        except Exception as error:
-            self._settle(ticket, error=error)
+    def _measure(self, seconds: float, drawn: int) -> None:
+        """Take a step's time, and the number of pictures that it ended, into the average of a picture's time."""
+        self._seconds_since_picture += seconds
+        if drawn:
+            self._seconds_a_picture += 0.2 * (self._seconds_since_picture / drawn - self._seconds_a_picture)
+            self._seconds_since_picture = 0.0
 
     def _settle(self, ticket: Ticket, picture: Tensor | None = None, error: Exception | None = None) -> None:
         with self._changed:

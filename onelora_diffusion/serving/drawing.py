@@ -1,17 +1,19 @@
-"""Draw the images of requests with equal sampler, steps and size in one batch of the networks."""
+"""Requests as one base draws them: checked, and step by step, those of equal size in one batch of the networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import find_class
-from onelora_diffusion.sampling import SamplerSettings, as_uint8, draw, image_generators
-from onelora_diffusion.sampling.drawing import EncodedConditions, OnStep
+from onelora_diffusion.sampling import SamplerSettings, as_uint8, image_generators
+from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.sampling.schedulers import fitting_samplers
+from onelora_diffusion.sampling.trajectory import RunningBatch, Trajectory
 from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.request import Request
 
@@ -43,6 +45,7 @@ class Drawing:
             labels, names = range(self.transformer.config.num_embeds_ada_norm), class_names or {}
             self.base_classes = {label: names.get(label, str(label)) for label in labels}
         self.samplers = fitting_samplers(pipeline.scheduler.config) if self.family.takes_samplers else []
+        self._batch = RunningBatch(pipeline, self.family)
 
     # -----------------------------------------------------------------------------------------------
     # Check requests
@@ -92,31 +95,47 @@ class Drawing:
     @staticmethod
     def batch_key(request: Request) -> tuple:
         """The key by which requests share a batch: those with equal keys can be drawn together."""
-        return request.sampler, request.num_inference_steps, request.size
+        return (request.size,)
 
     # -----------------------------------------------------------------------------------------------
     # Draw
 
-    def draw(self, requests: Sequence[Request], mixtures: Sequence[Mapping[str, float]], on_step: OnStep) -> Tensor:
-        """Draw image 0 of each request's seed: (batch, 3, size, size) in float32, from about -1 to 1.
+    def start(self, request: Request, mixture: Mapping[str, float]) -> Trajectory:
+        """Begin with image 0 of a completed request's seed.
 
         Args:
-            requests: completed requests with equal batch keys.
-            mixtures: for each request, the weight of each adapter by its name in the model.
-            on_step: called after every step with that step's share of the work; an exception from it ends the drawing.
+            mixture: the weight of each adapter by its name in the model.
         """
-        asked = [
-            ImageRequest(
-                condition=self.encoded[request.subject],
-                empty=self.encoded[request.negative_prompt or None],
-                generator=image_generators(request.seed, [0])[0],
-                guidance_scale=request.guidance_scale,
-                guidance=request.guidance,
-                adapters=mixture,
-            )
-            for request, mixture in zip(requests, mixtures, strict=True)
-        ]
-        return draw(self.pipeline, asked, sampler_settings(requests[0]), requests[0].size, on_step)
+        image = ImageRequest(
+            condition=self.encoded[request.subject],
+            empty=self.encoded[request.negative_prompt or None],
+            generator=image_generators(request.seed, [0])[0],
+            guidance_scale=request.guidance_scale,
+            guidance=request.guidance,
+            adapters=mixture,
+        )
+        shape = self.family.latent_shape(self.pipeline, request.size, request.size)
+        return self._batch.start([image], sampler_settings(request), shape)
+
+    def step(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take the next step of images with equal batch keys; the model keeps their adapters for the step after."""
+        self._batch.step(trajectories)
+
+    def images(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """The images of trajectories that are done: (batch, 3, size, size) in float32, from about -1 to 1."""
+        with torch.no_grad():
+            return self.family.decode(self.pipeline.vae, torch.cat([each.latents for each in trajectories]))
+
+    def pause(self) -> None:
+        """Free the model, whose adapters may change until the next step."""
+        self._batch.close()
+
+    def refresh(self, trajectories: Iterable[Trajectory]) -> None:
+        """After adapters came or went: the label of no class is that of all class tables which are there now."""
+        if self.draws_classes:
+            empty = self.encoded[None]
+            for each in trajectories:
+                each.requests = [replace(request, empty=empty) for request in each.requests]
 
 
 def sampler_settings(request: Request) -> SamplerSettings:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from serving.servers import draw
 from torch import nn
 
 from onelora_diffusion import families
@@ -80,6 +81,6 @@ def test_requests_are_drawn_together_each_with_its_own_guidance(pipeline):
     asked = [Request(subject="dim", guidance_scale=scale, num_inference_steps=3) for scale in (1.0, 2.0, 3.0)]
     asked = [drawing.completed(request, []) for request in asked]
     assert len({drawing.batch_key(request) for request in asked}) == 1
-    images = drawing.draw(asked, [{}] * 3, lambda share: None)
+    images = draw(drawing, asked, [{}] * 3)
     for image, colour in zip(images, (-0.25, -0.5, -0.75), strict=True):  # no prompt is black's middle, 0
         assert (picture_of(image) - grey(colour)).abs().max() <= 1

@@ -1,6 +1,9 @@
 """A server of a small DiT and some adapters, without a port."""
 
 import contextlib
+import threading
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from conftest import make_dit, randomize
@@ -12,6 +15,7 @@ from onelora_diffusion.serving.adapter_cache import AdapterCache
 from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
+from onelora_diffusion.serving.request import Request
 
 CONFIGS = {
     "plain": AdapterConfig(),
@@ -57,3 +61,36 @@ def serving(pipeline, folder, memory_bytes: int = 10**9, drawing=None, **setting
         batcher.close()
         if hasattr(pipeline.transformer, "_onelora"):
             unload_adapter(pipeline.transformer)
+
+
+def draw(drawing: Drawing, requests: Sequence[Request], mixtures: Sequence[Mapping[str, float]]) -> torch.Tensor:
+    """Completed requests that begin together, (batch, 3, size, size)."""
+    images = [drawing.start(request, mixture) for request, mixture in zip(requests, mixtures, strict=True)]
+    while running := [image for image in images if not image.is_done]:
+        drawing.step(running)
+    drawing.pause()
+    return drawing.images(images)
+
+
+class Held(Drawing):
+    """A drawing whose steps wait until they are let go; it notes the seeds of what is begun, and counts steps."""
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline, 50)
+        self.go, self.drawn, self.steps = threading.Event(), [], 0
+
+    def start(self, request, mixture):
+        self.drawn.append(request.seed)
+        return super().start(request, mixture)
+
+    def step(self, trajectories):
+        assert self.go.wait(30)
+        self.steps += 1
+        super().step(trajectories)
+
+
+def wait_until(holds, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -1,13 +1,12 @@
 """The queue: who is drawn together, who waits, who is told to come back, and that nobody gets another's picture."""
 
 import threading
-import time
-from collections import Counter
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import pytest
 import torch
-from serving.servers import make_pipeline, serving, write_adapters
+from serving.servers import Held, make_pipeline, serving, wait_until, write_adapters
 
 from onelora_diffusion.serving.batching import BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
@@ -27,31 +26,6 @@ def folder(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     write_adapters(folder, pipeline.transformer)
     return folder
-
-
-class Held(Drawing):
-    """A drawing whose steps wait until they are let go; it notes what it draws together."""
-
-    def __init__(self, pipeline):
-        super().__init__(pipeline, 50)
-        self.go, self.drawn, self.steps = threading.Event(), [], 0
-
-    def draw(self, requests, mixtures, on_step):
-        self.drawn.append(list(requests))
-        assert self.go.wait(30)
-
-        def counted(share):
-            self.steps += 1
-            on_step(share)
-
-        return super().draw(requests, mixtures, counted)
-
-
-def wait_until(holds, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def mixed_requests(number: int) -> list[Request]:
@@ -93,41 +67,36 @@ def test_many_threads_get_each_the_picture_of_its_single_run(pipeline, folder):
         difference = (found[index].int() - picture.int()).abs()
         assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02, requests[index]
     assert state["images"] == 48 and state["waiting"] == state["failed"] == 0
-    assert sum(int(size) * count for size, count in state["batch_sizes"].items()) == 48
+    steps = sum(request.num_inference_steps for request in requests)
+    assert sum(int(size) * count for size, count in state["batch_sizes"].items()) == steps
     assert max(map(int, state["batch_sizes"])) > 1
 
 
-def test_those_that_agree_are_drawn_together_in_the_order_in_which_they_came(pipeline, folder):
-    drawing = Held(pipeline)
-    with serving(pipeline, folder, drawing=drawing, max_batch=3, max_wait_ms=0) as batcher:
-        blocker = batcher.submit(PLAIN)
-        wait_until(lambda: drawing.drawn)
-        steps = [3, 4, 3, 3, 4, 3, 3]
-        requests = [
-            Request(subject=1, num_inference_steps=n, seed=i, adapters=(("plain", i / 10),) if i % 2 else ())
-            for i, n in enumerate(steps)
-        ]
-        tickets = batcher.submit_all(requests)
-        assert [ticket.place() for ticket in tickets] == [1, 2, 3, 4, 5, 6, 7]
-        assert blocker.place() == 0
-        drawing.go.set()
-        for ticket in tickets:
-            ticket.picture.result(30)
-        assert [[request.seed for request in batch] for batch in drawing.drawn[1:]] == [[0, 2, 3], [1, 4], [5, 6]]
-        assert batcher.batch_sizes == Counter({1: 1, 3: 1, 2: 2})
-
-
-def test_a_request_waits_for_company_no_longer_than_it_was_told_to(pipeline, folder):
-    with serving(pipeline, folder, max_batch=2, max_wait_ms=60_000) as batcher:
-        first = batcher.submit(PLAIN)
-        time.sleep(0.05)
-        assert first.place() == 1  # it waits, though nothing is being drawn
-        second = batcher.submit(PLAIN)  # the batch is full
-        assert first.picture.result(30).shape == second.picture.result(30).shape == (16, 16, 3)
-        assert batcher.batch_sizes == Counter({2: 1})
-    with serving(pipeline, folder, max_batch=2, max_wait_ms=1) as batcher:
-        batcher.submit(PLAIN).picture.result(30)
-        assert batcher.batch_sizes == Counter({1: 1})
+def test_they_join_in_the_order_in_which_they_came_or_batch_by_batch(pipeline, folder):
+    steps = [3, 4, 3, 3, 4, 3, 3]
+    requests = [
+        Request(subject=1, num_inference_steps=n, seed=i, adapters=(("plain", i / 10),) if i % 2 else ())
+        for i, n in enumerate(steps)
+    ]
+    blocking = Request(subject=1, num_inference_steps=2, seed=9)
+    ways = {
+        True: (
+            [9, 0, 1, 2, 3, 4, 5, 6],
+            {"1": 2, "2": 1, "3": 7},
+        ),  # three in each step but the first and the last two
+        False: ([9, 0, 2, 3, 1, 4, 5, 6], {"1": 2, "2": 4 + 3, "3": 3}),  # batches of those with equal steps
+    }
+    for join, (order, sizes) in ways.items():
+        drawing = Held(pipeline)
+        with serving(pipeline, folder, drawing=drawing, max_batch=3, max_wait_ms=0, join=join) as batcher:
+            blocker = batcher.submit(blocking)
+            wait_until(lambda drawing=drawing: drawing.drawn)
+            tickets = batcher.submit_all(requests)
+            assert [ticket.place() for ticket in tickets] == [1, 2, 3, 4, 5, 6, 7]
+            assert blocker.place() == 0
+            drawing.go.set()
+            batcher.drain()
+            assert drawing.drawn == order and batcher.state()["batch_sizes"] == sizes
 
 
 def test_a_full_queue_says_that_it_is_busy_and_takes_all_of_a_call_or_nothing(pipeline, folder):
@@ -145,6 +114,51 @@ def test_a_full_queue_says_that_it_is_busy_and_takes_all_of_a_call_or_nothing(pi
         waiting[0].cancel()
         batcher.submit(PLAIN)  # there is a place again
         drawing.go.set()
+
+
+class Counted:
+    """A drawing without a model: images take as many steps as they are told to; it notes who joins at which step."""
+
+    def __init__(self):
+        self.steps, self.joined, self.go = 0, [], threading.Event()
+
+    def completed(self, request, entries):
+        return request
+
+    def batch_key(self, request):
+        return ()
+
+    def start(self, request, mixture):
+        self.joined.append((request.seed, self.steps))
+        return SimpleNamespace(step=0, num_steps=request.num_inference_steps, is_done=False)
+
+    def step(self, images):
+        assert self.go.wait(30)
+        self.steps += 1
+        for image in images:
+            image.step += 1
+            image.is_done = image.step == image.num_steps
+
+    def images(self, images):
+        return torch.zeros(len(images), 3, 2, 2)
+
+    def pause(self):
+        pass
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_five_hundred_of_one_client_do_not_make_another_wait_for_more_than_two_batches(pipeline, folder, join):
+    drawing = Counted()
+    settings = {"max_batch": 8, "max_wait_ms": 0, "max_queue": 600, "max_queue_per_client": 500, "join": join}
+    with serving(pipeline, folder, drawing=drawing, **settings) as batcher:
+        batcher.submit_all([Request(subject=1, num_inference_steps=5)] * 500, "many")
+        wait_until(lambda: drawing.joined)
+        batcher.submit_all([Request(subject=1, num_inference_steps=5, seed=seed) for seed in (1, 2, 3)], "few")
+        drawing.go.set()
+        batcher.drain()
+    assert len(drawing.joined) == 503 and drawing.steps == 5 * 63
+    joined = [(place, step) for place, (seed, step) in enumerate(drawing.joined) if seed]
+    assert joined == [(9, 5), (11, 5), (13, 5)]  # after the eight that were drawn when they came, in turns
 
 
 def test_clients_are_served_in_turns_and_each_has_its_own_limit(pipeline, folder):
@@ -168,7 +182,7 @@ def test_clients_are_served_in_turns_and_each_has_its_own_limit(pipeline, folder
         drawing.go.set()
         batcher.drain()
         assert [ticket.picture.result(0).shape for ticket in few + many[1:]] == [(16, 16, 3)] * 41
-        assert few[0].request in drawing.drawn[1] and not batcher.is_alive
+        assert not batcher.is_alive
         with pytest.raises(Stopping):
             batcher.submit(PLAIN, "few")
 
@@ -244,14 +258,14 @@ def test_an_adapter_that_turns_out_damaged_fails_its_own_requests_alone(pipeline
             batcher.submit(requests[1])
 
 
-def test_a_batch_that_fails_is_drawn_one_by_one_and_the_thread_goes_on(pipeline, folder, caplog):
+def test_a_step_that_fails_is_told_in_one_line_and_the_thread_goes_on(pipeline, folder, caplog):
     class Failing(Drawing):
-        def draw(self, requests, mixtures, on_step):
-            if len(requests) > 1 or requests[0].seed == 13:
+        def step(self, trajectories):
+            if len(trajectories) > 1 or trajectories[0].requests[0].guidance_scale == 1.3:
                 raise RuntimeError("out of memory\nand a long story")
-            return super().draw(requests, mixtures, on_step)
+            return super().step(trajectories)
 
-    requests = [Request(subject=1, num_inference_steps=3, seed=seed) for seed in (12, 13, 14)]
+    requests = [Request(subject=1, num_inference_steps=3, guidance_scale=scale) for scale in (1.2, 1.3, 1.4)]
     with serving(pipeline, folder, drawing=Failing(pipeline, 50), max_batch=3) as batcher:
         tickets = batcher.submit_all(requests)
         assert tickets[0].picture.result(30).shape == tickets[2].picture.result(30).shape == (16, 16, 3)

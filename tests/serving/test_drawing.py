@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from serving import servers
 from serving.servers import make_pipeline, write_adapters
 
 from benchmarks.sampled import sample_latents
@@ -41,11 +42,11 @@ def drawing(tmp_path_factory):
 
 def prepared(sampler: str) -> list[Request]:
     pairs = zip(REQUESTS, LABELS, strict=True)
-    return [replace(r, subject=label, sampler=sampler, num_inference_steps=STEPS) for r, label in pairs]
+    return [replace(r, subject=label, sampler=sampler, num_inference_steps=STEPS, size=16) for r, label in pairs]
 
 
 def draw(drawing, requests):
-    return drawing.draw(requests, [dict(request.adapters) for request in requests], lambda share: None)
+    return servers.draw(drawing, requests, [dict(request.adapters) for request in requests])
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++", "ddpm"])
@@ -91,28 +92,13 @@ def test_only_guided_samples_run_twice(drawing):
 
 def test_the_bare_base_is_drawn_without_an_adapter_in_the_model():
     pipeline = make_pipeline()
-    request = Request(subject=3, sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0, seed=1)
-    (ours,) = Drawing(pipeline, 50).draw([request], [{}], lambda share: None)
+    request = Request(subject=3, sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0, seed=1, size=16)
+    (ours,) = draw(Drawing(pipeline, 50), [request])
     settings = SamplerSettings(sampler="ddim", num_inference_steps=STEPS, guidance_scale=3.0)
     latents = sample_latents(
         pipeline.transformer, pipeline.scheduler.config, torch.tensor([3]), image_generators(1, [0]), settings
     )
     torch.testing.assert_close(ours, decode_latents(pipeline.vae, latents)[0], rtol=0, atol=1e-5)
-
-
-def test_a_drawing_ends_where_its_step_raises(drawing):
-    shares = []
-
-    def stop(share):
-        shares.append(share)
-        if len(shares) == 2:
-            raise KeyError("enough")
-
-    request = prepared("ddim")[2]
-    with pytest.raises(KeyError, match="enough"):
-        drawing.draw([request], [{"birds": 1.0}], stop)
-    assert shares == [1 / STEPS] * 2
-    assert draw(drawing, [request]).isfinite().all()  # the route is closed again
 
 
 def test_the_bases_classes_have_the_names_of_its_index():

@@ -197,9 +197,9 @@ def test_the_least_recently_used_leave_when_memory_is_full(tmp_path, transformer
     # A batch has all its adapters together, whatever the limit says.
     together, _ = cache.load([zero, one, two, three])
     assert sorted(present()) == sorted(together.values())
-    assert cache.load([three])[0].keys() == {three.key}
-    assert len(cache) == 4
-    cache.shrink()  # once the batch is drawn, adapters of earlier batches leave
+    assert len(cache) == 4 and cache.will_change([three]) and not cache.will_change([zero, one, two, three])
+    assert cache.load([three])[0].keys() == {three.key}  # adapters of earlier batches leave
+    assert not cache.will_change([])
     assert present() == [together[one.key], together[three.key]] and cache.num_bytes == 2 * zero.num_bytes
 
 

@@ -181,17 +181,14 @@ def test_a_new_file_appears_and_a_damaged_one_says_why(page, server):
 
 def test_the_place_in_the_queue_the_progress_and_cancel(page, server, monkeypatch):
     _, batcher, _ = server
-    draw, shares = batcher.drawing.draw, []
+    step, steps = batcher.drawing.step, []
 
-    def slowly(requests, mixtures, on_step):
-        def slow_step(share):
-            time.sleep(0.2)
-            shares.append(share)
-            on_step(share)
+    def slowly(trajectories):
+        time.sleep(0.2)
+        steps.append(len(trajectories))
+        step(trajectories)
 
-        return draw(requests, mixtures, slow_step)
-
-    monkeypatch.setattr(batcher.drawing, "draw", slowly)
+    monkeypatch.setattr(batcher.drawing, "step", slowly)
     monkeypatch.setattr("onelora_diffusion.serving.batching.BatchSettings.max_batch", 1)
     before = batcher.state()
     other = batcher.submit(Request(subject=1, num_inference_steps=10, guidance_scale=1.0, sampler="ddpm"))
@@ -207,4 +204,4 @@ def test_the_place_in_the_queue_the_progress_and_cancel(page, server, monkeypatc
     while after["drawing"]:
         time.sleep(0.05)
         after = batcher.state()
-    assert after["cancelled"] == before["cancelled"] + 1 and len(shares) < 10 + 50
+    assert after["cancelled"] == before["cancelled"] + 1 and len(steps) < 10 + 50

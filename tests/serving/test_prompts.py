@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomize
 from rounding import rounding_of_images
-from serving.servers import serving
+from serving.servers import draw, serving
 from text_pipelines import RESOLUTION, make_pipeline
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, set_adapters, unload_adapter
@@ -52,12 +52,11 @@ def test_each_picture_is_that_of_its_single_run_and_of_the_pipeline_with_its_ada
     drawing = adapted(name)
     requests = [r for r in REQUESTS if drawing.family.is_guided or r.guidance == "cfg"]
     requests = [replace(r, size=RESOLUTION[name]) for r in requests]
-    mixtures, shares = [dict(r.adapters) for r in requests], []
-    together = drawing.draw(requests, mixtures, shares.append)
-    assert shares == [1 / STEPS] * STEPS
+    mixtures = [dict(r.adapters) for r in requests]
+    together = draw(drawing, requests, mixtures)
     pictures = []
     for one, mixture in zip(requests, mixtures, strict=True):
-        (alone,) = drawing.draw([one], [mixture], lambda share: None)
+        (alone,) = draw(drawing, [one], [mixture])
         set_adapters(drawing.transformer, *zip(*(mixture or {"food": 0.0}).items(), strict=True))
         settings = SamplerSettings(num_inference_steps=STEPS, guidance_scale=one.guidance_scale, guidance=one.guidance)
         [(_, (expected,))] = generate_images(drawing.pipeline, [one.subject], one.seed, [0], settings, size=one.size)
@@ -73,7 +72,7 @@ def test_a_negative_prompt_is_that_of_the_stock_pipeline():
     pipeline, text = make_pipeline("sd3"), "a green ball"
     drawing, size = Drawing(pipeline, 50), RESOLUTION["sd3"]
     asked = [replace(REQUESTS[0], size=size, negative_prompt=away) for away in (None, "", text)]
-    drawn = drawing.draw([drawing.completed(one, []) for one in asked], [{}] * 3, lambda share: None)
+    drawn = draw(drawing, [drawing.completed(one, []) for one in asked], [{}] * 3)
     assert torch.equal(drawn[0], drawn[1])
     generator = image_generators(asked[2].seed, [0])
     expected = pipeline(
@@ -105,7 +104,7 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
         asked = [replace(r, size=16) for r in REQUESTS if set(dict(r.adapters)) <= {"food"}]
         tickets = batcher.submit_all(asked)
         assert [ticket.picture.result(60).shape for ticket in tickets] == [(16, 16, 3)] * 3
-        assert batcher.batch_sizes == {3: 1}
+        assert batcher.state()["batch_sizes"] == {"3": STEPS}
         wrong = {
             "this base draws a prompt": replace(REQUESTS[0], subject=3),
             "have their pipeline's own": replace(REQUESTS[0], sampler="ddim"),

@@ -20,7 +20,12 @@ def batcher():
     pipeline = load_base()
     transformer = pipeline.transformer.requires_grad_(False)
     library = AdapterLibrary([shipped_adapters()], fingerprint(transformer))
-    batcher = Batcher(Drawing(pipeline, 50), library, AdapterCache(transformer, 10**9), BatchSettings(max_batch=40))
+    batcher = Batcher(
+        Drawing(pipeline, 50),
+        library,
+        AdapterCache(transformer, 10**9),
+        BatchSettings(max_batch=40, max_queue_per_client=80),
+    )
     yield batcher
     batcher.close()
 

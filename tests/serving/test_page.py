@@ -3,6 +3,7 @@
 Without a Chromium it is skipped; with REQUIRE_BROWSER=1, as .ci/run has it, it fails.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -189,7 +190,7 @@ def test_the_place_in_the_queue_the_progress_and_cancel(page, server, monkeypatc
         step(trajectories)
 
     monkeypatch.setattr(batcher.drawing, "step", slowly)
-    monkeypatch.setattr("onelora_diffusion.serving.batching.BatchSettings.max_batch", 1)
+    monkeypatch.setattr(batcher, "settings", dataclasses.replace(batcher.settings, max_batch=1))
     before = batcher.state()
     other = batcher.submit(Request(subject=1, num_inference_steps=10, guidance_scale=1.0, sampler="ddpm"))
     fill(page, "steps", 50)

@@ -5,16 +5,36 @@ from torch import nn
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two transformers, used one after the other
 
 
+def denoisers_in(pipeline) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by the name of the component."""
+    parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def choose_denoiser(pipeline, name: str | None) -> None:
+    """Let `denoiser_of` answer the component `name` of a pipeline with two denoisers; None for a pipeline with one.
+
+    Raises:
+        ValueError: the pipeline has no such component, or has two and none is named.
+    """
+    there = denoisers_in(pipeline)
+    if name is None and len(there) > 1:
+        raise ValueError(f"{type(pipeline).__name__} has {' and '.join(there)}: choose one, or both, by --denoisers")
+    if name is not None and name not in there:
+        raise ValueError(f"{type(pipeline).__name__} has no {name}; it has {' and '.join(there) or 'no denoiser'}")
+    vars(pipeline)["_onelora_denoiser"] = name
+
+
 def denoiser_name(pipeline) -> str:
-    """The component of a pipeline that denoises, and that adapters are in.
+    """The component of a pipeline that denoises, and that adapters are in: the chosen one of two, or the first.
 
     Raises:
         ValueError: the pipeline has none.
     """
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    raise ValueError(f"{type(pipeline).__name__} has neither a transformer nor a unet")
+    name = vars(pipeline).get("_onelora_denoiser") or next(iter(denoisers_in(pipeline)), None)
+    if name is None:
+        raise ValueError(f"{type(pipeline).__name__} has neither a transformer nor a unet")
+    return name
 
 
 def denoiser_of(pipeline) -> nn.Module:

@@ -3,7 +3,7 @@
 import torch
 from text_pipelines import TOKENS, make_clip, make_gemma, make_t5, make_tokenizer, make_vae
 
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import denoisers_in
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LAYERS = {"intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -264,24 +264,35 @@ def make_flux2_klein():
     )
 
 
-def make_wan():
-    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+def make_wan_transformer():
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=128,
+        **HEADS,
+    )
+
+
+def make_wan22():
+    return make_wan(transformer_2=make_wan_transformer(), boundary_ratio=0.5)
+
+
+def make_wan(**second):
+    from diffusers import UniPCMultistepScheduler, WanPipeline
 
     return WanPipeline(
         tokenizer=make_tokenizer(512),
         text_encoder=make_umt5(8),
         vae=make_qwen_vae("AutoencoderKLWan"),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=WanTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            text_dim=8,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=128,
-            **HEADS,
-        ),
+        transformer=make_wan_transformer(),
+        **second,
     )
 
 
@@ -439,6 +450,7 @@ STOCK = {
     "chroma": make_chroma,
     "flux2_klein": make_flux2_klein,
     "wan": make_wan,
+    "wan22": make_wan22,
     "hidream": make_hidream,
     "krea2": make_krea2,
     "ovis": make_ovis,
@@ -449,8 +461,9 @@ STOCK = {
 def make_stock(name: str, seed: int = 0):
     torch.manual_seed(seed)
     pipeline = STOCK[name]()
-    for parameter in denoiser_of(pipeline).eval().parameters():
-        if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
-            torch.nn.init.normal_(parameter, std=0.1)
+    for denoiser in denoisers_in(pipeline).values():
+        for parameter in denoiser.eval().parameters():
+            if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
+                torch.nn.init.normal_(parameter, std=0.1)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

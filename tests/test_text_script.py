@@ -46,14 +46,14 @@ COLOURS = {
 }
 LENGTH = 24
 TRAINED = [*MAKERS, "sdxl"]  # of the recorded a UNet, whose pipeline scales what it is given
-RESOLUTION = RESOLUTION | {"sdxl": 16}
+RESOLUTION = RESOLUTION | {"sdxl": 16, "wan22": 16}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """A folder of each family's pipeline."""
     folder = tmp_path_factory.mktemp("bases")
-    for name in TRAINED:
+    for name in [*TRAINED, "wan22"]:
         (make_pipeline if name in MAKERS else make_stock)(name).save_pretrained(folder / name)
     return folder
 
@@ -174,6 +174,30 @@ def test_a_run_learns_its_pictures(train, bases, signs, name):
     before = distance()
     pipeline.load_lora_weights(run)
     assert distance() < before
+
+
+def test_two_transformers_are_trained_one_after_the_other_and_drawn_with_together(train, bases):
+    with pytest.raises(SystemExit, match="WanPipeline has transformer and transformer_2: choose one, or both, by --d"):
+        train("wan22")
+    with pytest.raises(SystemExit, match="StableDiffusion3Pipeline has no transformer_2; it has transformer"):
+        train("sd3", denoisers="transformer_2")
+    run = train("wan22", denoisers="both", max_steps=2, learning_rate=0.05, export_lora=(), max_sequence_length=None)
+    stock = DiffusionPipeline.from_pretrained(bases / "wan22")
+    pipeline = OneLoRALoaderMixin.from_pipe(DiffusionPipeline.from_pretrained(bases / "wan22"))
+
+    def drawn(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        settings = dict(height=16, width=16, num_frames=1, num_inference_steps=6, guidance_scale=1.0)
+        return pipeline("night", generator=torch.manual_seed(0), output_type="pt", **settings).frames
+
+    seen = [drawn(pipeline)]
+    for second, name in enumerate(("transformer", "transformer_2")):
+        assert read_adapter(run / name).training["denoiser"] == name
+        pipeline.load_lora_weights(run / name, load_into_transformer_2=bool(second))
+        stock.load_lora_weights(run / name / "lora", load_into_transformer_2=bool(second))
+        seen.append(drawn(pipeline))
+        assert (seen[-1] - seen[-2]).abs().max() > 1e-3
+        torch.testing.assert_close(drawn(stock), seen[-1], rtol=0, atol=rounding_of_images(pipeline, 4))
 
 
 def assert_same_run(one, other, tolerance):

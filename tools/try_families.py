@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rounding import rounding
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import denoiser_of, denoisers_in
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
@@ -72,7 +72,7 @@ def batched(pipeline, family: Recorded) -> float:
 def row_of(name: str) -> tuple[str, bool]:
     """The row of a pipeline, and whether it was refused or its differences are rounding."""
     pipeline = make_pipeline(name) if name in MAKERS else make_stock(name)
-    title = f"`{type(pipeline).__name__}`"
+    title = f"`{type(pipeline).__name__}`{', with two transformers' if len(denoisers_in(pipeline)) > 1 else ''}"
     try:
         family = Recorded(pipeline)
     except ValueError as error:

@@ -40,7 +40,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
 from onelora_diffusion.data.captions import DIGITS
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
@@ -350,6 +350,7 @@ def load_prompts(settings: Settings, adapter: AdapterFile) -> Source:
         raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
     named_by = None if settings.base else settings.adapter
     pipeline = load_base(settings.base or adapter.base, named_by, condition=str, precision=precision)
+    choose_denoiser(pipeline, adapter.training.get("denoiser"))
     family = family_of(pipeline)
     size = settings.resolution or number(adapter, "resolution") or family.resolution(pipeline)
     family.check_resolution(pipeline, size)

@@ -12,6 +12,7 @@ GPU. The same command again resumes a run that was interrupted.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
+from onelora_diffusion.denoisers import choose_denoiser
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
@@ -33,6 +35,7 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     """A text-to-image transformer, or that of a task before, and the captioned images that its adapter learns."""
     is_new = pipeline is None
     pipeline = pipeline or load_base(settings.base, condition=str, precision=settings.base_precision)
+    choose_denoiser(pipeline, settings.denoisers)
     family = family_of(pipeline)
     if is_new and isinstance(family, Recorded):
         accelerator.print(family)
@@ -62,7 +65,8 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
             "base_precision": settings.base_precision,
             "resolution": resolution,
             "max_sequence_length": settings.max_sequence_length,
-        },
+        }
+        | ({"denoiser": settings.denoisers} if settings.denoisers else {}),
         buckets=captioned.buckets,
     )
     return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
@@ -70,7 +74,15 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
 
 def main(settings: PromptSettings, since: float | None = None) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
-    return start(settings, prepare_task, since)
+    if settings.denoisers != "both":
+        return start(settings, prepare_task, since)
+    caches, folder = settings.latent_cache or settings.output_dir.parent / "latents", settings.output_dir
+    for name in ("transformer", "transformer_2"):
+        own = replace(settings, denoisers=name, output_dir=folder / name, latent_cache=caches)
+        if exit_code := start(own, prepare_task, since):
+            return exit_code
+        since = None
+    return 0
 
 
 def run(arguments: list[str]) -> int:

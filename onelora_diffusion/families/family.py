@@ -136,6 +136,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def timestep_range(self, scheduler) -> range:
+        """The timesteps that the denoiser is trained on: all, or its share of them if there are two denoisers."""
+        return range(scheduler.config.num_train_timesteps)
+
     def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
         """The arguments with which the pipeline calls the scheduler's `set_timesteps` for this number of tokens."""
         return {"num_inference_steps": num_inference_steps}

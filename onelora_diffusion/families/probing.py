@@ -6,12 +6,13 @@ place for is refused, never guessed.
 """
 
 from collections.abc import Iterator
-from math import prod
+from math import inf, prod
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
@@ -41,6 +42,7 @@ def probe(recorder: Recorder) -> Place:
     find_noise(recorder)
     place, run = place_at(recorder, recorder.square)
     find_times(recorder, run)
+    find_share(recorder, run)
     find_conditions(recorder)
     find_sizes(recorder, place)
     find_guidance(recorder, place)
@@ -184,6 +186,21 @@ def find_times(recorder: Recorder, run: Run) -> None:
         recorder.record.times[name] = line
     if not recorder.record.times:
         raise recorder.refusal("no argument of its denoiser follows the time")
+
+
+def find_share(recorder: Recorder, run: Run) -> None:
+    """The times at which the chosen one of two denoisers computes."""
+    pipeline, record = recorder.pipeline, recorder.record
+    if len(denoisers_in(pipeline)) < 2:
+        return
+    ratio = pipeline.config.get("boundary_ratio")
+    if ratio is None:
+        raise recorder.refusal(f"it has {' and '.join(denoisers_in(pipeline))}, and no boundary_ratio between them")
+    boundary = ratio * pipeline.scheduler.config.num_train_timesteps
+    shares = {"transformer": (boundary, inf), "transformer_2": (-inf, boundary)}
+    if [t >= boundary for t in run.times] != [name == "transformer" for name in run.called]:
+        raise recorder.refusal(f"it does not change from one denoiser to the other at the time {boundary:g}")
+    record.share = shares[recorder.component]
 
 
 def line_of(at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:

@@ -4,11 +4,14 @@
 """
 
 import re
+from math import inf
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from onelora_diffusion.denoisers import denoisers_in
+from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, nested, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import in_range
 from onelora_diffusion.families.family import Condition, Conditions, Family, longest
@@ -32,8 +35,6 @@ class Recorded(Family):
         self.denoiser = self.recorder.denoiser
         self.transformer_class = type(self.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
-        if getattr(pipeline, "transformer_2", None) is not None:
-            raise self.recorder.refusal("it has two transformers, and here one is trained")
         with torch.no_grad():
             self._places: dict[tuple[int, int], Place] = {self.recorder.square: probe(self.recorder)}
         self.record = self.recorder.record
@@ -122,15 +123,26 @@ class Recorded(Family):
             row[name] = value
         return row
 
-    def _groups(self, conditions: Conditions) -> list[Tensor]:
-        """The images of a batch by the lengths of their prompts, where the transformer takes one length alone."""
+    def _groups(self, times: Tensor, conditions: Conditions) -> list[Tensor]:
+        """The images of a batch that are computed together: of one denoiser, and of one length of their prompts.
+
+        The lengths count where the denoiser takes one alone.
+        """
         record = self.record
         names = [n for n, how in record.prompted.items() if how.ragged is not None and how.kind != "list"]
-        if not names or record.pads or record.together:
+        names = [] if record.pads or record.together else names
+        keys = [conditions[f"{name}.length"] for name in names]
+        if record.share != (-inf, inf):
+            keys.append(self._is_mine(times))
+        if not keys:
             return []
-        lengths = torch.stack([conditions[f"{name}.length"] for name in names], dim=1)
-        _, group = lengths.unique(dim=0, return_inverse=True)
+        _, group = torch.stack(keys, dim=1).unique(dim=0, return_inverse=True)
         return [(group == number).nonzero().flatten() for number in group.unique()]
+
+    def _is_mine(self, times: Tensor) -> Tensor:
+        """Whether each time is in this denoiser's share, (batch,) int64."""
+        lowest, highest = self.record.share
+        return ((times >= lowest) & (times < highest)).long()
 
     def _of_prompts(self, conditions: Conditions, side: tuple[int, int]) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
@@ -182,8 +194,10 @@ class Recorded(Family):
     # Predictions
 
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
-        if len(groups := self._groups(conditions)) > 1:
+        if len(groups := self._groups(times, conditions)) > 1:
             return self._predicted_in_groups(groups, denoiser, latents, times, conditions)
+        if self.record.share != (-inf, inf) and not self._is_mine(times).all():
+            (denoiser,) = (part for part in denoisers_in(self.pipeline).values() if part is not self.denoiser)
         record, device, batch = self.record, latents.device, len(latents)
         place = self.place(*self._side_of(latents))
         noisy = place.constants[record.noisy]
@@ -212,8 +226,8 @@ class Recorded(Family):
         book = getattr(unwrapped(denoiser), "_onelora", None)
         if book is not None and book.open_route is not None:
             raise ValueError(
-                f"{self.name} takes prompts of one length in a batch, and here are {len(groups)} lengths in one whose "
-                "images have adapters of their own: draw one image at a time"
+                f"{self.name} computes a batch in {len(groups)} groups, by the lengths of its prompts or by the "
+                "denoisers of its times, and its images have adapters of their own: draw one image at a time"
             )
         outputs = [
             self.predict(denoiser, latents[rows], times[rows], {name: c[rows] for name, c in conditions.items()})
@@ -227,6 +241,11 @@ class Recorded(Family):
             value = on(value, device)
             return value.expand(batch, *value.shape[1:]) if self.record.batched.get(name) else value
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
+
+    def timestep_range(self, scheduler) -> range:
+        times = model_timesteps(torch.arange(scheduler.config.num_train_timesteps), scheduler)
+        mine = self._is_mine(times).nonzero().flatten().tolist()
+        return range(mine[0], mine[-1] + 1)
 
     def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
         height = max(side for side in range(1, int(num_tokens**0.5) + 1) if num_tokens % side == 0)

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from onelora_diffusion.denoisers import denoiser_name, denoiser_of, repeated_blocks
+from onelora_diffusion.denoisers import denoiser_name, denoiser_of, denoisers_in, repeated_blocks
 from onelora_diffusion.families.arguments import copied, leaves, nested, output_of, same
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
@@ -54,6 +55,7 @@ class Run:
 
     Attributes:
         calls: arguments of the denoiser by name, those in dictionaries as `dictionary.name`.
+        called: the component that is the denoiser in that call.
         times, outputs, samples: what `scheduler.step` got.
         schedule: arguments of `scheduler.set_timesteps`.
         attributes: what the pipeline set on the scheduler before that.
@@ -62,6 +64,7 @@ class Run:
     """
 
     calls: list[dict] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
@@ -124,6 +127,7 @@ class Record:
         factors: sizes of the output over those of the noisy argument.
         encoded: what `encode_prompt` returned of the short prompt.
         times: by argument, a and b of a·t + b of the scheduler's time t.
+        share: the times t from which and below which this one of two denoisers computes.
         prompted: the arguments that follow the prompt.
         sized, together: the arguments that follow the size, and those that follow the prompt and the size.
         masks: for two prompts, the masks of their tokens that are given where prompts are of unequal length alone.
@@ -145,6 +149,7 @@ class Record:
     factors: tuple[int, ...] = ()
     encoded: list | None = None
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    share: tuple[float, float] = (-inf, inf)
     prompted: dict[str, Prompted] = field(default_factory=dict)
     sized: list[str] = field(default_factory=list)
     together: list[str] = field(default_factory=list)
@@ -215,12 +220,13 @@ class Recorder:
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1]} if side else {})
         replaced = {
-            self.component: _StandIn(self.denoiser, self._denoiser(run, answer), device=device),
             "vae": _StandIn(pipeline.vae, decode=_decoder(run), device=device, dtype=torch.float32),
             "scheduler": _scheduler(pipeline.scheduler, run, step),
             "encode_prompt": self._encoder(run, encoded),
             "_progress_bar_config": {"disable": True},
         }
+        for name, part in denoisers_in(pipeline).items():
+            replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device)
         with _replaced(pipeline, replaced), _silence():
             try:
                 pipeline(**{name: value for name, value in given.items() if name in self.parameters})
@@ -234,15 +240,16 @@ class Recorder:
                 ) from error
         return run
 
-    def _denoiser(self, run: Run, answer: Callable | None) -> Callable:
+    def _forward(self, name: str, run: Run, answer: Callable | None) -> Callable:
         signature = inspect.signature(self.denoiser.forward)
         variable = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
         def forward(*args, **kwargs):
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            for name in variable:
-                arguments |= arguments.pop(name, {})
+            for more in variable:
+                arguments |= arguments.pop(more, {})
             run.calls.append(dict(leaves(copied(arguments))))
+            run.called.append(name)
             if answer is None:
                 raise _Stop
             return _Answer((answer(len(run.calls) - 1, arguments),))

@@ -253,9 +253,10 @@ def next_part(job: Job, training: Training, number: int) -> Part:
             training.run.step,
             settings.batch_size,
             tuple(moments.shape[2:]),
-            task.pipeline.scheduler.config.num_train_timesteps,
+            len(task.timesteps),
             task.condition_drop,
             settings.density(),
+            task.timesteps.start,
         )
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])
     conditions = send_to_device(conditions, device, non_blocking=True)

@@ -37,6 +37,9 @@ class PromptSettings(RunSettings):
     base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     """Precision of the frozen transformer; int8 and nf4 compute in bf16, and int8 takes less memory than bf16 with
     --gradient-checkpointing alone. Trained values stay float32."""
+    denoisers: Literal["transformer", "transformer_2", "both"] | None = None
+    """Of a base with two transformers, each of which computes a share of the timesteps (Wan 2.2): the one to train. Or
+    both, one after the other, each with the whole budget, into folders of these names in --output-dir."""
     output_dir: Path = Path("runs/text-to-image")
     """Where the adapter, checkpoints, metrics and samples go."""
 

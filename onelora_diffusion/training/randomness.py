@@ -80,12 +80,15 @@ def draw_step(
     num_timesteps: int,
     label_drop: float,
     density: TimestepDensity = UNIFORM,
+    first_timestep: int = 0,
 ) -> StepDraws:
+    """Draw the random values of a step; the density is spread over the `num_timesteps` from `first_timestep` on."""
+
     def normal(purpose: int) -> Tensor:
         generator = keyed_generator(seed, purpose, step)
         return torch.from_numpy(generator.standard_normal((batch_size, *latent_shape), dtype=np.float32))
 
-    timesteps = density.draw(keyed_generator(seed, TIMESTEPS, step), batch_size, num_timesteps)
+    timesteps = first_timestep + density.draw(keyed_generator(seed, TIMESTEPS, step), batch_size, num_timesteps)
     drops = keyed_generator(seed, LABEL_DROPS, step).random(batch_size) < label_drop
     return StepDraws(normal(POSTERIOR_NOISE), normal(NOISE), timesteps, torch.from_numpy(drops))
 

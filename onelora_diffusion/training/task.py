@@ -18,7 +18,7 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import denoiser_of, denoisers_in
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
@@ -73,6 +73,7 @@ class Task:
         adapter_name: the name of the adapter in the transformer.
         family: the family of the pipeline.
         condition_drop: share of samples that train without their condition.
+        timesteps: those that are trained on.
         folders: the caches that `encode` has built, of prompts and of latents, if there are any.
         examples: `[index, flip] -> (image or, if `is_cached`, its moments, number of its condition)`.
     """
@@ -91,6 +92,7 @@ class Task:
         self.adapter_name = "default"
         self.family = family_of(pipeline)
         self.condition_drop = settings.condition_drop(self.family.is_guided)
+        self.timesteps = self.family.timestep_range(pipeline.scheduler)
         self.examples, self.is_cached = FlippableImages(data.images), False
         self.folders: tuple[list[Path] | None, Path | None] = None, None
         self._base_images: Tensor | None = None
@@ -226,7 +228,9 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     latents = [_encode_images(task, stop) for task in tasks]
     if None not in latents:
         pipeline.vae.to("cpu", dtype)
-    denoiser_of(pipeline).to(device)
+    shown = denoisers_in(pipeline).values() if any(task.data.shown for task in tasks) else [denoiser_of(pipeline)]
+    for denoiser in shown:
+        denoiser.to(device)
     for number, task in enumerate(tasks):
         task.folders = prompts[number] if encoders else None, latents[number]
 

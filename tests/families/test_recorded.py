@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import randomize
 from diffusers import EDMEulerScheduler
 from rounding import assert_rounded, rounding_of_images
 from stock_pipelines import make_stock
@@ -11,7 +12,7 @@ from text_pipelines import MAKERS, make_pipeline
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
-from onelora_diffusion.denoisers import denoiser_of, repeated_blocks
+from onelora_diffusion.denoisers import choose_denoiser, denoiser_of, repeated_blocks
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.families.probing import line_of, place_at
@@ -86,7 +87,7 @@ def test_a_recording_is_what_was_written_by_hand(name):
     assert torch.equal(*schedules)
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [*STOCK, "wan22"])
 @torch.no_grad()
 def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
     pipeline, family = stock(name)
@@ -99,7 +100,7 @@ def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
         assert_rounded(together[row : row + 1], one, denoiser_of(pipeline))
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [*STOCK, "wan22"])
 @torch.no_grad()
 def test_pictures_are_those_of_the_stock_pipeline(name):
     pipeline, family = stock(name)
@@ -179,7 +180,7 @@ def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is
         ]
     assert_rounded(together, torch.cat(alone), denoiser_of(pipeline))
     model = inject_adapter(denoiser_of(pipeline), AdapterConfig(targets=family.targets))
-    with pytest.raises(ValueError, match="takes prompts of one length in a batch"), route_adapters(model, [None] * 3):
+    with pytest.raises(ValueError, match="by the lengths of its prompts"), route_adapters(model, [None] * 3):
         family.predict(model, latents, times, conditions)
 
 
@@ -195,8 +196,29 @@ def test_what_has_no_place_in_a_recording_is_refused():
     assert line_of(times, times**2, torch.float32) is None
     assert line_of(times, 1 - times / 1000, torch.float32) == (-1e-3, 1.0)
     pipeline.transformer_2 = denoiser_of(pipeline)
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: it has two transformers"):
+    with pytest.raises(ValueError, match="it has transformer and transformer_2, and no boundary_ratio between them"):
         Recorded(pipeline)
+
+
+@pytest.mark.parametrize("name, share", [("transformer", range(249, 1000)), ("transformer_2", range(249))])
+@torch.no_grad()
+def test_of_two_denoisers_the_chosen_one_is_called_at_its_share_of_the_times(name, share):
+    """The boundary is at half of the noise: σ = 3s / (1 + 2s) is 0.5 where s, timestep + 1 of 1000, is 0.25."""
+    pipeline = make_stock("wan22")
+    with pytest.raises(ValueError, match="WanPipeline has transformer and transformer_2: choose one, or both, by"):
+        choose_denoiser(pipeline, None)
+    with pytest.raises(ValueError, match="WanPipeline has no unet; it has transformer and transformer_2"):
+        choose_denoiser(pipeline, "unet")
+    choose_denoiser(pipeline, name)
+    family, model = family_of(pipeline), getattr(pipeline, name)
+    assert denoiser_of(pipeline) is family.denoiser is model and family.timestep_range(pipeline.scheduler) == share
+    latents, times, conditions = inputs(family, pipeline)
+    before = family.predict(model, latents, times, conditions)
+    randomize(inject_adapter(model, AdapterConfig(targets=family.targets)), 0.2)
+    changed = (family.predict(model, latents, times, conditions) != before).flatten(1).any(1)
+    assert changed.tolist() == [bool(time >= 500) == (name == "transformer") for time in times]
+    with route_adapters(model, ["default"] * 3), pytest.raises(ValueError, match="or by the denoisers of its times"):
+        family.predict(model, latents, times, conditions)
 
 
 @pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])

@@ -63,7 +63,7 @@ test-wandb: .venv/wandb/installed
 test-optimizers: .venv/optimizers/installed
 	PYTHONPATH=.venv/optimizers $(BIN)/python -m pytest tests/training/test_state.py tests/training/test_run.py
 
-# The server's calls, and its page in a real browser. gradio asks for older packages than the rest, and lies apart.
+# The server's API, and its page in a real browser. Its packages lie apart, since nothing else needs them.
 test-serve: .venv/serve/installed
 	.venv/serve/bin/python -m pytest -rs tests/serving
 

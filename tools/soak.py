@@ -10,11 +10,12 @@ it has been killed often enough; then it may finish. Its adapter, averages and o
 was left alone, bit for bit, and so must the losses; and its clock must have counted all the time that its processes
 were alive. `launchers` ends what started the processes: they must stop at one step, with a checkpoint. `steps` watches
 memory and open files all along, and resumes a copy of the run from the middle, which must end in the same adapter.
-`serve` has more clients than the queue has places, good requests, malformed ones and some that are given up, more
-adapters than memory, and SIGKILL with a new start. Every picture must be that of its single run, every malformed
-request refused, and memory must not grow.
+`serve` has more clients than the queue has places, good requests, malformed ones and clients that hang up, more
+adapters than memory, adapters that are replaced by cp and by rename, SIGKILL with a new start, and SIGTERM at the end.
+Every picture must be that of its single run, every malformed request refused, and memory must not grow.
 """
 
+import base64
 import http.client
 import io
 import json
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
@@ -363,7 +365,7 @@ def train_long(settings: Steps, folder: Path) -> list[str]:
 
 ADAPTERS, QUEUE, BATCH = 12, 16, 8
 SAMPLES = 40  # of a life's memory
-MALFORMED = (None, 7, {}, {"subject": 99}, {"subject": 1, "seed": -1}, {"subject": 1, "adapters": {"../base": 1}})
+MALFORMED = (None, 7, {}, {"prompt": 99}, {"prompt": 1, "seed": -1}, {"prompt": 1, "adapters": {"../base": 1}})
 
 
 def serve_long(settings: Serve, folder: Path) -> list[str]:
@@ -381,28 +383,43 @@ def serve_long(settings: Serve, folder: Path) -> list[str]:
             if not life:
                 clients.start()
             memory = []
-            for _ in range(SAMPLES):
+            for number in range(SAMPLES):
                 time.sleep(seconds / SAMPLES)
                 memory.append(server.memory_mb())
+                replace_adapter(folder / "adapters" / f"{names[number % ADAPTERS]}.safetensors", number % 2)
             if life < lives - 1:
-                server.kill()
+                server.end(signal.SIGKILL)
         clients.stop()
-        state = call(server.address, "health", [])[0]
+        metrics = metrics_of(server.address)
+        began = time.monotonic()
+        code, seconds_to_end = server.end(signal.SIGTERM), time.monotonic() - began
     finally:
         clients.stop()
-        server.kill()
+        server.end(signal.SIGKILL)
     first, last = (
         sorted(part)[len(part) // 2] for part in (memory[SAMPLES // 4 : SAMPLES // 2], memory[-SAMPLES // 4 :])
     )
     counts, problems = clients.counts, clients.problems[:10]
     print(", ".join(f"{counts[name]:,} {name}" for name in COUNTED) + f"; {settings.kills} kills")
-    print(f"batches by size: {state['batch_sizes']}, adapters read {state['adapter_reads']:,} times")
-    print(f"memory of the last life: {first:.1f} to {last:.1f} MB")
+    print(f"the slowest of {counts['probes']:,} probes took {1e3 * clients.slowest_probe:.0f} ms")
+    print(f"memory of the last life: {first:.1f} to {last:.1f} MB; it ended {seconds_to_end:.1f} s after SIGTERM")
     if last - first > settings.growth_mb:
         problems.append(f"memory grew from {first:.1f} to {last:.1f} MB")
-    if not counts["pictures"] or state["waiting"] or state["resident_bytes"] > server.memory_bytes:
-        problems.append(f"the server ended in a state that cannot be: {state}")
+    if code != 128 + signal.SIGTERM:
+        problems.append(f"serve.py ended with {code} after SIGTERM:\n{server.log.read_text()[-2000:]}")
+    if not counts["pictures"] or metrics["queue_length"] or metrics["resident_bytes"] > server.memory_bytes:
+        problems.append(f"the server ended in a state that cannot be: {metrics}")
     return problems
+
+
+def replace_adapter(path: Path, in_place: bool) -> None:
+    """Write an adapter anew with the same content: into the file that is there, as cp, or beside it and renamed."""
+    content = path.read_bytes()
+    if in_place:
+        path.write_bytes(content)
+    else:
+        path.with_suffix(".new").write_bytes(content)
+        path.with_suffix(".new").replace(path)
 
 
 def write_served_adapters(folder: Path) -> tuple[list[str], int]:
@@ -458,7 +475,7 @@ class Server:
     """serve.py in a process of its own."""
 
     def __init__(self, folder: Path, memory_bytes: int):
-        self.folder, self.memory_bytes, self.process = folder, memory_bytes, None
+        self.folder, self.memory_bytes, self.process, self.log = folder, memory_bytes, None, folder / "serve.txt"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -467,27 +484,29 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), "--port", str(self.port)]
         command += ["--base", str(self.folder / "base"), "--adapters", str(self.folder / "adapters")]
-        command += ["--adapter-memory", str(self.memory_bytes / 1e6)]
-        command += ["--max-queue", str(QUEUE), "--max-batch", str(BATCH)]
-        log = self.folder / "serve.txt"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(self.folder / "gradio")}
-        with log.open("w") as output:
+        command += ["--adapter-memory", str(self.memory_bytes / 1e6), "--max-batch", str(BATCH)]
+        command += ["--max-queue", str(QUEUE), "--max-queue-per-client", str(QUEUE)]
+        with self.log.open("w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        while "serving at" not in log.read_text():
+        while "serving at" not in self.log.read_text():
             if self.process.poll() is not None:
-                raise SystemExit(f"serve.py ended with {self.process.returncode}:\n{log.read_text()[-2000:]}")
+                raise SystemExit(f"serve.py ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
             time.sleep(0.1)
 
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+    def end(self, how: signal.Signals) -> int | None:
+        """Send a signal, unless the process has ended already; its exit code."""
+        if self.process is None:
+            return None
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.process.wait(timeout=120)
 
     def memory_mb(self) -> float:
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
 
-COUNTED = ("pictures", "refusals", "busy", "given up", "cut off")
+COUNTED = ("pictures", "refusals", "busy", "given up", "cut off", "caught in a replacement")
 
 
 class Clients:
@@ -495,11 +514,11 @@ class Clients:
 
     def __init__(self, server: Server, requests: list[Request], expected: list[torch.Tensor], settings: Serve):
         self.server, self.requests, self.expected = server, requests, expected
-        self.counts, self.problems, self.ended = Counter(), [], threading.Event()
+        self.counts, self.problems, self.ended, self.slowest_probe = Counter(), [], threading.Event(), 0.0
         self.threads = [
-            threading.Thread(target=self._ask, args=(random.Random(1000 * settings.seed + number),))
+            threading.Thread(target=self._repeat, args=(self._ask, random.Random(1000 * settings.seed + number)))
             for number in range(settings.clients)
-        ]
+        ] + [threading.Thread(target=self._repeat, args=(self._probe, random.Random()))]
 
     def start(self) -> None:
         for thread in self.threads:
@@ -511,71 +530,82 @@ class Clients:
             if thread.is_alive():
                 thread.join()
 
-    def _ask(self, draw: random.Random) -> None:
+    def _repeat(self, work, draw: random.Random) -> None:
         while not self.ended.is_set():
             try:
-                self._ask_once(draw)
-            except (OSError, http.client.HTTPException, EventLost):
+                work(draw)
+            except (OSError, http.client.HTTPException):
                 self.counts["cut off"] += 1  # the server was killed meanwhile
                 time.sleep(0.2)
 
-    def _ask_once(self, draw: random.Random) -> None:
+    def _probe(self, draw: random.Random) -> None:
+        began = time.monotonic()
+        ask(self.server.address, draw.choice(("/healthz", "/readyz", "/metrics")))
+        self.slowest_probe = max(self.slowest_probe, time.monotonic() - began)
+        self.counts["probes"] += 1
+        time.sleep(0.2)
+
+    def _ask(self, draw: random.Random) -> None:
         chance, index = draw.random(), draw.randrange(len(self.requests))
+        request = self.requests[index].as_json()
+        body = {"prompt": request.pop("subject"), "steps": request.pop("num_inference_steps")} | request
+        body["size"] = None
         if chance < 0.1:
             values = draw.choice(MALFORMED)
-            try:
-                call(self.server.address, "draw", [values])
-                self.problems.append(f"{values} was not refused")
-            except Refused:
-                self.counts["refusals"] += 1
-            return
-        if chance < 0.15:
-            post(self.server.address, "draw", [self.requests[index].as_json()])
+            status, answer = ask(self.server.address, GENERATE, values)
+            if status not in (400, 404, 503):
+                self.problems.append(f"{values} was answered by {status}: {answer}")
+            self.counts["refusals" if status != 503 else "busy"] += 1
+        elif chance < 0.2:
+            hang_up(self.server, body, draw.uniform(0, 0.2))
             self.counts["given up"] += 1
-            return
-        try:
-            picture, _ = call(self.server.address, "draw", [self.requests[index].as_json()])
-        except Refused as refused:
-            if not str(refused).startswith("busy"):
-                self.problems.append(f"request {index} was refused: {refused}")
-            self.counts["busy"] += 1
-            time.sleep(0.05)
-            return
-        with urllib.request.urlopen(picture["url"], timeout=60) as file:
-            found = np.asarray(Image.open(io.BytesIO(file.read()))).astype(int)
+        else:
+            status, answer = ask(self.server.address, GENERATE, body)
+            if status == 200:
+                self._compare(index, answer["data"][0]["b64_json"])
+            elif status in (429, 503):
+                self.counts["busy"] += 1
+                time.sleep(0.05)
+            elif status == 400 and "is damaged" in answer["error"]["message"]:
+                self.counts["caught in a replacement"] += 1  # by cp, which writes in place
+            else:
+                self.problems.append(f"request {index} was answered by {status}: {answer}")
+
+    def _compare(self, index: int, b64_json: str) -> None:
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json)))).astype(int)
         off = np.abs(found - self.expected[index].numpy())
         if off.max() > 1 or (off > 0).mean() > 0.02:  # rounding may reach the next grey level
             self.problems.append(f"request {index} got another picture, off by up to {off.max()}")
         self.counts["pictures"] += 1
 
 
-class Refused(Exception):
-    """What the server says of a request that it does not draw."""
+GENERATE = "/v1/images/generations"
+TYPE = {"Content-Type": "application/json"}
 
 
-class EventLost(Exception):
-    """A stream ended without an answer."""
+def ask(address: str, path: str, body=None) -> tuple[int, dict]:
+    """(status, answer); a probe's text is not read."""
+    data = None if path != GENERATE else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + path, data, TYPE), timeout=120) as answer:
+            content = answer.read()
+            return answer.status, json.loads(content) if data else {}
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
-def post(address: str, name: str, data: list) -> str:
-    """Start a call by plain HTTP; the number of its event."""
-    body, header = json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/gradio_api/call/{name}", body, header)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["event_id"]
+def hang_up(server: Server, body: dict, seconds: float) -> None:
+    """Ask for a picture, and hang up after so long."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", GENERATE, json.dumps(body), TYPE)
+    time.sleep(seconds)
+    connection.close()
 
 
-def call(address: str, name: str, data: list) -> list:
-    """What a call answers."""
-    event = post(address, name, data)
-    with urllib.request.urlopen(f"{address}/gradio_api/call/{name}/{event}", timeout=120) as stream:
-        lines = stream.read().decode().strip().splitlines()
-    if len(lines) < 2 or "event: complete" not in lines and "event: error" not in lines:
-        raise EventLost
-    answer = json.loads(lines[-1].removeprefix("data: "))
-    if "event: error" in lines:
-        raise Refused((answer or {}).get("error") or answer)
-    return answer
+def metrics_of(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+        lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name.removeprefix("onelora_"): float(value) for name, _, value in lines}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     onelora serve                                              # the miniature, and the adapters under runs/
     onelora serve --base facebook/DiT-XL-2-256 --adapters runs --adapter-memory 2000
-    ONELORA_SERVE_AUTH=user:password onelora serve --host 0.0.0.0
+    onelora serve --host 0.0.0.0 --allow-host draw.example.org --token-file tokens.txt
 
-The page is at http://127.0.0.1:7860, the calls of its API are under "API" there (docs/serving.md). Ctrl-C ends it.
+The page is at http://127.0.0.1:7860, the API below /v1 and described by /openapi.json (docs/serving.md). Ctrl-C or
+SIGTERM ends it, once what waits is drawn.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -21,20 +23,14 @@ from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.injection.book import fingerprint
-from onelora_diffusion.pipelines.base import (
-    class_names,
-    load_base,
-    model_index,
-)
-from onelora_diffusion.serving.adapter_cache import AdapterCache
-from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import Drawing
-from onelora_diffusion.serving.launching import LOCAL, PortSettings, launch
-from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
+from onelora_diffusion.pipelines.base import class_names, load_base, model_index
+from onelora_diffusion.serving.settings import AccessSettings, BatchSettings, PortSettings
+
+GONE = "ONELORA_SERVE_AUTH"  # of versions whose page asked for a user and a password
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(PortSettings, BatchSettings, ComputeSettings):
+class Settings(PortSettings, AccessSettings, BatchSettings, ComputeSettings):
     """Serve many adapters of one base: a page, and an API."""
 
     base: str | None = None
@@ -47,51 +43,68 @@ class Settings(PortSettings, BatchSettings, ComputeSettings):
     """The most sampling steps that a request may ask for."""
 
     def check(self) -> None:
-        PortSettings.check(self)
-        BatchSettings.check(self)
+        for part in (PortSettings, AccessSettings, BatchSettings):
+            part.check(self)
         if self.adapter_memory <= 0 or self.max_steps < 1:
             raise ValueError(f"--adapter-memory {self.adapter_memory:g} and --max-steps {self.max_steps}: give more")
         if not self.adapters.is_dir() and self.adapters != Settings.adapters:
             raise FileNotFoundError(f"--adapters '{self.adapters}': no such folder")
+        if GONE in os.environ:
+            raise ValueError(f"{GONE} is no longer read: give tokens by --token-file, and unset it")
 
 
 @one_line_errors("serve.py")
 def main(settings: Settings) -> None:
     settings.check()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported: nothing is sent anywhere
     try:
-        from onelora_diffusion.serving.page import Page
+        from onelora_diffusion.serving.api import create_app
+        from onelora_diffusion.serving.launching import listening
+        from onelora_diffusion.serving.service import Service
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: pip install 'onelora-diffusion[serve]', or make serve") from error
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("onelora_diffusion.access").setLevel(logging.INFO)
+    name = "miniature" if settings.base is None else settings.base
+    scale = defaults_of(EMBEDDED if settings.base is None else None).guidance_scale
+    # Clients learn the name of a folder, and not where it is on this machine.
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    service, tokens = Service(name, settings.adapters, scale, settings.request_timeout), settings.tokens()
+    with listening(create_app(service, settings, settings.host), settings, settings.receive_timeout) as address:
+        batcher, summary = load(settings)
+        service.start(batcher)
+        print(summary)
+        for entry in batcher.library.entries():
+            if entry.problem:
+                print(f"left out: {entry.name}: {entry.problem}")
+        if not tokens and (settings.allow_host or settings.host not in ("127.0.0.1", "localhost", "::1")):
+            print("all who reach this server may draw: --token-file asks them for a token")
+        print(f"serving at {address} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            service.drain(settings.drain_timeout)
+
+
+def load(settings: Settings):
+    """(the batcher of the base and its adapters, what it serves in one line)."""
+    from onelora_diffusion.serving.adapter_cache import AdapterCache
+    from onelora_diffusion.serving.batching import Batcher
+    from onelora_diffusion.serving.library import AdapterLibrary, shipped_adapters
+
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     drawing = load_drawing(settings, device)
     transformer = drawing.transformer.requires_grad_(False)
-
     folders = [settings.adapters, *([shipped_adapters()] if settings.base is None else [])]
     library = AdapterLibrary(folders, fingerprint(transformer))
-    cache = AdapterCache(transformer, int(settings.adapter_memory * 1e6))
-    batcher = Batcher(drawing, library, cache, settings)
-
-    scale = defaults_of(EMBEDDED if settings.base is None else None).guidance_scale
-    blocks, address = launch(Page(batcher, settings.base or "miniature", scale), settings)
-    entries = library.entries()
-    damaged = [entry for entry in entries if entry.problem]
-    fitting, computing = len(entries) - len(damaged), in_words(settings.report(device))
-    print(f"{settings.base or 'the miniature'}, {fitting} adapters, {computing}")
-    for entry in damaged:
-        print(f"left out: {entry.name}: {entry.problem}")
-    if settings.host not in LOCAL and blocks.auth is None:
-        print(f"all who reach {settings.host} may draw: set ONELORA_SERVE_AUTH=user:password to ask for a password")
-    print(f"serving at {address} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        batcher.close()
-        blocks.close(verbose=False)
+    batcher = Batcher(drawing, library, AdapterCache(transformer, int(settings.adapter_memory * 1e6)), settings)
+    fitting = sum(not entry.problem for entry in library.entries())
+    return batcher, f"{settings.base or 'the miniature'}, {fitting} adapters, {in_words(settings.report(device))}"
 
 
-def load_drawing(settings: Settings, device: torch.device) -> Drawing:
+def load_drawing(settings: Settings, device: torch.device):
     """Load the base to its device, for drawing."""
+    from onelora_diffusion.serving.drawing import Drawing
+
     precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"
     pipeline = load_base(settings.base, condition=object, precision=precision)
     if settings.mixed_precision == "fp16" and family_of(pipeline).condition is str:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,32 +15,9 @@ from onelora_diffusion.serving.engine import Engine
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.queue import Busy, Stopping, Ticket, TurnQueue
 from onelora_diffusion.serving.request import Request
+from onelora_diffusion.serving.settings import BatchSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSettings:
-    """How requests are put together into batches."""
-
-    max_batch: int = 16
-    """Pictures drawn together; with guidance the networks run on twice as many."""
-    join: bool = True
-    """Requests join a running batch at its next step. Otherwise it is drawn to its end, and those of a batch share
-    their sampler and steps as well."""
-    max_wait_ms: float = 20.0
-    """How long a request waits for others to share its batch, while nothing is drawn."""
-    max_queue: int = 256
-    """The most requests that may wait; the next one is refused, as the server is busy."""
-    max_queue_per_client: int = 64
-    """The most requests of one client that may wait."""
-
-    def check(self) -> None:
-        for name in ("max_batch", "max_queue", "max_queue_per_client"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.max_wait_ms <= 60_000:
-            raise ValueError(f"--max-wait-ms {self.max_wait_ms:g} must be from 0 to 60000")
 
 
 class Batcher:

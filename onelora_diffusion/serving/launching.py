@@ -1,87 +1,77 @@
-"""Start the server on a port: by default for this machine alone, with a page that loads nothing from other hosts."""
+"""Listen on a port and answer requests in a thread; connections that send nothing are closed."""
 
-import os
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
 
-AUTH = "ONELORA_SERVE_AUTH"  # user:password
-LOCAL = ("127.0.0.1", "localhost", "::1")
-# The browser may load from this server alone; gradio's page needs inline styles and scripts.
-POLICY = (
-    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
-    b"frame-ancestors 'self'"
-)
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-
-@dataclass(frozen=True, kw_only=True)
-class PortSettings:
-    """The address at which the server listens."""
-
-    host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 accepts connections from every machine that reaches this one."""
-    port: int = 7860
-    """Port to listen at; 0 takes a free one."""
-    share: bool = False
-    """Also give the page a public address through gradio's servers."""
-
-    def check(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"--port {self.port}: give 0 to 65535")
-        credentials()
+from onelora_diffusion.serving.settings import PortSettings
 
 
-class OwnSourcesOnly:
-    """ASGI middleware that tells browsers to load nothing from other hosts."""
+def protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol of a connection, which closes those without a whole head of a request in so many seconds."""
 
-    def __init__(self, app):
-        self.app = app
+    class TimedProtocol(H11Protocol):
+        timer: asyncio.TimerHandle | None = None
 
-    async def __call__(self, scope, receive, send):
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                message = message | {"headers": [*message["headers"], (b"content-security-policy", POLICY)]}
-            await send(message)
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            self._set_timer()
 
-        await self.app(scope, receive, send_with_policy)
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._set_timer()
+
+        def _set_timer(self) -> None:
+            """Start the timer while a head is incomplete, and stop it as soon as a request is being answered."""
+            if self.conn.their_state is not h11.IDLE and self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+            elif self.conn.their_state is h11.IDLE and self.timer is None:
+                self.timer = self.loop.call_later(seconds, self.transport.close)
+
+        def connection_lost(self, error) -> None:
+            super().connection_lost(error)
+            if self.timer is not None:
+                self.timer.cancel()
+
+    return TimedProtocol
 
 
-def credentials() -> tuple[str, str] | None:
-    """User and password from the environment, or None; ValueError if one of the two is missing."""
-    text = os.environ.get(AUTH)
-    if text is None:
-        return None
-    user, _, password = text.partition(":")
-    if not user or not password:
-        raise ValueError(f"{AUTH} is set, but not as user:password")
-    return user, password
-
-
-def launch(page, settings: PortSettings):
-    """Start the server of a `Page` in a thread and return (its `gradio.Blocks`, which the caller closes; its address).
+@contextlib.contextmanager
+def listening(app, settings: PortSettings, receive_timeout: float) -> Iterator[str]:
+    """Context manager that answers requests in a thread and yields the address; at the end, open answers are given.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or the address is none of this machine.
     """
-    import gradio as gr
-    from starlette.middleware import Middleware
-
-    auth = credentials()
-    blocks = page.build()
-    _, address, _ = blocks.launch(
-        server_name=settings.host,
-        server_port=settings.port or None,
-        share=settings.share,
-        auth=auth,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        ssr_mode=False,
-        run_history=False,
-        # Every HTTP call is a session of its own, and gradio would keep ten thousand of them, which take a gigabyte.
-        state_session_capacity=256,
-        pwa=False,
-        footer_links=["api"],
-        css=page.css,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        app_kwargs={"middleware": [Middleware(OwnSourcesOnly)]},
-    )
-    return blocks, blocks.share_url or address
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.create_server((settings.host, settings.port), family=family, backlog=1024) as port:
+        config = uvicorn.Config(
+            app,
+            http=protocol(receive_timeout),
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_level="error",
+            server_header=False,
+            timeout_keep_alive=min(5, receive_timeout),
+            root_path=settings.root_path,
+            proxy_headers=bool(settings.trusted_proxy),
+            forwarded_allow_ips=list(settings.trusted_proxy),
+            timeout_graceful_shutdown=10,
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]}, name="http", daemon=True)
+        thread.start()
+        try:
+            host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+            yield f"http://{host}:{port.getsockname()[1]}{settings.root_path}"
+        finally:
+            server.should_exit = True
+            thread.join()

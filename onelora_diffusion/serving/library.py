@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 
 from onelora_diffusion.files import printable
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, describe_adapter
+from onelora_diffusion.storage.attaching import AdapterFile
 
 MAX_DEPTH = 3  # levels of subfolders that are searched
 SKIPPED = {"checkpoints", "latents"}  # folders of training runs that hold no adapters
@@ -85,15 +86,30 @@ class AdapterLibrary:
             UnknownAdapter: the library has no such name.
             ValueError: the adapter cannot be used, for the reason that is given.
         """
-        known = self._entries.get(name)
-        if known is None or _stamp(known.path) != known.stamp:
-            self._scan(at_most_every=0 if known else RESCAN_S)
-            known = self._entries.get(name)
+        known = self.find(name)
         if known is None:
             raise UnknownAdapter(f"no adapter '{printable(name, 60)}': {self._some()}")
         if known.problem:
             raise ValueError(f"adapter '{name}' cannot be drawn with: {known.problem}")
         return known
+
+    def find(self, name: str) -> AdapterEntry | None:
+        """The entry of a name, for its file as it is now, even if it cannot be used; None if there is none."""
+        known = self._entries.get(name)
+        if known is None or _stamp(known.path) != known.stamp:
+            self._scan(at_most_every=0 if known else RESCAN_S)
+        return self._entries.get(name)
+
+    def rescan(self) -> None:
+        """List the files again, after some were written or removed."""
+        self._scan(at_most_every=0)
+
+    def check(self, adapter: AdapterFile) -> None:
+        """ValueError unless requests can be drawn with an adapter of this content."""
+        if adapter.fingerprint not in (self.fingerprint, None):
+            raise ValueError(f"was made for another base ({_text(adapter.base) or 'unnamed'})")
+        if adapter.config.norms or adapter.config.recipe.is_whole:
+            raise ValueError("trains norms or the whole base, which the samples of a batch share: merge it")
 
     def refuse(self, entry: AdapterEntry, problem: str) -> None:
         """List an adapter as damaged, for a problem that was found when its values were read."""
@@ -129,10 +145,7 @@ class AdapterLibrary:
             return AdapterEntry(name, path, stamp, problem)
         try:
             adapter = describe_adapter(path)
-            if adapter.fingerprint not in (self.fingerprint, None):
-                raise ValueError(f"was made for another base ({_text(adapter.base) or 'unnamed'})")
-            if adapter.config.norms or adapter.config.recipe.is_whole:
-                raise ValueError("trains norms or the whole base, which the samples of a batch share: merge it")
+            self.check(adapter)
         except (ValueError, OSError) as error:
             return AdapterEntry(name, path, stamp, printable(without_path(path, str(error)), 300))
         training, config = adapter.training, adapter.config

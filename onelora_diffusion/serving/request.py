@@ -123,6 +123,8 @@ def problem(errors: list[dict]) -> str:
     field = printable(".".join(str(part) for part in first["loc"] if part != "body"), 60)
     if not field:
         return said if first["type"] == "value_error" else f"{printable(repr(first['input']), 60)}: {said}"
+    if first["type"] == "json_invalid":
+        return "the request is no JSON"
     if first["type"] == "missing":
         return f"{field} is missing"
     return f"{field} is {printable(repr(first['input']), 60)}: {said[0].lower()}{said[1:]}"

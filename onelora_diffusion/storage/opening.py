@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,18 +70,21 @@ class OpenFile:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[OpenFile]:
+def opened(path: Path, content: bytes | None = None) -> Iterator[OpenFile]:
     """Context manager that opens a safetensors file and checks its header.
+
+    Args:
+        content: what the file will have; None reads it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, no safetensors file, or its header is not that of a file of weights.
     """
     source = str(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise FileNotFoundError(f"no adapter at '{source}'")
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if content is None else BytesIO(content) as file:
             metadata, shapes = _header(file, source)
             yield OpenFile(source, metadata, shapes, file)
     except (SafetensorError, OSError) as error:
@@ -158,7 +162,7 @@ def _header(file: BinaryIO, source: str) -> tuple[dict[str, str], dict[str, torc
             shapes[name] = (shape, dtype)
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(source, "its header does not describe tensors") from error
-    if (found := os.fstat(file.fileno()).st_size) != num_bytes:
+    if (found := file.seek(0, os.SEEK_END)) != num_bytes:
         raise _damaged(source, f"it has {found:,} bytes, and {num_bytes:,} by its header")
     return metadata, {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
 

@@ -1,4 +1,4 @@
-"""A server of a small DiT and some adapters, without a port."""
+"""A server of a small DiT and some adapters, with or without a port."""
 
 import contextlib
 import threading
@@ -16,6 +16,7 @@ from onelora_diffusion.serving.batching import Batcher, BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
+from onelora_diffusion.serving.settings import AccessSettings, PortSettings
 
 CONFIGS = {
     "plain": AdapterConfig(),
@@ -70,6 +71,20 @@ def draw(drawing: Drawing, requests: Sequence[Request], mixtures: Sequence[Mappi
         drawing.step(running)
     drawing.pause()
     return drawing.images(images)
+
+
+@contextlib.contextmanager
+def answering(batcher, folder, receive_timeout: float = 30.0, request_timeout: float = 60.0, **access):
+    """(address, service) of a batcher behind a port."""
+    from onelora_diffusion.serving.api import create_app
+    from onelora_diffusion.serving.launching import listening
+    from onelora_diffusion.serving.service import Service
+
+    settings = AccessSettings(receive_timeout=receive_timeout, **access)
+    service = Service("toy", folder, 2.0, request_timeout)
+    service.start(batcher)
+    with listening(create_app(service, settings), PortSettings(port=0), receive_timeout) as address:
+        yield address, service
 
 
 class Held(Drawing):

@@ -1,8 +1,8 @@
-"""More clients than the queue has places, a kill and a new start; `tools/soak.py serve` does it for longer."""
+"""More clients than the queue has places, a kill, a new start, SIGTERM; `tools/soak.py serve` does it for longer."""
 
 import pytest
 
-pytest.importorskip("gradio", reason="make test-serve installs it")
+pytest.importorskip("fastapi", reason="make test-serve installs it")
 
 from tools.soak import Serve, serve_long, write_smallest_base
 

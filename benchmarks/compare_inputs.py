@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.folders import folder_written_beside
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
@@ -19,7 +20,6 @@ from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics_file import save_statistics
 from onelora_diffusion.families.autoencoder import decode_latents
-from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
 from onelora_diffusion.sampling import as_uint8
 from tools.from_scratch import BaseRecipe, draw_samples, train_base, write_base

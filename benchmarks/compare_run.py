@@ -24,12 +24,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torchvision.utils import save_image
 
-from benchmarks.measure import saved_bytes
+from benchmarks.measure import reset_peak_memory, saved_bytes
 from onelora_diffusion import AdapterConfig, __version__, adapter_state_dict, count_trainable, inject_adapter
 from onelora_diffusion.command_line import quieten
 from onelora_diffusion.data.latent_cache import LatentCache
 from onelora_diffusion.data.latents import sample_moments
-from onelora_diffusion.devices import peak_memory_bytes, reset_peak_memory
+from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.evaluation.evaluator import Batches, Evaluator
 from onelora_diffusion.evaluation.features import load_features

@@ -5,7 +5,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from tqdm import tqdm
+
+from onelora_diffusion.devices import peak_memory_bytes
 
 # ---------------------------------------------------------------------------------------------------
 # Time
@@ -193,3 +197,14 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
     rule = f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|"
     return [line(header), rule, *map(line, rows)]
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Reset the peak to the memory that is in use now, and return that in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        gc.collect()
+        with suppress(OSError):  # only Linux can reset it; elsewhere the peak covers the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_bytes(device)

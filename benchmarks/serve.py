@@ -20,10 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.generate import make_vae
-from benchmarks.measure import interleave, ratio, table
+from benchmarks.measure import interleave, ratio, reset_peak_memory, table
 from benchmarks.peers import make_base, twin
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.devices import peak_memory_bytes, reset_peak_memory
+from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.injection.conditioning import DiTConditioning
 from onelora_diffusion.injection.layers import target_layers

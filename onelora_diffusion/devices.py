@@ -1,9 +1,7 @@
 """Precision, compilation and memory of a device, and their description in reports."""
 
-import gc
 import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,17 +61,6 @@ def in_words(report: dict) -> str:
     products = " (TF32 products)" if report["tf32"] else ""
     threads = f", {report['num_threads']} thread(s)" if report["num_threads"] else ""
     return f"{name}{products} on {report['device']}{threads}{', compiled' if report['compiled'] else ''}"
-
-
-def reset_peak_memory(device: torch.device) -> int:
-    """Reset the peak to the memory that is in use now, and return that in bytes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        gc.collect()
-        with suppress(OSError):  # only Linux can reset it; elsewhere the peak covers the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_bytes(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

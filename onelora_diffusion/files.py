@@ -1,4 +1,4 @@
-"""Write files and folders atomically: they are complete or not there."""
+"""Write files atomically: they are complete or not there."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         OSError: the disk is full; the message names `path`. An older file is kept, and the temporary one is removed.
     """
     path = path.resolve() if path.is_symlink() else path
-    with _beside(path) as part:
+    with beside(path) as part:
         part.touch()
         mode = part.stat().st_mode
         yield part
@@ -62,32 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def folder_written_beside(path: Path) -> Iterator[Path]:
-    """Context manager that yields an empty temporary folder to fill; at the end it is flushed and replaces `path`.
-
-    A link is followed. A folder that is a mount point stays, and its content is replaced.
-
-    Raises:
-        OSError: as `written_beside`.
-    """
-    path = path.resolve() if path.is_symlink() else path
-    with _beside(path) as part:
-        part.mkdir(parents=True)
-        yield part
-        for written in (*part.rglob("*"), part):
-            flush_to_disk(written)
-        shutil.rmtree(path, ignore_errors=True)
-        if path.is_dir():
-            for written in part.iterdir():
-                shutil.move(written, path)
-            flush_to_disk(path)
-        else:
-            os.rename(part, path)
-        flush_to_disk(path.parent)
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary name in the folder of `path`, unique to this process, and removes it.
 
     Temporary files of killed processes are removed as well: their names contain process ids that are not in use on

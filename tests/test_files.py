@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.folders import folder_written_beside
 from onelora_diffusion import files
-from onelora_diffusion.files import check_writable, folder_written_beside, write_bytes, written_beside
+from onelora_diffusion.files import check_writable, write_bytes, written_beside
 
 
 def full(*arguments):

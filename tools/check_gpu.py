@@ -30,7 +30,7 @@ from torch.utils import collect_env
 from tqdm import tqdm
 
 from benchmarks import generate, speed
-from benchmarks.measure import resident_bytes
+from benchmarks.measure import reset_peak_memory, resident_bytes
 from benchmarks.measure import table as markdown_table
 from benchmarks.peers import make_base, make_peer
 from benchmarks.rounding import rounding
@@ -38,7 +38,7 @@ from benchmarks.sampled import sample_latents
 from benchmarks.update import Update
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, save_adapter
 from onelora_diffusion.config import METHODS
-from onelora_diffusion.devices import DTYPES, peak_memory_bytes, reset_peak_memory
+from onelora_diffusion.devices import DTYPES, peak_memory_bytes
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.pipelines.dit import OneLoRADiTPipeline

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from benchmarks.folders import folder_written_beside
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.diffusion import add_noise, training_losses
 from onelora_diffusion.families.autoencoder import encode_moments
-from onelora_diffusion.files import folder_written_beside
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.training.ema import ExponentialMovingAverage

@@ -7,21 +7,20 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
 
+from onelora_diffusion.data.latents import SmallImages, check_chosen
+
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 
 
-class FashionMNIST(torch.utils.data.Dataset):
-    """Fashion-MNIST with a margin of two black pixels, 32 by 32, as RGB.
-
-    Item: `(image, label)`, image float32 `(3, resolution, resolution)` in [-1, 1] (background -1), label an int
-    in `0..len(classes)-1`: the position of the class in `classes`. Images are resized if the resolution is not 32.
+class FashionMNIST(SmallImages):
+    """Fashion-MNIST with a margin of two black pixels (-1), 32 by 32; resized if the resolution is not 32.
 
     Args:
         root: the folder that holds `FashionMNIST/raw/` (torchvision's layout), or the raw files themselves, gzipped
             or not. None looks in `data`, and then in the folder of Debian's package.
         split: `train` (60,000 images) or `test` (10,000).
-        classes: the chosen ones of the ten classes (0..9, in the order of `CLASSES`).
+        classes: the chosen ones of the ten classes by number; None takes sandal, sneaker and ankle boot.
         download: let torchvision download missing files (30 MB).
 
     Raises:
@@ -30,20 +29,17 @@ class FashionMNIST(torch.utils.data.Dataset):
     """
 
     name = "fashion-mnist"
-    crop = "none"
 
     def __init__(
         self,
         root: str | Path | None = None,
         split: str = "train",
         resolution: int = 32,
-        classes: tuple[int, ...] = (5, 7, 9),
+        classes: tuple[int, ...] | None = None,
         download: bool = False,
     ):
-        if split not in ("train", "test"):
-            raise ValueError(f"fashion-mnist: unknown split {split!r}, choose train or test")
-        if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(range(10)):
-            raise ValueError(f"fashion-mnist: classes {tuple(classes)} must be different numbers from 0 to 9")
+        classes = (5, 7, 9) if classes is None else classes
+        check_chosen(self.name, split, ("train", "test"), classes)
         folder = find_folder(root, download)
         prefix = "train" if split == "train" else "t10k"
         pixels = read_idx(folder, f"{prefix}-images-idx3-ubyte")
@@ -54,17 +50,7 @@ class FashionMNIST(torch.utils.data.Dataset):
         grey = pad(grey, (2, 2, 2, 2), value=-1.0)
         if resolution != 32:
             grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", antialias=True)
-        self.split = split
-        self.images = grey.expand(-1, 3, -1, -1)  # three views of one channel
-        self.labels = [classes.index(label) for label in labels[chosen].tolist()]
-        self.id2label = {label: CLASSES[number] for label, number in enumerate(classes)}
-        self.num_classes = len(classes)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images[index], self.labels[index]
+        super().__init__(grey, labels[chosen], CLASSES, classes, split)
 
 
 def find_folder(root: str | Path | None, download: bool) -> Path:

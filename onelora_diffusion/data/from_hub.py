@@ -24,32 +24,24 @@ class HubImages(Dataset):
         return image, self.labels[index]
 
 
-def hub_images(
-    name: str,
-    root: str | Path | None,
-    split: str,
-    resolution: int,
-    broken: str = "fatal",
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> ClassifiedImages:
+def hub_images(asked) -> ClassifiedImages:
     """Load a data set of images and labels by its name on the hub, or from a local folder.
 
+    Without a root folder, downloads are in the library's own cache. Without the name of a column, the only one of its
+    type is taken. If labels are texts or integers, the distinct ones in sorted order are the classes.
+
     Args:
-        root: the folder of downloads; None takes the library's own cache.
-        image_column: the column of images; None takes the only one.
-        label_column: a column of class labels, texts or integers; distinct texts or integers are the classes, in
-            sorted order. None takes the only column of class labels.
+        asked: a `data.table.Request`.
 
     Raises:
         ValueError: the library, the data set, the split or a column is missing, or a row has no label.
     """
-    rows = hub_rows(name, root, split)
-    image_column = column_of_type(name, rows, "Image", image_column, "--image-column")
-    label_column = column_of_type(name, rows, "ClassLabel", label_column, "--label-column")
+    name, rows = asked.name, hub_rows(asked.name, asked.root, asked.split)
+    image_column = column_of_type(name, rows, "Image", asked.image_column, "--image-column")
+    label_column = column_of_type(name, rows, "ClassLabel", asked.label_column, "--label-column")
     labels, names = labels_of(name, rows, label_column)
     source = HubImages(rows, image_column, labels)
-    return ClassifiedImages(f"hf:{name}", source, names, resolution, broken, split)
+    return ClassifiedImages(f"hf:{name}", source, names, asked.resolution, asked.broken, asked.split)
 
 
 def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:

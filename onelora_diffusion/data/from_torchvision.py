@@ -5,25 +5,26 @@ import inspect
 from pathlib import Path
 
 import torch
-import torchvision
 
 from onelora_diffusion.data.decoding import read_image
 from onelora_diffusion.data.images import ClassifiedImages
 from onelora_diffusion.files import first_line
 
 
-def torchvision_images(
-    name: str, root: str | Path, split: str, resolution: int, download: bool = False, broken: str = "fatal"
-) -> ClassifiedImages:
-    """Load `torchvision.datasets.<name>` from `root`; classes without names are named by their labels.
+def torchvision_images(asked) -> ClassifiedImages:
+    """Load `torchvision.datasets.<name>` from a root folder; classes without names are named by their labels.
 
     `train` is the default split of the class (such as `trainval` of OxfordIIITPet), or all images of a data set that
     has no splits. Any other split is chosen by its own name.
+
+    Args:
+        asked: a `data.table.Request`.
 
     Raises:
         ValueError: the class or the split does not exist, or the labels are no classes.
         FileNotFoundError: the files are missing.
     """
+    name, root, split = asked.name, asked.root or "data", asked.split
     kind = class_of(name)
     parameters = inspect.signature(kind.__init__).parameters
     part = split if {"train", "split"} & set(parameters) else ""
@@ -38,7 +39,7 @@ def torchvision_images(
     elif split != "train":
         raise ValueError(f"torchvision:{name} is one set without parts: it has the split train, not {split!r}")
     if "download" in parameters:
-        arguments["download"] = download
+        arguments["download"] = asked.download
     if "loader" in parameters:
         arguments["loader"] = read_image
     try:
@@ -52,11 +53,14 @@ def torchvision_images(
         raise ValueError(f"torchvision:{name} cannot be read by its name alone: {error}") from None
     if not isinstance(label, int | torch.Tensor) or torch.as_tensor(label).ndim:
         raise ValueError(f"torchvision:{name} is no classification data set: a label of it is {label!r:.60}")
-    return ClassifiedImages(f"torchvision:{name}", source, _class_names(source, name), resolution, broken, part)
+    names = _class_names(source, name)
+    return ClassifiedImages(f"torchvision:{name}", source, names, asked.resolution, asked.broken, part)
 
 
 def class_of(name: str) -> type:
     """`torchvision.datasets.<name>`; ValueError if there is no such data set."""
+    import torchvision
+
     kinds = {key: kind for key, kind in vars(torchvision.datasets).items() if inspect.isclass(kind)}
     names = [key for key, kind in kinds.items() if "root" in inspect.signature(kind.__init__).parameters]
     if name not in names:

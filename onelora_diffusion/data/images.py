@@ -22,7 +22,7 @@ SPLITS = ("train", "val", "validation", "test")
 
 
 class SizedImages(Dataset):
-    """Crops the images of a source of (PIL image, label) to a size, and skips unreadable ones or raises an error.
+    """Crops the images of a source of (PIL image, label) to a size.
 
     Args:
         broken: `fatal` raises a BrokenImageError for an unreadable image; `skip` names it on stderr and replaces it by
@@ -52,14 +52,6 @@ class SizedImages(Dataset):
         """(pixels uint8 (height, width, 3), label) of an image; raises one of `UNREADABLE` if it cannot be read."""
         image, label = self.source[index]
         return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
-
-    def can_be_read(self, index: int) -> bool:
-        """Whether an image can be read now."""
-        try:
-            self.decoded(index)
-        except UNREADABLE:
-            return False
-        return True
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped."""
@@ -107,24 +99,22 @@ class ClassifiedImages(SizedImages):
         return pixels.float() / 127.5 - 1, label
 
 
-def food101(
-    root: str | Path, split: str, resolution: int, download: bool = False, broken: str = "fatal"
-) -> ClassifiedImages:
+def food101(asked) -> ClassifiedImages:
     """Food-101 (Bossard et al., ECCV 2014) in torchvision's layout; class names with spaces for underscores."""
     from torchvision.datasets import Food101
 
-    root = Path(root)
+    root, split = Path(asked.root or "data"), asked.split
     if root.name == "food-101" and (root / "meta").is_dir():  # `root` is food-101 itself and not its parent
         root = root.parent
     folder = root / "food-101"
-    if not download and not ((folder / "meta" / f"{split}.json").is_file() and (folder / "images").is_dir()):
+    if not asked.download and not ((folder / "meta" / f"{split}.json").is_file() and (folder / "images").is_dir()):
         raise FileNotFoundError(
             f"no Food-101 in {folder}: download it (--download, 5 GB), or give the folder that holds "
             "food-101/ (--data-root)"
         )
-    source = Food101(root.absolute(), split=split, loader=read_image, download=download)
+    source = Food101(root.absolute(), split=split, loader=read_image, download=asked.download)
     names = [name.replace("_", " ") for name in source.classes]
-    return ClassifiedImages("food101", source, names, resolution, broken, split)
+    return ClassifiedImages("food101", source, names, asked.resolution, asked.broken, split)
 
 
 class ClassFolders(Dataset):
@@ -147,12 +137,9 @@ class ClassFolders(Dataset):
         self.samples = [os.path.join(self.root, name) for name in names]
         if not names:
             raise FileNotFoundError(f"no images in {self.root}/<class>/: give a folder with one folder for each class")
-        empty = sorted(set(range(len(self.classes))) - set(self.labels))
-        if empty:
-            raise FileNotFoundError(
-                f"no images in {printable(os.path.join(self.root, self.classes[empty[0]]))}: a class needs some, or "
-                "take the folder out"
-            )
+        if empty := sorted(set(range(len(self.classes))) - set(self.labels)):
+            folder = printable(os.path.join(self.root, self.classes[empty[0]]))
+            raise FileNotFoundError(f"no images in {folder}: a class needs some, or take the folder out")
         if len(inside) > len(names):
             listing.left_out["images in no folder of a class"] += len(inside) - len(names)
 
@@ -163,7 +150,7 @@ class ClassFolders(Dataset):
         return read_image(self.samples[index]), self.labels[index]
 
 
-def image_folder(root: str | Path, split: str, resolution: int, broken: str = "fatal") -> ClassifiedImages:
+def image_folder(asked) -> ClassifiedImages:
     """Load the images in `root/<split>/<class>/`, or in `root/<class>/` if there are no splits; that is all `train`.
 
     There are splits if all folders with images in `root` are named as splits: `train` beside `bus` is a class.
@@ -171,6 +158,9 @@ def image_folder(root: str | Path, split: str, resolution: int, broken: str = "f
     Raises:
         FileNotFoundError: there are no images, the split is missing, or a class has no images.
     """
+    root, split = asked.root, asked.split
+    if root is None:
+        raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no images in {root}: there is no such folder")
     listing = list_images(root)
@@ -182,16 +172,11 @@ def image_folder(root: str | Path, split: str, resolution: int, broken: str = "f
         raise FileNotFoundError(f"{root} has no split '{split}', nor any other: leave --split out to take all of it")
     part = split if has_parts else ""
     source = ClassFolders(listing, part)
-    return ClassifiedImages("imagefolder", source, source.classes, resolution, broken, part)
-
-
-def center_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square of an image at the given resolution, as ADM and DiT crop (Dhariwal & Nichol, 2021)."""
-    return crop_to(image, resolution, resolution)
+    return ClassifiedImages("imagefolder", source, source.classes, asked.resolution, asked.broken, part)
 
 
 def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Crop the largest central part of an image that has the given shape, and resize it.
+    """Crop the largest central part of an image that has the given shape, and resize it, as ADM and DiT do.
 
     The image is halved with a box filter while both sides are at least twice the size, resized with a bicubic filter
     until it just covers the size, and cropped. ValueError for a long strip, which would take too much memory.

@@ -4,6 +4,7 @@ A shard has the tensors `moments`, `(images, flips, ...)`, `labels` and `broken`
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data.buckets import Buckets
+from onelora_diffusion.data.decoding import UNREADABLE
 from onelora_diffusion.data.identity import fingerprint
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split
 from onelora_diffusion.families.autoencoder import encode_moments
@@ -81,10 +83,12 @@ def build_cache(
         """Whether a skipped image can be read now, since a network disk works again or PIL supports its format."""
         with safe_open(path, framework="pt") as file:
             skipped = images[file.get_tensor("broken").numpy()]
-        found = next((int(image) for image in skipped if dataset.can_be_read(image)), None)
-        if found is not None:
-            report(f"image {found}, which was skipped, can be read now: {path} is encoded again")
-        return found is not None
+        for image in skipped:
+            with suppress(*UNREADABLE):
+                dataset.decoded(image)
+                report(f"image {image}, which was skipped, can be read now: {path} is encoded again")
+                return True
+        return False
 
     return build_rows(
         parent,
@@ -112,10 +116,6 @@ def _encoded(
         both = [images, images.flip(-1)] if flip else [images]
         moments = torch.stack([encode(vae, each).cpu() for each in both], dim=1)
         yield {"moments": moments, "labels": labels, "broken": broken[batch]}
-
-
-# ---------------------------------------------------------------------------------------------------
-# The key of the cache
 
 
 def inputs_of(dataset: Dataset, vae, flip: bool) -> dict:

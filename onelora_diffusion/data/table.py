@@ -7,7 +7,11 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from onelora_diffusion.data.fashion import CLASSES
+from onelora_diffusion.data.digits import Digits
+from onelora_diffusion.data.fashion import CLASSES, FashionMNIST
+from onelora_diffusion.data.from_hub import hub_images
+from onelora_diffusion.data.from_torchvision import class_of, torchvision_images
+from onelora_diffusion.data.images import food101, image_folder
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,6 @@ class Request:
     image_column: str | None
     label_column: str | None
 
-    @property
-    def chosen(self) -> dict[str, tuple[int, ...]]:
-        return {} if self.classes is None else {"classes": self.classes}
-
 
 @dataclass(frozen=True)
 class DatasetKind:
@@ -70,64 +70,21 @@ class DatasetKind:
     check_name: Callable[[str], object] = lambda name: None
 
 
-def _digits(request: Request) -> Dataset:
-    from onelora_diffusion.data.digits import Digits
-
-    return Digits(split=request.split, resolution=request.resolution, **request.chosen)
-
-
-def _fashion_mnist(request: Request) -> Dataset:
-    from onelora_diffusion.data.fashion import FashionMNIST
-
-    asked = request.root, request.split, request.resolution
-    return FashionMNIST(*asked, download=request.download, **request.chosen)
-
-
-def _food101(request: Request) -> Dataset:
-    from onelora_diffusion.data.images import food101
-
-    return food101(request.root or "data", request.split, request.resolution, request.download, request.broken)
-
-
-def _imagefolder(request: Request) -> Dataset:
-    from onelora_diffusion.data.images import image_folder
-
-    if request.root is None:
-        raise ValueError("imagefolder needs a data root: a folder with one folder of images for each class")
-    return image_folder(request.root, request.split, request.resolution, request.broken)
-
-
-def _torchvision(request: Request) -> Dataset:
-    from onelora_diffusion.data.from_torchvision import torchvision_images
-
-    asked = request.root or "data", request.split, request.resolution, request.download, request.broken
-    return torchvision_images(request.name, *asked)
-
-
-def _check_torchvision(name: str) -> None:
-    from onelora_diffusion.data.from_torchvision import class_of
-
-    class_of(name)
-
-
-def _hub(request: Request) -> Dataset:
-    from onelora_diffusion.data.from_hub import hub_images
-
-    columns = request.image_column, request.label_column
-    return hub_images(request.name, request.root, request.split, request.resolution, request.broken, *columns)
-
-
 DATASETS = {
     "digits": DatasetKind(
-        _digits,
+        lambda asked: Digits(asked.split, asked.resolution, asked.classes),
         Defaults("digits.yaml", 16, "pixels", 2.0, 2.0, 500, 25, compares_base=True),
         classes=tuple("0123456789"),
     ),
-    "fashion-mnist": DatasetKind(_fashion_mnist, Defaults("fashion_mnist.yaml"), classes=CLASSES),
-    "food101": DatasetKind(_food101),
-    "imagefolder": DatasetKind(_imagefolder),
-    "torchvision": DatasetKind(_torchvision, of_many="CLASS", check_name=_check_torchvision),
-    "hf": DatasetKind(_hub, has_columns=True, of_many="NAME"),
+    "fashion-mnist": DatasetKind(
+        lambda asked: FashionMNIST(asked.root, asked.split, asked.resolution, asked.classes, asked.download),
+        Defaults("fashion_mnist.yaml"),
+        classes=CLASSES,
+    ),
+    "food101": DatasetKind(food101),
+    "imagefolder": DatasetKind(image_folder),
+    "torchvision": DatasetKind(torchvision_images, of_many="CLASS", check_name=class_of),
+    "hf": DatasetKind(hub_images, has_columns=True, of_many="NAME"),
 }
 
 

@@ -170,12 +170,6 @@ def _reader(name: str):
     return read
 
 
-def served_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The tensor that the module's forward reads under this name: its own parameter, or the lent one."""
-    base, seat = module._parameters[name], module._modules.get("onelora_swap")
-    return base if base is None or seat is None or not seat.is_in_use else seat.lend(name, base)
-
-
 def _writer(name: str):
     def write(module: nn.Module, value) -> None:  # `value` may be no parameter, so `nn.Module` assigns it
         module.__dict__[name] = value

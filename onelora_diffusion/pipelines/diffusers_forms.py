@@ -9,6 +9,7 @@ from onelora_diffusion.adapters.weights import Weight, by_path
 
 logger = logging.getLogger(__name__)
 
+LORA_LAYERS = re.compile(r"(transformer(?:_2)?|unet|text_encoder(?:_\d+)?)_lora_(layers|adapter_metadata)")
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 
 
@@ -38,16 +39,26 @@ def weight_of(weight: float | dict | None, component: str, components: Iterable[
     return 1.0 if weight is None else by_path(weight) if isinstance(weight, dict) else weight
 
 
+def lora_layers(given: dict[str, dict | None]) -> tuple[dict[str, dict], dict[str, dict | None]]:
+    """(LoRA layers by component, PEFT's settings by component) of the keyword arguments of `save_lora_weights`."""
+    found = {name: LORA_LAYERS.fullmatch(name) for name in given}
+    if unknown := [name for name, match in found.items() if match is None]:
+        raise ValueError(f"save_lora_weights takes no {unknown[0]}: give those of a component, as in unet_lora_layers")
+    layers, settings = (
+        {match[1]: given[name] for name, match in found.items() if match[2] == kind}
+        for kind in ("layers", "adapter_metadata")
+    )
+    layers = {component: tensors for component, tensors in layers.items() if tensors is not None}
+    return layers, settings
+
+
 def check_components(components: list[str] | None, own: Iterable[str]) -> None:
     """ValueError unless this is a list of a pipeline's own components and text encoders."""
     if components is None:
         return
     is_list = isinstance(components, list | tuple)
-    if (
-        not is_list
-        or not any(name in own for name in components)
-        or not all(name in own or TEXT_ENCODER.fullmatch(name) for name in components)
-    ):
+    known = [name in own or TEXT_ENCODER.fullmatch(name) for name in components] if is_list else []
+    if True not in known or not all(known):
         raise ValueError(
             f"components {components!r}: adapters are in {in_words(own)} only; adapters are named by adapter_names, "
             "and weighed by lora_scale"

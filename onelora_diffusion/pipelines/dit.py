@@ -123,7 +123,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         labels = self._resolve(class_labels, entries)
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         if entries is not None and scale != 1:
-            entries = [_scaled_entry(entry, scale) for entry in entries]
+            entries = [{name: scaled(weight, scale) for name, weight in _mixture(e).items()} for e in entries]
         is_domain = guidance == "domain" and guidance_scale > 1
         with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
             return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
@@ -156,9 +156,6 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
             stock.register_modules(transformer=_plain_transformer(self._adapted_model()))
         return stock
 
-    # -----------------------------------------------------------------------------------------------
-    # Classes
-
     def _table_of(self, weights: Mapping[str, Weight] | None) -> tuple[str | None, int]:
         """(the adapter whose class table these weights activate, None for the base's; its number of classes)."""
         model, book = self._adapted_model(), self._book()
@@ -184,7 +181,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         if entries is None:
             mixtures = [serving] * len(classes)
         else:
-            mixtures = [{} if e is None else {e: 1.0} if isinstance(e, str) else e for e in entries]
+            mixtures = [_mixture(entry) for entry in entries]
             for name in {name for mixture in mixtures for name in mixture}:
                 adapters_of(self._adapted_model()).check_present(name)
         return [self._label(wanted, mixture) for wanted, mixture in zip(classes, mixtures, strict=True)]
@@ -200,9 +197,6 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         if wanted in labels:
             return labels[wanted]
         return find_class(wanted, by_label(labels) or told_apart({}, num_classes), owner)
-
-    # -----------------------------------------------------------------------------------------------
-    # Sampling
 
     def _routed(self, entries: list[Entry] | None, is_domain: bool, batch_size: int):
         """Context manager that assigns adapters to the images of the batch in this call."""
@@ -222,14 +216,10 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         def clamp(model, args, kwargs):
             return args, kwargs | {"class_labels": kwargs["class_labels"].clamp(max=last_row)}
 
-        # With adapters the class embedding handles this itself.
-        hook = model.register_forward_pre_hook(clamp, with_kwargs=True) if book is None else None
-        try:
-            with eval_mode(model):
-                yield
-        finally:
-            if hook is not None:
-                hook.remove()
+        with contextlib.ExitStack() as after, eval_mode(model):
+            if book is None:  # with adapters the class embedding handles this itself
+                after.callback(model.register_forward_pre_hook(clamp, with_kwargs=True).remove)
+            yield
 
 
 def _plain_transformer(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
@@ -251,6 +241,5 @@ def _entries(adapter_names: str | Sequence[Entry] | None, batch_size: int) -> li
     return entries
 
 
-def _scaled_entry(entry: Entry, scale: float) -> Entry:
-    weights = {entry: 1.0} if isinstance(entry, str) else entry or {}
-    return {name: scaled(weight, scale) for name, weight in weights.items()}
+def _mixture(entry: Entry) -> Mapping[str, Weight]:
+    return {entry: 1.0} if isinstance(entry, str) else entry or {}

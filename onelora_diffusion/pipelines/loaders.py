@@ -20,6 +20,7 @@ from onelora_diffusion.injection.watch import take_scale
 from onelora_diffusion.pipelines.diffusers_forms import (
     check_components,
     in_words,
+    lora_layers,
     on_the_class_too,
     weight_of,
 )
@@ -74,9 +75,6 @@ class OneLoRALoaderMixin:
         return next(
             c for c in cls.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, OneLoRALoaderMixin)
         )
-
-    # -----------------------------------------------------------------------------------------------
-    # Load and save
 
     def load_lora_weights(
         self,
@@ -159,19 +157,13 @@ class OneLoRALoaderMixin:
         weight_name: str | None = None,
         safe_serialization: bool = True,
         *,
-        unet_lora_layers: dict[str, torch.Tensor] | None = None,
-        text_encoder_lora_layers: dict[str, torch.Tensor] | None = None,
-        text_encoder_2_lora_layers: dict[str, torch.Tensor] | None = None,
-        transformer_lora_adapter_metadata: dict | None = None,
-        unet_lora_adapter_metadata: dict | None = None,
-        text_encoder_lora_adapter_metadata: dict | None = None,
-        text_encoder_2_lora_adapter_metadata: dict | None = None,
         adapter_name: str | None = None,
         component: str | None = None,
         id2label: dict[int, str] | None = None,
         base: str | None = None,
         training: dict | None = None,
         dtype: torch.dtype = torch.float32,
+        **others: dict | None,
     ) -> None:
         """Write an adapter of this pipeline to `save_directory/onelora_weights.safetensors`, or given LoRA layers.
 
@@ -181,16 +173,14 @@ class OneLoRALoaderMixin:
         Args:
             transformer_lora_layers: values to write instead of those of `adapter_state_dict`, such as their average,
                 or the state dict of a PEFT LoRA.
-            unet_lora_layers: the same for a UNet.
-            text_encoder_lora_layers: further tensors to write with those of a PEFT LoRA.
-            text_encoder_2_lora_layers: further tensors to write with those of a PEFT LoRA.
-            transformer_lora_adapter_metadata: PEFT's settings for the file's header; likewise the next three.
             weight_name: another name of the file.
             adapter_name: the adapter to write; None takes the only active one.
             component: the component of the adapter, `transformer` or `transformer_2`; None takes the only one that has
                 it.
             id2label: as for `save_adapter`; None keeps the metadata of the loaded file; likewise the next two.
             dtype: as for `save_adapter`.
+            **others (Any): of other components what `transformer_lora_layers` is, `unet_lora_layers` or
+                `text_encoder_lora_layers`; and PEFT's settings for the header, `transformer_lora_adapter_metadata`.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are safetensors only")
@@ -199,20 +189,8 @@ class OneLoRALoaderMixin:
         FileLocation(weight_name)  # refuses a name that leads out of save_directory
         if weight_name is not None and not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name '{weight_name}' must end in .safetensors")
-        layers = {
-            "transformer": transformer_lora_layers,
-            "unet": unet_lora_layers,
-            "text_encoder": text_encoder_lora_layers,
-            "text_encoder_2": text_encoder_2_lora_layers,
-        }
-        layers = {component: tensors for component, tensors in layers.items() if tensors is not None}
+        layers, settings = lora_layers(others | {"transformer_lora_layers": transformer_lora_layers})
         if layers and all(is_foreign(tensors) for tensors in layers.values()):
-            settings = {
-                "transformer": transformer_lora_adapter_metadata,
-                "unet": unet_lora_adapter_metadata,
-                "text_encoder": text_encoder_lora_adapter_metadata,
-                "text_encoder_2": text_encoder_2_lora_adapter_metadata,
-            }
             if is_main_process:
                 write_lora(Path(save_directory) / (weight_name or DIFFUSERS_LORA), layers, settings)
             return
@@ -225,18 +203,7 @@ class OneLoRALoaderMixin:
         if other := [name for name in layers if name not in self._models()]:
             places = in_words(self._models())
             raise ValueError(f"{other[0]}_lora_layers: the adapters of this pipeline are in {places}")
-        if adapter_name is not None:
-            self._chosen(adapter_name)  # raises if the name is unknown
-        books = {
-            name: book
-            for name, book in self._adapted().items()
-            if component in (name, None) and (adapter_name is None or adapter_name in book.adapters)
-        }
-        if len(books) > 1:
-            raise ValueError(f"adapters are in {' and '.join(books)}: give the component whose is to be saved")
-        if not books:
-            raise ValueError(f"no adapter '{adapter_name or 'at all'}' in '{component}'")
-        ((component, book),) = books.items()
+        component, book = self._only_book(adapter_name, component)
         adapter_name = book.choose(adapter_name)
         origin = book.origins.get(adapter_name, {})
         base = base or origin.get("base") or getattr(self.config, "_name_or_path", None)
@@ -264,9 +231,6 @@ class OneLoRALoaderMixin:
         """
         for book, names in self._chosen(adapter_names):
             book.unload(names)
-
-    # -----------------------------------------------------------------------------------------------
-    # Activate
 
     def set_adapters(
         self,
@@ -339,15 +303,7 @@ class OneLoRALoaderMixin:
                 book.activate(book.serving)  # cached sums of vectors are on the old device
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Does nothing: vectors need no padding to a rank, and can be overwritten in a compiled model, too.
-
-        Args:
-            target_rank: accepted for compatibility with diffusers.
-            check_compiled: accepted for compatibility with diffusers.
-        """
-
-    # -----------------------------------------------------------------------------------------------
-    # Fuse
+        """Does nothing: vectors need no padding to a rank, and can be overwritten in a compiled model, too."""
 
     def fuse_lora(
         self,
@@ -371,16 +327,12 @@ class OneLoRALoaderMixin:
             chosen = self._chosen(adapter_names)
         chosen = [(book, names) for book, names in chosen if self._is_among(book, components)]
         if not chosen:
-            raise ValueError("no adapter is active: name the adapters to fuse")
-        done = []
-        try:
+            raise ValueError("no adapter is active: name the adapters to merge")
+        with contextlib.ExitStack() as on_error:
             for book, names in chosen:
                 model_verbs.fuse_lora(book.model, lora_scale, safe_fusing, names)
-                done.append(book)
-        except ValueError:
-            for book in done:
-                model_verbs.unfuse_lora(book.model)
-            raise
+                on_error.callback(model_verbs.unfuse_lora, book.model)
+            on_error.pop_all()
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base's weights bit for bit, and activate the adapters that were active before."""
@@ -398,9 +350,6 @@ class OneLoRALoaderMixin:
     @property
     def fused_loras(self) -> set[str]:
         return {name for book in self._books().values() for name in book.merged or ()}
-
-    # -----------------------------------------------------------------------------------------------
-    # Call and write
 
     def __call__(self, *args, **kwargs):
         """Call the pipeline; a `scale` in its attention kwargs multiplies the adapters' weights during the call."""
@@ -435,8 +384,6 @@ class OneLoRALoaderMixin:
         stock.__class__ = self.stock_class()
         return stock
 
-    # -----------------------------------------------------------------------------------------------
-
     def _models(self) -> dict[str, nn.Module]:
         """Component -> its model, for all components that can have adapters."""
         parts = {name: getattr(self, name, None) for name in DENOISERS}
@@ -460,6 +407,21 @@ class OneLoRALoaderMixin:
 
     def _book(self) -> AdapterBook | None:
         return getattr(self._adapted_model(), "_onelora", None)
+
+    def _only_book(self, adapter_name: str | None, component: str | None) -> tuple[str, AdapterBook]:
+        """The only component that has this adapter, None for any, and its book."""
+        if adapter_name is not None:
+            self._chosen(adapter_name)  # raises if the name is unknown
+        books = {
+            name: book
+            for name, book in self._adapted().items()
+            if component in (name, None) and (adapter_name is None or adapter_name in book.adapters)
+        }
+        if len(books) > 1:
+            raise ValueError(f"adapters are in {' and '.join(books)}: give the component whose is to be saved")
+        if not books:
+            raise ValueError(f"no adapter '{adapter_name or 'at all'}' in '{component}'")
+        return next(iter(books.items()))
 
     def _chosen(self, adapter_names: str | Iterable[str] | None) -> list[tuple[AdapterBook, list[str]]]:
         """(a component's book, its named adapters) for each component that has any; names are as for `choose_all`."""

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.images import BrokenImageError, center_crop
+from onelora_diffusion.data.images import BrokenImageError, crop_to
 
 
 def write_image(path, seed, size=(40, 30)):
@@ -18,18 +18,18 @@ def write_image(path, seed, size=(40, 30)):
 
 def test_crop_at_the_same_height_is_the_central_square():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 25, 3), dtype=np.uint8)
-    assert np.array_equal(np.array(center_crop(Image.fromarray(pixels), 16)), pixels[:, 4:20])
+    assert np.array_equal(np.array(crop_to(Image.fromarray(pixels), 16, 16)), pixels[:, 4:20])
 
 
 def test_large_images_are_halved_by_averaging_first():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     means = pixels.reshape(8, 4, 8, 4, 3).mean((1, 3))
-    assert np.abs(np.array(center_crop(Image.fromarray(pixels), 8)) - means).max() < 2  # two halvings, each rounded
+    assert np.abs(np.array(crop_to(Image.fromarray(pixels), 8, 8)) - means).max() < 2  # two halvings, each rounded
 
 
 @pytest.mark.parametrize("size", [(64, 48), (31, 200), (8, 9)])
 def test_crops_are_square_at_every_size(size):
-    assert center_crop(Image.new("L", size), 16).size == (16, 16)
+    assert crop_to(Image.new("L", size), 16, 16).size == (16, 16)
 
 
 def test_image_folder_carries_class_names_and_scales_to_minus_one_and_one(tmp_path):
@@ -61,7 +61,7 @@ def test_a_split_that_is_not_there_is_an_error_and_no_class(tmp_path):
 
 def test_a_strip_is_refused_before_it_is_enlarged(tmp_path):
     with pytest.raises(ValueError, match="60000x1 pixels are too long a strip to be cropped to 256"):
-        center_crop(Image.new("L", (60000, 1)), 256)
+        crop_to(Image.new("L", (60000, 1)), 256, 256)
     (tmp_path / "a").mkdir()
     Image.new("RGB", (60000, 1)).save(tmp_path / "a" / "strip.png")
     with pytest.raises(BrokenImageError, match="image 0 of imagefolder is not readable: 60000x1 pixels"):

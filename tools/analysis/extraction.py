@@ -10,9 +10,8 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import check_name
 from onelora_diffusion.injection.dit_parts import is_dit
 from onelora_diffusion.injection.layers import class_table_paths
-from onelora_diffusion.injection.swapped import served_parameter
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter
-from tools.analysis.updates import weight_updates
+from tools.analysis.updates import served_parameter, weight_updates
 
 
 @dataclass(frozen=True)

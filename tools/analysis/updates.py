@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from onelora_diffusion.injection.layers import target_layers
-from onelora_diffusion.injection.swapped import served_parameter
+
+
+def served_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The tensor that the module's forward reads under this name: its own parameter, or the lent one."""
+    base, seat = module._parameters[name], module._modules.get("onelora_swap")
+    return base if base is None or seat is None or not seat.is_in_use else seat.lend(name, base)
 
 
 def weight_updates(

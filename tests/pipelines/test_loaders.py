@@ -235,7 +235,10 @@ def test_12_nothing_that_matches_is_an_error(both):
     before = run(both)
     with pytest.raises(ValueError, match=r"none of its 1 keys is one of .* \(unet.conv.weight\)"):
         both.load_lora_weights({"unet.conv.weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match="nowhere.lora_A.weight serves no linear layer, nor 1 x 1 convolution, of DiTTransformer2DModel"):
+    with pytest.raises(
+        ValueError,
+        match="nowhere.lora_A.weight serves no linear layer, nor 1 x 1 convolution, of DiTTransformer2DModel",
+    ):
         both.load_lora_weights({"transformer.nowhere.lora_A.weight": torch.ones(1, 4)})
     with pytest.raises(ValueError, match="holds no adapter"):
         both.load_lora_weights({})

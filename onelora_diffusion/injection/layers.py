@@ -72,9 +72,9 @@ def target_layers(
 
     `targets=None` on a DiT, in diffusers' or its authors' code, takes the paper's set, which follows from its
     parameter counts: adaLN, q, k, v, attention output and both MLP linears of each block, and both output linears,
-    without the timestep embedder. On other models of diffusers it takes every linear layer of the repeated blocks, which
-    can be routed; on any other model, or where no blocks are repeated, every one but the output head; and none of an
-    IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
+    without the timestep embedder. On other models of diffusers it takes every linear layer of the repeated blocks,
+    which can be routed; on any other model, or where no blocks are repeated, every one but the output head; and none
+    of an IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
 
     Args:
         named: the tensors of an adapter that exists. If they are of layers outside the blocks, as in files that were

@@ -11,6 +11,7 @@
     python benchmark.py measure-cache --images 4 --batch-size 2 # images per second, latents cached and not
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same on clothes; food101: days on a GPU
+    python benchmark.py subjects                                # many subjects in one run, and in runs of their own
     python benchmark.py compression                             # along which direction a layer's input is read
 
 `benchmark.py speed --help` shows the settings of one.
@@ -30,6 +31,7 @@ from benchmarks.generate import GenerateSettings, generate
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.serve import ServeSettings, serve
 from benchmarks.speed import SpeedSettings, speed
+from benchmarks.subjects import SubjectsSettings, subjects
 from onelora_diffusion.command_line import one_line_errors, quieten
 
 # Settings, whose docstring is the help, and what runs them.
@@ -43,6 +45,7 @@ SUBCOMMANDS = {
     CacheSettings: measure_cache,
     CompareSettings: compare,
     CompressionSettings: compression,
+    SubjectsSettings: subjects,
 }
 
 

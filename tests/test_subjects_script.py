@@ -16,7 +16,7 @@ from text_pipelines import make_pipeline
 
 from onelora_diffusion import read_adapter
 from onelora_diffusion.cli import train_dit, train_text_to_image
-from onelora_diffusion.training import loop
+from onelora_diffusion.training import task
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.subjects import subjects_of
@@ -112,7 +112,7 @@ def test_each_adapter_is_that_of_a_run_of_its_own(settings, photos, tmp_path, ch
 
 def call_at(monkeypatch, number, function):
     """Calls a function inside a batch of the next run (1 is the first)."""
-    losses, calls = loop.training_losses, []
+    losses, calls = task.training_losses, []
 
     def counted(*args):
         calls.append(1)
@@ -120,7 +120,7 @@ def call_at(monkeypatch, number, function):
             function()
         return losses(*args)
 
-    monkeypatch.setattr(loop, "training_losses", counted)
+    monkeypatch.setattr(task, "training_losses", counted)
 
 
 def test_a_command_that_was_stopped_goes_on_bit_for_bit_and_takes_new_subjects(

@@ -29,7 +29,7 @@ from onelora_diffusion.cli.train_dit import RECIPES, main
 from onelora_diffusion.evaluation import settings as evaluation_settings
 from onelora_diffusion.families import family
 from onelora_diffusion.storage.adapter_file import read_adapter
-from onelora_diffusion.training import loop, outputs, stopping
+from onelora_diffusion.training import outputs, stopping, task
 from onelora_diffusion.training import settings as settings_module
 from onelora_diffusion.training.checkpoints import read_checkpoint
 from onelora_diffusion.training.prompt_settings import PromptSettings
@@ -105,7 +105,7 @@ def assert_same_run(one, other, tolerance=0.0):
 
 def call_at_step(monkeypatch, step, function):
     """Calls a function inside the given update of the next run (1 is the first)."""
-    losses, calls = loop.training_losses, []
+    losses, calls = task.training_losses, []
 
     def counted(*args):
         calls.append(1)
@@ -113,7 +113,7 @@ def call_at_step(monkeypatch, step, function):
             function()
         return losses(*args)
 
-    monkeypatch.setattr(loop, "training_losses", counted)
+    monkeypatch.setattr(task, "training_losses", counted)
 
 
 def fails_with(message, settings):

@@ -7,6 +7,7 @@ Every picture is what `sample.py` draws of its caption: picture i of its own noi
 classifier of real handwritten digits reads them.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,22 @@ def main(adapter: Path, num_each: int) -> None:
         caption: [share(right[digit :: len(CAPTIONS)]) for right in found] for digit, caption in enumerate(CAPTIONS)
     }
     rows["all ten"] = [share(right) for right in found]
+    rows |= validation_loss(adapter)
     rows["trained parameters"] = ["", f"{count_trainable(pipeline.transformer):,}"]
     title = (
         f"Digits read as those asked for: {num_each} pictures of each caption, {STEPS} steps, guidance "
         f"{defaults_of(DIGITS).guidance_scale:g}, read by a {classifier.describe()}"
     )
     print(format_table(title, ["base", "adapted"], rows))
+
+
+def validation_loss(run: Path) -> dict[str, list[str]]:
+    """The row of the last validation in a run's folder, if there was one."""
+    metrics = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    losses = [line for line in lines if "validation_loss" in line]
+    names = ("base_validation_loss", "validation_loss")
+    return {"validation loss": [f"{losses[-1][name]:.4f}" for name in names]} if losses else {}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ The same command again resumes a run that was interrupted. `--dataset NAME --hel
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,29 +38,40 @@ def prepare_task(settings: Settings, accelerator: Accelerator, pipeline=None) ->
     pipeline = pipeline or load_base(settings.base)
     resolution, transformer = family_of(pipeline).resolution(pipeline), pipeline.transformer
     with first_on_each_machine(accelerator) if settings.download else nullcontext():
-        dataset = load_dataset(
-            settings.dataset,
-            settings.data_root,
-            "train",
-            resolution,
-            download=settings.download,
-            broken=settings.broken_images,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
+        dataset, *held = (
+            load_dataset(
+                settings.dataset,
+                settings.data_root,
+                split,
+                resolution,
+                download=settings.download,
+                broken=settings.broken_images,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
+            )
+            for split in ("train", settings.validation_split)
+            if split is not None
         )
+    for other in held:
+        if other.id2label != dataset.id2label:
+            raise ValueError(f"split {settings.validation_split} of {settings.dataset} has other classes than train")
     if settings.method != "full" and settings.mixed_precision != "no":
         # The frozen base is kept in the precision it computes in: autocast would cast it anew at every product.
         transformer.to(torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16)
-    data = TrainingData(
-        images=dataset,
-        conditions=range(dataset.num_classes),
-        shown=shown_classes(dataset.id2label),
-        identity=data_identity(dataset),
-        resolution=resolution,
-        described=f"{settings.dataset}: {len(dataset):,} images of {dataset.num_classes} classes",
-        facts={"dataset": settings.dataset},
-        id2label=dataset.id2label,
+    data, *held = (
+        TrainingData(
+            images=each,
+            conditions=range(each.num_classes),
+            shown=shown_classes(each.id2label),
+            identity=data_identity(each),
+            resolution=resolution,
+            described=f"{settings.dataset}: {len(each):,} images of {each.num_classes} classes",
+            facts={"dataset": settings.dataset},
+            id2label=each.id2label,
+        )
+        for each in (dataset, *held)
     )
+    data = replace(data, held=held[0] if held else None)
     return Task(settings, accelerator, pipeline, settings.adapter_config(dataset.num_classes), data)
 
 

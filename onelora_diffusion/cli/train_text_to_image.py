@@ -21,7 +21,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.denoisers import choose_denoiser
-from onelora_diffusion.families import Recorded, family_of
+from onelora_diffusion.families import Family, Recorded, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.loop import start
@@ -41,6 +41,17 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
+    data = captioned_data(settings, family, resolution, family.multiple(pipeline), "train")
+    if settings.validation_split is not None:
+        held = captioned_data(settings, family, resolution, family.multiple(pipeline), settings.validation_split)
+        data = replace(data, held=held)
+    return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
+
+
+def captioned_data(
+    settings: PromptSettings, family: Family, resolution: int, multiple: int, split: str
+) -> TrainingData:
+    """The images of a split with their captions."""
     captioned = load_captioned(
         settings.images,
         settings.prompt,
@@ -48,10 +59,11 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         settings.caption_column,
         resolution,
         settings.aspect_buckets,
-        multiple=family.multiple(pipeline),
+        multiple=multiple,
+        split=split,
         broken=settings.broken_images,
     )
-    data = TrainingData(
+    return TrainingData(
         images=captioned.dataset,
         conditions=captioned.captions,
         shown=[(prompt, prompt) for prompt in settings.validation_prompt],
@@ -69,7 +81,6 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         | ({"denoiser": settings.denoisers} if settings.denoisers else {}),
         buckets=captioned.buckets,
     )
-    return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
 
 
 def main(settings: PromptSettings, since: float | None = None) -> int:

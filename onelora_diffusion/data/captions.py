@@ -105,7 +105,8 @@ def load_captioned(
         resolution: side of the square in pixels to which images are cropped.
         aspect_buckets: crop each image to the nearest of several shapes with about as many pixels; see `data.buckets`.
         multiple: number of pixels per token along one side; the sides of images must be multiples of it.
-        root, split: for `hf:NAME` alone, the folder of downloads and the split to load.
+        root: for `hf:NAME` alone, the folder of downloads.
+        split: for `hf:NAME` and the digits; a folder has `train` alone.
         broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
 
     Raises:
@@ -124,6 +125,8 @@ def load_captioned(
     elif kind == "hf" and name:
         named = str(source)
         pictures, captions = _of_hub(name, root, split, prompt, image_column, caption_column)
+    elif split != "train":
+        raise ValueError(f"a folder has no split '{split}': leave --validation-split out to hold out its own images")
     else:
         named = Path(source).resolve().name
         pictures, captions = _of_folder(Path(source), prompt, image_column or FILE_COLUMN, caption_column)

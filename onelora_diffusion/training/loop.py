@@ -8,17 +8,14 @@ from functools import partial, reduce
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from onelora_diffusion.command_line import one_line_errors, typed_as
 from onelora_diffusion.data.images import BrokenImageError
-from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.row_cache import NotFiniteRowError
 from onelora_diffusion.denoisers import denoiser_of
-from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions
 from onelora_diffusion.families.family import joined
 from onelora_diffusion.injection.routing import route_adapters
@@ -36,7 +33,6 @@ from onelora_diffusion.training.stopping import Stop, format_duration
 from onelora_diffusion.training.sum_rates import SumScales
 from onelora_diffusion.training.task import encode
 from onelora_diffusion.training.trackers import start_trackers
-from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 
 def start(settings: RunSettings, make_task: MakeTask, since: float | None = None) -> int:
@@ -112,15 +108,16 @@ def start_batches(job: Job, training: Training, stop: Stop) -> None:
     settings, accelerator, task, run = training.settings, job.accelerator, training.task, training.run
     if not stop.agreed():  # after a signal caches may be incomplete, and there will be no update
         task.open_caches()
-    buckets = task.data.buckets
+    buckets, images = task.data.buckets, task.learned_images
     keys = StepKeyedBatches(
         settings.seed,
         run.step,
         settings.batch_size,
-        len(task.data.images),
+        len(images),
         settings.flip,
         training.rows,
-        buckets and buckets.of_image,
+        buckets and buckets.of_image[images],
+        images,
     )
     loader = DataLoader(
         task.examples,
@@ -242,10 +239,9 @@ def step(job: Job, training: Training, losses: dict[str, Tensor]) -> None:
 
 def next_part(job: Job, training: Training, number: int) -> Part:
     """The samples of a training in the pass of this number."""
-    settings, task, device, rows = training.settings, training.task, job.accelerator.device, training.rows[number]
+    settings, task, rows = training.settings, training.task, training.rows[number]
     images, numbers = next(training.batches)
-    images = images.to(device, non_blocking=True)
-    moments = images if task.is_cached else task.family.encode_images(task.pipeline.vae, images)
+    moments = task.moments(images, task.is_cached)
     if number == 0:
         # All random values of an update are drawn for the global batch and then sliced.
         training.drawn = draw_step(
@@ -259,8 +255,7 @@ def next_part(job: Job, training: Training, number: int) -> Part:
             task.timesteps.start,
         )
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])
-    conditions = send_to_device(conditions, device, non_blocking=True)
-    return Part(moments, conditions, training.drawn.rows(rows, device))
+    return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device))
 
 
 def of_equal_shape(parts: list[tuple[Training, Part]]) -> list[list[tuple[Training, Part]]]:
@@ -289,18 +284,8 @@ def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Trainin
 
 def losses_of(job: Job, group: list[tuple[Training, Part]]) -> list[dict[str, Tensor]]:
     """The losses by name of each part of a group, (samples,), computed in one batch."""
-    settings, task = job.settings, group[0][0].task
-    scheduler = task.pipeline.scheduler
     together = joined_parts([part for _, part in group])
-    draws = together.draws
-    x_start = sample_moments(together.moments, draws.posterior_noise)
-    latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
-    with job.accelerator.autocast():
-        times = model_timesteps(draws.timesteps, scheduler)
-        output = task.family.predict(job.model, latents, times, together.conditions)
-    losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
-    weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
-    losses |= {"loss": weighted_loss(losses, weights)}
+    losses = group[0][0].task.losses(job.model, together.moments, together.conditions, together.draws)
     sizes = [len(part.moments) for _, part in group]
     split = {name: loss.split(sizes) for name, loss in losses.items()}
     return [{name: split[name][number] for name in split} for number in range(len(group))]

@@ -29,6 +29,7 @@ from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
 from onelora_diffusion.training.trackers import show_picture
+from onelora_diffusion.training.validation import Validation
 
 
 class Outputs:
@@ -42,6 +43,7 @@ class Outputs:
         self.run, self.settings, self.accelerator = run, run.settings, accelerator
         self.task, self.evaluation, self.stop = task, evaluation, stop
         self.folder, self.num_broken = self.settings.output_dir, 0
+        self.validation = Validation(task) if self.settings.validation_images else None
         self.prefix = "" if task.subject is None else f"{task.subject}/"
         if accelerator.is_main_process:
             if self.settings.fresh:
@@ -67,6 +69,8 @@ class Outputs:
             self.write_samples()
         if settings.eval_every and (step % settings.eval_every == 0 or step == settings.max_steps):
             self.write_evaluation()
+        if self.validation and (step % settings.validate_every == 0 or step == settings.max_steps):
+            self.write_validation()
         if step % settings.checkpoint_every == 0:
             self.write_checkpoint()
 
@@ -97,6 +101,21 @@ class Outputs:
             write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
             show_picture(self.accelerator, f"{self.prefix}samples", png, self.run.step)
 
+    def write_validation(self) -> None:
+        """Write a line of metrics with the validation loss, unless a signal comes."""
+        measured = None
+        alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
+        with suppress(Interrupted), alone():
+            measured = self.validation.measure(self.averaged)
+        if measured:
+            self._keep({"step": self.run.step, **measured})
+
+    def _keep(self, line: dict) -> None:
+        """Write a line of metrics, and the adapter if it is the best by it."""
+        run = self.run
+        if run.keep_if_best(self.metrics.write(line | {"seconds": run.clock.seconds})):
+            self._write_adapter(WEIGHTS_NAME, run.best_values, best=run.best)
+
     def write_evaluation(self) -> None:
         """Write a line of metrics with the distance, and the adapter if it is the best, unless a signal comes."""
         run, measured = self.run, None
@@ -105,9 +124,7 @@ class Outputs:
             with self.task.decoding():
                 measured = self.evaluation.measure(self.stop)
         if measured:
-            line = self.metrics.write({"step": run.step, **measured, "seconds": run.clock.seconds})
-            if run.keep_if_best(line):
-                self._write_adapter(WEIGHTS_NAME, run.best_values, best=run.best)
+            self._keep({"step": run.step, **measured})
             if self.accelerator.is_main_process:
                 plot = self.folder / "distance.png"
                 self.evaluation.plot(self.metrics.path, plot)
@@ -189,8 +206,9 @@ class Outputs:
             return 1
         told(f"{self.how_it_ended(ended)}: {run.num_trainable_params:,} trained parameters (moving average)")
         if run.best:
-            distance = f"{self.evaluation.distance_name} {run.best['distance']:.4f}"
-            told(f"best of all evaluations: {distance} at step {run.best['step']}")
+            measure = self.settings.best_by
+            name = self.evaluation.distance_name if measure == "distance" else measure.replace("_", " ")
+            told(f"best of all evaluations: {name} {run.best[measure]:.4f} at step {run.best['step']}")
         told(f"  {self.folder / WEIGHTS_NAME}")
         if Stop.is_signal(ended):
             told("The same command resumes.")

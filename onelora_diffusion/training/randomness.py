@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # One independent stream of random numbers for each purpose, so that drawing more for one does not change another.
-BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER = range(7)
+BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER, VALIDATION, HELD_OUT = range(9)
 
 
 def keyed_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
@@ -119,6 +119,7 @@ class StepKeyedBatches:
     Args:
         rows: the rows of the global batch for each micro-batch.
         bucket_of: (images,) int64, the number of each image's bucket; None puts all images into one bucket.
+        images: (images,) the images that are trained on, in a larger data set; None takes all of it.
     """
 
     def __init__(
@@ -130,10 +131,12 @@ class StepKeyedBatches:
         flip: bool,
         rows: list[slice],
         bucket_of: np.ndarray | None = None,
+        images: np.ndarray | None = None,
     ):
         self.seed, self.first_step, self.batch_size = seed, first_step, batch_size
         self.num_images, self.flip, self.rows = num_images, flip, rows
         self.bucket_of = np.zeros(num_images, np.int64) if bucket_of is None else bucket_of
+        self.images = np.arange(num_images) if images is None else images
         self.sizes = np.bincount(self.bucket_of)
         self.order = lru_cache(maxsize=2)(self.order)
         self.permutation = lru_cache(maxsize=4 * len(self.sizes))(self.permutation)
@@ -147,7 +150,7 @@ class StepKeyedBatches:
     def global_batch(self, step: int) -> list[tuple[int, bool]]:
         """The (index, flip) pairs of the global batch of a step."""
         flips = batch_flips(self.seed, step, self.batch_size) if self.flip else [False] * self.batch_size
-        return list(zip(self.indices(step), flips, strict=True))
+        return list(zip(self.images[self.indices(step)].tolist(), flips, strict=True))
 
     def indices(self, step: int) -> list[int]:
         """The indices of the images of a step's global batch."""

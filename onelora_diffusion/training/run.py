@@ -9,7 +9,7 @@ from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.metrics import LossWindow, check_finite
 from onelora_diffusion.training.optimizers import make_optimizer, restore_running, running_values
-from onelora_diffusion.training.settings import RunSettings
+from onelora_diffusion.training.settings import LARGER_IS_BETTER, RunSettings
 from onelora_diffusion.training.state import restore_training_tensors, training_tensors
 from onelora_diffusion.training.stopping import Clock
 from onelora_diffusion.training.sum_rates import divide_groups
@@ -35,7 +35,7 @@ class Run:
         averages: moving averages of the trained tensors; the first one is the adapter that is saved.
         losses: the losses since the last line of metrics.
         rate_factors: factors on the learning rates of the vectors b, by name; None if there are none.
-        best: the line of metrics with the smallest distance, or None before the first evaluation.
+        best: the line of metrics that is best by the measure in the settings, or None before the first.
         best_values: the averages that were measured in `best`.
         clock: the seconds used, over all resumes.
         data: the identity of the training data, once it is known.
@@ -119,13 +119,18 @@ class Run:
         restore_running(self.optimizer, state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.settings.eval_every and best_values:
-            self.best = state["best"] | {"distance": float(state["best"]["distance"])}
+        measure = self.settings.best_by
+        if best_values and measure in state["best"]:
+            self.best = state["best"] | {measure: float(state["best"][measure])}
             self.best_values = best_values
 
     def keep_if_best(self, line: dict) -> bool:
-        """Keep a line and the current averages if its distance is the smallest so far; return whether it is."""
-        if self.best is not None and line["distance"] >= self.best["distance"]:
+        """Keep a line and the current averages if its measure is the best so far; return whether it is."""
+        measure = self.settings.best_by
+        if measure not in line:
+            return False
+        sign = -1 if measure in LARGER_IS_BETTER else 1
+        if self.best is not None and sign * line[measure] >= sign * self.best[measure]:
             return False
         self.best, self.best_values = line, {name: value.clone() for name, value in self.averages[0].values.items()}
         return True

@@ -125,6 +125,14 @@ class RunSettings:
     """DDIM steps of those samples."""
     guidance_scale: float = 4.0
     """Classifier-free guidance of those samples."""
+    validation_images: int = 0
+    """Images that are not trained on, and whose loss is measured by the same noise each time, beside the base's."""
+    validation_split: str | None = None
+    """Split of the data set that has those images (digits and hf:NAME: test). Default: the training images."""
+    validate_every: int = 100
+    """Updates between two validations."""
+    keep_best: Literal["distance", "recognition", "validation_loss"] | None = None
+    """The measure by which the best adapter is kept. Default: distance with --eval-every, or else the last adapter."""
     checkpoint_every: int = 500
     """Updates between two checkpoints."""
     keep_checkpoints: int = 2
@@ -165,6 +173,11 @@ class RunSettings:
 
     def density(self) -> TimestepDensity:
         return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
+
+    @property
+    def best_by(self) -> str | None:
+        """The measure by which the best adapter is kept; None keeps the last one."""
+        return self.keep_best or ("distance" if self.eval_every else None)
 
     def as_launched(self) -> "RunSettings":
         """These settings, updated with the options of accelerate's launcher."""
@@ -262,7 +275,10 @@ OF_A_MACHINE = {
     *("download", "num_workers"),
 }
 
+LARGER_IS_BETTER = {"recognition"}
+
 AT_LEAST = {
+    **{"validation_images": 0, "validate_every": 1},
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
     **dict.fromkeys(("subjects_at_once", "keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
@@ -444,6 +460,13 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError(
             "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"
         )
+    if settings.keep_best and not (
+        settings.validation_images if settings.keep_best == "validation_loss" else settings.eval_every
+    ):
+        needed = "--validation-images" if settings.keep_best == "validation_loss" else "--eval-every"
+        raise ValueError(f"--keep-best {settings.keep_best} is never measured: give {needed}")
+    if settings.validation_split is not None and not settings.validation_images:
+        raise ValueError(f"--validation-split {settings.validation_split} is not used: give --validation-images")
     if settings.subjects is not None:
         check_subjects(settings)
     packages = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}

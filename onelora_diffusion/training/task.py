@@ -5,8 +5,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -15,10 +17,11 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data.buckets import Buckets
 from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
-from onelora_diffusion.data.latents import FlippableImages
+from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.denoisers import denoiser_of, denoisers_in
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
@@ -28,9 +31,11 @@ from onelora_diffusion.sampling.drawing import draw_in_chunks
 from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.storage.lora import check_export
 from onelora_diffusion.storage.naming import namings_of
+from onelora_diffusion.training.randomness import HELD_OUT, StepDraws, keyed_generator
 from onelora_diffusion.training.samples import png_of
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Stop
+from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class TrainingData:
         facts: entries for the adapter's header: the data set's name and those that the script adds.
         id2label: class names by label, if there are classes.
         buckets: the buckets of images of several shapes.
+        held: data of another split, some of which are held out for validation.
     """
 
     images: Dataset
@@ -59,6 +65,7 @@ class TrainingData:
     facts: dict
     id2label: dict[int, str] | None = None
     buckets: Buckets | None = None
+    held: "TrainingData | None" = None
 
 
 class Task:
@@ -75,6 +82,8 @@ class Task:
         condition_drop: share of samples that train without their condition.
         timesteps: those that are trained on.
         folders: the caches that `encode` has built, of prompts and of latents, if there are any.
+        held_out: (images,) indices of the images of `held_data` that are held out for validation.
+        learned_images: (images,) indices of the images that are trained on.
         examples: `[index, flip] -> (image or, if `is_cached`, its moments, number of its condition)`.
     """
 
@@ -94,8 +103,11 @@ class Task:
         self.condition_drop = settings.condition_drop(self.family.is_guided)
         self.timesteps = self.family.timestep_range(pipeline.scheduler)
         self.examples, self.is_cached = FlippableImages(data.images), False
-        self.folders: tuple[list[Path] | None, Path | None] = None, None
+        self.folders: tuple[list[Path] | None, list[Path | None]] = None, [None] * len(self.encoded_data)
         self._base_images: Tensor | None = None
+        self.held_data = data.held or data
+        self.held_out, self.learned_images = held_out(settings.validation_images, data)
+        self.held_examples, self.held_is_cached = FlippableImages(self.held_data.images), False
         accelerator.print(describe(data.images))
 
     def attach(self) -> dict[str, Tensor]:
@@ -119,9 +131,11 @@ class Task:
         return self.settings.latent_cache or self.settings.output_dir.parent / "latents"
 
     @property
-    def all_conditions(self) -> tuple[list[int | str], list[int | str]]:
-        """The conditions of the images, and those of samples."""
-        return list(self.data.conditions), [condition for condition, _ in self.data.shown]
+    def all_conditions(self) -> list[list[int | str]]:
+        """The conditions of the images, those of samples, and those of images of another split."""
+        shown = [condition for condition, _ in self.data.shown]
+        held = [list(self.data.held.conditions)] if self.data.held else []
+        return [list(self.data.conditions), shown, *held]
 
     def activate(self) -> None:
         """Let the transformer compute with this adapter alone."""
@@ -141,15 +155,53 @@ class Task:
             rows = (
                 self.family.encode_conditions(self.pipeline, [None, *conditions]) for conditions in self.all_conditions
             )
-            self.learned, self.shown = map(ConditionRows, rows)
+            read = map(ConditionRows, rows)
         else:
-            self.learned, self.shown = map(PromptCache, prompts, self.all_conditions)
-        if latents is not None:
-            self.examples, self.is_cached = LatentCache(latents, len(self.data.images), self.data.buckets), True
+            read = map(PromptCache, prompts, self.all_conditions)
+        self.learned, self.shown, *held = read
+        self.held_conditions = held[0] if held else self.learned
+        caches = [
+            None if folder is None else LatentCache(folder, len(data.images), data.buckets)
+            for folder, data in zip(latents, self.encoded_data, strict=True)
+        ]
+        self.is_cached, self.held_is_cached = caches[0] is not None, caches[-1] is not None
+        self.examples, self.held_examples = caches[0] or self.examples, caches[-1] or self.held_examples
+
+    @property
+    def encoded_data(self) -> list[TrainingData]:
+        """The data whose images are encoded."""
+        return [self.data, *([self.data.held] if self.data.held else [])]
 
     def conditions(self, numbers: Tensor, drops: Tensor) -> Conditions:
         """The encoded conditions of numbers (batch,); where `drops`, (batch,) bool, is True, the empty condition."""
-        return self.learned.embeddings(numbers, drops)
+        return self.on_device(self.learned.embeddings(numbers, drops))
+
+    def on_device(self, conditions: Conditions) -> Conditions:
+        return send_to_device(conditions, self.accelerator.device, non_blocking=True)
+
+    def moments(self, images: Tensor, is_cached: bool) -> Tensor:
+        """Moments (batch, 2, C, H, W) on the device, of images or as they were cached."""
+        images = images.to(self.accelerator.device, non_blocking=True)
+        return images if is_cached else self.family.encode_images(self.pipeline.vae, images)
+
+    def losses(self, model: nn.Module, moments: Tensor, conditions: Conditions, draws: StepDraws) -> dict[str, Tensor]:
+        """The losses of a batch by name, each (batch,).
+
+        Args:
+            model: the transformer, possibly wrapped for several processes.
+            moments: (batch, 2, C, H, W).
+            conditions: as `conditions` returns them, of this task or, if the base is the same, of several.
+            draws: the random values of the samples.
+        """
+        settings, scheduler = self.settings, self.pipeline.scheduler
+        x_start = sample_moments(moments, draws.posterior_noise)
+        latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
+        with self.accelerator.autocast():
+            times = model_timesteps(draws.timesteps, scheduler)
+            output = self.family.predict(model, latents, times, conditions)
+        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
+        weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
+        return losses | {"loss": weighted_loss(losses, weights)}
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -209,6 +261,22 @@ class Task:
         return torch.cat(images)
 
 
+def held_out(number: int, data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the images that are held out for validation, those of the images that are trained on).
+
+    They are the same for every seed; of another split none is trained on.
+
+    Raises:
+        ValueError: no image would be left to train on, or the split has fewer images.
+    """
+    source, least = data.held or data, 0 if data.held else 1
+    if number > len(source.images) - least:
+        raise ValueError(f"--validation-images {number} are more than {source.described} can spare: hold out fewer")
+    chosen = np.sort(keyed_generator(0, HELD_OUT, 0).permutation(len(source.images))[:number])
+    learned = np.arange(len(data.images))
+    return chosen, learned if data.held else np.setdiff1d(learned, chosen)
+
+
 def encode(tasks: Sequence[Task], stop: Stop) -> None:
     """Encode the conditions and, unless the cache would be too large, the images of tasks on one pipeline.
 
@@ -225,8 +293,8 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     pipeline.register_modules(**dict.fromkeys(encoders))
     dtype = pipeline.vae.dtype
     pipeline.vae.to(device, torch.float32)  # it stays there for all steps
-    latents = [_encode_images(task, stop) for task in tasks]
-    if None not in latents:
+    latents = [[_encode_images(task, data, stop) for data in task.encoded_data] for task in tasks]
+    if not any(None in each for each in latents):
         pipeline.vae.to("cpu", dtype)
     shown = denoisers_in(pipeline).values() if any(task.data.shown for task in tasks) else [denoiser_of(pipeline)]
     for denoiser in shown:
@@ -236,9 +304,9 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
 
 
 def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
-    """The folders of a task's encoded conditions, and of those of its samples.
+    """The folders of a task's encoded conditions.
 
-    The latter have a cache of their own: choosing others does not encode the training data again.
+    Those of samples have a cache of their own: choosing others does not encode the training data again.
     """
     family, pipeline, length = task.family, task.pipeline, task.settings.max_sequence_length
     return [
@@ -254,9 +322,9 @@ def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
     ]
 
 
-def _encode_images(task: Task, stop: Stop) -> Path | None:
-    """The folder of a task's latents; None if they would be too large."""
-    settings, data, family = task.settings, task.data, task.family
+def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
+    """The folder of the latents of a task's data; None if they would be too large."""
+    settings, family = task.settings, task.family
     shape = family.latent_shape(task.pipeline, data.resolution, data.resolution)
     if cache_size(len(data.images), settings.flip, shape) > settings.latent_cache_gb * 1e9:
         return None

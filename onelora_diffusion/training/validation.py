@@ -1,0 +1,79 @@
+"""The loss on images that are not trained on, with the same noise and timesteps each time, beside that of the base."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.injection.book import disable_adapter
+from onelora_diffusion.pipelines.base import eval_mode
+from onelora_diffusion.training.randomness import VALIDATION, StepDraws, keyed_generator
+from onelora_diffusion.training.task import Task
+
+TIMES = 4  # timesteps at which each image is measured, one in each quarter of the schedule
+
+
+class Validation:
+    """The mean loss of an adapter on the images that its task holds out.
+
+    Random values are a function of the image alone, so that losses of different steps, runs and seeds can be compared.
+    Conditions are not dropped, images are not mirrored, and timesteps are uniform in each quarter of the schedule.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.of_base: float | None = None
+
+    def measure(self, adapted: Callable[[], AbstractContextManager]) -> dict[str, float]:
+        """`{"validation_loss": ..., "base_validation_loss": ...}`.
+
+        Args:
+            adapted: makes a context manager in which the transformer computes with the adapter.
+        """
+        transformer = denoiser_of(self.task.pipeline)
+        if self.of_base is None:
+            with disable_adapter(transformer):
+                self.of_base = self._mean_loss()
+        with adapted():
+            return {"validation_loss": self._mean_loss(), "base_validation_loss": self.of_base}
+
+    @torch.no_grad()
+    def _mean_loss(self) -> float:
+        transformer = denoiser_of(self.task.pipeline)
+        with eval_mode(transformer):
+            losses = [self.task.losses(transformer, *batch)["loss"] for batch in self._batches()]
+        return float(torch.cat(losses).double().mean())
+
+    def _batches(self) -> Iterator[tuple[Tensor, dict, StepDraws]]:
+        """Moments, conditions and random values of images of one shape."""
+        task, size = self.task, self.task.settings.batch_size
+        buckets, held = task.held_data.buckets, task.held_out
+        bucket_of = np.zeros(len(held), np.int64) if buckets is None else buckets.of_image[held]
+        for bucket in np.unique(bucket_of):
+            samples = [(index, time) for index in held[bucket_of == bucket].tolist() for time in range(TIMES)]
+            for first in range(0, len(samples), size):
+                chosen = samples[first : first + size]
+                images, numbers = zip(*(task.held_examples[index, False] for index, _ in chosen), strict=True)
+                moments = task.moments(torch.stack([torch.as_tensor(image) for image in images]), task.held_is_cached)
+                kept = torch.zeros(len(chosen), dtype=torch.bool)
+                conditions = task.on_device(task.held_conditions.embeddings(torch.tensor(numbers), kept))
+                yield moments, conditions, self._draws(chosen, tuple(moments.shape[2:]))
+
+    def _draws(self, samples: list[tuple[int, int]], shape: tuple[int, ...]) -> StepDraws:
+        posterior_noise, noise, timesteps = [], [], []
+        first, part = self.task.timesteps.start, len(self.task.timesteps) / TIMES
+        for index, time in samples:
+            random = keyed_generator(0, VALIDATION, index * TIMES + time)
+            posterior_noise.append(random.standard_normal(shape, dtype=np.float32))
+            noise.append(random.standard_normal(shape, dtype=np.float32))
+            timesteps.append(first + int((time + random.random()) * part))
+        drawn = StepDraws(
+            torch.from_numpy(np.stack(posterior_noise)),
+            torch.from_numpy(np.stack(noise)),
+            torch.tensor(timesteps),
+            torch.zeros(len(samples), dtype=torch.bool),
+        )
+        return drawn.rows(slice(None), self.task.accelerator.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -59,6 +60,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: see `written_beside`."""
     with written_beside(path) as part:
         part.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, in a folder that is created if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
 
 
 @contextlib.contextmanager

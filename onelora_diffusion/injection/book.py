@@ -65,9 +65,6 @@ class AdapterBook:
         if self.parts.conditioning is not None:
             self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.parts.conditioning.table_seat
 
-    # -----------------------------------------------------------------------------------------------
-    # Queries and checks
-
     @property
     def class_tables(self) -> TableSeat | None:
         """The seat of the class tables, or None."""
@@ -147,9 +144,6 @@ class AdapterBook:
                 f"adapters {', '.join(self.merged)} are merged: unmerge them before {action} (unmerge_adapter of a "
                 "model, unfuse_lora of a pipeline)"
             )
-
-    # -----------------------------------------------------------------------------------------------
-    # Add and remove
 
     def attach(self, adapter_name: str, config: AdapterConfig, adapter: dict[str, LayerAdapter]) -> None:
         if config.fuse_qkv:
@@ -239,9 +233,6 @@ class AdapterBook:
         self._step_aside()
         self.parts.restore()
 
-    # -----------------------------------------------------------------------------------------------
-    # Activate
-
     def serve(
         self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None = None
     ) -> None:
@@ -274,9 +265,6 @@ class AdapterBook:
         self.activate(weights)
         if is_paused:
             self.pause()
-
-    # -----------------------------------------------------------------------------------------------
-    # Merge
 
     def merge(self, adapter_names: str | Iterable[str] | None, scale: float = 1.0, check_finite: bool = True) -> None:
         """Merge adapters, with their weights times `scale`, into the base's weights.
@@ -346,9 +334,6 @@ class AdapterBook:
             if is_fused_apart(self.model, path):
                 raise ValueError(f"{path} was copied into a fused projection: unfuse_qkv_projections() first")
 
-    # -----------------------------------------------------------------------------------------------
-    # Route
-
     @contextlib.contextmanager
     def routed(self, route: Route):
         """Context manager in which the route assigns adapters to samples."""
@@ -372,9 +357,6 @@ class AdapterBook:
     def _route_seats(self, route: Route | None) -> None:
         for seat in self.seats.values():
             seat.route(route)
-
-    # -----------------------------------------------------------------------------------------------
-    # Every forward
 
     def _take_part(self) -> None:
         """Install the hooks on the model's forward, and the shared sums of a DiT's attentions."""

@@ -37,9 +37,6 @@ class TableSeat(Seat):
         self._before = [base.register_forward_pre_hook(begin_lookup, with_kwargs=True) for base in bases]
         self.hook()
 
-    # -----------------------------------------------------------------------------------------------
-    # Look labels up
-
     def begin(self, labels: torch.Tensor) -> torch.Tensor:
         """Map labels (batch,) to labels for which the base's table has a row."""
         self.labels = labels
@@ -80,9 +77,6 @@ class TableSeat(Seat):
             num_rows = max([self.num_rows, *map(len, self.open_route.tables)])
         for owner, num_classes in self.counts.items():
             owner.num_classes = num_classes + num_rows - self.num_rows
-
-    # -----------------------------------------------------------------------------------------------
-    # The methods of every seat
 
     @property
     def is_empty(self) -> bool:

@@ -51,9 +51,6 @@ class LinearSeat(Seat):
         self.layer.onelora = self
         self.hook()
 
-    # -----------------------------------------------------------------------------------------------
-    # Compute
-
     def forward(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
         """The base layer's output with the active adapters' terms.
 
@@ -140,9 +137,6 @@ class LinearSeat(Seat):
                 "block requires one: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or call "
                 "requires_grad_() on the block's input"
             )
-
-    # -----------------------------------------------------------------------------------------------
-    # The methods of every seat
 
     def add(self, name: str, adapter: LayerAdapter) -> None:
         with weights_present(self.layer):

@@ -86,9 +86,6 @@ class SwapSeat(Seat):
         if "lent_parameters" in vars(type(self.layer)):  # otherwise other code has changed the class, which is kept
             self.layer.__class__ = type(self.layer).__base__
 
-    # -----------------------------------------------------------------------------------------------
-    # The methods of every seat
-
     def leave(self) -> None:
         self.unhook()
         del self.layer.onelora_swap
@@ -130,10 +127,6 @@ class SwapSeat(Seat):
         for parameter in self.originals.values():  # they are not registered in the model while replaced
             parameter.data = fn(parameter.data)
         return super()._apply(fn, recurse)
-
-
-# -----------------------------------------------------------------------------------------------
-# Modules that read lent tensors
 
 
 @functools.cache

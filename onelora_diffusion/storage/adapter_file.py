@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from packaging.version import InvalidVersion, Version
-from safetensors.torch import save_file
 from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import digest, printable, written_beside
+from onelora_diffusion.files import digest, printable, write_tensors
 from onelora_diffusion.injection.attaching import PREFIX, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole
@@ -88,12 +87,10 @@ def save_adapter(
         "version": version("onelora-diffusion"),
     }
     text = json.dumps(header)
-    path = _file_of(path)
+    path = file_of(path)
     _described(strict_json(text, str(path)), own)  # raises if the file could not be read again
     metadata = {"onelora": text, "sha256": digest(tensors, text)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as part:
-        save_file(tensors, part, metadata=metadata)
+    write_tensors(path, tensors, metadata)
     return path
 
 
@@ -114,7 +111,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, not an adapter of this library, of a newer format, or holds NaN or infinity.
     """
-    with opened(_file_of(path)) as file:
+    with opened(file_of(path)) as file:
         return read_opened(file)
 
 
@@ -126,7 +123,7 @@ def describe_adapter(path: str | os.PathLike) -> AdapterFile:
     Raises:
         FileNotFoundError, ValueError: as `read_adapter`, except that values are not checked.
     """
-    with opened(_file_of(path)) as file:
+    with opened(file_of(path)) as file:
         return _describe_opened(file)[0]
 
 
@@ -165,13 +162,11 @@ def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _file_of(path: str | os.PathLike) -> Path:
+def file_of(path: str | os.PathLike) -> Path:
+    """The adapter file at a path, or in the folder at it."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
 
-
-# ---------------------------------------------------------------------------------------------------
-# Checks of a header
 
 LIBRARY_VERSION = version("onelora-diffusion")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onelora_diffusion.files import first_line
 from onelora_diffusion.remote import HUB_ID
-from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, read_adapter
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, file_of, read_adapter
 from onelora_diffusion.storage.attaching import AdapterFile
 
 CARD = """---
@@ -75,25 +75,16 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    file = read_adapter(path)
-    path = Path(path)
-    weights = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    file, weights = read_adapter(path), file_of(path)
     pictures = {f"images/{number}.png": Path(picture) for number, (_, picture) in enumerate(gallery)}
     if sample_grid is not None:
         pictures["sample.png"] = Path(sample_grid)
     for name, picture in pictures.items():
         if not picture.is_file():
             raise FileNotFoundError(f"no {'sample grid' if name == 'sample.png' else 'picture'} at '{picture}'")
-    card = model_card(
-        file,
-        repo_id,
-        base=base,
-        dataset=dataset,
-        metrics=metrics,
-        sample="sample.png" if sample_grid else None,
-        gallery=[(text, name) for (text, _), name in zip(gallery, pictures, strict=False)],
-        license=license,
-    )
+    shown = [(text, name) for (text, _), name in zip(gallery, pictures, strict=False)]
+    sample = "![samples](sample.png)\n\n" if sample_grid else ""
+    card = model_card(file, repo_id, base or file.base, dataset, metrics or {}, sample, shown, license)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(weights, Path(folder) / WEIGHTS_NAME)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
@@ -112,22 +103,16 @@ def push_to_hub(
 def model_card(
     file: AdapterFile,
     repo_id: str,
-    *,
-    base: str | None = None,
-    dataset: str | None = None,
-    metrics: dict[str, float] | None = None,
-    sample: str | None = None,
-    gallery: Sequence[tuple[str, str]] = (),
-    license: str | None = None,
+    base: str | None,
+    dataset: str | None,
+    metrics: dict[str, float],
+    sample: str,
+    gallery: list[tuple[str, str]],
+    license: str | None,
 ) -> str:
-    """Write the text of a model card: the hub's header, pictures, a snippet, metrics, classes and settings.
-
-    Raises:
-        ValueError: neither `base` nor the file names the base model.
-    """
+    """The text of a model card: the hub's header, pictures, a snippet, metrics, classes and settings."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    base = base or file.base
     if base is None:
         raise ValueError("the adapter's file names no base model: give its hub id as base")
     title, family = repo_id.split("/")[-1], file.training.get("family")
@@ -135,17 +120,10 @@ def model_card(
     prompt = file.training.get("prompt") or (gallery[0][0] if gallery else "what is to be drawn")
     use = USE_PROMPTS if family else USE_CLASSES
     measured_on = dataset or file.training.get("dataset")
+    kinds = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in metrics if measured_on}
     results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=measured_on,
-            dataset_name=measured_on,
-            metric_type=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-            metric_name=name,
-            metric_value=value,
-        )
-        for name, value in (metrics or {}).items()
-        if measured_on
+        EvalResult(task, measured_on, measured_on, metric_type=kind, metric_name=name, metric_value=metrics[name])
+        for name, kind in kinds.items()
     ]
     is_on_hub = HUB_ID.fullmatch(base) is not None
     header = ModelCardData(
@@ -157,13 +135,13 @@ def model_card(
         instance_prompt=file.training.get("prompt") if family else None,
         library_name="diffusers",
         license=license,
-        metrics=sorted(metrics) if metrics else None,
+        metrics=sorted(metrics) or None,
         pipeline_tag=task,
         tags=["lora", "onelora", "1lora", family or "dit", task if family else "class-conditional"],
         widget=[{"text": text, "output": {"url": path}} for text, path in gallery] or None,
     )
     sections = {
-        "Results": _table(("metric", "value"), metrics or {}),
+        "Results": _table(("metric", "value"), metrics),
         "Classes": ", ".join(file.id2label[label] for label in sorted(file.id2label)),
         "Training": _table(("setting", "value"), ({"dataset": dataset} if dataset else {}) | file.training),
     }
@@ -173,7 +151,7 @@ def model_card(
         method=file.config.method,
         base=base,
         num_weights=sum(tensor.numel() for tensor in file.tensors.values()),
-        pictures=("<Gallery />\n\n" if gallery else "") + (f"![samples]({sample})\n\n" if sample else ""),
+        pictures=("<Gallery />\n\n" if gallery else "") + sample,
         use=use.format(base=base, repo_id=repo_id, example=prompt if family else file.id2label.get(0, 0)),
         sections="\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text) + "\n",
     )

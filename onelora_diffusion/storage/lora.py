@@ -8,13 +8,12 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.files import printable, written_beside
+from onelora_diffusion.files import printable, write_bytes, write_tensors
 from onelora_diffusion.injection.attaching import state_dict_of
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.layers import FUSED, is_linear, target_layers
@@ -62,10 +61,6 @@ PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lor
 PARTS["dora_scale"] = "lora_magnitude_vector"  # as LyCORIS writes it, a column
 
 
-# ---------------------------------------------------------------------------------------------------
-# To LoRA
-
-
 def export_lora(
     model: nn.Module,
     path: str | os.PathLike,
@@ -98,51 +93,34 @@ def export_lora(
             method, or that program's names for this model are not known. Nothing is written. To keep all parts,
             merge the adapter and call `save_pretrained`.
     """
-    book = adapters_of(model)
+    book, path = adapters_of(model), Path(path)
     if naming not in ALL_NAMINGS:
         raise ValueError(f"unknown naming '{naming}': choose one of {', '.join(ALL_NAMINGS)}")
-    if naming != "diffusers":
-        return _export_renamed(model, Path(path), book.choose(adapter_name), dtype, naming)
-    pairs = lora_pairs(model, book.choose(adapter_name))
-    component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
-    lora = {}
-    for layer, change in pairs.items():
-        a, b = change.pair()
-        lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"] = a.to(dtype), b.to(dtype).clone()
-    rank = len(next(iter(pairs.values())).a)
-    settings = {"r": rank, "lora_alpha": rank, "target_modules": list(pairs), "bias": "none"}
-    settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 fails without them
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        write_lora(path, {component: lora}, {component: settings})
-        return ExportedPath(path)
-    _check_folder(path)
-    base = book.origins.get(adapter_name, {}).get("base")
-    peft_settings = {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True} | settings
-    path.mkdir(parents=True, exist_ok=True)
-    write_lora(path / DIFFUSERS_LORA, {component: lora}, {component: settings})
-    with written_beside(path / PEFT_LORA) as part:
-        save_file({f"base_model.model.{k}": t for k, t in lora.items()}, part)
-    with written_beside(path / PEFT_CONFIG) as part:
-        part.write_text(json.dumps(peft_settings, indent=2) + "\n")
-    return ExportedPath(path)
-
-
-def _export_renamed(model: nn.Module, path: Path, adapter_name: str, dtype: torch.dtype, naming: Naming) -> Path:
+    adapter_name = book.choose(adapter_name)
     tensors, left_out = renamed_lora(model, adapter_name, naming)
-    if path.suffix == ".safetensors":
-        file = path
+    tensors = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
+    is_folder = path.suffix != ".safetensors"
+    if is_folder and path.is_file():
+        raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
+    if naming == "diffusers":
+        component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
+        rank, targets = len(next(iter(tensors.values()))), list(book.adapters[adapter_name])
+        settings = {"r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+        settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 fails without them
+        write_lora(path / DIFFUSERS_LORA if is_folder else path, {component: tensors}, {component: settings})
+        if is_folder:
+            base = book.origins.get(adapter_name, {}).get("base")
+            settings |= {"peft_type": "LORA", "base_model_name_or_path": base, "inference_mode": True}
+            write_tensors(path / PEFT_LORA, {f"base_model.model.{name}": t for name, t in tensors.items()})
+            write_bytes(path / PEFT_CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     else:
-        _check_folder(path)
-        file = path / f"{naming}_lora.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(file) as part:
-        save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
-    if left_out:
-        logger.warning(
-            "%s: %s does not take %d of %d layers, which are left out: %s",
-            *(file, naming, len(left_out), len(adapters_of(model).adapters[adapter_name]), ", ".join(left_out)),
-        )
+        file = path / f"{naming}_lora.safetensors" if is_folder else path
+        write_tensors(file, tensors, {"format": "pt"})
+        if left_out:
+            logger.warning(
+                "%s: %s does not take %d of %d layers, which are left out: %s",
+                *(file, naming, len(left_out), len(book.adapters[adapter_name]), ", ".join(left_out)),
+            )
     exported = ExportedPath(path)
     exported.left_out = left_out
     return exported
@@ -150,32 +128,29 @@ def _export_renamed(model: nn.Module, path: Path, adapter_name: str, dtype: torc
 
 def check_export(model: nn.Module, adapter_name: str, naming: Naming) -> None:
     """ValueError if `export_lora` would raise one."""
-    lora_pairs(model, adapter_name) if naming == "diffusers" else renamed_lora(model, adapter_name, naming)
+    renamed_lora(model, adapter_name, naming)
 
 
 def renamed_lora(
     model: nn.Module, adapter_name: str, naming: Naming
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors that `export_lora` writes for another program, and the layers left out; raises as it does."""
+    """The tensors that `export_lora` writes, for diffusers without the component, and the layers left out.
+
+    Raises:
+        ValueError: as `export_lora`.
+    """
     pairs = lora_pairs(model, adapter_name, with_bias=naming == "comfyui")
     return named_for(naming, adapters_of(model).model, pairs)
 
 
-def _check_folder(path: Path) -> None:
-    if path.is_file():
-        raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
-
-
 def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings: dict[str, dict | None]) -> None:
     """Write a LoRA as diffusers does: tensors by component, and PEFT's settings of each component in the header."""
-    tensors = {f"{part}.{key}": tensor.contiguous() for part, own in layers.items() for key, tensor in own.items()}
+    tensors = {f"{part}.{key}": tensor for part, own in layers.items() for key, tensor in own.items()}
     metadata = {f"{part}.{name}": value for part, own in settings.items() for name, value in (own or {}).items()}
     header = {"format": "pt"}
     if metadata:
         header["lora_adapter_metadata"] = json.dumps(metadata, default=sorted)  # some settings of PEFT are sets
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as part:
-        save_file(tensors, part, header)
+    write_tensors(path, tensors, header)
 
 
 def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> dict[str, LoraLayer]:
@@ -195,10 +170,6 @@ def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> 
             f"{', '.join(dict.fromkeys(reasons))}; merge_adapter and save_pretrained write all into a plain model"
         )
     return pairs
-
-
-# ---------------------------------------------------------------------------------------------------
-# From LoRA, DoRA and MiSS
 
 
 def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -319,10 +319,6 @@ def _dots(key: str) -> list[int]:
     return [match.start() for match in re.finditer(r"\.", key)][::-1]
 
 
-# ---------------------------------------------------------------------------------------------------
-# To other programs
-
-
 class ExportedPath(type(Path())):
     """The path of a LoRA that was written.
 
@@ -336,16 +332,17 @@ class ExportedPath(type(Path())):
 def named_for(
     naming: Naming, model: nn.Module, layers: dict[str, LoraLayer]
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Rename the tensors of a LoRA for another program; also the paths of the layers that it does not read.
+    """Name the tensors of a LoRA as a program reads them; also the paths of the layers that it does not read.
 
     Args:
-        naming: "kohya" for kohya's sd-scripts, or "comfyui".
         layers: the layers by their paths. If layers that are fused natively have the same A, the rank does not grow.
 
     Raises:
         ValueError: the program's names for this class are not known, it takes none of the layers, or it does not
             read changes of a bias.
     """
+    if naming == "diffusers":
+        return dict(_tensors(layers, "", ("lora_A", "lora_B"))), ()
     kind = type(model).__name__
     changes_bias = next((path for path, layer in layers.items() if layer.beta is not None), None)
     if naming == "comfyui" and kind in BY_DIFFUSERS_NAMES and not (changes_bias and kind in TABLES):

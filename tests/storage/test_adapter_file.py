@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_old_file(dit, saved, monkeypatch):
     def no_space(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("onelora_diffusion.storage.adapter_file.save_file", no_space)
+    monkeypatch.setattr("onelora_diffusion.files.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(dit, saved)
     assert saved.read_bytes() == before

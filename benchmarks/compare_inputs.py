@@ -14,7 +14,7 @@ from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.evaluation.evaluator import Batches, measure_images
-from onelora_diffusion.evaluation.features import distance_name, load_features
+from onelora_diffusion.evaluation.features import load_features, name_of
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
@@ -111,7 +111,7 @@ def prepare(settings) -> Inputs:
         num_train_images=len(train),
         reference=str(folder / "statistics.safetensors"),
         features_weights=None if weights is None else str(weights),
-        distance_name=distance_name(features.name, features.extractor),
+        distance_name=name_of("FD", features.name, features.extractor),
         notes=notes,
         **json.loads((folder / "facts.json").read_text()),
     )

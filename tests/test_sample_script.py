@@ -16,8 +16,9 @@ from PIL import Image
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
 from onelora_diffusion.cli import sample
+from onelora_diffusion.evaluation.sheets import HEADER
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling import generate_images
+from onelora_diffusion.sampling import SamplerSettings, adapted, generate_images
 
 FOODS = {0: "apple pie", 1: "pizza", 2: "sushi"}
 REPOSITORY = Path(__file__).parents[1]
@@ -65,17 +66,17 @@ def test_the_base_draws_beside_the_adapter_from_the_same_noise(run_folder, tmp_p
     sample.main(settings_for(run_folder, tmp_path / "both.png", per_class=2, beside_base=True, guidance="domain"))
     sample.main(settings_for(run_folder, tmp_path / "adapter.png", per_class=2, guidance="domain"))
     base = load_base(str(run_folder.parent / "base"))
-    settings = sample.SamplerSettings(num_inference_steps=2, guidance_scale=4.0)
+    settings = SamplerSettings(num_inference_steps=2, guidance_scale=4.0)
     drawn = generate_images(base, [0, 1, 2] * 2, 0, range(6), settings)
     images = torch.cat([images for _, images in drawn]).permute(0, 2, 3, 1).numpy()
 
     both, adapter = (np.array(Image.open(tmp_path / name)) for name in ("both.png", "adapter.png"))
-    width = 2 * 66 + 2
-    assert both.shape == (adapter.shape[0] + sample.HEADER, adapter.shape[1] + width, 3)
-    assert np.array_equal(both[sample.HEADER :, width:][:, -width:], adapter[:, -width:])
+    width, top = 2 * 66 + 2, 2 * HEADER  # the longer title is in two lines
+    assert both.shape == (adapter.shape[0] + top, adapter.shape[1] + width, 3)
+    assert np.array_equal(both[top:, width:][:, -width:], adapter[:, -width:])
     for index in range(6):
         row, column = index % 3, index // 3
-        tile = both[sample.HEADER + 2 + 66 * row :, 2 + 66 * column :][:64, :64]
+        tile = both[top + 2 + 66 * row :, 2 + 66 * column :][:64, :64]
         # In a batch of its own: a value next to a half may round to the other byte.
         assert np.abs(tile.astype(int) - images[index].repeat(4, 0).repeat(4, 1)).max() <= 1
 
@@ -127,7 +128,7 @@ def breaks_off(monkeypatch):
             yield from generate_images(pipeline, labels[:number], seed, indices[:number], *args, **settings)
             happens()
 
-        monkeypatch.setattr(sample, "generate_images", some_images)
+        monkeypatch.setattr(adapted, "generate_images", some_images)
         return drawn
 
     return breaking_off

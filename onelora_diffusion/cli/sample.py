@@ -14,14 +14,12 @@ goes on from them.
 """
 
 import json
-import math
 import os
 import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,37 +29,21 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw
-from torch import Tensor
-from torchvision.utils import make_grid
+from PIL import Image
 
-from onelora_diffusion import disable_adapter, export_lora
+from onelora_diffusion import export_lora
 from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
-from onelora_diffusion.data.captions import DIGITS
-from onelora_diffusion.data.defaults import defaults_of
-from onelora_diffusion.data.digits import CAPTIONS
-from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
 from onelora_diffusion.devices import ComputeSettings, in_words
-from onelora_diffusion.families import family_of
-from onelora_diffusion.families.classes import by_label, find_class, told_apart
+from onelora_diffusion.evaluation.sheets import write_sheet
 from onelora_diffusion.files import check_writable, digest, printable, write_bytes, written_beside
 from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
-from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import told_by_main
-from onelora_diffusion.sampling import (
-    SamplerSettings,
-    adapters_merged,
-    generate_images,
-    progress_bar,
-)
+from onelora_diffusion.sampling import SamplerSettings, progress_bar
+from onelora_diffusion.sampling.adapted import AdaptedPipeline, load_adapted
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.storage.attaching import AdapterFile
 from onelora_diffusion.storage.lora import check_export
 from onelora_diffusion.storage.naming import Naming, namings_of
-from onelora_diffusion.storage.reading import load_adapter
-
-SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
-HEADER = 18  # pixels above a grid of two sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,42 +95,56 @@ def main(settings: Settings) -> None:
             output = check_settings(settings)
             adapter = read_adapter(settings.adapter)
             pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
-            source = load(settings, adapter, accelerator.device)
+            settings, drawn = load(settings, accelerator.device)
             for naming in namings_of(settings.export_lora):
                 folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
-                check_export(denoiser_of(source.pipeline), "default", naming)
+                check_export(drawn.denoiser, "default", naming)
                 if accelerator.is_main_process:
-                    path = export_lora(denoiser_of(source.pipeline), folder / "lora", naming=naming)
+                    path = export_lora(drawn.denoiser, folder / "lora", naming=naming)
                     print(f"LoRA by {naming}'s names: {path}")
-        draw(settings, source, pictures, accelerator)
+        draw(settings, drawn, pictures, accelerator)
         if accelerator.is_main_process:
             print(f"{pictures.described} in {time.monotonic() - start:.1f} s: {output}")
 
 
-def draw(settings: Settings, source: "Source", pictures: "Pictures", accelerator: Accelerator) -> None:
-    """Draws what is not there yet, and makes a file of all where one is asked for."""
-    names, output = source.names, pictures.output
+def draw(settings: Settings, drawn: AdaptedPipeline, pictures: "Pictures", accelerator: Accelerator) -> None:
+    """Draw the images that are missing, and make a file of all where one is asked for."""
+    conditions, names, output = drawn.conditions, drawn.names, pictures.output
+    labels = [c if isinstance(c, int) else number for number, c in enumerate(conditions)]
     num_images = settings.num_images or settings.per_class * len(names)
     share = range(accelerator.process_index, num_images, accelerator.num_processes)
-    sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # files' prefix: are they the base's
-    pictures.described = f"{num_images} images of {len(names)} {source.kind}"
-    listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(source.labels, names, strict=True))
-    accelerator.print(textwrap.fill(f"{source.kind}: {listing}", width=80, max_lines=4))
+    sides = {"": False} | ({"base-": True} if settings.beside_base else {})  # the files' prefix: are they the base's
+    at_once = settings.images_at_once
+    pictures.described = f"{num_images} images of {len(names)} {drawn.kind}"
+    listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(labels, names, strict=True))
+    accelerator.print(textwrap.fill(f"{drawn.kind}: {listing}", width=80, max_lines=4))
     accelerator.print(in_words(settings.report(accelerator.device)))
     with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
         for side, of_base in sides.items():
             missing = [index for index in share if not pictures.has(f"{side}{index:06d}")]
             progress.update(len(share) - len(missing))
-            for indices, images in source.draw(missing, progress, of_base):
+            batches = drawn.draw(
+                [conditions[index % len(conditions)] for index in missing],
+                settings.seed,
+                missing,
+                settings,
+                of_base=of_base,
+                images_at_once=at_once,
+                batch_size=min(settings.batch_size, at_once or drawn.family.images_at_once),
+                progress=progress.update,
+            )
+            for indices, images in batches:
                 for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     pictures.keep(f"{side}{index:06d}", image)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files, *of_base = ([pictures.file(f"{side}{i:06d}") for i in range(num_images)] for side in sides)
         if output.suffix == ".png":
-            write_grid(output, files, [printable(name, 60) for name in names], *of_base)
+            shown = {"with the adapter, from the same noise": files} | ({"the base": of_base[0]} if of_base else {})
+            blocks = {title: [as_tensor(file) for file in each] for title, each in shown.items()}
+            write_sheet(output, blocks, names, left="the base" if of_base else None)
         elif output.suffix == ".npz":
-            write_npz(output, files, [source.labels[index % len(names)] for index in range(num_images)])
+            write_npz(output, files, [labels[index % len(names)] for index in range(num_images)])
         pictures.finish()
 
 
@@ -263,116 +259,24 @@ class Pictures:
         self.lock.release()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is drawn, and by what.
-
-    Attributes:
-        settings: with the guidance that they leave open.
-        kind: classes, or prompts.
-        pipeline: of the base, with the adapter, on its device.
-        conditions, names: the classes or prompts that are drawn in turns, and what they are called.
-        size: pixels a side, None for as many as the base draws.
-        max_sequence_length: tokens of a prompt, None for as many as the base draws with.
-    """
-
-    settings: Settings
-    kind: str
-    pipeline: object
-    conditions: Sequence[int | str]
-    names: Sequence[str]
-    size: int | None = None
-    max_sequence_length: int | None = None
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """Of the conditions: those of the classes, or of prompts their places."""
-        return [c if isinstance(c, int) else place for place, c in enumerate(self.conditions)]
-
-    def draw(self, share: Sequence[int], progress, of_base: bool = False) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, images (batch, 3, R, R) in uint8) of a share of the images, or of the base's from their noise."""
-        settings, transformer, family = self.settings, denoiser_of(self.pipeline), family_of(self.pipeline)
-        conditions = [self.conditions[index % len(self.conditions)] for index in share]
-        if of_base:  # alone: nothing leads from it to an adapter
-            settings = replace(settings, guidance=SamplerSettings.guidance)
-            conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
-        alone = disable_adapter(transformer) if of_base else None
-        with alone or (adapters_merged(transformer, settings) if family.merges_adapters else nullcontext()):
-            yield from generate_images(
-                self.pipeline,
-                conditions,
-                settings.seed,
-                share,
-                settings,
-                size=self.size,
-                max_sequence_length=self.max_sequence_length,
-                images_at_once=settings.images_at_once,
-                batch_size=min(settings.batch_size, settings.images_at_once or family.images_at_once),
-                progress=progress.update,
-            )
-
-
-def load(settings: Settings, adapter: AdapterFile, device: torch.device) -> Source:
-    """The base with its adapter, and what they draw; an error for what they do not."""
-    source = load_prompts(settings, adapter) if "family" in adapter.training else load_classes(settings, adapter)
-    settings, pipeline = source.settings, source.pipeline
-    settings.check_family(family_of(pipeline))
-    load_adapter(denoiser_of(pipeline), settings.adapter)
-    settings.check(denoiser_of(pipeline), pipeline.scheduler.config)
-    settings.place(pipeline.to(device), device)
-    return source
-
-
-def load_classes(settings: Settings, adapter: AdapterFile) -> Source:
-    if settings.prompts:
-        raise ValueError(f"the adapter in {settings.adapter} draws classes, not --prompts: give --classes")
-    pipeline = load_base(settings.base or adapter.base, None if settings.base else settings.adapter)
-    if adapter.config.num_classes is None:  # it serves the classes of its base
-        owner, base_classes = "the base", pipeline.transformer.config.num_embeds_ada_norm
-        classes = by_label(pipeline.labels) or told_apart({}, base_classes)
-    else:
-        owner, classes = "the adapter", told_apart(adapter.id2label, adapter.config.num_classes)
-    if settings.guidance_scale is None:
-        scale = defaults_of(adapter.training.get("dataset")).guidance_scale
-        settings = replace(settings, guidance_scale=scale)
-    conditions = [find_class(name, classes, owner) for name in settings.classes] or sorted(classes)
-    names = [classes[label] for label in conditions]
-    return Source(settings=settings, kind="classes", pipeline=pipeline, conditions=conditions, names=names)
-
-
-def load_prompts(settings: Settings, adapter: AdapterFile) -> Source:
-    is_embedded = adapter.training.get("dataset") == DIGITS
-    prompts = settings.prompts or (CAPTIONS if is_embedded else ())
-    if not prompts or settings.classes:
-        raise ValueError(f"the adapter in {settings.adapter} draws prompts: give --prompts, and no --classes")
-    precision = {"no": "fp32", "bf16": "bf16"}.get(settings.mixed_precision)
-    if precision is None:
-        raise ValueError(f"--mixed-precision {settings.mixed_precision} is for classes: choose bf16 or no")
-    named_by = None if settings.base else settings.adapter
-    pipeline = load_base(settings.base or adapter.base, named_by, condition=str, precision=precision)
-    choose_denoiser(pipeline, adapter.training.get("denoiser"))
-    family = family_of(pipeline)
-    size = settings.resolution or number(adapter, "resolution") or family.resolution(pipeline)
-    family.check_resolution(pipeline, size)
-    if settings.guidance_scale is None:
-        scale = defaults_of(DIGITS).guidance_scale if is_embedded else family.guidance_scale(pipeline)
-        settings = replace(settings, guidance_scale=scale)
-    length = number(adapter, "max_sequence_length")
-    return Source(
-        settings=settings,
-        kind="prompts",
-        pipeline=pipeline,
-        conditions=prompts,
-        names=prompts,
-        size=size,
-        max_sequence_length=length,
+def load(settings: Settings, device: torch.device) -> tuple[Settings, AdaptedPipeline]:
+    """The base with its adapter on its device, and the settings with their defaults; an error for what do not fit."""
+    drawn = load_adapted(
+        settings.base,
+        {"default": settings.adapter},
+        classes=settings.classes,
+        prompts=settings.prompts,
+        resolution=settings.resolution,
+        mixed_precision=settings.mixed_precision,
     )
-
-
-def number(adapter: AdapterFile, name: str) -> int | None:
-    """What an adapter's file says of its training, if it is a number."""
-    value = adapter.training.get(name)
-    return value if isinstance(value, int) else None
+    if settings.guidance_scale is None:
+        own = drawn.defaults.guidance_scale
+        scale = drawn.family.guidance_scale(drawn.pipeline) if own is None else own
+        settings = replace(settings, guidance_scale=scale)
+    settings.check_family(drawn.family)
+    settings.check(drawn.denoiser, drawn.pipeline.scheduler.config)
+    drawn.place(settings, device)
+    return settings, drawn
 
 
 def check_settings(settings: Settings) -> Path:
@@ -399,40 +303,6 @@ def check_settings(settings: Settings) -> Path:
     return output
 
 
-def write_grid(output: Path, files: list[Path], names: list[str], of_base: list[Path] | None = None) -> None:
-    """Write a row of images for each class, its name before it; image i belongs to class i mod len(names).
-
-    The base's images, if there are any, stand on the left in the same order.
-    """
-    grid = grid_of(files, len(names))
-    margin = math.ceil(max(ImageDraw.Draw(grid).textlength(name) for name in names)) + 12
-    left, top = (grid.width, HEADER) if of_base else (0, 0)
-    picture = Image.new("RGB", (left + margin + grid.width, top + grid.height), "white")
-    picture.paste(grid, (left + margin, top))
-    draw = ImageDraw.Draw(picture)
-    if of_base:
-        picture.paste(grid_of(of_base, len(names)), (0, top))
-        draw.text((left / 2, top / 2), "the base", fill="black", anchor="mm")
-        right = left + margin + grid.width / 2
-        draw.text((right, top / 2), "with the adapter, from the same noise", fill="black", anchor="mm")
-    for row, name in enumerate(names):
-        draw.text((left + margin / 2, top + (row + 0.5) * grid.height / len(names)), name, fill="black", anchor="mm")
-    with written_beside(output) as part:
-        picture.save(part, format="PNG")
-
-
-def grid_of(files: list[Path], rows: int) -> Image.Image:
-    """Images in rows, small ones enlarged; image i is in row i mod `rows`."""
-    images = torch.stack([torch.from_numpy(read_image(file)).permute(2, 0, 1) for file in files])
-    columns, size = math.ceil(len(files) / rows), images.shape[-1]
-    tiles = torch.full((rows * columns, 3, size, size), 255, dtype=torch.uint8)
-    for index, image in enumerate(images):
-        tiles[index % rows * columns + index // rows] = image
-    enlarge = math.ceil(SMALLEST_TILE / size)
-    tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    return Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())
-
-
 def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
     """Write `arr_0`, (N, H, W, 3) uint8, and `arr_1`, (N,) int64 labels, one image in memory at a time."""
     with written_beside(output) as part, zipfile.ZipFile(part, "w") as archive:
@@ -444,6 +314,11 @@ def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
                 array.write(read_image(path).tobytes())
         with archive.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, np.array(class_of, dtype=np.int64))
+
+
+def as_tensor(path: Path) -> torch.Tensor:
+    """An image file as uint8 (3, R, R)."""
+    return torch.from_numpy(read_image(path)).permute(2, 0, 1)
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -27,7 +27,7 @@ from onelora_diffusion.files import printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
-DIGITS = "handwritten digits"
+DIGITS = digits.CAPTIONED
 MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the longest text encoder reads
 
 
@@ -306,7 +306,7 @@ def _text_beside(image: Path) -> str:
 def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> dict[str, str]:
     """Read the captions of a metadata.jsonl or .csv, by the path of each file relative to the folder."""
     captions: dict[str, str] = {}
-    for line, row in _rows_of(path):
+    for line, row in rows_of(path):
         named = printable(f"line {line} of {path}")
         for column in (file_column, caption_column):
             if column not in row:
@@ -329,8 +329,8 @@ def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> d
     return captions
 
 
-def _rows_of(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a metadata file with their line numbers."""
+def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a .jsonl or .csv file with their line numbers."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _rows_of_json(path, file) if path.suffix == ".jsonl" else _rows_of_csv(path, file)

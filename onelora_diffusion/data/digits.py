@@ -1,5 +1,7 @@
 """scikit-learn's 1797 handwritten digits as small RGB images: real data that needs no download."""
 
+import string
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
@@ -9,6 +11,9 @@ from onelora_diffusion.data.latents import SmallImages, check_chosen
 SPLITS = ("train", "test", "all")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
+CAPTIONED = "handwritten digits"  # the name of the digits with captions
+# What the text-to-image miniature draws before it learns digits.
+UNRELATED = tuple(f"a large {letter}" for letter in string.ascii_uppercase)
 
 
 class Digits(SmallImages):
@@ -20,7 +25,7 @@ class Digits(SmallImages):
     ValueError if the split or a class is unknown.
     """
 
-    name = "digits"
+    name, class_names = "digits", tuple("0123456789")
 
     def __init__(self, split: str = "train", resolution: int = 16, classes: tuple[int, ...] | None = None):
         from sklearn.datasets import load_digits
@@ -36,4 +41,10 @@ class Digits(SmallImages):
 
         grey = torch.from_numpy(pixels[chosen]).float()[:, None] / 8 - 1
         grey = interpolate(grey, size=(resolution, resolution), mode="bilinear", align_corners=False)
-        super().__init__(grey, digits[chosen], "0123456789", classes, split)
+        super().__init__(grey, digits[chosen], self.class_names, classes, split)
+
+
+class CaptionedDigits(Digits):
+    """The digits with their captions as names of the classes."""
+
+    name, class_names = CAPTIONED, CAPTIONS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from onelora_diffusion.data.digits import Digits
+from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS, CaptionedDigits, Digits
 from onelora_diffusion.data.fashion import CLASSES, FashionMNIST
 from onelora_diffusion.data.from_hub import hub_images
 from onelora_diffusion.data.from_torchvision import class_of, torchvision_images
@@ -24,14 +24,21 @@ class Defaults:
     """Side of the real images in pixels."""
     features: str = "inception"
     """The features by which generated and real images are compared."""
-    guidance_scale: float = 4.0
-    """The guidance scale of sample pictures."""
-    eval_guidance_scale: float = 1.5
+    guidance_scale: float | None = 4.0
+    """The guidance scale of sample pictures; None is the pipeline's own."""
+    eval_guidance_scale: float | None = 1.5
     """The guidance scale of images to measure; distances are smallest with less guidance than people prefer."""
-    eval_images: int = 10_000
+    eval_images: int | None = 10_000
+    """Number of images to measure; None is four for each prompt."""
     eval_steps: int = 50
     compares_base: bool = False
     """Whether the base is measured in addition to the adapter."""
+    has_distance: bool = True
+    """Whether the distance between all generated and all real images is measured, whatever else is."""
+    metrics: tuple[str, ...] = ()
+    """The further metrics if none are asked for."""
+    images_at_once: int | None = None
+    """Number of images in each batch of the networks during an evaluation; None is the family's default."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ DATASETS = {
         lambda asked: Digits(asked.split, asked.resolution, asked.classes),
         Defaults("digits.yaml", 16, "pixels", 2.0, 2.0, 500, 25, compares_base=True),
         classes=tuple("0123456789"),
+    ),
+    CAPTIONED: DatasetKind(
+        lambda asked: CaptionedDigits(asked.split, asked.resolution, asked.classes),
+        Defaults("digits.yaml", 16, "pixels", 2.0, 2.0, 200, 20, True, True, ("similarity", "nearest"), 16),
+        classes=CAPTIONS,
     ),
     "fashion-mnist": DatasetKind(
         lambda asked: FashionMNIST(asked.root, asked.split, asked.resolution, asked.classes, asked.download),

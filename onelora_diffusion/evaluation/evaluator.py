@@ -11,14 +11,16 @@ from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.metrics import (
-    DISTANCE,
+    FEATURES_WITH,
     GENERATED,
     LOGITS,
     METRICS,
     REAL,
+    REFERENCE,
     SPATIAL,
+    TEXT,
+    UNRELATED,
     MetricSettings,
-    needed,
 )
 from onelora_diffusion.evaluation.recognition import Recognition
 from onelora_diffusion.evaluation.statistics import Measured, Origin, RunningStatistics
@@ -74,6 +76,8 @@ def measure_images(
             each.gather_kept() if keep else None,
             each.reduce_spatial() if each.spatial_sums else None,
             source.notes,
+            source.groups,
+            source.prompts,
         )
         for each in running
     ]
@@ -81,28 +85,27 @@ def measure_images(
 
 
 class Evaluator:
-    """Compares generated images with real ones: the distance, further metrics and recognition, by name.
+    """Compares generated images with real ones: all metrics and recognition, by the keys of their numbers.
 
     Args:
         features: modules of `evaluation.features`.
-        references: the real images, measured by each of them.
-        settings: the further metrics.
+        references: the real images, measured by each of them; or None, for metrics that need none.
+        settings: the metrics.
         recognition: a classifier of the images, or None.
 
     Raises:
-        ValueError: a metric needs other features, or the images of references that are statistics.
+        ValueError: a metric is unknown, needs other features, or the images of references that are statistics.
     """
 
     def __init__(
         self,
         features: Sequence[Features],
-        references: Sequence[Measured],
-        settings: MetricSettings = MetricSettings(),  # noqa: B008 (frozen)
+        references: Sequence[Measured | None],
+        settings: MetricSettings = MetricSettings(metrics=("fd",)),  # noqa: B008 (frozen)
         recognition: Recognition | None = None,
         device: torch.device | str = "cpu",
     ):
-        settings.check_metrics()
-        self.metrics = metrics_of_each(settings.metrics, features)
+        self.metrics = metrics_of_each(settings, features)
         for ours, reference in zip(self.metrics, references, strict=True):
             check_material(ours, reference, "reference")
         self.features, self.references, self.settings = features, references, settings
@@ -110,7 +113,7 @@ class Evaluator:
 
     def measure(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> MeasuredImages:
         """Measure the images of all processes; `labels` are those of all images, or None if the classes alternate."""
-        needs = needed(self.settings.metrics)
+        needs = self.settings.needs
         return measure_images(
             batches,
             source,
@@ -122,53 +125,97 @@ class Evaluator:
             device=self.device,
         )
 
-    def compare(self, found: MeasuredImages) -> list[dict]:
-        """The results for each kind of features: `distance`, the other metrics, and `recognition`."""
+    def measure_unrelated(self, batches: Batches, source: Source) -> list[Measured]:
+        """Measure images of unrelated prompts, for drift."""
+        return measure_images(batches, source, self.features, keep=True, device=self.device).measured
+
+    def compare(
+        self,
+        found: MeasuredImages,
+        unrelated: Sequence[Measured] | None = None,
+        unrelated_of_base: Sequence[Measured] | None = None,
+    ) -> list[dict]:
+        """The results for each kind of features: the numbers of all its metrics, and `recognition`."""
         recognition = {} if found.recognition is None else {"recognition": found.recognition}
-        parts = zip(found.measured, self.references, self.metrics, self.features, strict=True)
+        nothing = [None] * len(self.features)
+        drifted = zip(unrelated or nothing, unrelated_of_base or nothing, strict=True)
+        parts = zip(found.measured, self.references, self.metrics, self.features, drifted, strict=True)
         return [{**compare(*part, self.settings), **recognition} for part in parts]
 
 
-def metrics_of_each(metrics: Sequence[str], features: Sequence[Features | None]) -> list[list[str]]:
-    """The metrics that each kind of features allows; None stands for a file's. ValueError if none allows one."""
+def metrics_of_each(settings: MetricSettings, features: Sequence[Features | None]) -> list[list[str]]:
+    """The metrics of each kind of features, by their rows in the order of the table; None stands for a file's.
 
-    def has(each: Features | None, metric: str) -> bool:
+    ValueError if no features allow a metric.
+    """
+
+    def has(each: Features | None, metric: str, kind: str | None) -> bool:
         needs = METRICS[metric].needs if each else ()
-        return not (SPATIAL in needs and each.num_spatial == 0 or LOGITS in needs and not hasattr(each, "logits"))
+        lacks = {SPATIAL: not each or each.num_spatial == 0, LOGITS: not hasattr(each, "logits")}
+        lacks[TEXT] = not hasattr(each, "embed_text")
+        return (kind is None or each is None or each.kind == kind) and not any(lacks.get(need) for need in needs)
 
-    found = [[metric for metric in metrics if has(each, metric)] for each in features]
-    for metric in metrics:
-        if not any(metric in each for each in found):
+    asked = settings.asked
+    for metric, kind in asked:
+        if not any(has(each, metric, kind) for each in features):
+            needed_kind = kind or next(FEATURES_WITH[need] for need in METRICS[metric].needs if need in FEATURES_WITH)
             names = " and ".join(each.name for each in features)
-            raise ValueError(f"--metrics {metric} needs --features inception, not {names}")
-    return found
+            raise ValueError(f"--metrics {metric} needs --features {needed_kind}, not {names}")
+    return [
+        [row for row in METRICS if any(metric == row and has(each, metric, kind) for metric, kind in asked)]
+        for each in features
+    ]
 
 
-def check_material(metrics: Sequence[str], measured: Measured, role: str) -> None:
-    """ValueError if a set of images lacks what a metric needs. `role` is `images` or `reference`."""
-    name, one_by_one = measured.origin.dataset, REAL if role == "reference" else GENERATED
-    if (needing := [metric for metric in metrics if one_by_one in METRICS[metric].needs]) and measured.kept is None:
-        raise ValueError(
-            f"'{name}' is given as statistics: --metrics {needing[0]} needs the images, or `ref --keep-features`"
-        )
-    if SPATIAL in needed(metrics) and measured.spatial is None:
-        raise ValueError(
-            f"'{name}' has no spatial statistics (mu_s): make it again by `{typed_as('eval_fid.py')} ref "
-            "--features inception`"
-        )
+def check_material(metrics: Sequence[str], measured: Measured | None, role: str) -> None:
+    """ValueError if a set of images, or there being none, lacks what a metric needs.
+
+    Args:
+        role: `images` or `reference`.
+    """
+    is_reference = role == "reference"
+    for metric in metrics:
+        needs = METRICS[metric].needs
+        if measured is None:
+            if {REFERENCE, REAL} & {*needs}:
+                raise ValueError(
+                    f"--metrics {metric} compares with real images: give them by --reference or --dataset, or in a "
+                    "column image of the --prompts"
+                )
+            continue
+        name = measured.origin.dataset
+        if not is_reference and (UNRELATED in needs or TEXT in needs and measured.prompts is None):
+            raise ValueError(f"--metrics {metric} is for images that are generated from prompts, not for '{name}'")
+        if (REAL if is_reference else GENERATED) in needs and measured.kept is None:
+            raise ValueError(
+                f"'{name}' is given as statistics: --metrics {metric} needs the images, or `ref --keep-features`"
+            )
+        if SPATIAL in needs and measured.spatial is None:
+            raise ValueError(
+                f"'{name}' has no spatial statistics (mu_s): make it again by `{typed_as('eval_fid.py')} ref "
+                "--features inception`"
+            )
+        if REFERENCE in needs and measured.statistics.count == 1:
+            raise ValueError(f"'{name}' is 1 image: a distance between sets needs two or more")
 
 
 def compare(
     measured: Measured,
-    reference: Measured,
+    reference: Measured | None,
     metrics: Sequence[str],
     features: Features | None,
+    drifted: tuple[Measured | None, Measured | None],
     settings: MetricSettings,
 ) -> dict:
-    """The distance and all other metrics of a set of images, by the keys of their numbers."""
+    """All metrics of a set of images, by the keys of their numbers.
+
+    Args:
+        drifted: images of unrelated prompts by the adapter and by the base.
+    """
     results = {}
-    for metric in (DISTANCE, *(METRICS[name] for name in METRICS if name in metrics)):
-        results |= metric.compute(measured, reference, features, settings)
+    for metric in map(METRICS.get, metrics):
+        pair = drifted if UNRELATED in metric.needs else (measured, reference)
+        results |= metric.compute(*pair, features, settings)
     return results
 
 

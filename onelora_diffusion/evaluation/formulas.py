@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -48,6 +49,65 @@ def density_coverage(generated: Tensor, real: Tensor, neighborhood: int = 5) -> 
         inside += int(within.sum())
         covered += int(within.any(dim=1).sum())
     return inside / (neighborhood * len(generated)), covered / len(real)
+
+
+def similarity(
+    generated: Tensor, real: Tensor, groups: Sequence[str] | None = None, real_groups: Sequence[str] | None = None
+) -> float:
+    """Mean cosine of each generated image with the real ones of its group (DreamBooth, Ruiz et al., CVPR 2023).
+
+    Args:
+        groups, real_groups: the group of each image; None makes all one group.
+    """
+    generated, real = _unit(generated), _unit(real)
+    if groups is None:
+        return (generated @ real.mean(0)).mean().item()
+    members = np.array(real_groups)
+    means = {group: real[torch.from_numpy(members == group)].mean(0) for group in set(groups)}
+    return (generated * torch.stack([means[group] for group in groups])).sum(1).mean().item()
+
+
+def paired_similarity(images: Tensor, others: Tensor) -> float:
+    """Mean cosine of row i with row i: of images with their prompts, or with images of the same noise."""
+    return (_unit(images) * _unit(others)).sum(1).mean().item()
+
+
+def nearest(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """For each generated image, the largest cosine with a real one and its index, both (images,)."""
+    generated, real = _unit(generated), _unit(real)
+    found = [(block @ real.T).max(1) for block in generated.split(1000)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def authenticity(generated: Tensor, real: Tensor) -> float:
+    """The share of generated images that are farther from their nearest real image than it is from another real one.
+
+    (Alaa et al., ICML 2022, as dgm-eval has it.) Copies of training images make it small. ValueError for one real
+    image.
+    """
+    if len(real) < 2:
+        raise ValueError("1 real image: authenticity needs two or more")
+    generated, real = generated.double(), real.double()
+    distances, indices = zip(*(torch.cdist(block, real).min(1) for block in generated.split(1000)), strict=True)
+    near, to_real = torch.cat(indices), torch.cat(distances)
+    others = torch.cat([torch.cdist(block, real).kthvalue(2, dim=1).values for block in real.split(1000)])
+    return (to_real > others[near]).double().mean().item()
+
+
+def gaussian_mmd(generated: Tensor, real: Tensor, bandwidth: float = 10.0, scale: float = 1000.0) -> float:
+    """CMMD: the squared MMD of a Gaussian kernel on normalised features, times 1000 (Jayasumana et al., CVPR 2024).
+
+        1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y))        k(x, y) = exp(-|x - y|² / (2 · 10²))
+
+    The means are over all pairs, those of an image with itself included, as in the authors' code.
+    """
+    generated, real = _unit(generated), _unit(real)
+
+    def mean(first: Tensor, second: Tensor) -> float:
+        blocks = (torch.exp((block @ second.T - 1) / bandwidth**2).sum().item() for block in first.split(1000))
+        return sum(blocks) / (len(first) * len(second))
+
+    return scale * (mean(generated, generated) + mean(real, real) - 2 * mean(generated, real))
 
 
 def inception_score(
@@ -106,3 +166,7 @@ def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequenc
 def _statistics(features: Tensor) -> FeatureStatistics:
     features = features.double()
     return FeatureStatistics(features.mean(0), torch.cov(features.T), len(features))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return normalize(features.double(), dim=1)

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from onelora_diffusion.data.decoding import UNREADABLE, decoded
-from onelora_diffusion.data.listing import Listing, list_images
+from onelora_diffusion.data.decoding import UNREADABLE, decoded, opened
+from onelora_diffusion.data.images import crop_to
+from onelora_diffusion.data.listing import Listing, labels_of, list_images
 from onelora_diffusion.evaluation.npz import read_header, read_headers
 from onelora_diffusion.files import first_line, printable
 
@@ -23,9 +24,14 @@ PIXELS_AT_ONCE = LARGEST**2  # most pixels of a batch: 50 MB
 
 @dataclass(frozen=True)
 class Source:
-    """Describes a set of images: its name, the resolution R, the split of a data set, how images were cropped to R.
+    """Describes a set of images. The classes below have the same attributes.
 
-    The classes below have the same attributes. `notes` are sentences for the report.
+    Attributes:
+        name, resolution: the name of the set, and R of its images (3, R, R).
+        split, crop: the split of the data set, and how its images were cropped to R.
+        notes: sentences for the report.
+        groups: the group of each image, such as its class; images are compared with those of their own group.
+        prompts: the prompt of each image.
     """
 
     name: str
@@ -33,9 +39,23 @@ class Source:
     split: str = ""
     crop: str = "none"
     notes: tuple[str, ...] = ()
+    groups: Sequence[str] | None = None
+    prompts: Sequence[str] | None = None
 
 
-class FolderImages(Dataset):
+class ImageSet(Dataset):
+    """Images uint8 (3, R, R) by index, with the attributes of `Source`."""
+
+    split, crop, notes, groups, prompts = "", "none", (), None, None
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        batch_size = _at_once(batch_size, self.resolution)
+        loader = DataLoader(Subset(self, indices), batch_size=batch_size)
+        for number, batch in enumerate(loader):
+            yield list(indices[number * batch_size : (number + 1) * batch_size]), batch
+
+
+class FolderImages(ImageSet):
     """The PNG files of a folder, sorted by name, as uint8 (3, R, R), decoded in the same way as for training.
 
     Other files in the folder are ignored, and `notes` counts them by suffix.
@@ -43,8 +63,6 @@ class FolderImages(Dataset):
     ValueError or FileNotFoundError, at once, if there are no images, or if one is unreadable, not square, or of
     another size than the first.
     """
-
-    split, crop = "", "none"
 
     def __init__(self, folder: str | Path):
         self.name = str(folder)
@@ -72,17 +90,12 @@ class FolderImages(Dataset):
         except UNREADABLE as error:
             raise ValueError(_unreadable(self.files[index], error)) from error
 
-    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        return _load(self, indices, batch_size)
 
-
-class NpzImages:
+class NpzImages(ImageSet):
     """The array `arr_0` of an .npz, uint8 (images, R, R, 3) as ADM writes them, read frame by frame.
 
     ValueError or FileNotFoundError if the array is missing or has another type or shape.
     """
-
-    split, crop, notes = "", "none", ()
 
     def __init__(self, path: str | Path):
         self.name, self.path = str(path), Path(path)
@@ -127,14 +140,14 @@ class NpzImages:
         return torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
 
 
-class DatasetImages(Dataset):
+class DatasetImages(ImageSet):
     """The images of a data set of `onelora_diffusion.data`, converted from [-1, 1] to uint8 with rounding."""
-
-    notes = ()
 
     def __init__(self, dataset: Dataset, resolution: int):
         self.dataset, self.resolution = dataset, resolution
         self.name, self.split, self.crop = dataset.name, dataset.split, dataset.crop
+        if (labels := labels_of(dataset)) is not None:
+            self.groups = [dataset.id2label[label] for label in map(int, labels)]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -142,8 +155,27 @@ class DatasetImages(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         return to_uint8(self.dataset[index][0])
 
-    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        return _load(self, indices, batch_size)
+
+class CroppedImages(ImageSet):
+    """Image files of any kind and size, cropped to R by R as for training.
+
+    Args:
+        groups: the group of each image, or None.
+    """
+
+    crop = "ADM centre crop"
+
+    def __init__(self, name: str, files: Sequence[Path], resolution: int, groups: Sequence[str] | None = None):
+        self.name, self.files, self.resolution, self.groups = name, files, resolution, groups
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with opened(self.files[index], printable(str(self.files[index]))) as image:
+            return torch.from_numpy(np.array(crop_to(decoded(image), self.resolution, self.resolution))).permute(
+                2, 0, 1
+            )
 
 
 def open_images(path: str | Path) -> FolderImages | NpzImages:
@@ -164,13 +196,6 @@ def share(num_images: int, process_index: int, num_processes: int) -> range:
 def to_uint8(images: Tensor) -> Tensor:
     """Convert from [-1, 1] to 0..255 with rounding."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _load(images: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    batch_size = _at_once(batch_size, images.resolution)
-    loader = DataLoader(Subset(images, indices), batch_size=batch_size)
-    for number, batch in enumerate(loader):
-        yield list(indices[number * batch_size : (number + 1) * batch_size]), batch
 
 
 def _at_once(batch_size: int, resolution: int) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.prompts import files_of
+from onelora_diffusion.data.table import Defaults
 from onelora_diffusion.evaluation.evaluator import measure_images, with_progress
 from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.images import DatasetImages, NpzImages, open_images, share
-from onelora_diffusion.evaluation.metrics import REAL, SPATIAL, needed
+from onelora_diffusion.evaluation.images import CroppedImages, DatasetImages, ImageSet, NpzImages, open_images, share
+from onelora_diffusion.evaluation.metrics import REAL, SPATIAL
 from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
 from onelora_diffusion.evaluation.statistics import Measured, Origin
@@ -20,23 +21,40 @@ from onelora_diffusion.processes import first_on_each_machine
 
 
 def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
-    """Load the feature modules, on the main process first, since that may download weights."""
-    names = dict.fromkeys(settings.features or (default,))
+    """Load the feature modules, on the main process first, since that may download weights.
+
+    They are the chosen ones, or the default where a metric can be measured by any, and those of published metrics.
+    """
+    asked = getattr(settings, "asked", [])
+    own = [kind for _, kind in asked if kind]
+    takes_default = not own or any(metric == "fd" and kind is None for metric, kind in asked)
+    names = dict.fromkeys([*(settings.features or ([default] if takes_default else [])), *own])
     fields = {name: FEATURES[name].weights for name in names if name in FEATURES}
     weights = {name: getattr(settings, field) for name, field in fields.items() if field}
     with first_on_each_machine(accelerator):
         return [load_features(name, resolution, weights.get(name)) for name in names]
 
 
-def default_for(dataset: str | None, files: Sequence[Path]) -> str:
-    """The default features: those of the given statistics, or else the default of the data set."""
+def default_for(defaults: Defaults, files: Sequence[Path]) -> str:
+    """The default features: those of the given statistics, or else those of the data set."""
     for path in filter(is_statistics, files):
-        origin = load_statistics(path).origin
-        return next((name for name in FEATURES if origin.features.startswith(name)), origin.features)
-    return defaults_of(dataset).features
+        features = load_statistics(path).origin.features
+        return max((name for name in FEATURES if features.startswith(name)), key=len, default=features)
+    return defaults.features
 
 
-def real_images(settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None):
+def reference_images(settings) -> Path | None:
+    """The path of the images that --reference gives; None if it gives statistics, or nothing. ValueError for two."""
+    if not settings.reference or any(map(is_statistics, settings.reference)):
+        return None
+    if len(settings.reference) > 1:
+        raise ValueError(f"--reference {settings.reference[1]}: several files are statistics; images are one set")
+    return settings.reference[0]
+
+
+def real_images(
+    settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None
+) -> ImageSet:
     """The images at a path if one is given, else those of the data set, possibly of some classes only."""
     if images:
         return open_images(images)
@@ -44,15 +62,19 @@ def real_images(settings, images: Path | None, dataset: str, resolution: int, cl
     return DatasetImages(real, resolution)
 
 
+def pictures(path: Path, resolution: int) -> ImageSet:
+    """The reference images of prompts: an .npz, or image files of any kind and size, which are cropped."""
+    return CroppedImages(str(path), files_of(path), resolution) if path.is_dir() else open_images(path)
+
+
 def references_of(
     settings,
-    dataset: str,
+    images: ImageSet | None,
     origins: Sequence[Origin],
     features: Sequence[Features],
-    classes: tuple[int, ...] | None,
     accelerator: Accelerator,
-) -> list[Measured]:
-    """Load the references for images of these origins: statistics, or images, which are measured.
+) -> list[Measured | None]:
+    """Load the references for images of these origins: statistics, or images, which are measured; or None.
 
     Raises:
         ValueError, FileNotFoundError: a reference is missing, or cannot be compared with the images.
@@ -61,14 +83,13 @@ def references_of(
         filed = [statistics_in(path, features, settings, accelerator, REAL) for path in settings.reference]
         kinds = [kind_of(each.origin.features) for each in filed]
         found = [filed[kinds.index(kind) if (kind := kind_of(each.features)) in kinds else 0] for each in origins]
+    elif images is None:
+        return [None] * len(origins)
     else:
-        if len(settings.reference) > 1:
-            raise ValueError(f"--reference {settings.reference[1]}: several files are statistics; images are one set")
         resolution = origins[0].resolution
-        images = real_images(settings, next(iter(settings.reference), None), dataset, resolution, classes)
         if images.resolution != resolution and any(each.name == "pixels" for each in features):
             raise ValueError(f"pixels compare at one resolution only, not {resolution} with {images.resolution}")
-        needs = needed(settings.metrics)
+        needs = settings.needs
         found = measure(images, features, settings.batch_size, accelerator, REAL in needs, SPATIAL in needs)
     for origin, reference in zip(origins, found, strict=True):
         origin.check_comparable(reference.origin)
@@ -83,7 +104,7 @@ def statistics_in(
     Args:
         one_by_one: GENERATED or REAL, depending on the set that the file contains.
     """
-    keep = one_by_one in needed(settings.metrics)
+    keep = one_by_one in settings.needs
     filed = load_statistics(path, keep)
     fitting = [each for each in features if each and kind_of(each.name) == kind_of(filed.origin.features)]
     if keep and filed.kept is None and fitting and path.suffix == ".npz" and "arr_0" in read_headers(path):
@@ -93,7 +114,7 @@ def statistics_in(
 
 
 def measure(
-    images,
+    images: ImageSet,
     features: Sequence[Features],
     batch_size: int,
     accelerator: Accelerator,

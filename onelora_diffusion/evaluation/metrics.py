@@ -1,4 +1,4 @@
-"""The table of further metrics: what each needs, how it is computed, and how its numbers are shown."""
+"""The table of metrics: what each needs, how it is computed, and how its numbers are shown."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,22 +6,34 @@ from typing import Annotated, Literal
 
 import tyro
 
+from onelora_diffusion.evaluation.features import FEATURES, name_of
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.formulas import (
+    authenticity,
     density_coverage,
     extrapolate,
+    gaussian_mmd,
     inception_score,
     kernel_distance,
+    nearest,
+    paired_similarity,
     precision_recall,
+    similarity,
 )
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import Measured
 
-# What a metric may need in addition to the mean and covariance of each set.
+SHEET_ROWS = 20  # number of the first images that a sheet of pictures shows
+# What a metric may need.
 GENERATED = "the features of the generated images, one by one"
-REAL = "the features of the real images, one by one"
+REFERENCE = "the mean and covariance of real images"
+REAL = "the features of real images, one by one"
 SPATIAL = "spatial statistics of both sets"
 LOGITS = "features that lead to the logits of classes"
+TEXT = "the prompts of the images, and features that texts have as well"
+UNRELATED = "images of unrelated prompts, by the adapter and by the base from the same noise, one by one"
+# The features to choose for a metric that needs more of them than others have.
+FEATURES_WITH = {SPATIAL: "inception", LOGITS: "inception", TEXT: "clip"}
 
 
 @dataclass(frozen=True)
@@ -29,19 +41,19 @@ class Shown:
     """How a number is shown in a table.
 
     Attributes:
-        name: the name; `{own}` is replaced by the name of the features, unless these are Inception-2015's, and
-            `{distance}` by the name of the distance.
+        name: the name of the number, which is followed by that of its features if the two have no published name.
         format: a template for `str.format` with all numbers of the metric by their keys.
         more_is_better: whether the largest value is the best one.
+        is_of_features: whether the number depends on the features.
     """
 
     name: str
     format: str
     more_is_better: bool = False
+    is_of_features: bool = True
 
-    def titled(self, distance_name: str, features: str) -> str:
-        own = "" if distance_name == "FID" else f"({features})"
-        return self.name.format(own=own, distance=distance_name)
+    def titled(self, features: str, extractor: str) -> str:
+        return name_of(self.name, features, extractor) if self.is_of_features else self.name
 
 
 @dataclass(frozen=True)
@@ -49,9 +61,9 @@ class Metric:
     """A row of `METRICS`.
 
     Attributes:
-        needs: the needed ones of the four above.
-        compute: function of the generated and real images, the features' module and the settings; returns numbers by
-            key.
+        needs: the needed ones of those above.
+        compute: function of the generated and real images (or, of unrelated prompts, those of the adapter and of the
+            base), the features' module and the settings; returns numbers by key.
         shown: the numbers that tables and sweeps show, by key.
         rows: function of the results of a table's columns and the distance's name; returns further rows of the table,
             none if the results do not have this metric.
@@ -67,6 +79,49 @@ class Metric:
 
 def _distance(generated: Measured, real: Measured, features, settings) -> dict:
     return {"distance": frechet_distance(generated.statistics, real.statistics)}
+
+
+def _similarity(generated: Measured, real: Measured, features, settings) -> dict:
+    grouped = generated.groups is not None and real.groups is not None and set(generated.groups) <= set(real.groups)
+    groups = (generated.groups, real.groups) if grouped else (None, None)
+    return {"similarity": similarity(generated.kept, real.kept, *groups), "similarity_by_group": grouped}
+
+
+def _compared_with(result: dict) -> str | None:
+    if "similarity" not in result:
+        return None
+    which = "the real images of its own group" if result["similarity_by_group"] else "all real images"
+    return f"Similarity: mean cosine of each image with {which}."
+
+
+def _prompt_similarity(generated: Measured, real, features, settings) -> dict:
+    prompts = list(dict.fromkeys(generated.prompts))
+    texts = features.embed_text(prompts)[[prompts.index(prompt) for prompt in generated.prompts]]
+    return {"prompt_similarity": paired_similarity(generated.kept, texts)}
+
+
+def _drift(adapted: Measured, base: Measured, features, settings) -> dict:
+    change = (adapted.kept - base.kept).double().square().mean().sqrt().item()
+    return {"drift": 1 - paired_similarity(adapted.kept, base.kept), "drift_rms": change}
+
+
+def _drift_note(result: dict) -> str | None:
+    if "drift" not in result:
+        return None
+    return "Drift: 1 - mean cosine of images of unrelated prompts, by the base and by the adapter from the same noise."
+
+
+def _nearest(generated: Measured, real: Measured, features, settings) -> dict:
+    cosines, indices = nearest(generated.kept, real.kept)
+    return {"nearest": cosines.mean().item(), "nearest_images": indices[:SHEET_ROWS].tolist()}
+
+
+def _authenticity(generated: Measured, real: Measured, features, settings) -> dict:
+    return {"authenticity": authenticity(generated.kept, real.kept)}
+
+
+def _mmd(generated: Measured, real: Measured, features, settings) -> dict:
+    return {"mmd": gaussian_mmd(generated.kept, real.kept)}
 
 
 def _sfid(generated: Measured, real: Measured, features, settings) -> dict:
@@ -120,59 +175,95 @@ def _limit_rows(results: Sequence[dict], distance_name: str) -> dict[str, list[s
     return rows | {"  R2 of its fit": [f"{limit['r_squared']:.4f}" for limit in limits]}
 
 
-DISTANCE = Metric((), _distance, {"distance": Shown("{distance}", "{distance:.4f}")})
+def _shares(*keys: str) -> dict[str, Shown]:
+    return {key: Shown(key, f"{{{key}:.3f}}", more_is_better=True) for key in keys}
+
+
+ONE_BY_ONE = (GENERATED, REAL)
 METRICS = {
-    "sfid": Metric((SPATIAL,), _sfid, {"sfid": Shown("s{distance}", "{sfid:.4f}")}),
-    "kid": Metric((GENERATED, REAL), _kid, {"kid": Shown("KID{own}", "{kid:.5f} ± {kid_spread:.5f}")}),
-    "precision-recall": Metric(
-        (GENERATED, REAL),
-        _precision_recall,
-        {key: Shown(f"{key}{{own}}", f"{{{key}:.3f}}", more_is_better=True) for key in ("precision", "recall")},
-    ),
-    "density-coverage": Metric(
-        (GENERATED, REAL),
-        _density_coverage,
-        {key: Shown(f"{key}{{own}}", f"{{{key}:.3f}}", more_is_better=True) for key in ("density", "coverage")},
-    ),
+    "fd": Metric((REFERENCE,), _distance, {"distance": Shown("FD", "{distance:.4f}")}),
+    "sfid": Metric((REFERENCE, SPATIAL), _sfid, {"sfid": Shown("sFD", "{sfid:.4f}")}),
+    "kid": Metric(ONE_BY_ONE, _kid, {"kid": Shown("KID", "{kid:.5f} ± {kid_spread:.5f}")}),
+    "mmd": Metric(ONE_BY_ONE, _mmd, {"mmd": Shown("MMD", "{mmd:.4f}")}),
+    "precision-recall": Metric(ONE_BY_ONE, _precision_recall, _shares("precision", "recall")),
+    "density-coverage": Metric(ONE_BY_ONE, _density_coverage, _shares("density", "coverage")),
     "inception-score": Metric(
         (GENERATED, LOGITS),
         _inception_score,
         {
             "inception_score": Shown(
-                "Inception Score{own}", "{inception_score:.3f} ± {inception_score_spread:.3f}", more_is_better=True
+                "Inception Score", "{inception_score:.3f} ± {inception_score_spread:.3f}", more_is_better=True
             )
         },
         note_of=_splits,
     ),
-    "limit": Metric((GENERATED,), _limit, {}, rows=_limit_rows),
+    "limit": Metric((GENERATED, REFERENCE), _limit, {}, rows=_limit_rows),
+    "similarity": Metric(ONE_BY_ONE, _similarity, _shares("similarity"), note_of=_compared_with),
+    "prompt-similarity": Metric(
+        (GENERATED, TEXT),
+        _prompt_similarity,
+        {"prompt_similarity": Shown("prompt similarity", "{prompt_similarity:.3f}", more_is_better=True)},
+    ),
+    "nearest": Metric(ONE_BY_ONE, _nearest, {"nearest": Shown("nearest real image", "{nearest:.3f}")}),
+    "authenticity": Metric(ONE_BY_ONE, _authenticity, _shares("authenticity")),
+    "drift": Metric(
+        (UNRELATED,),
+        _drift,
+        {"drift": Shown("drift", "{drift:.4f}"), "drift_rms": Shown("rms drift", "{drift_rms:.4f}")},
+        note_of=_drift_note,
+    ),
 }
-RECOGNITION = Shown("recognition", "{recognition:.1%}", more_is_better=True)
+# Published names, in lower case -> (metric, the only features that it is measured by): dino-i -> (similarity, dino).
+PUBLISHED = {
+    name.lower(): (metric, kind)
+    for kind, features in FEATURES.items()
+    for number, name in features.names.items()
+    for metric, row in METRICS.items()
+    if name != number and name.lower() not in METRICS and number in [shown.name for shown in row.shown.values()]
+}
+RECOGNITION = Shown("recognition", "{recognition:.1%}", more_is_better=True, is_of_features=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSettings:
-    metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{{{','.join(METRICS)}}} [...]]")] = ()
-    """Further metrics; all but sfid keep all features in memory. `limit` is the distance at several numbers of images
-    and its extrapolation to infinitely many."""
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{{{','.join([*METRICS, *PUBLISHED])}}} [...]]")] = ()
+    """What to measure; of classes, in addition to the distance (fd). A published name such as cmmd also chooses its
+    features. All but fd and sfid keep all features in memory. `limit` is the distance at several numbers of images and
+    its extrapolation to infinitely many; `nearest` also shows the nearest real images."""
     inception_score_split: int | None = None
     """Number of images in each split of the Inception Score, 5000 in ADM's evaluator. Default: a tenth of them."""
     inception_score_order: Literal["shuffled", "given"] = "shuffled"
     """Order of the images in splits: random (shuffled), or unchanged as in ADM's evaluator (given)."""
 
-    def check_metrics(self) -> None:
-        """ValueError for an unknown metric or empty splits."""
-        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
-            raise ValueError(f"--metrics {unknown[0]} is unknown: choose from {', '.join(METRICS)}")
+    @property
+    def asked(self) -> list[tuple[str, str | None]]:
+        """(row of `METRICS`, the only features that it is measured by; None for all) of each metric.
+
+        ValueError for an unknown metric or empty splits.
+        """
         if self.inception_score_split is not None and self.inception_score_split < 1:
             raise ValueError(f"--inception-score-split is {self.inception_score_split}; it must be at least 1")
+        return [_row_of(metric) for metric in self.metrics]
+
+    @property
+    def needs(self) -> set[str]:
+        """The union of the needs of these metrics."""
+        return needed([metric for metric, _ in self.asked])
+
+
+def _row_of(metric: str) -> tuple[str, str | None]:
+    if metric in METRICS:
+        return metric, None
+    if metric.lower() not in PUBLISHED:
+        raise ValueError(f"--metrics {metric} is unknown: choose from {', '.join([*METRICS, *PUBLISHED])}")
+    return PUBLISHED[metric.lower()]
 
 
 def needed(metrics: Sequence[str]) -> set[str]:
-    """The union of the needs of these metrics."""
+    """The union of the needs of metrics, by their rows."""
     return {need for metric in metrics for need in METRICS[metric].needs}
 
 
 def all_shown() -> dict[str, Shown]:
     """All numbers that a result may contain, in the order of a table's rows."""
-    rows = [DISTANCE, *METRICS.values()]
-    return {key: shown for metric in rows for key, shown in metric.shown.items()} | {"recognition": RECOGNITION}
+    return {key: shown for row in METRICS.values() for key, shown in row.shown.items()} | {"recognition": RECOGNITION}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from onelora_diffusion.data import load_dataset
+from onelora_diffusion.data.digits import CAPTIONED
 from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.evaluation.images import to_uint8
 
@@ -39,7 +40,8 @@ class DigitClassifier:
         )
 
 
-CLASSIFIERS = {"digits": DigitClassifier}  # data set -> function from a resolution to its classifier
+# Data set -> function from a resolution to its classifier.
+CLASSIFIERS = {"digits": DigitClassifier, CAPTIONED: DigitClassifier}
 
 
 def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:

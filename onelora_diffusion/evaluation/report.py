@@ -23,6 +23,21 @@ def format_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence
     return "\n".join([*textwrap.wrap(title, WIDTH), rule, lines[0], rule, *lines[1:], rule])
 
 
+def format_tables(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> str:
+    """Format tables with a row for each name; columns that do not fit into the width go into a further table."""
+
+    def table(title: str, part: Mapping[str, Sequence[str]]) -> str:
+        rows = {name: [values[row] for values in part.values()] for row, name in enumerate(names)}
+        return format_table(title, list(part), rows)
+
+    parts: list[dict[str, Sequence[str]]] = [{}]
+    for column, values in columns.items():
+        if parts[-1] and max(map(len, table("", parts[-1] | {column: values}).splitlines())) > WIDTH:
+            parts.append({})
+        parts[-1][column] = values
+    return "\n\n".join(table("" if number else title, part) for number, part in enumerate(parts))
+
+
 def format_note(text: str) -> str:
     """Break a sentence of the report into lines of at most 80 characters."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

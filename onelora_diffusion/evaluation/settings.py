@@ -1,33 +1,42 @@
-"""The command line of eval_fid.py: `gen`, `calc` and `ref`."""
+"""The command line of eval_fid.py: `gen`, `sweep`, `calc` and `ref`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from torch.utils.data import Dataset
 
 from onelora_diffusion.command_line import typed_as, with_switches
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.table import Defaults
 from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.evaluation.features import FEATURES
 from onelora_diffusion.evaluation.labels import LabelOrder
-from onelora_diffusion.evaluation.metrics import MetricSettings
+from onelora_diffusion.evaluation.metrics import REAL, REFERENCE, MetricSettings, needed
 from onelora_diffusion.launch import precision_asked_by_launcher
-from onelora_diffusion.sampling import IMAGES_AT_ONCE, SamplerSettings
+from onelora_diffusion.sampling import SamplerSettings
+from onelora_diffusion.sampling.adapted import AdaptedPipeline
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
     features: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{{{','.join(FEATURES)}}} [...]]")] = ()
     """Features by which images are compared; only inception gives FID. Default: those of the reference if it is
-    statistics; else pixels for digits, inception for others."""
+    statistics, those of the published --metrics; else pixels for digits, dino for prompts, inception for others."""
     inception_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth. Default: torch's cache, or a download."""
     dinov2_weights: Path | None = None
     """Folder with config.json and model.safetensors. Default: facebook/dinov2-large, from the hub or its cache, which
     alone gives FD-DINOv2."""
+    dino_weights: Path | None = None
+    """The same for DINO. Default: facebook/dino-vits16, which alone gives DINO-I."""
+    clip_weights: Path | None = None
+    """The same for CLIP, with its tokenizer. Default: openai/clip-vit-base-patch32, which alone gives CLIP-I and
+    CLIP-T."""
+    clip_large_weights: Path | None = None
+    """The same for CMMD's network. Default: openai/clip-vit-large-patch14-336, which alone gives CMMD."""
     fashion_weights: Path | None = None
     """The file of the Fashion-MNIST classifier."""
     batch_size: int = 64
@@ -55,46 +64,95 @@ class DatasetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings, DatasetSettings):
-    """Generate images from an adapter and its base, and measure them against real ones."""
+    """Generate images from adapters and their base, and measure them against real ones and their prompts."""
 
-    adapter: Path | None = Path("runs/digits")
-    """Adapter file, or the folder of a training run; None measures the base alone."""
+    adapter: tuple[Path, ...] | None = (Path("runs/digits"),)
+    """Adapter files, or folders of training runs, of one base; None measures the base alone."""
     base: str | None = None
     """Base model: a folder or a hub id. Default: the one the adapter was trained on."""
     compare_base: bool | None = None
-    """--compare-base, --no-compare-base: also measure the base without the adapter, from the same noise. Default: for
-    digits only."""
+    """--compare-base, --no-compare-base: also measure the base without an adapter, from the same noise. Default: for
+    digits and prompts only."""
+    prompts: Path | None = None
+    """Prompts for text-to-image adapters: a text file of one a line, or a .csv or .jsonl with a column prompt and, if
+    wanted, image (reference images: a file or folder) and group. Default: the captions of the embedded job."""
+    unrelated_prompts: Path | None = None
+    """Prompts that have nothing to do with the training, in such a file: drift is how far their images have moved.
+    Default: letters, for the embedded job."""
     reference: tuple[Path, ...] = ()
-    """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images. Default: computed from the
-    data set."""
+    """Statistics that `ref` or ADM's tools wrote, a file for each of --features; or images, for prompts of any kind
+    and size. Default: the images of --prompts, or those of the data set."""
+    resolution: int | None = None
+    """Side in pixels of the images of prompts. Default: that of training."""
     num_images: int | None = None
-    """Images to generate. Default: 500 for digits, else 10,000."""
+    """Images to generate. Default: 500 for digits, four for each prompt, else 10,000."""
     labels: LabelOrder = "turns"
-    """Classes of the images: one after the other (turns); drawn at random with equal probability (random, as in DiT's
-    and SiT's scripts); or with their frequencies in --split of --dataset (dataset)."""
+    """Classes or prompts of the images: one after the other (turns); drawn at random with equal probability (random,
+    as in DiT's and SiT's scripts); or with their frequencies in --split of --dataset (dataset)."""
     num_inference_steps: int | None = None
-    """Steps of the sampler. Default: 25 for digits, else 50."""
+    """Steps of the sampler. Default: 25 for digits, 28 for prompts, else 50."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. Default: 2 for digits, else
-    1.5."""
+    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. Default: 2 for digits, the
+    pipeline's own for prompts, else 1.5."""
     seed: int = 0
     """Seed of all noise."""
-    images_at_once: int = IMAGES_AT_ONCE
+    images_at_once: int | None = None
     """Number of images in each batch of the networks; the last batch is padded. So each image is the same, bit for
-    bit, whatever the other images of its batch and the number of processes."""
+    bit, whatever the other images of its batch and the number of processes. Default: 16, or 1 for prompts."""
     output: Path | None = None
-    """JSON file. Default: evaluation.json beside the adapter, or here."""
+    """JSON file; sheets of pictures are beside it, as .png. Default: evaluation.json beside the first adapter, or
+    here."""
 
-    def for_dataset(self, dataset: str) -> "Generate":
-        """The same with this data set's values where none are given: a minute's work for the embedded digits."""
-        own = defaults_of(dataset)
+    report_name: ClassVar[str] = "evaluation.json"
+
+    @property
+    def adapter_files(self) -> dict[str, Path]:
+        """The adapters' files by their names; ValueError if two have one name."""
+        files: dict[str, Path] = {}
+        for path in self.adapter or ():
+            file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+            name = (file.parent if file.name == WEIGHTS_NAME else file.with_suffix("")).resolve().name
+            if name in files or name == "base" and len(self.adapter) > 1:
+                other = files.get(name, "the base")
+                raise ValueError(f"--adapter {path} has the name '{name}', as has {other}: rename its folder or file")
+            files[name] = file
+        return files
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report is written."""
+        folder = next((file.parent for file in self.adapter_files.values()), Path())
+        return self.output or folder / self.report_name
+
+    def with_defaults(self, own: Defaults, drawn: AdaptedPipeline, has_real: bool, drifts: bool) -> "Generate":
+        """The same with the defaults of what is drawn where no values are given.
+
+        Args:
+            has_real, drifts: whether there are real images, and unrelated prompts.
+
+        Raises:
+            ValueError: there is nothing to measure.
+        """
+        pipeline, family, scale = drawn.pipeline, drawn.family, own.eval_guidance_scale
         values = {
-            "num_images": own.eval_images,
+            "num_images": own.eval_images or 4 * len(drawn.conditions),
             "num_inference_steps": own.eval_steps,
-            "guidance_scale": own.eval_guidance_scale,
+            "guidance_scale": family.guidance_scale(pipeline) if scale is None else scale,
             "compare_base": own.compares_base,
+            "images_at_once": own.images_at_once or family.images_at_once,
         }
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        given = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        default = replace(self, metrics=("fd",) * own.has_distance + own.metrics * (not self.metrics))
+        rows = zip(default.metrics, default.asked, strict=True)
+        always = [name for name, (row, _) in rows if has_real or not {REAL, REFERENCE} & needed([row])]
+        metrics = tuple(dict.fromkeys([*always, *self.metrics, *["drift"] * drifts]))
+        if not metrics:
+            raise ValueError(
+                "nothing to measure without real images: give --reference, an image column in --prompts, "
+                "--unrelated-prompts or --metrics clip-t"
+            )
+        given = replace(given, metrics=metrics)
+        return given.for_scheduler(pipeline.scheduler.config) if family.takes_samplers else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +165,8 @@ class Sweep(Generate):
     compare_base: tyro.conf.Suppress[bool | None] = False
     output: Path | None = None
     """JSON file; the plot is beside it, as .png. Default: sweep.json beside the adapter, or here."""
+
+    report_name: ClassVar[str] = "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)

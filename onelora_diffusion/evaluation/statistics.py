@@ -1,5 +1,6 @@
 """Mean and covariance of the features of a set of images, computed in constant memory and summed over processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from onelora_diffusion import __version__
-from onelora_diffusion.evaluation.features import UNTOLD, distance_name, kind_of, what_widths_are
+from onelora_diffusion.evaluation.features import UNTOLD, kind_of, name_of, what_widths_are
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import Source
 
@@ -46,7 +47,7 @@ class Origin:
 
     @property
     def distance_name(self) -> str:
-        return distance_name(self.features, self.extractor)
+        return name_of("FD", self.features, self.extractor)
 
     @property
     def is_told(self) -> bool:
@@ -94,6 +95,7 @@ class Measured:
         kept: the features of all images, (images, d) float32, if a metric needs them.
         spatial: statistics of the spatial features, if sFID needs them.
         notes: sentences about the images for the report.
+        groups, prompts: those of each image, if they are known; see `images.Source`.
     """
 
     statistics: FeatureStatistics
@@ -101,6 +103,8 @@ class Measured:
     kept: Tensor | None = None
     spatial: FeatureStatistics | None = None
     notes: tuple[str, ...] = ()
+    groups: Sequence[str] | None = None
+    prompts: Sequence[str] | None = None
 
 
 class GivenFeatures(nn.Module):
@@ -148,7 +152,7 @@ class RunningStatistics:
             self.kept += zip(indices, features.float().cpu(), strict=True)
 
     def reduce(self) -> FeatureStatistics:
-        """The statistics of the images of all processes; ValueError for fewer than 2 images."""
+        """The statistics of the images of all processes; the covariance of one image is not a number."""
         return _reduced(self.sums)
 
     def reduce_spatial(self) -> FeatureStatistics:
@@ -175,8 +179,6 @@ def _reduced(sums: FrechetInceptionDistance) -> FeatureStatistics:
         for value in parts:
             distributed.all_reduce(value)
     total, products, count = (value.cpu() for value in parts)
-    if count < 2:
-        raise ValueError(f"{int(count)} image: a distance between sets needs two or more")
     mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
     return FeatureStatistics(mean, covariance, int(count))

@@ -5,23 +5,26 @@ from dataclasses import asdict
 
 from onelora_diffusion.devices import in_words
 from onelora_diffusion.evaluation.metrics import METRICS, all_shown
-from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
+from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table, format_tables
 from onelora_diffusion.evaluation.statistics import Measured, Origin, shortage
 
 LABELS = {"turns": "", "random": ", random labels", "dataset": ", labels as frequent as in the data set"}
 
 
-def section(measured: Measured, reference: Measured, results: dict[str, dict]) -> dict:
+def section(measured: Measured, reference: Measured | None, results: dict[str, dict]) -> dict:
     """The numbers by one kind of features, the compared sets, and notes that limit what the numbers mean."""
-    origin, sets = measured.origin, {"generated": measured.statistics, "reference": reference.statistics}
-    notes = [*measured.notes, *reference.notes]
+    origin, compared = measured.origin, {"generated": measured, "reference": reference}
+    sets = {name: each for name, each in compared.items() if each}
+    notes = [note for each in sets.values() for note in each.notes]
     notes += [note for metric in METRICS.values() for result in results.values() if (note := metric.note_of(result))]
-    if None not in (sizes := (origin.resolution, reference.origin.resolution)) and sizes[0] != sizes[1]:
+    sizes = [each.origin.resolution for each in sets.values() if each.origin.resolution]
+    if len(set(sizes)) > 1:
         notes.append(
             f"The images have {sizes[0]}x{sizes[0]} pixels, those of the reference {sizes[1]}x{sizes[1]}: the "
             "distance is also one between sharper and blurrier images."
         )
-    notes += [note for name, each in sets.items() if (note := shortage(each, name))]
+    if any("distance" in result for result in results.values()):
+        notes += [note for name, each in sets.items() if (note := shortage(each.statistics, name))]
     notes = list(dict.fromkeys(notes))
     return {
         "distance_name": origin.distance_name,
@@ -33,7 +36,7 @@ def section(measured: Measured, reference: Measured, results: dict[str, dict]) -
             "antialias": "antialias=True" in origin.resize,
         },
         "resolution": origin.resolution,
-        "reference": {**asdict(reference.origin), "count": reference.statistics.count},
+        "reference": reference and {**asdict(reference.origin), "count": reference.statistics.count},
         "notes": notes,
         "results": results,
     }
@@ -61,8 +64,8 @@ def print_report(report: dict) -> None:
     count = report["num_images"]
     title = "images of a file" if count is None else f"{count:,} images"
     if "sampler" in report:
-        title += f" each, {report['sampler']}, {report['num_inference_steps']} steps, {describe_guidance(report)}"
-        title += f", seed {report['seed']}" + LABELS[report["labels"]]
+        title += f" each, {report['sampler'] or 'own sampler'}, {report['num_inference_steps']} steps"
+        title += f", {describe_guidance(report)}, seed {report['seed']}" + LABELS[report["labels"]]
     rows = {}
     for each in sections:
         rows |= result_rows(each)
@@ -70,6 +73,11 @@ def print_report(report: dict) -> None:
         blank = [""] * (len(results) - 1)
         rows["num_trainable_params"] = [*blank, f"{report['num_trainable_params']:,}"]
         rows["adapter file"] = [*blank, format_bytes(report["adapter_bytes"])]
+    adapters = report.get("adapters", {})
+    if adapters:
+        rows["trained"] = [
+            f"{adapters[name]['num_trainable_params']:,}" if name in adapters else "" for name in results
+        ]
 
     notes = notes_of(report)
     if report.get("classifier"):
@@ -78,12 +86,12 @@ def print_report(report: dict) -> None:
         )
     if "images_at_once" in report:
         notes.append(f"Generated in {in_words(report)}, {report['images_at_once']} images at once.")
-    if len(results) == 2:
-        base_classes = report["num_base_classes"]
+    if len(results) > 1 and (base_classes := report.get("num_base_classes")):
         notes.append(
             f"The base knows its own {base_classes} classes: asked for class i, it draws i mod {base_classes}."
         )
-    print(f"\n{format_table(title, list(results), rows)}")
+    table = format_tables(title, list(results), rows) if adapters else format_table(title, list(results), rows)
+    print(f"\n{table}")
     for note in notes + notes_on_worth(report):
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
@@ -97,9 +105,10 @@ def notes_of(report: dict) -> list[str]:
     """The reference and the settings of each kind of features."""
     notes = []
     for each in sections_of(report):
-        features, reference = each["features"], dict(each["reference"])
-        count = reference.pop("count")
-        notes.append(f"Reference: {describe(Origin(**reference), count)}.")
+        features, reference = each["features"], dict(each["reference"] or {})
+        if reference:
+            count = reference.pop("count")
+            notes.append(f"Reference: {describe(Origin(**reference), count)}.")
         notes.append(
             f"Features: {features['name']}, {features['num_features']} of them, resize: {features['resize']}."
         )
@@ -121,7 +130,7 @@ def describe_guidance(report: dict) -> str:
 def names_of(part: dict) -> dict[str, str]:
     """The name in tables of each number of a section's results, by its key."""
     first = next(iter(part["results"].values()))
-    names = part["distance_name"], part["features"]["name"]
+    names = part["features"]["name"], part["features"]["extractor"]
     return {key: shown.titled(*names) for key, shown in all_shown().items() if key in first}
 
 

@@ -38,7 +38,7 @@ def print_sweep(report: dict) -> None:
     rows = {}
     for each in sections_of(report):
         rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in result_rows(each).items()}
-    title = f"{report['num_images']:,} images at each guidance, {report['sampler']}, "
+    title = f"{report['num_images']:,} images at each guidance, {report['sampler'] or 'own sampler'}, "
     title += f"{report['num_inference_steps']} steps, seed {report['seed']}{LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())

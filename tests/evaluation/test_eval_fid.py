@@ -17,6 +17,7 @@ from PIL import Image
 
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
 from onelora_diffusion.cli import eval_fid
+from onelora_diffusion.evaluation import planning
 from onelora_diffusion.evaluation.settings import parse
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images
@@ -135,7 +136,7 @@ def test_guidance_of_channels_and_steps_is_taken_and_told(run_folder, tmp_path, 
 
 
 def test_labels_are_drawn_as_asked_and_told(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval_fid, "class_frequencies", lambda dataset, names: [1] + [0] * (len(names) - 1))
+    monkeypatch.setattr(planning, "class_frequencies", lambda dataset, names: [1] + [0] * (len(names) - 1))
     gen = ["--adapter", run_folder, *SMALL, "--compare-base", "False", "--output", tmp_path / "gen.json"]
     found = {}
     for labels in ("turns", "random", "dataset"):

@@ -8,10 +8,16 @@ from PIL import Image
 from rounding import assert_rounded, rounding
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from onelora_diffusion.evaluation.features import distance_name, load_features
-from onelora_diffusion.evaluation.features.base import DINOV2_HUB_ID, DINOV2_REVISION, INCEPTION_SHA256
+from onelora_diffusion.evaluation.features import load_features, name_of, networks
+from onelora_diffusion.evaluation.features.base import INCEPTION_SHA256
+from onelora_diffusion.evaluation.features.clip import CLIP, CLIP_LARGE
+from onelora_diffusion.evaluation.features.dino import DINO
+from onelora_diffusion.evaluation.features.dinov2 import DINOV2
 from onelora_diffusion.evaluation.features.inception import inception_2015, inception_random
+from onelora_diffusion.evaluation.features.networks import IMAGENET
+from onelora_diffusion.evaluation.formulas import paired_similarity
 from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.metrics import PUBLISHED
 from onelora_diffusion.evaluation.statistics import RunningStatistics
 
 
@@ -93,11 +99,11 @@ def test_random_inception_is_a_function_of_its_seed():
 
 
 def test_only_released_inception_gives_fid():
-    assert distance_name("inception", INCEPTION_SHA256) == "FID"
+    assert name_of("FD", "inception", INCEPTION_SHA256) == "FID"
     for features in (inception_random(), inception_random(layer="64"), load_features("pixels", 8)):
-        assert distance_name(features.name, features.extractor) == f"FD({features.name})"
+        assert name_of("FD", features.name, features.extractor) == f"FD({features.name})"
     assert inception_random().name == "inception-random"
-    assert distance_name("inception-64", INCEPTION_SHA256 + "-64") == "FD(inception-64)"
+    assert name_of("FD", "inception-64", INCEPTION_SHA256 + "-64") == "FD(inception-64)"
 
 
 def test_other_inception_weights_are_refused_unread(tmp_path):
@@ -210,7 +216,7 @@ def test_dinov2_is_prepared_as_published(dinov2_folder, size):
     with torch.no_grad():
         expected = plain(seen[0]).last_hidden_state[:, 0]
     assert_rounded(found.float(), expected, plain)
-    assert features.name == "dinov2-32" and distance_name(features.name, features.extractor) == "FD(dinov2-32)"
+    assert features.name == "dinov2-32" and name_of("FD", features.name, features.extractor) == "FD(dinov2-32)"
     assert "antialias=True" in features.resize
 
 
@@ -227,17 +233,16 @@ def test_fd_dinov2_is_the_name_of_the_published_weights_alone(dinov2_folder, mon
         return network
 
     monkeypatch.setattr(transformers.Dinov2Model, "from_pretrained", from_hub)
+    monkeypatch.setattr(networks, "is_in_reach", lambda hub_id: True)
     features = load_features("dinov2", 224)
-    assert [(name, local) for name, _, local in asked] == [(DINOV2_HUB_ID, True), (DINOV2_HUB_ID, False)]
-    assert {revision for _, revision, _ in asked} == {DINOV2_REVISION}
-    assert distance_name(features.name, features.extractor) == "FD-DINOv2"
+    assert [(name, local) for name, _, local in asked] == [(DINOV2.hub_id, True), (DINOV2.hub_id, False)]
+    assert {revision for _, revision, _ in asked} == {DINOV2.revision}
+    assert name_of("FD", features.name, features.extractor) == "FD-DINOv2"
 
-    def no_network(*args, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(transformers.Dinov2Model, "from_pretrained", no_network)
+    monkeypatch.setattr(networks, "is_in_reach", lambda hub_id: False)
     with pytest.raises(
-        FileNotFoundError, match="facebook/dinov2-large is not in the hub's cache and cannot be fetched"
+        FileNotFoundError,
+        match="facebook/dinov2-large: model.safetensors is not in the hub's cache and cannot be fetched from",
     ):
         load_features("dinov2", 224)
 
@@ -247,3 +252,81 @@ def test_unknown_features_and_missing_dinov2(tmp_path):
         load_features("vgg", 8)
     with pytest.raises(FileNotFoundError, match="--dinov2-weights"):
         load_features("dinov2", 8, tmp_path)
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A random CLIP of images of 32 by 32 pixels, with a tokenizer of bytes."""
+    from text_pipelines import TOKENS, make_tokenizer
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    text = {**sizes, **TOKENS, "max_position_embeddings": 24}
+    network = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    network.save_pretrained(tmp_path / "clip")
+    make_tokenizer(24).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip", network
+
+
+def test_clip_embeds_images_and_prompts_as_its_model_does(clip_folder):
+    from transformers import AutoTokenizer, CLIPImageProcessor
+
+    folder, network = clip_folder
+    features = load_features("clip", 32, folder)
+    images, prompts = make_images(3), ["a red sign", "night", "a sign " * 20]
+    tokens = AutoTokenizer.from_pretrained(folder)(prompts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        pixels = processor(list(images), return_tensors="pt").pixel_values
+        expected = network(pixel_values=pixels, **{k: tokens[k] for k in ("input_ids", "attention_mask")})
+    embedded = features(images), features.embed_text(prompts)
+    for found, normalised in zip(embedded, (expected.image_embeds, expected.text_embeds), strict=True):
+        assert_rounded(torch.nn.functional.normalize(found, dim=1).float(), normalised, network)
+    theirs = (expected.logits_per_image.diag() / network.logit_scale.exp()).mean().item()
+    assert paired_similarity(*embedded) == pytest.approx(theirs, abs=1e-5)
+    assert features.num_features == 8 and features.name == "clip-8" and features.kind == "clip"
+
+
+def test_names_of_subjects_and_prompts_are_those_of_published_networks(clip_folder, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer, CLIPModel, ViTConfig, ViTModel
+
+    folder, network = clip_folder
+    tokenizer, asked = AutoTokenizer.from_pretrained(folder), []
+    sizes = {"hidden_size": 12, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    dino = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16), add_pooling_layer=False).eval()
+    dino.save_pretrained(tmp_path / "dino")
+    images = make_images(2)
+    ours = load_features("dino", 32, tmp_path / "dino")
+    with torch.no_grad():
+        mean, deviation = (torch.tensor(colours)[:, None, None] for colours in IMAGENET)
+        expected = dino((images.float() / 255 - mean) / deviation).last_hidden_state[:, 0]
+    assert_rounded(ours(images).float(), expected, dino)
+    assert name_of("similarity", ours.name, ours.extractor) == "similarity(dino-12)"
+
+    for of_class, found in ((CLIPModel, network), (ViTModel, dino), (AutoTokenizer, tokenizer)):
+
+        def from_hub(hub_id, found=found, **options):
+            asked.append((hub_id, options))
+            return found
+
+        monkeypatch.setattr(of_class, "from_pretrained", from_hub)
+    expected = {
+        "dino": {"similarity": "DINO-I", "drift": "drift(dino)"},
+        "clip": {"similarity": "CLIP-I", "prompt similarity": "CLIP-T", "MMD": "MMD(clip)"},
+        "clip-large": {"MMD": "CMMD", "similarity": "similarity(clip-large)"},
+    }
+    for kind, names in expected.items():
+        features = load_features(kind, 32)
+        assert {number: name_of(number, features.name, features.extractor) for number in names} == names
+    assert {hub_id for hub_id, _ in asked} == {DINO.hub_id, CLIP.hub_id, CLIP_LARGE.hub_id}
+    assert {options["revision"] for _, options in asked} == {DINO.revision, CLIP.revision, CLIP_LARGE.revision}
+    assert PUBLISHED == {
+        "fid": ("fd", "inception"),
+        "fd-dinov2": ("fd", "dinov2"),
+        "dino-i": ("similarity", "dino"),
+        "clip-i": ("similarity", "clip"),
+        "clip-t": ("prompt-similarity", "clip"),
+        "cmmd": ("mmd", "clip-large"),
+    }

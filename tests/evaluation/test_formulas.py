@@ -1,16 +1,23 @@
 """KID, precision and recall, Inception Score and the extrapolation where their values are known."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from onelora_diffusion.evaluation.formulas import (
+    authenticity,
     density_coverage,
     extrapolate,
+    gaussian_mmd,
     inception_score,
     kernel_distance,
+    nearest,
+    paired_similarity,
     precision_recall,
+    similarity,
 )
 from onelora_diffusion.evaluation.statistics import FeatureStatistics
 
@@ -111,3 +118,36 @@ def test_extrapolation_of_a_shift_keeps_it():
     found = extrapolate(normal(4000, 4), reference)
     assert found.counts == [2000, 2500, 3000, 3500, 4000]
     assert found.limit == pytest.approx(4 * 9, rel=0.05)
+
+
+def test_gaussian_mmd_is_the_authors_double_sum():
+    """1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) over all pairs, of vectors of length 1, bandwidth 10."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 5)), rng.normal(size=(4, 5)) + 1
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (x, y))
+
+    def mean(first, second):
+        return np.mean([[math.exp(-np.sum((p - q) ** 2) / (2 * 10**2)) for q in second] for p in first])
+
+    expected = 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b))
+    found = gaussian_mmd(torch.from_numpy(x), torch.from_numpy(3 * y))  # lengths do not count
+    assert found == pytest.approx(expected, rel=1e-9) and expected > 1
+    assert gaussian_mmd(torch.from_numpy(x), torch.from_numpy(x)) == pytest.approx(0, abs=1e-9)
+
+
+def test_similarity_is_with_the_images_of_the_own_group():
+    generated, real = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [0, 1], [1, 1]])
+    half = 0.5**0.5
+    assert similarity(generated, real) == pytest.approx((1 + 0 + half + 0 + 1 + half) / 6)
+    assert similarity(generated, real, ["a", "b"], ["a", "b", "b"]) == pytest.approx((1 + (1 + half) / 2) / 2)
+    assert paired_similarity(generated, real[[2, 1]]) == pytest.approx((half + 1) / 2)
+    values, indices = nearest(generated, real)
+    assert values.tolist() == pytest.approx([1, 1]) and indices.tolist() == [0, 1]
+
+
+def test_authenticity_counts_images_that_are_no_copies():
+    real = torch.tensor([[0.0], [10], [11]])
+    # 0.5 is nearer to 0 than 0 is to 10; 12.5 is farther from 11 than 11 is from 10; 10.2 is nearer to 10 than 11 is.
+    assert authenticity(torch.tensor([[0.5], [12.5], [10.2], [-11]]), real) == pytest.approx(2 / 4)
+    with pytest.raises(ValueError, match="authenticity needs two or more"):
+        authenticity(real, real[:1])

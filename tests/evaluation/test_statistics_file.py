@@ -9,7 +9,8 @@ import torch
 
 from onelora_diffusion.cli import eval_fid
 from onelora_diffusion.evaluation.features import FEATURES, UNTOLD, FeatureKind
-from onelora_diffusion.evaluation.features.base import DINOV2_PUBLISHED, Features
+from onelora_diffusion.evaluation.features.base import Features
+from onelora_diffusion.evaluation.features.dinov2 import DINOV2
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.settings import parse
@@ -244,7 +245,7 @@ def test_a_file_that_tells_nothing_is_taken_for_the_features_of_which_there_are_
     assert names == {2048: ("inception", "FID"), 1024: ("dinov2", "FD(dinov2)"), 768: unknown}
 
     filed = load_statistics(tmp_path / "1024.npz").origin
-    for features, extractor in (("dinov2", DINOV2_PUBLISHED), ("dinov2-1024", "a folder's digest")):
+    for features, extractor in (("dinov2", DINOV2.extractor), ("dinov2-1024", "a folder's digest")):
         Origin(features, extractor, "bicubic", 256, "images").check_comparable(filed)
     for features in ("inception", "dinov2-768", "inception-random"):
         with pytest.raises(

@@ -36,7 +36,7 @@ def largest_difference(generated, real, features, settings: MetricSettings) -> d
 @pytest.fixture
 def tables(monkeypatch):
     monkeypatch.setitem(FEATURES, "brightness", FeatureKind(lambda resolution, weights: Brightness()))
-    shown = {"gap": Shown("gap{own}", "{gap:.2f}")}
+    shown = {"gap": Shown("gap", "{gap:.2f}")}
     monkeypatch.setitem(METRICS, "gap", Metric((GENERATED, REAL), largest_difference, shown))
 
 
@@ -103,9 +103,11 @@ def test_a_row_is_all_that_a_data_set_needs(tables, tmp_path, monkeypatch):
 def test_names_that_no_table_has_are_refused_with_those_that_it_has(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((4, 4, 4, 3), np.uint8))
     files = ["calc", "--images", tmp_path / "a.npz", "--reference", tmp_path / "a.npz"]
-    with pytest.raises(SystemExit, match="unknown features 'brightness': choose from pixels, inception, dinov2, fash"):
+    with pytest.raises(
+        SystemExit, match="unknown features 'brightness': choose from pixels, inception, dinov2, dino,"
+    ):
         run(*files, "--features", "brightness")
-    with pytest.raises(SystemExit, match="--metrics gap is unknown: choose from sfid, kid, precision-recall, densi"):
+    with pytest.raises(SystemExit, match="--metrics gap is unknown: choose from fd, sfid, kid, mmd, precision-"):
         run(*files, "--features", "pixels", "--metrics", "gap")
     with pytest.raises(SystemExit, match="--inception-score-split is 0; it must be at least 1"):
         run(*files, "--features", "pixels", "--inception-score-split", "0")

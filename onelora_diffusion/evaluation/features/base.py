@@ -4,9 +4,6 @@ from torch import Tensor, nn
 
 # What a file of statistics that another tool wrote says of the weights and the resize behind it.
 UNTOLD = "not told"
-# ViT-L/14 as Meta released it, on the Hugging Face hub
-DINOV2_HUB_ID, DINOV2_REVISION = "facebook/dinov2-large", "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
-DINOV2_PUBLISHED = f"{DINOV2_HUB_ID}@{DINOV2_REVISION}"
 # torch-fidelity's release of the Inception weights of 2015, weights-inception-2015-12-05-6726825d.pth
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -19,6 +16,9 @@ class Features(nn.Module):
         extractor: what identifies the weights, such as their hash.
         resize: what is done to an image before it is looked at.
         num_spatial: how many spatial features (sFID's) it gives as well; most give none.
+        kind: the row of `FEATURES` that it was loaded by.
+
+    Some have `logits(features)`, or `embed_text(prompts)`, the features of texts.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Features(nn.Module):
     resize: str
     num_features: int
     num_spatial = 0
+    kind = ""
 
     def train(self, mode: bool = True) -> "Features":
         return super().train(False)

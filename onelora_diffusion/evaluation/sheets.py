@@ -1,0 +1,71 @@
+"""Sheets of pictures: blocks of images beside each other, a row for each class or prompt."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from onelora_diffusion.files import printable, written_beside
+
+SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
+HEADER = 18  # pixels of a line above a block
+CHARACTER = 6  # pixels of a character's width
+LONGEST = 60  # characters of a row's name
+
+
+def write_sheet(
+    output: Path, blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left: str | None = None
+) -> None:
+    """Write a PNG with a row for each name, whatever the number of blocks.
+
+    Args:
+        blocks: images uint8 (3, R, R) by the title of their block; image i is in row i mod len(names). The titles of
+            several blocks stand above them.
+        left: the block on the left of the names; all others are on their right.
+    """
+    grids = {title: grid_of(images, len(names)) for title, images in blocks.items()}
+    names = [printable(name, LONGEST) for name in names]
+    height = next(iter(grids.values())).height
+    lines = {title: textwrap.wrap(title, max(1, grid.width // CHARACTER)) for title, grid in grids.items()}
+    top = HEADER * max(map(len, lines.values())) if len(grids) > 1 else 0
+    canvas = Image.new("RGB", (1, 1))
+    margin = math.ceil(max(ImageDraw.Draw(canvas).textlength(name) for name in names)) + 12
+    sheet = Image.new("RGB", (margin + sum(grid.width for grid in grids.values()), top + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    x = 0
+
+    def put_names(x: int) -> int:
+        for row, name in enumerate(names):
+            middle = x + margin / 2, top + (row + 0.5) * height / len(names)
+            draw.text(middle, name, fill="black", anchor="mm")
+        return x + margin
+
+    if left is None:
+        x = put_names(x)
+    for title, grid in sorted(grids.items(), key=lambda item: item[0] != left):
+        sheet.paste(grid, (x, top))
+        if top:
+            draw.multiline_text(
+                (x + grid.width / 2, top / 2), "\n".join(lines[title]), fill="black", anchor="mm", align="center"
+            )
+        x += grid.width
+        if title == left:
+            x = put_names(x)
+    with written_beside(output) as part:
+        sheet.save(part, format="PNG")
+
+
+def grid_of(images: Sequence[Tensor], rows: int) -> Image.Image:
+    """Images in rows, small ones enlarged; image i is in row i mod `rows`."""
+    columns, size = math.ceil(len(images) / rows), images[0].shape[-1]
+    tiles = torch.full((rows * columns, 3, size, size), 255, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        tiles[index % rows * columns + index // rows] = image
+    enlarge = math.ceil(SMALLEST_TILE / size)
+    tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    return Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())

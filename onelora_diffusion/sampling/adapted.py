@@ -1,0 +1,214 @@
+"""A base with adapters and the classes or prompts that it draws: loaded for a command line, and drawn from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS
+from onelora_diffusion.data.table import Defaults
+from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
+from onelora_diffusion.devices import ComputeSettings
+from onelora_diffusion.families import Family, family_of
+from onelora_diffusion.families.classes import by_label, find_class, told_apart
+from onelora_diffusion.injection.book import disable_adapter
+from onelora_diffusion.injection.verbs import set_adapters
+from onelora_diffusion.pipelines.base import load_base
+from onelora_diffusion.sampling.drawing import IMAGES_AT_ONCE, adapters_merged, generate_images
+from onelora_diffusion.sampling.settings import SamplerSettings
+from onelora_diffusion.storage.adapter_file import read_adapter
+from onelora_diffusion.storage.attaching import AdapterFile
+from onelora_diffusion.storage.reading import load_adapter
+
+PRECISIONS = {"no": "fp32", "bf16": "bf16"}  # in which a base of prompts can be loaded, by --mixed-precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedPipeline:
+    """A base with its adapters, and what it draws.
+
+    Attributes:
+        pipeline: the base; the adapters in its denoiser are active.
+        adapters: the content of each adapter's file, by the adapter's name.
+        kind: `classes` or `prompts`.
+        conditions, names: the labels or prompts that are drawn in turns, and their names.
+        size: side of the images in pixels; None takes the pipeline's default.
+        max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
+    """
+
+    pipeline: object
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
+    kind: str
+    conditions: Sequence[int | str]
+    names: Sequence[str]
+    size: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.pipeline)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return denoiser_of(self.pipeline)
+
+    @property
+    def resolution(self) -> int:
+        return self.size or self.family.resolution(self.pipeline)
+
+    @property
+    def dataset(self) -> str | None:
+        """The data set on which all adapters were trained, if their files say one."""
+        named = {file.training.get("dataset") for file in self.adapters.values()}
+        return named.pop() if len(named) == 1 else None
+
+    @property
+    def defaults(self) -> Defaults:
+        """The default settings for what is drawn."""
+        return defaults_of(self.dataset, self.kind)
+
+    @property
+    def num_base_classes(self) -> int | None:
+        """The number of classes of the base; None for prompts."""
+        return self.denoiser.config.num_embeds_ada_norm if self.kind == "classes" else None
+
+    def place(self, settings: ComputeSettings, device: torch.device) -> None:
+        """Move all models to a device, the denoiser and the autoencoder in the precision of the settings."""
+        settings.place(self.pipeline.to(device), device)
+
+    def draw(
+        self,
+        conditions: Sequence[int | str],
+        seed: int,
+        indices: Sequence[int],
+        settings: SamplerSettings,
+        *,
+        of_base: bool = False,
+        images_at_once: int | None = IMAGES_AT_ONCE,
+        **options,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Generate images of conditions, one for each index, with the active adapters; see `generate_images`.
+
+        Args:
+            of_base: let the base draw alone, from the same noise: the same prompts, or classes of its own.
+        """
+        family, denoiser = self.family, self.denoiser
+        if of_base:  # it draws without an adapter, to which domain guidance would lead
+            settings = replace(settings, guidance=SamplerSettings.guidance)
+            conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
+            serving = disable_adapter(denoiser) if self.adapters else nullcontext()
+        else:
+            serving = adapters_merged(denoiser, settings) if family.merges_adapters else nullcontext()
+        with serving:
+            yield from generate_images(
+                self.pipeline,
+                conditions,
+                seed,
+                indices,
+                settings,
+                size=self.size,
+                max_sequence_length=self.max_sequence_length,
+                images_at_once=images_at_once,
+                **options,
+            )
+
+    def choose(self, adapter_name: str) -> None:
+        """Make one of the adapters the active one."""
+        if len(self.adapters) > 1:
+            set_adapters(self.denoiser, adapter_name)
+
+
+def load_adapted(
+    base: str | None,
+    files: Mapping[str, Path],
+    *,
+    classes: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    resolution: int | None = None,
+    mixed_precision: str = "no",
+) -> AdaptedPipeline:
+    """Load a base with adapters, and find what they draw.
+
+    Args:
+        base: a folder or hub id; None takes the one that the adapters name.
+        files: the file or folder of each adapter, by the name that it gets.
+        classes: names or numbers of the classes to draw; () takes all, of a base that draws classes.
+        prompts: prompts to draw; () takes the captions of the embedded job, for its adapters.
+        resolution: side of the images of prompts; None takes that of training.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, an adapter does not fit the base, or the base does
+            not draw such classes or prompts.
+    """
+    adapters = {name: read_adapter(path) for name, path in files.items()}
+    bases = {file.base or "miniature": name for name, file in adapters.items()}
+    if base is None and len(bases) > 1:
+        made = " and ".join(f"'{name}' for {named}" for named, name in bases.items())
+        raise ValueError(f"adapters of several bases, {made}: measure them one after the other, or give one --base")
+    of_prompts = {name for name, file in adapters.items() if "family" in file.training}
+    if (prompts or of_prompts) and (of_classes := [name for name in files if name not in of_prompts]):
+        raise ValueError(f"the adapter in {files[of_classes[0]]} draws classes, not --prompts: give --classes")
+    named_by = None if base else next(iter(files.values()), None)
+    base = base or next((file.base for file in adapters.values()), None)
+    if prompts or of_prompts:
+        loaded = _load_prompts(base, named_by, adapters, files, prompts, classes, resolution, mixed_precision)
+    else:
+        loaded = _load_classes(base, named_by, adapters, classes)
+    for name, path in files.items():
+        load_adapter(loaded.denoiser, path, name)
+    return loaded
+
+
+def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: Sequence[str]) -> AdaptedPipeline:
+    pipeline = load_base(base, named_by)
+    file, *others = adapters.values() or [None]
+    for other in others:
+        if (other.config.num_classes, other.id2label) != (file.config.num_classes, file.id2label):
+            raise ValueError(f"{' and '.join(adapters)} draw different classes: measure them one after the other")
+    if file is None or file.config.num_classes is None:  # the classes are those of the base
+        owner, num_classes = "the base", denoiser_of(pipeline).config.num_embeds_ada_norm
+        classes = by_label(pipeline.labels) or told_apart({}, num_classes)
+    else:
+        owner, classes = "the adapter", told_apart(file.id2label, file.config.num_classes)
+    labels = [find_class(name, classes, owner) for name in chosen] or sorted(classes)
+    names = [classes[label] for label in labels]
+    return AdaptedPipeline(pipeline=pipeline, adapters=adapters, kind="classes", conditions=labels, names=names)
+
+
+def _load_prompts(
+    base, named_by, adapters, files, prompts, classes, resolution: int | None, mixed_precision: str
+) -> AdaptedPipeline:
+    facts = [file.training for file in adapters.values()]
+    if facts and all(training.get("dataset") == CAPTIONED for training in facts):
+        prompts = prompts or CAPTIONS
+    if not prompts or classes:
+        where = " and ".join(map(str, files.values()))
+        raise ValueError(f"the adapter in {where} draws prompts: give --prompts, and no --classes")
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f"--mixed-precision {mixed_precision} is for classes: choose bf16 or no")
+    pipeline = load_base(base, named_by, condition=str, precision=PRECISIONS[mixed_precision])
+    if len(denoisers := {training.get("denoiser") for training in facts}) > 1:
+        raise ValueError(f"{' and '.join(adapters)} are of different denoisers: measure them one after the other")
+    choose_denoiser(pipeline, *denoisers or [None])
+    family = family_of(pipeline)
+    size = resolution or _largest(facts, "resolution") or family.resolution(pipeline)
+    family.check_resolution(pipeline, size)
+    length = _largest(facts, "max_sequence_length")
+    return AdaptedPipeline(
+        pipeline=pipeline,
+        adapters=adapters,
+        kind="prompts",
+        conditions=prompts,
+        names=prompts,
+        size=size,
+        max_sequence_length=length,
+    )
+
+
+def _largest(facts: Sequence[Mapping], name: str) -> int | None:
+    """The largest number under this name in the training summaries of adapters, if there is any."""
+    return max((value for training in facts if isinstance(value := training.get(name), int)), default=None)

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve browser \
+.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve test-proxy browser \
 	test-floors test-install test-wandb test-optimizers types style docs notebook
 .DELETE_ON_ERROR:
 
@@ -66,6 +66,11 @@ test-optimizers: .venv/optimizers/installed
 # The server's API, and its page in a real browser. Its packages lie apart, since nothing else needs them.
 test-serve: .venv/serve/installed
 	.venv/serve/bin/python -m pytest -rs tests/serving
+
+# Two servers behind nginx, by the configuration in docs/serving.md.
+test-proxy: .venv/serve/installed
+	command -v nginx || $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c "apt-get update && apt-get install --yes --no-install-recommends nginx"
+	.venv/serve/bin/python -m pytest -rs tests/serving/test_proxy.py
 
 # Chromium, by whoever packages it for this system.
 browser:

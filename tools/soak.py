@@ -4,6 +4,7 @@
     python tools/soak.py launchers                 # SIGTERM and SIGKILL of each launcher
     python tools/soak.py steps                     # 10,000 steps of the smallest model
     python tools/soak.py serve --minutes 60        # serve.py with its queue full, killed three times
+    python tools/soak.py probes                    # how soon it answers probes while 500 pictures wait
 
 `kills` ends train_dit.py by SIGKILL after a random time, or while it writes a checkpoint, and starts it again, until
 it has been killed often enough; then it may finish. Its adapter, averages and optimiser must be those of a run that
@@ -111,11 +112,20 @@ class Serve:
     """Of the requests."""
 
 
-def main(settings: Kills | Launchers | Steps | Serve) -> int:
+@dataclass
+class Probes:
+    """Time the server's probes while pictures wait."""
+
+    waiting: int = 500
+    """How many pictures wait."""
+    times: int = 100
+    """How often each probe is asked."""
+
+
+def main(settings: Kills | Launchers | Steps | Serve | Probes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_smallest_base(Path(folder) / "base")
-        run = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long, Serve: serve_long}[type(settings)]
-        problems = run(settings, Path(folder))
+        problems = RUNS[type(settings)](settings, Path(folder))
     print("\n".join(problems) or "passed")
     return 1 if problems else 0
 
@@ -471,11 +481,44 @@ def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
     return pictures
 
 
+# ---------------------------------------------------------------------------------------------------
+# probes
+
+
+def time_probes(settings: Probes, folder: Path) -> list[str]:
+    (folder / "adapters").mkdir()
+    server = Server(folder, 10**9, settings.waiting)
+    body = json.dumps({"pictures": [{"subject": 1, "num_inference_steps": 50}] * 50})
+    seconds: dict[str, list[float]] = {probe: [] for probe in PROBES}
+    try:
+        server.start()
+        clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(settings.waiting // 50)]
+        for client in clients:
+            client.request("POST", "/v1/pictures", body, TYPE)
+        while metrics_of(server.address)["queue_length"] < settings.waiting - 50:
+            time.sleep(0.1)
+        for _ in range(settings.times):
+            for probe in PROBES:
+                began = time.perf_counter()
+                ask(server.address, probe)
+                seconds[probe].append(time.perf_counter() - began)
+            time.sleep(0.05)
+        print(f"{metrics_of(server.address)['queue_length']:.0f} pictures wait at the end")
+    finally:
+        server.end(signal.SIGKILL)
+    print("| probe | median, ms | 95 %, ms | slowest, ms |\n|---|---:|---:|---:|")
+    for probe, took in seconds.items():
+        shown = " | ".join(f"{1e3 * np.quantile(took, share):.1f}" for share in (0.5, 0.95, 1))
+        print(f"| `{probe}` | {shown} |")
+    return []
+
+
 class Server:
     """serve.py in a process of its own."""
 
-    def __init__(self, folder: Path, memory_bytes: int):
+    def __init__(self, folder: Path, memory_bytes: int, places: int = QUEUE):
         self.folder, self.memory_bytes, self.process, self.log = folder, memory_bytes, None, folder / "serve.txt"
+        self.places = places
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -485,7 +528,7 @@ class Server:
         command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), "--port", str(self.port)]
         command += ["--base", str(self.folder / "base"), "--adapters", str(self.folder / "adapters")]
         command += ["--adapter-memory", str(self.memory_bytes / 1e6), "--max-batch", str(BATCH)]
-        command += ["--max-queue", str(QUEUE), "--max-queue-per-client", str(QUEUE)]
+        command += ["--max-queue", str(self.places), "--max-queue-per-client", str(self.places)]
         with self.log.open("w") as output:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -540,7 +583,7 @@ class Clients:
 
     def _probe(self, draw: random.Random) -> None:
         began = time.monotonic()
-        ask(self.server.address, draw.choice(("/healthz", "/readyz", "/metrics")))
+        ask(self.server.address, draw.choice(PROBES))
         self.slowest_probe = max(self.slowest_probe, time.monotonic() - began)
         self.counts["probes"] += 1
         time.sleep(0.2)
@@ -580,16 +623,17 @@ class Clients:
 
 
 GENERATE = "/v1/images/generations"
+PROBES = ("/healthz", "/readyz", "/metrics")
 TYPE = {"Content-Type": "application/json"}
 
 
 def ask(address: str, path: str, body=None) -> tuple[int, dict]:
     """(status, answer); a probe's text is not read."""
-    data = None if path != GENERATE else json.dumps(body).encode()
+    data = None if path in PROBES else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(address + path, data, TYPE), timeout=120) as answer:
             content = answer.read()
-            return answer.status, json.loads(content) if data else {}
+            return answer.status, json.loads(content) if path == GENERATE else {}
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
 
@@ -608,11 +652,14 @@ def metrics_of(address: str) -> dict[str, float]:
     return {name.removeprefix("onelora_"): float(value) for name, _, value in lines}
 
 
+RUNS = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long, Serve: serve_long, Probes: time_probes}
+
 if __name__ == "__main__":
     commands = (
         Annotated[Kills, tyro.conf.subcommand("kills")]
         | Annotated[Launchers, tyro.conf.subcommand("launchers")]
         | Annotated[Steps, tyro.conf.subcommand("steps")]
         | Annotated[Serve, tyro.conf.subcommand("serve")]
+        | Annotated[Probes, tyro.conf.subcommand("probes")]
     )
     sys.exit(main(tyro.cli(commands, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))))

@@ -187,58 +187,96 @@ def _add_probes(app: fastapi.FastAPI, service: Service, metrics: Metrics) -> Non
 # Models and adapters
 
 
-def _model_of(entry: AdapterEntry) -> dict:
-    return {
-        "id": entry.name,
-        "object": "model",
-        "created": entry.stamp[1] // 10**9,
-        "owned_by": "onelora",
-        "method": entry.method,
-        "base": entry.base,
-        "dataset": entry.dataset,
-        "classes": entry.classes and [entry.classes[label] for label in sorted(entry.classes)],
-        "prompt": entry.prompt,
-        "num_params": entry.num_params,
-        "digest": entry.digest,
-    }
+class Model(BaseModel):
+    """An adapter, or the base, as OpenAI's clients list models, and what is ours besides."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["onelora"] = "onelora"
+    method: str | None = None
+    base: str | None = None
+    dataset: str | None = None
+    classes: list[str] | None = Field(None, description="Names by label; without them the base's are drawn.")
+    prompt: str | None = None
+    num_params: int | None = None
+    digest: str | None
+
+
+class BaseModelOfServer(Model):
+    """The base, and what its requests may ask for."""
+
+    condition: Literal["class", "prompt"]
+    takes_negative_prompts: bool
+    samplers: list[str]
+    size: int
+    max_steps: int
+    guidance_scale: float
+
+
+class Problem(BaseModel):
+    id: str
+    problem: str
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[BaseModelOfServer | Model]
+    problems: list[Problem]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
+def _model_of(entry: AdapterEntry) -> Model:
+    return Model(
+        id=entry.name,
+        created=entry.stamp[1] // 10**9,
+        method=entry.method,
+        base=entry.base,
+        dataset=entry.dataset,
+        classes=entry.classes and [entry.classes[label] for label in sorted(entry.classes)],
+        prompt=entry.prompt,
+        num_params=entry.num_params,
+        digest=entry.digest,
+    )
 
 
 def _add_models(app: fastapi.FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    def base_model() -> dict:
+    def base_model() -> BaseModelOfServer:
         drawing = service.ready().drawing
-        return {
-            "id": service.base,
-            "object": "model",
-            "created": started,
-            "owned_by": "onelora",
-            "method": None,
-            "classes": [drawing.base_classes[label] for label in sorted(drawing.base_classes)] or None,
-            "digest": service.base_digest,
-            "condition": "class" if drawing.draws_classes else "prompt",
-            "takes_negative_prompts": drawing.takes_negative_prompts,
-            "samplers": drawing.samplers,
-            "size": drawing.size,
-            "max_steps": drawing.max_steps,
-            "guidance_scale": service.guidance_scale,
-        }
+        return BaseModelOfServer(
+            id=service.base,
+            created=started,
+            classes=[drawing.base_classes[label] for label in sorted(drawing.base_classes)] or None,
+            digest=service.base_digest,
+            condition="class" if drawing.draws_classes else "prompt",
+            takes_negative_prompts=drawing.takes_negative_prompts,
+            samplers=drawing.samplers,
+            size=drawing.size,
+            max_steps=drawing.max_steps,
+            guidance_scale=service.guidance_scale,
+        )
 
-    def listing() -> dict:
+    def listing() -> Models:
         entries = service.ready().library.entries()
-        return {
-            "object": "list",
-            "data": [base_model(), *(_model_of(entry) for entry in entries if not entry.problem)],
-            "problems": [{"id": entry.name, "problem": entry.problem} for entry in entries if entry.problem],
-        }
+        return Models(
+            data=[base_model(), *(_model_of(entry) for entry in entries if not entry.problem)],
+            problems=[Problem(id=entry.name, problem=entry.problem) for entry in entries if entry.problem],
+        )
 
     @app.get("/v1/models", tags=["models"])
-    async def models() -> dict:
+    async def models() -> Models:
         """The base first, then its adapters; and of files that cannot be drawn with, the problems."""
         return await asyncio.to_thread(listing)
 
     @app.get("/v1/models/{name:path}", tags=["models"])
-    async def model(name: str) -> dict:
+    async def model(name: str) -> BaseModelOfServer | Model:
         """The base, or one adapter."""
         if name == service.base:
             return base_model()
@@ -247,17 +285,17 @@ def _add_models(app: fastapi.FastAPI, service: Service) -> None:
     binary = {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}
 
     @app.put("/v1/adapters/{name:path}", tags=["models"], openapi_extra={"requestBody": binary})
-    async def put(name: str, request: fastapi.Request) -> dict:
+    async def put(name: str, request: fastapi.Request) -> Model:
         """Write or replace an adapter by the file in the body, which is checked first; whole or not at all."""
         check_admin(request)
         return _model_of(await asyncio.to_thread(service.put, name, await request.body()))
 
     @app.delete("/v1/adapters/{name:path}", tags=["models"])
-    async def delete(name: str, request: fastapi.Request) -> dict:
+    async def delete(name: str, request: fastapi.Request) -> Deleted:
         """Remove an adapter's file."""
         check_admin(request)
         await asyncio.to_thread(service.delete, name)
-        return {"id": name, "object": "model", "deleted": True}
+        return Deleted(id=name)
 
 
 def check_admin(request: fastapi.Request) -> None:

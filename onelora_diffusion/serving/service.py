@@ -161,9 +161,10 @@ class Service:
                 if not done and poll:
                     rest = [tickets[index] for index in waiting.values()]
                     share = sum(ticket.progress for ticket in tickets) / len(tickets)
-                    yield Progress(min(ticket.place() for ticket in rest), min(share, 1.0))
+                    yield Progress(rest[0].place(), min(share, 1.0))  # the others wait behind it
         finally:
-            gone.cancel()
+            for future in (gone, *waiting):
+                future.cancel()
             for ticket in tickets:
                 ticket.cancel()
 

@@ -18,6 +18,7 @@ from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
 from onelora_diffusion.serving.settings import AccessSettings, PortSettings
 
+ANY_PORT = PortSettings(port=0)
 CONFIGS = {
     "plain": AdapterConfig(),
     "birds": AdapterConfig(num_classes=5, bias=True),
@@ -74,7 +75,7 @@ def draw(drawing: Drawing, requests: Sequence[Request], mixtures: Sequence[Mappi
 
 
 @contextlib.contextmanager
-def answering(batcher, folder, receive_timeout: float = 30.0, request_timeout: float = 60.0, **access):
+def answering(batcher, folder, receive_timeout: float = 30.0, request_timeout: float = 60.0, port=ANY_PORT, **access):
     """(address, service) of a batcher behind a port."""
     from onelora_diffusion.serving.api import create_app
     from onelora_diffusion.serving.launching import listening
@@ -83,7 +84,7 @@ def answering(batcher, folder, receive_timeout: float = 30.0, request_timeout: f
     settings = AccessSettings(receive_timeout=receive_timeout, **access)
     service = Service("toy", folder, 2.0, request_timeout)
     service.start(batcher)
-    with listening(create_app(service, settings), PortSettings(port=0), receive_timeout) as address:
+    with listening(create_app(service, settings), port, receive_timeout) as address:
         yield address, service
 
 

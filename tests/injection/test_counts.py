@@ -1,5 +1,6 @@
 """The paper's numbers of trained weights, exactly: on DiT-XL/2 with 101 classes, LLaMA-2 and ViT-L."""
 
+import functools
 from copy import deepcopy
 
 import pytest
@@ -21,22 +22,23 @@ DIT_XL_2 = {
 }
 
 
-@pytest.mark.parametrize("method", DIT_XL_2)
-@pytest.mark.parametrize("fuse_qkv", [True, False])
-def test_dit_xl_2_with_101_classes(method, fuse_qkv):
+@functools.cache
+def dit_xl_2():
     from diffusers import DiTTransformer2DModel
 
     with torch.device("meta"):
-        model = DiTTransformer2DModel(out_channels=8)
-    inject_adapter(model, AdapterConfig(method, num_classes=101, fuse_qkv=fuse_qkv))
+        return DiTTransformer2DModel(out_channels=8)
+
+
+@pytest.mark.parametrize("method", DIT_XL_2)
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+def test_dit_xl_2_with_101_classes(method, fuse_qkv):
+    model = inject_adapter(deepcopy(dit_xl_2()), AdapterConfig(method, num_classes=101, fuse_qkv=fuse_qkv))
     assert count_trainable(model) == DIT_XL_2[method][0 if fuse_qkv else 1]
 
 
 def test_the_parts_of_dit_xl_2_and_their_shares():
-    from diffusers import DiTTransformer2DModel
-
-    with torch.device("meta"):
-        model = DiTTransformer2DModel(out_channels=8)
+    model = deepcopy(dit_xl_2())
     parts = trainable_parts(inject_adapter(model, AdapterConfig(num_classes=101)))
     width, blocks = 1152, 28
     of_blocks = {
@@ -63,6 +65,7 @@ def test_parts_of_full_fine_tuning_and_of_what_no_adapter_trains():
     assert trainable_parts(model) == {"blocks.*": (8, 8 / 11), "head": (3, 3 / 11)}
 
 
+@functools.cache
 def llama2(size):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +91,7 @@ def llama2(size):
     ],
 )
 def test_llama_2(size, config, trainable):
-    assert count_trainable(inject_adapter(llama2(size), config)) == trainable
+    assert count_trainable(inject_adapter(deepcopy(llama2(size)), config)) == trainable
 
 
 def test_vit_l():
@@ -176,4 +179,5 @@ def test_difffit_has_no_scales_in_tables_s2_to_s7_and_s11():
 
     # S6 and S7 (1.66M, 2.58M) count one number more for each of the 32,000 outputs of the head.
     for size, table in (("7b", 1_658_112), ("13b", 2_576_640)):
-        assert count_trainable(inject_adapter(llama2(size), AdapterConfig("difffit", scale=False))) + 32_000 == table
+        model = inject_adapter(deepcopy(llama2(size)), AdapterConfig("difffit", scale=False))
+        assert count_trainable(model) + 32_000 == table

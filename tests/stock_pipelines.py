@@ -451,6 +451,7 @@ STOCK = {
     "flux2_klein": make_flux2_klein,
     "wan": make_wan,
     "wan22": make_wan22,
+    "wan_ti2v": lambda: make_wan(expand_timesteps=True),
     "hidream": make_hidream,
     "krea2": make_krea2,
     "ovis": make_ovis,

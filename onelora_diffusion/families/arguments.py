@@ -1,30 +1,45 @@
 """Values that a pipeline gives its denoiser: tensors, numbers, None, and lists and dictionaries of them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-def leaves(arguments: dict, path: str = "") -> Iterator[tuple[str, object]]:
-    """Arguments by name, those in dictionaries as `dictionary.name`."""
-    for name, value in arguments.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
+@dataclass
+class Arrangement:
+    """How the arguments of a denoiser become values by name, with the images of a batch first in each, and back.
 
+    Attributes:
+        lists: names of the lists that have other entries than one for each image, such as one for each layer.
+        dims: by name, the dimension of the images of a batch in tensors where that is not the first.
+    """
 
-def nested(named: dict) -> dict:
-    """The arguments of which these are the `leaves`."""
-    arguments: dict = {}
-    for path, value in named.items():
-        *parents, name = path.split(".")
-        inner = arguments
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = value
-    return arguments
+    lists: set[str] = field(default_factory=set)
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def named(self, arguments: dict, path: str = "") -> Iterator[tuple[str, object]]:
+        """Arguments by name, the entries of dictionaries and `lists` as `dictionary.name` and `list.number`."""
+        for name, value in arguments.items():
+            name = f"{path}{name}"
+            if name in self.lists:
+                value = dict(enumerate(value))
+            if isinstance(value, dict) and value:
+                yield from self.named(value, f"{name}.")
+            else:
+                yield name, value.movedim(self.dims[name], 0) if name in self.dims else value
+
+    def nested(self, named: dict) -> dict:
+        """The arguments of which these are the `named`."""
+        arguments: dict = {}
+        for path, value in named.items():
+            *parents, name = path.split(".")
+            inner = arguments
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = value.movedim(0, self.dims[path]) if path in self.dims else value
+        return arguments | {name: list(arguments[name].values()) for name in self.lists}
 
 
 def copied(value):

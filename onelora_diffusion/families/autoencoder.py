@@ -13,13 +13,18 @@ def encode_moments(vae: nn.Module, images: Tensor) -> Tensor:
     Args:
         images: (batch, 3, height, width), in [-1, 1], or uint8.
     """
-    encoded = vae.encode(in_range(images).to(vae.dtype))
-    if hasattr(encoded, "latent_dist"):
-        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-    else:
-        mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+    mean, std = moments_of(vae, images)
     mean = mean - (getattr(vae.config, "shift_factor", None) or 0)
     return torch.stack([mean, std], dim=1).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def moments_of(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of images, as the autoencoder has them, (batch, C, ...) each."""
+    encoded = vae.encode(in_range(images).to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    return encoded.latent, torch.zeros_like(encoded.latent)
 
 
 @torch.no_grad()

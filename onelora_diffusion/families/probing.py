@@ -15,6 +15,7 @@ from torch import Tensor
 from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
+from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
 from onelora_diffusion.families.targets import targets_in
 
@@ -37,16 +38,28 @@ def probe(recorder: Recorder) -> Place:
     for name in ("prompt", "height", "width", "num_inference_steps"):
         if name not in recorder.parameters:
             raise recorder.refusal(f"its call takes no {name}")
-    if not hasattr(recorder.pipeline, "encode_prompt"):
-        raise recorder.refusal("it has no encode_prompt, by which its prompts are encoded")
+    for name in ("encode_prompt", "vae", "scheduler"):
+        if getattr(recorder.pipeline, name, None) is None:
+            raise recorder.refusal(f"it has no {name}")
     find_noise(recorder)
     place, run = place_at(recorder, recorder.square)
+    record, drawn = recorder.record, drawn_side(recorder, place)
+    if drawn != record.side:  # it makes another size of the one that it is asked for: that is asked for then
+        record.side, asked = drawn, record.side
+        try:
+            place, run = place_at(recorder, recorder.square)
+        except NotTakenError as error:
+            raise recorder.refusal(
+                f"asked for {asked} by {asked} pixels it draws latents of {place.shape[-2]} by {place.shape[-1]}, of "
+                f"which its autoencoder makes images of {drawn} by {drawn}, and those it does not draw"
+            ) from error
     find_times(recorder, run)
     find_share(recorder, run)
     find_conditions(recorder)
     find_sizes(recorder, place)
     find_guidance(recorder, place)
-    recorder.record.targets = targets_in(recorder.denoiser, blocks, lambda: recorder.answered(place.constants))
+    call = recorder.call(encoded=record.encoded)
+    record.targets = targets_in(recorder.denoiser, blocks, lambda: recorder.answered(call))
     return place
 
 
@@ -73,6 +86,7 @@ def find_noise_at(recorder: Recorder) -> None:
             continue
         outputs.clear()
         run = recorder.run(SHORT, recorder.square, answer=real, **off)
+        record.arrangement.lists |= {n for n, value in run.calls[0].items() if "." not in n and _is_of_layers(value)}
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
         found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
@@ -91,6 +105,12 @@ def find_noise_at(recorder: Recorder) -> None:
     record.factors = tuple(a // b for a, b in zip(after, before, strict=True))
     record.off, record.noisy, record.encoded = off, name, send_to_device(run.encoded, "cpu")
     record.takes_lists, record.gives_lists = isinstance(given, list), isinstance(output, list)
+
+
+def _is_of_layers(value) -> bool:
+    """Whether an argument for one image is a list of tensors that each have a dimension of images."""
+    is_list = isinstance(value, list | tuple) and len(value) > 1
+    return is_list and all(isinstance(entry, Tensor) and entry.ndim > 1 and len(entry) == 1 for entry in value)
 
 
 def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
@@ -177,10 +197,10 @@ def find_times(recorder: Recorder, run: Run) -> None:
         values = [call.get(name) for call in run.calls]
         if name == recorder.record.noisy or all(same(value, values[0]) for value in values):
             continue
-        values = [torch.as_tensor(value) for value in values]
-        if any(value.numel() != 1 for value in values):
+        values = [torch.as_tensor(value).flatten() for value in values]
+        if any(not torch.equal(value, value[:1].expand_as(value)) for value in values):
             raise recorder.refusal(f"{name} changes from step to step, and is not one time for each image")
-        line = line_of(times, torch.stack([value.double().reshape(()) for value in values]), values[0].dtype)
+        line = line_of(times, torch.stack([value[0].double() for value in values]), values[0].dtype)
         if line is None:
             raise recorder.refusal(f"{name} changes from step to step, and is no a·t + b of the time t")
         recorder.record.times[name] = line
@@ -221,7 +241,16 @@ def line_of(at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, floa
 def find_conditions(recorder: Recorder) -> None:
     """Which arguments follow the prompt, how they are batched, and which follow the size."""
     record, parameters = recorder.record, recorder.parameters
-    short, long, both = (recorder.call(prompt) for prompt in (SHORT, LONG, [SHORT, LONG]))
+    pair = [SHORT, LONG]
+    short, both = recorder.call(SHORT), recorder.call(pair)
+    for name in both:
+        shapes = [call.shape if isinstance(call := each.get(name), Tensor) else () for each in (short, both)]
+        sizes = list(zip(*shapes, strict=False))
+        if len(shapes[0]) == len(shapes[1]) and (1, 2) in sizes[1:] and sizes[0] != (1, 2):
+            record.arrangement.dims[name] = sizes.index((1, 2))
+    if record.arrangement.dims:
+        short, both = recorder.call(SHORT), recorder.call(pair)
+    long = recorder.call(LONG)
     most = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     fewer = recorder.call(max_sequence_length=most // 2) if most else short
     wide = recorder.call(side=(record.side, 2 * record.side), encoded=record.encoded)
@@ -278,21 +307,24 @@ def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, b
     return Prompted(kind, ragged[0] if ragged else None)
 
 
+def drawn_side(recorder: Recorder, place: Place) -> int:
+    """Side in pixels of the images that the pipeline draws when asked for the recorded size; it sets `pixels`."""
+    record, vae, side = recorder.record, recorder.pipeline.vae, recorder.record.side
+    image = torch.zeros(1, 3, *[1] * place.frames, side, side, device=vae.device, dtype=vae.dtype)
+    encoded = moments_of(vae, image)[0]
+    record.pixels = max(1, side // encoded.shape[-1])
+    return place.shape[-1] * record.pixels
+
+
 def find_sizes(recorder: Recorder, place: Place) -> None:
-    """Pixels of a latent, and the multiple of pixels that sides are taken in."""
-    record = recorder.record
-    side, latents = record.side, place.shape[1:]
-    record.pixels = max(1, side // latents[-1])
-    if latents != (side // record.pixels,) * 2:
-        drawn = " by ".join(map(str, latents))
+    """The multiple of pixels that sides are taken in; the own side of a pipeline that draws one size alone."""
+    record, side = recorder.record, recorder.record.side
+    if place.shape[1:] != (side // record.pixels,) * 2:
+        drawn = " by ".join(map(str, place.shape[1:]))
         raise recorder.refusal(f"asked for {side} by {side} pixels it draws another size, of {drawn} latents")
-    for record.multiple in (record.pixels * 2**power for power in range(12)):
-        if record.multiple > side:
-            raise recorder.refusal(
-                f"it rounds the size that it is asked for: {side + side} pixels are not twice {side}"
-            )
-        if _takes(recorder, side + record.multiple, prod(place.shape)):
-            return
+    multiples = (record.pixels * 2**power for power in range(12))
+    taken = (each for each in multiples if each < side and _takes(recorder, side + each, prod(place.shape)))
+    record.multiple = next(taken, side)
 
 
 def _takes(recorder: Recorder, height: int, count: int) -> bool:
@@ -305,7 +337,7 @@ def _takes(recorder: Recorder, height: int, count: int) -> bool:
         if run.samples[0].numel() * record.side != count * height:
             return False
         output = recorder.answered(run.calls[0])
-    except (ValueError, RuntimeError):
+    except Exception:  # whatever a denoiser refuses a size by
         return False
     return tuple(output[0].shape) == record.output_shape(tuple(run.calls[0][record.noisy][0].shape))
 

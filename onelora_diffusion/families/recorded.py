@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
-from onelora_diffusion.families.arguments import filled, near, nested, on, output_of, same, tensors_in
-from onelora_diffusion.families.autoencoder import in_range
+from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
+from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.family import Condition, Conditions, Family, longest
 from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probe
 from onelora_diffusion.families.recording import Place, Recorder
+from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
@@ -35,8 +36,15 @@ class Recorded(Family):
         self.denoiser = self.recorder.denoiser
         self.transformer_class = type(self.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
-        with torch.no_grad():
-            self._places: dict[tuple[int, int], Place] = {self.recorder.square: probe(self.recorder)}
+        self._places: dict[tuple[int, int], Place] = {}
+        try:
+            with torch.no_grad():
+                place = probe(self.recorder)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a part of the pipeline raises for what no probe expects
+            raise self.recorder.refusal(f"{type(error).__name__}: {first_line(error)}") from error
+        self._places[self.recorder.square] = place
         self.record = self.recorder.record
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
@@ -202,15 +210,16 @@ class Recorded(Family):
         place = self.place(*self._side_of(latents))
         noisy = place.constants[record.noisy]
         packed = latents.flatten(1)[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
-        given = {name: self._constant(name, value, batch, device) for name, value in place.constants.items()}
-        given |= self._of_prompts(conditions, self._side_of(latents))
+        given = self._of_prompts(conditions, self._side_of(latents))
+        constants = {name: value for name, value in place.constants.items() if name not in given}
+        given |= {name: self._constant(name, value, batch, device) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
         for name, (by, start) in record.times.items():
-            given[name] = by * times + start
+            given[name] = _spread(by * times + start, place.constants[name])
         if record.told and "guidance" in conditions:
             name, by, start = record.told
             given[name] = by * conditions["guidance"] + start
-        output = output_of(denoiser(**nested(given)))
+        output = output_of(denoiser(**record.arrangement.nested(given)))
         output = torch.stack(output) if isinstance(output, list) else output
         expected = record.output_shape(place.argument)
         if tuple(output.shape[1:]) != expected:
@@ -264,13 +273,7 @@ class Recorded(Family):
 
     def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
         place = self.place(*images.shape[-2:])
-        images = in_range(images).to(vae.dtype)
-        with torch.no_grad():
-            encoded = vae.encode(images[:, :, None] if place.frames else images)
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:
-            mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+        mean, std = moments_of(vae, images[:, :, None] if place.frames else images)
         if mean[0].numel() != place.scale.numel():
             raise ValueError(
                 f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of "
@@ -316,6 +319,12 @@ class Recorded(Family):
             raise ValueError(
                 f"{self.name} draws latents of {shape[1]} by {shape[2]} when asked for {resolution} pixels"
             )
+
+
+def _spread(times: Tensor, recorded) -> Tensor:
+    """The times of a batch in the shape of the argument of one image: one number, or one for each of its tokens."""
+    shape = recorded.shape[1:] if isinstance(recorded, Tensor) else ()
+    return times.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
 def line_in_words(by: float, start: float) -> str:

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_name, denoiser_of, denoisers_in, repeated_blocks
-from onelora_diffusion.families.arguments import copied, leaves, nested, output_of, same
+from onelora_diffusion.families.arguments import Arrangement, copied, output_of, same
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
@@ -122,6 +122,7 @@ class Record:
     Attributes:
         side: pixels of the sides of the images that it was recorded with.
         off: settings of its call without guidance.
+        arrangement: how the arguments of the denoiser become values by name.
         noisy: the argument of the denoiser that is the noise.
         takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
         factors: sizes of the output over those of the noisy argument.
@@ -143,6 +144,7 @@ class Record:
 
     side: int = 0
     off: dict = field(default_factory=dict)
+    arrangement: Arrangement = field(default_factory=Arrangement)
     noisy: str = ""
     takes_lists: bool = False
     gives_lists: bool = False
@@ -248,7 +250,7 @@ class Recorder:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             for more in variable:
                 arguments |= arguments.pop(more, {})
-            run.calls.append(dict(leaves(copied(arguments))))
+            run.calls.append(dict(self.record.arrangement.named(copied(arguments))))
             run.called.append(name)
             if answer is None:
                 raise _Stop
@@ -280,7 +282,7 @@ class Recorder:
         record = self.record
 
         def answer(number, arguments):
-            given = dict(leaves(arguments))[record.noisy]
+            given = dict(record.arrangement.named(arguments))[record.noisy]
             shape = (len(given), *record.output_shape(tuple(given[0].shape)))
             value = value_of(number, torch.Size(shape).numel()).reshape(shape).to(given[0].device, given[0].dtype)
             return list(value) if record.gives_lists else value
@@ -290,7 +292,7 @@ class Recorder:
     def answered(self, call: dict) -> Tensor | list:
         """What the denoiser itself answers to a recorded call."""
         device = next(self.denoiser.parameters()).device
-        return output_of(self.denoiser(**nested(send_to_device(call, device))))
+        return output_of(self.denoiser(**self.record.arrangement.nested(send_to_device(call, device))))
 
 
 def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):

@@ -15,6 +15,7 @@ from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.denoisers import choose_denoiser, denoiser_of, repeated_blocks
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Recorded, family_of
+from onelora_diffusion.families.arguments import Arrangement
 from onelora_diffusion.families.probing import line_of, place_at
 from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.injection.layers import target_layers
@@ -23,6 +24,7 @@ from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
 
 LENGTH = 24  # tokens of a prompt of the pipelines whose families are written by hand
+DRAWN = ["wan22", "wan_ti2v", "hidream"]  # two denoisers; a time for each token; one size, and layers before images
 PROMPTS = ["a bold Q", "", "a violet triangle, upside down"]
 STOCK = [
     "sd15",
@@ -87,7 +89,7 @@ def test_a_recording_is_what_was_written_by_hand(name):
     assert torch.equal(*schedules)
 
 
-@pytest.mark.parametrize("name", [*STOCK, "wan22"])
+@pytest.mark.parametrize("name", [*STOCK, *DRAWN])
 @torch.no_grad()
 def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
     pipeline, family = stock(name)
@@ -100,7 +102,7 @@ def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
         assert_rounded(together[row : row + 1], one, denoiser_of(pipeline))
 
 
-@pytest.mark.parametrize("name", [*STOCK, "wan22"])
+@pytest.mark.parametrize("name", [*STOCK, *DRAWN])
 @torch.no_grad()
 def test_pictures_are_those_of_the_stock_pipeline(name):
     pipeline, family = stock(name)
@@ -229,6 +231,18 @@ def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time
     assert family.record.times == time and family.targets == stock(name)[1].targets
     assert all(torch.equal(getattr(half, part), getattr(whole, part)) for part in ("order", "packed", "unpacked"))
     assert_rounded(half.scale.bfloat16(), whole.scale.bfloat16(), 1)
+
+
+def test_arguments_have_the_images_of_a_batch_first_in_each_tensor():
+    arrangement = Arrangement({"layers"}, {"layers.1": 1})
+    first, second = torch.arange(6).reshape(2, 3), torch.arange(12).reshape(3, 2, 2)
+    arguments = {"a": None, "layers": [first, second], "b": {"c": 1, "d": {}}}
+    named = dict(arrangement.named(arguments))
+    assert list(named) == ["a", "layers.0", "layers.1", "b.c", "b.d"]
+    assert torch.equal(named["layers.1"], second.transpose(0, 1))
+    again = arrangement.nested(named)
+    assert again.keys() == arguments.keys() and again["b"] == arguments["b"]
+    assert all(map(torch.equal, again["layers"], arguments["layers"]))
 
 
 def test_blocks_are_found_by_their_structure():

@@ -6,7 +6,6 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -141,6 +140,8 @@ def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:
     """(2, T), the coefficients of x_0 and ε in x_t: √ᾱ and √(1-ᾱ), or for flow matching 1 - σ and σ, shifted."""
     config = scheduler.config
     if prediction_of(config) == "flow":
+        from diffusers import FlowMatchEulerDiscreteScheduler  # importing the package does not import diffusers
+
         # If the shift depends on the image size, models are trained without a shift, as in diffusers' scripts.
         flow = FlowMatchEulerDiscreteScheduler(
             config.num_train_timesteps,

@@ -60,12 +60,10 @@ def fuse_lora(
 
 def unfuse_lora(model: nn.Module) -> None:
     """Restore the base's weights bit for bit, and activate the adapters that were active before with their weights."""
-    book: AdapterBook = model._onelora
-    with book.lock:
-        if book.merged is None:
-            raise ValueError("no adapter is merged")
-        _peft_too(model, "unfuse_lora")
-        book.unmerge()
+    with model._onelora.lock:
+        if model._onelora.merged is not None:
+            _peft_too(model, "unfuse_lora")
+        model._onelora.unmerge()
 
 
 def unload_lora(model: nn.Module) -> None:
@@ -96,21 +94,15 @@ def active_adapters(model: nn.Module) -> list[str]:
     return own + list(type(model).active_adapters(model) if _has_peft(model) else ())
 
 
-def add_adapter(model: nn.Module, *args, **kwargs) -> None:
-    """diffusers' own, for an adapter of PEFT's beside this library's."""
-    _check_no_tuner(model, "add_adapter", "load PEFT's before it")
-    type(model).add_adapter(model, *args, **kwargs)
-
-
-def load_lora_adapter(model: nn.Module, *args, **kwargs) -> None:
-    """diffusers' own, for an adapter of PEFT's beside this library's."""
-    _check_no_tuner(model, "load_lora_adapter", "load PEFT's before it")
-    type(model).load_lora_adapter(model, *args, **kwargs)
+def add_peft(verb: str, model: nn.Module, *args, **kwargs) -> None:
+    """diffusers' own `add_adapter` or `load_lora_adapter`, for an adapter of PEFT beside those of this library."""
+    _check_no_tuner(model, verb, "load PEFT's before it")
+    getattr(type(model), verb)(model, *args, **kwargs)
 
 
 VERBS = {
-    "add_adapter": add_adapter,
-    "load_lora_adapter": load_lora_adapter,
+    "add_adapter": functools.partial(add_peft, "add_adapter"),
+    "load_lora_adapter": functools.partial(add_peft, "load_lora_adapter"),
     "set_adapters": set_adapters,
     "set_adapter": set_adapter,
     "delete_adapters": delete_adapters,
@@ -166,7 +158,6 @@ def _check_apart(model: nn.Module, verb: str) -> None:
 
 
 def _check_no_tuner(model: nn.Module, verb: str, remedy: str) -> None:
-    """ValueError if the layers of PEFT compute an adapter of this library."""
     for name, adapter in model._onelora.adapters.items():
         if any(isinstance(module, PeftAdapter) for module in adapter.values()):
             raise ValueError(

@@ -296,9 +296,10 @@ def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> di
         known |= dict.fromkeys(names, layer)
     found = {}
     for key, tensor in tensors.items():
-        name = next((key[:end] for end in _dots(key) if key[:end] in known), None)
-        if name is None:
-            return None
+        name = key
+        while name not in known:
+            if not (name := name.rpartition(".")[0]):
+                return None
         layer, part = known[name], key[len(name) :]
         if part.startswith(".lokr_") and (len(layer.paths) > 1 or layer.is_swapped):
             return None  # the rows of a Kronecker product cannot be taken apart
@@ -312,11 +313,6 @@ def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> di
 
 
 OF_ROWS = re.compile(r"\.(lora_B|lora[._]up|lora_magnitude_vector|dora_scale|diff_b)\b")
-
-
-def _dots(key: str) -> list[int]:
-    """The positions of the dots in a key, from the last to the first."""
-    return [match.start() for match in re.finditer(r"\.", key)][::-1]
 
 
 class ExportedPath(type(Path())):

@@ -312,7 +312,7 @@ def test_import_is_light():
     import subprocess
 
     code = (
-        "import sys, onelora_diffusion; "
+        "import sys, onelora_diffusion, onelora_diffusion.pipelines.base; "
         "print([m for m in ('diffusers', 'peft', 'transformers', 'huggingface_hub', 'matplotlib', 'torchmetrics', "
         "'sklearn') if m in sys.modules])"
     )

@@ -103,3 +103,29 @@ def random_directions(seed: int, rank: int, in_features: int, device: torch.devi
     """Draw (rank, in_features) of N(0, 1) in fp32 from the seed; adapter files store the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rank, in_features, generator=generator).to(device)
+
+
+ROUNDS = 3  # of subspace iteration; adapter files depend on it
+
+
+def leading_directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthonormal directions of the input, (rank, in_features) in fp32, that a layer amplifies most.
+
+    They approximate the span of the leading right singular vectors: a fixed number of rounds of subspace iteration
+    (Halko et al., 2011) that starts from the sums of groups of outputs, so that they are a smooth function of the
+    weight alone, without random numbers and without signs left to choice.
+
+    Args:
+        weight: (out_features, in_features) in fp32.
+        rank: at most the smaller number of features.
+    """
+    basis = groups(rank, len(weight), weight.device) @ weight
+    for _ in range(ROUNDS):
+        basis = _orthonormal(basis) @ weight.T @ weight
+    return _orthonormal(basis)
+
+
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt: each row without its share in those before it, scaled to length 1."""
+    q, r = torch.linalg.qr(rows.T)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T

@@ -164,6 +164,7 @@ def test_an_update_waits_for_nothing(method, dtype):
     [
         AdapterConfig(fuse_qkv=True),
         AdapterConfig(compression="random"),
+        AdapterConfig(compression="singular", rank=2),
         AdapterConfig(sum=True, bias=True, scale=True),
         AdapterConfig("lora", rank=4, fuse_qkv=True),
         AdapterConfig("mora6", fuse_qkv=True),

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from onelora_diffusion.adapters.functional import group_sums
 from onelora_diffusion.config import COMPRESSIONS, AdapterConfig
@@ -14,40 +15,45 @@ class Compression:
     """C, of shape (rank, in_features) for a layer. Equal compressions of one layer are the same C.
 
     Attributes:
-        reads_input: C x depends on the layer's input alone, so layers that read the same input share it.
+        reads_input: C depends on no tensor of the layer, so layers that read the same input share C x.
+        reads_bias, reads_weight: `compress` needs what `of_base` takes of the layer's bias or weight.
     """
 
     rank: int = 1
 
     reads_input = True
+    reads_bias = reads_weight = False
 
-    def compress(self, x: torch.Tensor, out: torch.Tensor, of_bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compress(self, x: torch.Tensor, out: torch.Tensor, of_base: torch.Tensor | None = None) -> torch.Tensor:
         """C x of shape (...), or (..., rank) for a rank above 1.
 
         Args:
             x: (..., in_features), the layer's input.
             out: (..., out_features), the base layer's output for x.
-            of_bias: the result of the method `of_bias` for the base layer.
+            of_base: the result of the method `of_base` for the base layer.
         """
         raise NotImplementedError
 
-    def of_bias(self, bias: torch.Tensor) -> torch.Tensor | None:
-        """The share of the base layer's bias (out_features,) in the compressed values, which `compress` subtracts."""
+    def of_base(self, layer: nn.Linear) -> torch.Tensor | None:
+        """What `compress` needs of the base layer beside its input and output, in fp32; None if that is nothing."""
         return None
 
-    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def matrix(self, weight: torch.Tensor, of_base: torch.Tensor | None = None) -> torch.Tensor:
         """C as (rank, in_features) in fp32, for a base layer's fp32 weight (out_features, in_features)."""
         raise NotImplementedError
+
+    def max_rank(self, in_features: int, out_features: int) -> int:
+        return in_features
 
 
 @dataclass(frozen=True)
 class InputSums(Compression):
     """Sums of `rank` groups of the inputs: input i is in group i mod rank (MiSS of that rank; 1LoRA for rank 1)."""
 
-    def compress(self, x, out, of_bias=None):
+    def compress(self, x, out, of_base=None):
         return group_sums(x, self.rank)
 
-    def matrix(self, weight):
+    def matrix(self, weight, of_base=None):
         return groups(self.rank, weight.shape[1], weight.device)
 
 
@@ -56,16 +62,46 @@ class OutputSums(Compression):
     """Sums of `rank` groups of the layer's own outputs without its bias, C = G W0: output i is in group i mod rank."""
 
     reads_input = False
+    reads_bias = True
 
-    def compress(self, x, out, of_bias=None):
+    def compress(self, x, out, of_base=None):
         sums = group_sums(out, self.rank)
-        return sums if of_bias is None else sums - of_bias.to(sums)
+        return sums if of_base is None else sums - of_base.to(sums)
 
-    def of_bias(self, bias):
+    def of_base(self, layer):
+        return None if layer.bias is None else self.of_bias(layer.bias.detach())
+
+    def of_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """The share of a bias (out_features,) in the sums, which `compress` subtracts."""
         return group_sums(bias.float(), self.rank)
 
-    def matrix(self, weight):
+    def matrix(self, weight, of_base=None):
         return groups(self.rank, len(weight), weight.device) @ weight
+
+    def max_rank(self, in_features, out_features):
+        return out_features
+
+
+@dataclass(frozen=True)
+class LeadingDirections(Compression):
+    """Products with the directions that the layer amplifies most, of length 1 (`leading_directions`)."""
+
+    reads_input = False
+    reads_weight = True
+
+    def compress(self, x, out, of_base=None):
+        values = nn.functional.linear(x, of_base.to(x))
+        values = values.float() if x.dtype == torch.float16 else values
+        return values.squeeze(-1) if self.rank == 1 else values
+
+    def of_base(self, layer):
+        return leading_directions(plain_weight(layer), self.rank)
+
+    def matrix(self, weight, of_base=None):
+        return of_base
+
+    def max_rank(self, in_features, out_features):
+        return min(in_features, out_features)
 
 
 @dataclass(frozen=True)
@@ -74,15 +110,20 @@ class RandomDirections(Compression):
 
     seed: int = 0
 
-    def compress(self, x, out, of_bias=None):
+    def compress(self, x, out, of_base=None):
         directions = random_directions(self.seed, self.rank, x.shape[-1], x.device)
         return x.float() @ (directions[0] if self.rank == 1 else directions.T)
 
-    def matrix(self, weight):
+    def matrix(self, weight, of_base=None):
         return random_directions(self.seed, self.rank, weight.shape[1], weight.device)
 
 
-COMPRESSIONS |= {"sum": InputSums, "random": RandomDirections, "outputs": OutputSums}
+COMPRESSIONS |= {
+    "sum": InputSums,
+    "random": RandomDirections,
+    "outputs": OutputSums,
+    "singular": LeadingDirections,
+}
 
 
 def compression_of(config: AdapterConfig) -> Compression:
@@ -105,9 +146,21 @@ def random_directions(seed: int, rank: int, in_features: int, device: torch.devi
     return torch.randn(rank, in_features, generator=generator).to(device)
 
 
+@torch.no_grad()
+def plain_weight(linear: nn.Linear) -> torch.Tensor:
+    """A linear layer's weight (out_features, in_features) in fp32; of a quantised layer, computed by its forward."""
+    if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
+        return linear.weight.detach().float().flatten(1)
+    dtype = torch.float32 if linear.bias is None else linear.bias.dtype
+    rows = linear.forward(torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)).float()
+    return (rows if linear.bias is None else rows - linear.bias.float()).T
+
+
 ROUNDS = 3  # of subspace iteration; adapter files depend on it
 
 
+@torch.no_grad()
+@torch.inference_mode(False)  # autograd may have to keep them another time
 def leading_directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal directions of the input, (rank, in_features) in fp32, that a layer amplifies most.
 
@@ -119,10 +172,11 @@ def leading_directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
         weight: (out_features, in_features) in fp32.
         rank: at most the smaller number of features.
     """
-    basis = groups(rank, len(weight), weight.device) @ weight
-    for _ in range(ROUNDS):
-        basis = _orthonormal(basis) @ weight.T @ weight
-    return _orthonormal(basis)
+    with torch.autocast(weight.device.type, enabled=False):
+        basis = groups(rank, len(weight), weight.device) @ weight
+        for _ in range(ROUNDS):
+            basis = _orthonormal(basis) @ weight.T @ weight
+        return _orthonormal(basis)
 
 
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:

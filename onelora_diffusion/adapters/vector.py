@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.base_layer import features_of, offload_group
-from onelora_diffusion.adapters.compressions import Compression, compression_of
+from onelora_diffusion.adapters.compressions import Compression, compression_of, plain_weight
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.functional import (
     add_outer_,
@@ -25,14 +25,14 @@ class Vectors:
 
     Attributes:
         b: the trained decompression for each compression: (out_features,), or (rank, out_features) for a rank above 1.
-        of_bias: for each compression, the share of the base layer's bias that it subtracts.
+        of_base: for each compression, what it needs of the base layer's weight or bias.
         per_sample: whether each trained part has a leading dimension for the samples of a batch.
     """
 
     b: dict[Compression, torch.Tensor] = field(default_factory=dict)
     beta: torch.Tensor | None = None
     gamma: torch.Tensor | None = None
-    of_bias: dict[Compression, torch.Tensor | None] = field(default_factory=dict)
+    of_base: dict[Compression, torch.Tensor | None] = field(default_factory=dict)
     per_sample: bool = False
 
     def serve(self, x: torch.Tensor, out: torch.Tensor, base: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Vectors:
         for compression, b in self.b.items():
             shared = sums if compression.reads_input else {}
             if compression not in shared:
-                shared[compression] = compression.compress(x, base, self.of_bias.get(compression))
+                shared[compression] = compression.compress(x, base, self.of_base.get(compression))
             compressed.append((shared[compression], b))
         for s, b in compressed:
             out = add_outer(out, s, b)
@@ -67,7 +67,9 @@ class Vectors:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """W = γ ⊙ (weight + B C), bias = γ ⊙ (bias + β), in fp32; C is that of the base layer's weight `base`."""
         for compression, b in self.b.items():
-            weight = weight + torch.atleast_2d(b.to(weight)).T @ compression.matrix(base)
+            weight = weight + torch.atleast_2d(b.to(weight)).T @ compression.matrix(
+                base, self.of_base.get(compression)
+            )
         if self.beta is not None:
             bias = bias + self.beta.to(bias)
         if self.gamma is not None:
@@ -92,7 +94,7 @@ class Vectors:
             {kind: _stack([vectors.b.get(kind) for vectors in mixtures], 0) for kind in kinds},
             _stack([vectors.beta for vectors in mixtures], 0),
             _stack([vectors.gamma for vectors in mixtures], 1),
-            _all_of_bias(mixtures),
+            _all_of_base(mixtures),
             per_sample=True,
         )
 
@@ -114,7 +116,7 @@ class Vectors:
             {kind: _sum([(vectors.b.get(kind), weight) for vectors, weight in group], 0) for kind in kinds},
             _sum([(vectors.beta, weight) for vectors, weight in group], 0),
             _sum([(vectors.gamma, weight) for vectors, weight in group], 1),
-            _all_of_bias([vectors for vectors, _ in group]),
+            _all_of_base([vectors for vectors, _ in group]),
         )
 
 
@@ -134,18 +136,31 @@ class VectorAdapter(LayerAdapter):
         self.b = nn.Parameter(torch.empty(decompression, **options)) if config.sum else None
         self.beta = nn.Parameter(torch.empty(shape, **options)) if config.bias else None
         self.gamma = nn.Parameter(torch.empty(shape, **options)) if config.scale else None
+        self.register_buffer("of_base", None, persistent=False)
         self.start()
-        self.register_buffer("of_bias", None, persistent=False)
 
     def serve(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)  # no child module: the base's layer is not part of the adapter
-        if self.b is not None and layer.bias is not None:  # kept for when the bias is offloaded
-            self.of_bias = self.compression.of_bias(layer.bias.detach())
+        if self.b is not None and not self.compression.reads_weight:
+            self.of_base = self.compression.of_base(layer)  # kept for when the layer is offloaded
+        self.directions_of(layer)
+
+    def directions_of(self, layer: nn.Module) -> torch.Tensor | None:
+        if self.b is None or not self.compression.reads_weight:
+            return None
+        if self.of_base is None:
+            others = layer._modules["onelora"].children() if "onelora" in layer._modules else ()
+            known = [other.of_base for other in others if getattr(other, "compression", None) == self.compression]
+            known = [of_base for of_base in known if of_base is not None]  # the adapters of a layer share it
+            self.of_base = known[0] if known else self.compression.of_base(layer)
+        return self.of_base
 
     @torch.no_grad()
     def start(self) -> None:
         for name, parameter in self.named_parameters():
             parameter.fill_(name == "gamma")
+        if self.compression.reads_weight:
+            self.of_base = None
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """y = γ ⊙ (out + β + B (C x)), in the memory of `out`."""
@@ -154,10 +169,12 @@ class VectorAdapter(LayerAdapter):
     def vectors(self) -> Vectors:
         if self.b is None:
             return Vectors({}, self.beta, self.gamma)
-        of_bias = self.of_bias
-        if of_bias is not None:
-            of_bias = self.layer.onelora.of_bias(self.compression, of_bias)
-        return Vectors({self.compression: self.b}, self.beta, self.gamma, {self.compression: of_bias})
+        compression, of_base = self.compression, self.of_base
+        if compression.reads_bias and of_base is not None:
+            of_base = self.layer.onelora.of_bias(compression, of_base)
+        elif compression.reads_weight and of_base is None:  # the weight has come from the meta device since
+            of_base = self.directions_of(self.layer)
+        return Vectors({compression: self.b}, self.beta, self.gamma, {compression: of_base})
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.vectors().merged(weight, bias, weight)
@@ -185,17 +202,7 @@ class VectorAdapter(LayerAdapter):
         shape_alone = torch.zeros(()).expand(out_features, in_features)
         weight = shape_alone if self.compression.reads_input else plain_weight(self.layer)
         b = torch.atleast_2d(self.b.detach().cpu().float()).T.contiguous()
-        return self.compression.matrix(weight).cpu().clone(), b, beta
-
-
-@torch.no_grad()
-def plain_weight(linear: nn.Linear) -> torch.Tensor:
-    """A linear layer's weight (out_features, in_features) in fp32; of a quantised layer, computed by its forward."""
-    if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
-        return linear.weight.float().flatten(1)
-    dtype = torch.float32 if linear.bias is None else linear.bias.dtype
-    rows = linear.forward(torch.eye(linear.in_features, dtype=dtype, device=linear.weight.device)).float()
-    return (rows if linear.bias is None else rows - linear.bias.float()).T
+        return self.compression.matrix(weight, self.vectors().of_base[self.compression]).cpu().clone(), b, beta
 
 
 def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, LayerAdapter]:
@@ -203,22 +210,23 @@ def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[s
         return {}
     compression = compression_of(config)
     for path, linear in layers.items() if config.sum else ():
-        features = features_of(linear)[0 if compression.reads_input else 1]
+        features = compression.max_rank(*features_of(linear))
+        what = "bias" if compression.reads_bias else "weight"
         if not compression.reads_input and getattr(offload_group(linear), "offload_to_disk_path", None):
             raise ValueError(
-                f"{path} is on the disk, and its bias is read: attach adapters before enable_group_offload"
+                f"{path} is on the disk, and its {what} is read: attach adapters before enable_group_offload"
             )
         if linear.weight.is_complex():
             raise ValueError(
                 f"{path} computes with complex numbers, which these vectors do not: leave it out of targets"
             )
         if config.rank > features:
-            raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are summed up")
+            raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are compressed")
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
 
 
-def _all_of_bias(group: list[Vectors]) -> dict[Compression, torch.Tensor | None]:
-    return {kind: of_bias for vectors in group for kind, of_bias in vectors.of_bias.items()}
+def _all_of_base(group: list[Vectors]) -> dict[Compression, torch.Tensor | None]:
+    return {kind: of_base for vectors in group for kind, of_base in vectors.of_base.items()}
 
 
 def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral: float) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.files import digest, printable, write_tensors
 from onelora_diffusion.injection.attaching import PREFIX, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
-from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole
+from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole, sketch_of
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ HEADER = {
     "id2label": dict,
     "training": dict,
     "version": str,
+    "sketch": list | None,
 }
 FORMAT = 2  # since format 2 files have a checksum; files of format 1 have no entry `format`
 
@@ -86,6 +87,8 @@ def save_adapter(
         "training": training or {},
         "version": version("onelora-diffusion"),
     }
+    if (sketch := sketch_of(model, book.adapters[adapter_name])) is not None:
+        header["sketch"] = sketch
     text = json.dumps(header)
     path = file_of(path)
     _described(strict_json(text, str(path)), own)  # raises if the file could not be read again
@@ -205,6 +208,8 @@ def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
     if config.sum and any(name.endswith(".onelora_b") and tensor.ndim == 1 for name, tensor in tensors.items()):
         config = dataclasses.replace(config, rank=1)  # version 0.1 ignored the rank but wrote it
     _check_against(config, tensors)
+    if not all(type(value) is float for value in header.get("sketch") or ()):
+        raise ValueError("its sketch must be numbers")
     for label, name in header["id2label"].items():
         is_label = label.isascii() and label.isdecimal() and len(label) < 10
         if not is_label or config.num_classes is not None and int(label) > config.num_classes:
@@ -221,6 +226,7 @@ def _described(header, tensors: dict[str, torch.Tensor]) -> AdapterFile:
         id2label={int(label): name for label, name in header["id2label"].items()},
         training=header["training"],
         version=header["version"],
+        sketch=header.get("sketch"),
     )
 
 

@@ -55,7 +55,7 @@ class SumScales:
         def hook(seat: LinearSeat, args: tuple) -> None:
             vectors, (x, out) = seat[self.adapter_name].vectors(), (each.detach()[samples] for each in args[:2])
             compression = next(iter(vectors.b))
-            compressed = compression.compress(x, out, vectors.of_bias[compression])
+            compressed = compression.compress(x, out, vectors.of_base[compression])
             self.squares[name].append(compressed.float().square().mean())
 
         return hook

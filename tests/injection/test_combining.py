@@ -23,6 +23,8 @@ CONFIGS = {
     "two": {"rank": 2},
     "two_more": {"rank": 2, "bias": True, "targets": ("to_k",)},
     "outputs": {"compression": "outputs", "rank": 2},
+    "singular": {"compression": "singular", "rank": 2},
+    "more_singular": {"compression": "singular", "rank": 2, "bias": True},
     "lora": {"method": "lora"},
 }
 
@@ -44,6 +46,7 @@ def model():
         (["random"], [0.5]),
         (["two", "two_more"], [0.5, -1.0]),
         (["outputs"], [-0.5]),
+        (["singular", "more_singular"], [0.5, -1.0]),
     ],
 )
 def test_the_sum_is_an_adapter_that_computes_what_its_parts_do(model, tmp_path, names, weights):

@@ -29,6 +29,8 @@ CONFIGS = {
     "1lora-rank-3": {"method": "1lora", "rank": 3},
     "1lora-random-2": {"method": "1lora", "compression": "random", "rank": 2},
     "1lora-outputs": {"method": "1lora", "compression": "outputs"},
+    "1lora-singular": {"method": "1lora", "compression": "singular"},
+    "1lora-singular-3": {"method": "difffit", "sum": True, "compression": "singular", "rank": 3},
     "1lora-outputs-3": {"method": "difffit", "sum": True, "compression": "outputs", "rank": 3},
     "1lora-everything": {"method": "difffit", "sum": True},
     "bitfit": {},
@@ -328,8 +330,8 @@ def test_a_bias_that_is_loaded_later_is_no_part_of_what_is_read_of_the_outputs()
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"rank": 6}, "a rank of 6 is above the 5 features of 0 that are summed up"),
-        ({"rank": 5, "compression": "outputs"}, "a rank of 5 is above the 4 features of 0 that are summed up"),
+        ({"rank": 6}, "a rank of 6 is above the 5 features of 0 that are compressed"),
+        ({"rank": 5, "compression": "outputs"}, "a rank of 5 is above the 4 features of 0 that are compressed"),
         ({"targets": ("1",)}, "1 computes with complex numbers"),
     ],
 )

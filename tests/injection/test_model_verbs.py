@@ -137,7 +137,9 @@ def styled(model):
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False), "theirs")
 
 
-@pytest.mark.parametrize("config", [AdapterConfig("full"), AdapterConfig(compression="outputs")], ids=["full", "sums"])
+@pytest.mark.parametrize(
+    "config", [AdapterConfig("full"), *(AdapterConfig(compression=c) for c in ("outputs", "singular"))]
+)
 def test_adapters_of_peft_are_not_fused_into_weights_that_ours_replace_or_read(config):
     torch.manual_seed(0)
     model, inputs = sd3()

@@ -15,8 +15,9 @@ CONFIGS = {
     "lora": {"method": "lora", "rank": 2},
     "three": {"rank": 3},
     "outputs": {"compression": "outputs", "rank": 2, "bias": True},
+    "singular": {"compression": "singular", "rank": 2},
 }
-NAMES = ["food", "birds", None, "bias", "lora", "random", "three", "outputs"]
+NAMES = ["food", "birds", None, "bias", "lora", "random", "three", "outputs", "singular"]
 
 
 def make_routed(equal_copies=True, fuse_qkv=False):
@@ -41,7 +42,7 @@ def sample_of(inputs, i):
 @pytest.mark.parametrize("grad", [False, True])
 def test_every_sample_equals_its_own_single_run(grad, equal_copies, fuse_qkv):
     model = make_routed(equal_copies, fuse_qkv)
-    inputs = dit_inputs(8) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7, 0, 3])}
+    inputs = dit_inputs(len(NAMES)) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7, 0, 3, 5])}
     with torch.set_grad_enabled(grad):
         expected = [run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES)]
         set_adapters(model, "bias")
@@ -121,7 +122,7 @@ def test_beside_the_base_equals_two_models(names):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model = make_routed().to(dtype)
-    inputs = dit_inputs(8)
+    inputs = dit_inputs(len(NAMES))
     inputs["hidden_states"] = inputs["hidden_states"].to(dtype)
     with torch.no_grad():
         with route_adapters(model, NAMES):

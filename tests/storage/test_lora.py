@@ -171,7 +171,15 @@ def test_bat_miss_is_refused(tmp_path):
         loaded_output(tmp_path)
 
 
-@pytest.mark.parametrize("config", [{"rank": 3}, {"compression": "outputs", "rank": 2}, {"compression": "random"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank": 3},
+        {"compression": "outputs", "rank": 2},
+        {"compression": "random"},
+        {"compression": "singular", "rank": 2},
+    ],
+)
 def test_a_higher_rank_and_other_compressions_are_loras_for_peft(tmp_path, config):
     from peft import PeftModel
 

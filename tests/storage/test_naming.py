@@ -205,7 +205,9 @@ def run(model, inputs):
     return model(**inputs).sample
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"compression": "outputs"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"rank": 2}, {"compression": "outputs"}, {"compression": "singular"}], ids=str
+)
 @pytest.mark.parametrize("naming", ["kohya", "comfyui"])
 @pytest.mark.parametrize("make", [flux, unet])
 def test_what_was_exported_computes_the_same_when_it_is_read_again(make, naming, settings, tmp_path, caplog):

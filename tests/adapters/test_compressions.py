@@ -1,0 +1,43 @@
+import pytest
+import torch
+from conftest import dit_inputs, make_dit, randomize
+from rounding import assert_rounded
+
+from onelora_diffusion import AdapterConfig, inject_adapter, load_adapter, save_adapter
+from onelora_diffusion.adapters.compressions import leading_directions
+
+
+def test_leading_directions_by_hand():
+    """Of diag(1, 2) the start is (1, 2), and each of three rounds multiplies it by 1 and 2² and scales it."""
+    weight = torch.diag(torch.tensor([1.0, 2.0]))
+    first = torch.tensor([1.0, 128.0])
+    torch.testing.assert_close(leading_directions(weight, 1), (first / first.norm())[None])
+    assert leading_directions(torch.zeros(3, 4), 2).isfinite().all()
+
+
+def test_leading_directions_span_what_a_layer_amplifies_most_and_follow_its_rounding():
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 16))[0] for size in (24, 20))
+    weight = left @ torch.diag(torch.tensor([9.0, 8.0, 7.0] + [1.0] * 13)) @ right.T
+    found = leading_directions(weight, 3)
+    torch.testing.assert_close(found @ found.T, torch.eye(3))
+    torch.testing.assert_close((found @ right[:, :3]).square().sum(), torch.tensor(3.0), atol=1e-4, rtol=0)
+    step = weight.abs().max() / 127
+    moved = leading_directions((weight / step).round() * step, 3) - found
+    assert moved.norm(dim=1).max() < 0.05
+
+
+def test_directions_of_another_base_are_refused_and_those_of_a_rounded_one_serve(tmp_path):
+    """No file stores them: its sketch tells how far they are from where the adapter was trained."""
+    model, inputs = randomize(inject_adapter(make_dit(), AdapterConfig(compression="singular", rank=2))), dit_inputs()
+    path, expected = save_adapter(model, tmp_path), model(**inputs).sample
+    rounded, other = make_dit().bfloat16(), make_dit()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter) * parameter.std())
+        before = other(**inputs).sample
+        with pytest.raises(ValueError, match=r"trained along the leading directions of other weights.* 1\.\d\d away"):
+            load_adapter(other, path)
+        assert torch.equal(other(**inputs).sample, before)
+        inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+        assert_rounded(load_adapter(rounded, path)(**inputs).sample, expected, rounded)

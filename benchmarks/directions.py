@@ -64,6 +64,10 @@ RULES: dict[str, Callable[[Seen, int], Tensor]] = {
     "outputs' sums": lambda seen, count: groups(count, len(seen.weight), seen.weight.device) @ seen.weight,
     "singular vectors": lambda seen, count: torch.linalg.svd(seen.weight, full_matrices=False)[2][:count],
     "subspace iteration": lambda seen, count: leading_directions(seen.weight, count),
+    **{
+        f"{rounds} rounds": lambda seen, count, rounds=rounds: leading_directions(seen.weight, count, rounds)
+        for rounds in (3, 6, 10)
+    },
     "inputs": lambda seen, count: torch.linalg.eigh(seen.moments)[1].T.flip(0)[:count],
     "gradient": lambda seen, count: torch.linalg.svd(seen.gradient, full_matrices=False)[2][:count],
     "random": lambda seen, count: torch.randn(count, len(seen.moments), generator=seen.generator),

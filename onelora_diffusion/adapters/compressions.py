@@ -161,7 +161,7 @@ ROUNDS = 3  # of subspace iteration; adapter files depend on it
 
 @torch.no_grad()
 @torch.inference_mode(False)  # autograd may have to keep them another time
-def leading_directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
+def leading_directions(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Orthonormal directions of the input, (rank, in_features) in fp32, that a layer amplifies most.
 
     They approximate the span of the leading right singular vectors: a fixed number of rounds of subspace iteration
@@ -174,7 +174,7 @@ def leading_directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
     """
     with torch.autocast(weight.device.type, enabled=False):
         basis = groups(rank, len(weight), weight.device) @ weight
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             basis = _orthonormal(basis) @ weight.T @ weight
         return _orthonormal(basis)
 

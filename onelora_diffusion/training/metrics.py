@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from onelora_diffusion.files import write_bytes
 from onelora_diffusion.training.stopping import Clock
@@ -58,6 +59,33 @@ class LossWindow:
         self.rows = []
 
 
+class LossWatch:
+    """Notices when the loss of a run has risen far above what it was before.
+
+    It compares the mean loss of the last `MIN_STEPS` steps with the lowest such mean so far.
+    """
+
+    MIN_STEPS = 100
+    FACTOR = 2.0  # means of 100 steps differ by noise too, at a batch size of 1 by up to half
+
+    def __init__(self):
+        self.recent: list[tuple[float, int]] = []
+        self.lowest, self.has_risen = float("inf"), False
+
+    def add(self, loss: float, num_steps: int) -> float | None:
+        """Add the mean loss of some steps; the ratio to the lowest the first time that it is too high, else None."""
+        self.recent.append((loss, num_steps))
+        while sum(steps for _, steps in self.recent[1:]) >= self.MIN_STEPS:
+            del self.recent[0]
+        num_recent = sum(steps for _, steps in self.recent)
+        if self.has_risen or num_recent < self.MIN_STEPS:
+            return None
+        mean = sum(loss * steps for loss, steps in self.recent) / num_recent
+        self.lowest = min(self.lowest, mean)
+        self.has_risen = mean > self.FACTOR * self.lowest
+        return mean / self.lowest if self.has_risen else None
+
+
 class MetricsFile:
     """The file metrics.jsonl, with lines of losses and lines of evaluations.
 
@@ -69,6 +97,11 @@ class MetricsFile:
         self.path, self.accelerator, self.batch_size, self.clock = path, accelerator, batch_size, clock
         self.prefix = prefix
         self.last_step, self.last_seconds = step, clock.seconds
+        self.watch, before = LossWatch(), 0
+        for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            if "loss" in line:
+                self.watch.add(line["loss"], line["step"] - before)
+                before = line["step"]
 
     def write_losses(self, window: LossWindow, step: int, learning_rate: float) -> dict:
         """Write the means over the window, empty it, and return the line."""
@@ -76,6 +109,12 @@ class MetricsFile:
         line = {"step": step} | {name: sum(row[name] for row in losses) / len(losses) for name in losses[0]}
         seconds = self.clock.seconds
         speed = (step - self.last_step) * self.batch_size / (seconds - self.last_seconds)
+        rise = self.watch.add(line["loss"], len(losses))
+        if rise and self.accelerator.is_main_process:
+            tqdm.write(
+                f"the loss is {rise:.1f} times its lowest, at step {step}: where it stays there, start over with a "
+                "lower --learning-rate"
+            )
         line |= {"lr": learning_rate, "seconds": seconds, "images_per_second": speed}
         self.last_step, self.last_seconds = step, seconds
         window.clear()

@@ -3,7 +3,16 @@ import json
 import pytest
 import torch
 
-from onelora_diffusion.training.metrics import LossWindow, NonFiniteError, append_line, check_finite, cut_lines_after
+from onelora_diffusion.training.metrics import (
+    LossWatch,
+    LossWindow,
+    MetricsFile,
+    NonFiniteError,
+    append_line,
+    check_finite,
+    cut_lines_after,
+)
+from onelora_diffusion.training.stopping import Clock
 
 
 def window_of(*losses):
@@ -48,3 +57,23 @@ def test_lines_after_a_step_and_half_lines_are_cut(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
     cut_lines_after(path, 25)
     assert path.read_text().splitlines()[-1] == '{"step": 20, "loss": 0.5}'
+
+
+def test_a_loss_that_has_risen_far_above_what_it_was_is_told_once():
+    watch = LossWatch()
+    falling = [watch.add(1 / (1 + line), 20) for line in range(10)]  # the last five: 1/6 to 1/10, 0.129 in the mean
+    single_lines = [watch.add(loss, 20) for loss in (0.5, 0.12, 0.12, 0.12, 0.12)]  # the noise of one line
+    assert falling + single_lines == [None] * 15
+    assert [watch.add(1.0, 20) for _ in range(2)] == [pytest.approx(1.48 / 5 / (0.6456 / 5), rel=1e-3), None]
+
+
+def test_a_resumed_run_knows_the_loss_it_had(accelerator, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    for step in (20, 40, 60, 80, 100):
+        append_line(path, {"step": step, "loss": 0.1})
+    append_line(path, {"step": 100, "FD(pixels)": 5.0})
+    file = MetricsFile(path, accelerator, batch_size=4, step=100, clock=Clock(None))
+    for step in (120, 140):
+        file.write_losses(window_of(*[0.5] * 20), step, learning_rate=0.1)
+    out = capsys.readouterr()
+    assert out.out.count("the loss is 2.6 times its lowest, at step 140: where it stays there, start over") == 1

@@ -98,7 +98,7 @@ VARIANTS = {
     **_several("outputs", "sums of {n} groups of outputs", "outputs", "outputs' sums", 2, 4, 8),
     **_several("svd", "{n} leading singular vectors of W0", "singular", "singular vectors", 1, 2, 4),
     **_several("singular", "{n} of W0 by subspace iteration", "singular", "subspace iteration", 1, 2, 4, 8),
-    **{f"rounds-{n}": Variant(f"4 of W0 after {n} rounds", "other", f"{n} rounds", 4) for n in (3, 6, 10)},
+    **{f"rounds-{n}": Variant(f"4 of W0 after {n} rounds", "other", f"{n} rounds", 4) for n in (3, 10)},
     "gradient": Variant("the first gradient's direction", "other", "gradient"),
     "gradient-2": Variant("two of the first gradient", "other", "gradient", 2),
     "gradient-4": Variant("four of the first gradient", "other", "gradient", 4),

@@ -66,7 +66,7 @@ RULES: dict[str, Callable[[Seen, int], Tensor]] = {
     "subspace iteration": lambda seen, count: leading_directions(seen.weight, count),
     **{
         f"{rounds} rounds": lambda seen, count, rounds=rounds: leading_directions(seen.weight, count, rounds)
-        for rounds in (3, 6, 10)
+        for rounds in (3, 10)
     },
     "inputs": lambda seen, count: torch.linalg.eigh(seen.moments)[1].T.flip(0)[:count],
     "gradient": lambda seen, count: torch.linalg.svd(seen.gradient, full_matrices=False)[2][:count],

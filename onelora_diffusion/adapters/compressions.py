@@ -156,7 +156,7 @@ def plain_weight(linear: nn.Linear) -> torch.Tensor:
     return (rows if linear.bias is None else rows - linear.bias.float()).T
 
 
-ROUNDS = 3  # of subspace iteration; adapter files depend on it
+ROUNDS = 6  # of subspace iteration; adapter files depend on it
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _listing1(model):
     return model
 
 
-def _peft(kind: str, **settings) -> Callable[[nn.Module], nn.Module]:
+def _peft(kind: str, r: int = 1, **settings) -> Callable[[nn.Module], nn.Module]:
     def build(model):
         import peft
 
@@ -79,7 +79,7 @@ def _peft(kind: str, **settings) -> Callable[[nn.Module], nn.Module]:
         configs = {"miss": peft.MissConfig, "lora": peft.LoraConfig, "vera": peft.VeraConfig, "1lora": OneLoraConfig}
         targets = list(target_layers(model, None))
         # unwrapped again: only the layers are measured, not the wrapper's own forward
-        return peft.get_peft_model(model, configs[kind](r=1, target_modules=targets, **settings)).get_base_model()
+        return peft.get_peft_model(model, configs[kind](r=r, target_modules=targets, **settings)).get_base_model()
 
     return build
 
@@ -99,6 +99,11 @@ OURS = {
     "1LoRA": _ours(),
     "1LoRA, fused qkv": _ours(fuse_qkv=True),
     "BitFit": _ours(method="bitfit"),
+    **{
+        f"1LoRA, {compression} r={rank}": _ours(compression=compression, rank=rank)
+        for compression in ("outputs", "singular")
+        for rank in (1, 4)
+    },
 }
 # PEFT's MiSS at r=1 sums all input features into one shard, mini_r=1 is its default and goes unused: it is 1LoRA.
 RIVALS = {
@@ -107,6 +112,7 @@ RIVALS = {
     "PEFT MiSS r=1": _peft("miss"),
     "PEFT OneLoraConfig": _peft("1lora"),  # 1LoRA, as programs that speak PEFT have it
     "PEFT LoRA r=1": _peft("lora", lora_alpha=1),
+    "PEFT LoRA r=4": _peft("lora", r=4, lora_alpha=4),
     "PEFT DoRA r=1": _peft("lora", lora_alpha=1, use_dora=True),
     "PEFT VeRA r=1": _peft("vera"),
     "full": _full,

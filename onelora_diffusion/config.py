@@ -59,8 +59,9 @@ class AdapterConfig:
             DoRA, VeRA and MoRA then have one adapter for the three, at the layer `to_qkv`, which a custom attention
             processor must call.
         compression: the values that b multiplies. `sum`: the sum of the layer's inputs, or of `rank` groups of them.
-            `outputs`: the same of the base layer's outputs, without its bias. `random`: products with fixed vectors
-            drawn from `seed` (ablation B.2).
+            `outputs`: the same of the base layer's outputs, without its bias. `singular`: products with the `rank`
+            directions of length 1 that the base layer amplifies most, computed from its weight. `random`: products
+            with fixed vectors drawn from `seed` (ablation B.2).
         peft_config: further settings of LoRA, DoRA, VeRA or a `peft:<tuner>` under PEFT's own names, such as
             `{"lora_alpha": 8}` or `{"n_frequency": 500}`: texts, numbers, booleans, and lists and dicts of these.
         seed: seed of the adapter's random values: new class rows, random compression, LoRA's A.

@@ -70,7 +70,8 @@ class RunSettings:
     norms: bool | None = None
     """--norms, --no-norms: train the affine weights of normalisation layers."""
     compression: str = "sum"
-    """sum; or random: the ablation with a fixed random vector instead of the sum."""
+    """What b multiplies: sum, of the layer's inputs; outputs, their sum; singular, products with the directions that
+    the layer amplifies most; random, with fixed random vectors. --rank is how many."""
 
     max_train_time: str | None = "10m"
     """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""

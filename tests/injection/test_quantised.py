@@ -1,5 +1,7 @@
 """Adapters on bases whose weights a quantisation has packed: torchao, quanto, bitsandbytes, GGUF."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import dit_inputs, make_dit, randomize
@@ -109,8 +111,9 @@ def test_trains_and_serves_beside_the_packed_weights(quantised, inputs):
 @quantisations
 def test_an_adapter_fits_the_base_and_its_quantised_self_alike(quantised, tmp_path):
     full, packed = make_dit(), quantised(make_dit())
-    for here, there in ((full, packed), (packed, full)):
-        randomize(inject_adapter(here, AdapterConfig(num_classes=5)))
+    configs = AdapterConfig(num_classes=5), AdapterConfig(compression="singular", rank=2)
+    for (here, there), config in itertools.product(((full, packed), (packed, full)), configs):
+        randomize(inject_adapter(here, config))
         save_adapter(here, tmp_path)
         load_adapter(there, tmp_path)
         for name, tensor in adapter_state_dict(here).items():

@@ -62,10 +62,11 @@ class LossWindow:
 class LossWatch:
     """Notices when the loss of a run has risen far above what it was before.
 
-    It compares the mean loss of the last `MIN_STEPS` steps with the lowest such mean so far.
+    It compares the mean loss of the last `MIN_STEPS` steps with the lowest such mean so far, and with that of the first
+    `FIRST_STEPS`, since a run can go wrong at once.
     """
 
-    MIN_STEPS = 100
+    FIRST_STEPS, MIN_STEPS = 20, 100
     FACTOR = 2.0  # means of 100 steps differ by noise too, at a batch size of 1 by up to half
 
     def __init__(self):
@@ -78,11 +79,11 @@ class LossWatch:
         while sum(steps for _, steps in self.recent[1:]) >= self.MIN_STEPS:
             del self.recent[0]
         num_recent = sum(steps for _, steps in self.recent)
-        if self.has_risen or num_recent < self.MIN_STEPS:
+        if self.has_risen or num_recent < self.FIRST_STEPS:
             return None
         mean = sum(loss * steps for loss, steps in self.recent) / num_recent
         self.lowest = min(self.lowest, mean)
-        self.has_risen = mean > self.FACTOR * self.lowest
+        self.has_risen = num_recent >= self.MIN_STEPS and mean > self.FACTOR * self.lowest
         return mean / self.lowest if self.has_risen else None
 
 

@@ -65,6 +65,8 @@ def test_a_loss_that_has_risen_far_above_what_it_was_is_told_once():
     single_lines = [watch.add(loss, 20) for loss in (0.5, 0.12, 0.12, 0.12, 0.12)]  # the noise of one line
     assert falling + single_lines == [None] * 15
     assert [watch.add(1.0, 20) for _ in range(2)] == [pytest.approx(1.48 / 5 / (0.6456 / 5), rel=1e-3), None]
+    wrong_at_once = LossWatch()
+    assert [wrong_at_once.add(loss, 20) for loss in (0.5, 5, 3, 300, 20)] == [None] * 4 + [pytest.approx(131.4)]
 
 
 def test_a_resumed_run_knows_the_loss_it_had(accelerator, tmp_path, capsys):

@@ -62,8 +62,8 @@ class LossWindow:
 class LossWatch:
     """Notices when the loss of a run has risen far above what it was before.
 
-    It compares the mean loss of the last `MIN_STEPS` steps with the lowest such mean so far, and with that of the first
-    `FIRST_STEPS`, since a run can go wrong at once.
+    It compares the mean loss of the last `MIN_STEPS` steps with the lowest such mean so far, and with that of the
+    first `FIRST_STEPS`, since a run can go wrong at once.
     """
 
     FIRST_STEPS, MIN_STEPS = 20, 100

@@ -41,3 +41,25 @@ def test_directions_of_another_base_are_refused_and_those_of_a_rounded_one_serve
         assert torch.equal(other(**inputs).sample, before)
         inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
         assert_rounded(load_adapter(rounded, path)(**inputs).sample, expected, rounded)
+
+
+def test_directions_of_the_miniature_move_as_its_weights_are_rounded():
+    """docs/methods.md: the distance of four directions of a layer, in the root mean square."""
+    from onelora_diffusion.injection.layers import target_layers
+    from onelora_diffusion.pipelines.base import load_base
+
+    def quantised(weight, steps, group):
+        groups = weight.reshape(len(weight), -1, group)
+        step = groups.abs().amax(-1, keepdim=True) / steps
+        return ((groups / step).round() * step).reshape(weight.shape)
+
+    weights = [layer.weight.detach() for layer in target_layers(load_base(None).transformer, None).values()]
+    rounded = {
+        "bfloat16": (lambda weight: weight.bfloat16().float(), 0.02),
+        "int8": (lambda weight: quantised(weight, 127, weight.shape[1]), 0.03),
+        "int4": (lambda weight: quantised(weight, 7, 32), 0.23),
+    }
+    for name, (change, documented) in rounded.items():
+        moved = [(leading_directions(change(weight), 4) - leading_directions(weight, 4)).norm() for weight in weights]
+        distance = torch.stack(moved).square().mean().sqrt().item() / 2  # of four directions of length 1
+        assert distance == pytest.approx(documented, rel=0.5), name

@@ -83,7 +83,7 @@ def write_subjects(folder: Path, number: int, images: int) -> list[str]:
     labels, names = torch.tensor(digits.labels), []
     for subject in range(number):
         digit, part = subject % 10, subject // 10
-        names.append(f"{WORDS[digit]}-{part + 1}")
+        names.append(f"{WORDS[digit]}-{part + 1}" if number > 10 else WORDS[digit])
         (folder / names[-1]).mkdir(parents=True, exist_ok=True)
         for index in (labels == digit).nonzero()[part * images : (part + 1) * images, 0].tolist():
             pixels = ((digits[index][0] + 1) * 127.5).round().to(torch.uint8)

@@ -82,7 +82,9 @@ ROUNDED = 1e-5
     "changes",
     [
         dict(rates_by_sum=True, max_grad_norm=0.1, gradient_accumulation_steps=2, snr_gamma=5.0),
-        dict(scale=True, gradient_checkpointing=True),  # a bias of keys has no gradient but what rounding leaves
+        dict(
+            scale=True, gradient_checkpointing=True, prior_weight=0.5
+        ),  # a bias of keys has no gradient but what rounding leaves
         dict(method="lora", rank=2, flip=True),
     ],
     ids=["sum", "sum and scale", "lora"],

@@ -285,7 +285,8 @@ def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Trainin
 def losses_of(job: Job, group: list[tuple[Training, Part]]) -> list[dict[str, Tensor]]:
     """The losses by name of each part of a group, (samples,), computed in one batch."""
     together = joined_parts([part for _, part in group])
-    losses = group[0][0].task.losses(job.model, together.moments, together.conditions, together.draws)
+    keeps_prior = bool(job.settings.prior_weight)
+    losses = group[0][0].task.losses(job.model, together.moments, together.conditions, together.draws, keeps_prior)
     sizes = [len(part.moments) for _, part in group]
     split = {name: loss.split(sizes) for name, loss in losses.items()}
     return [{name: split[name][number] for name in split} for number in range(len(group))]

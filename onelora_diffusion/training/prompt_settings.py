@@ -61,6 +61,11 @@ class PromptSettings(RunSettings):
     """Number of tokens of a prompt. Default: that of the base's pipeline."""
     caption_drop: float | None = None
     """Share of samples that train the empty prompt. Default: 0.1, or 0 if it is not used for guidance (FLUX.1)."""
+    prior_weight: float = 0.0
+    """Prior preservation: weigh the squared difference from what the base alone predicts of the same noise for
+    --prior-prompt. It needs no second model and no images of the class; a step takes about twice the time."""
+    prior_prompt: str = ""
+    """The prompt for which the base is preserved, such as 'a photo of a dog'. Default: the empty prompt."""
 
     max_train_time: str | None = "1h"
     """Budget of wall-clock time, over all resumes: 90s, 30m, 24h, 1h30m."""
@@ -97,6 +102,10 @@ class PromptSettings(RunSettings):
             raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
         if self.images is None and self.subjects is None and not is_embedded:
             raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
+        if not 0 <= self.prior_weight < float("inf"):
+            raise ValueError(f"--prior-weight must be at least 0 and finite, not {self.prior_weight}")
+        if self.prior_prompt and not self.prior_weight:
+            raise ValueError(f"--prior-prompt {self.prior_prompt!r} is not used: give --prior-weight")
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)

@@ -32,6 +32,7 @@ class RunSettings:
     class_learning_rate: ClassVar[float | None] = None  # of the class table, if the base has one
     eval_every: ClassVar[int] = 0  # updates between evaluations; 0 for none
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, for bases with prompts
+    prior_weight: ClassVar[float] = 0.0  # of prior preservation, for bases with prompts
     latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded again in each step
     export_lora: ClassVar[tuple | None] = None  # the namings of the LoRAs that are written at the end
     sample_rows: ClassVar[int] = 1  # rows in a grid of samples

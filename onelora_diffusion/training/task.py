@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, buil
 from onelora_diffusion.denoisers import denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
+from onelora_diffusion.families.family import joined
 from onelora_diffusion.injection.book import disable_adapter
+from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
 from onelora_diffusion.processes import among_sharers
 from onelora_diffusion.sampling import SamplerSettings, adapters_merged, image_generators
@@ -131,11 +134,14 @@ class Task:
         return self.settings.latent_cache or self.settings.output_dir.parent / "latents"
 
     @property
-    def all_conditions(self) -> list[list[int | str]]:
-        """The conditions of the images, those of samples, and those of images of another split."""
-        shown = [condition for condition, _ in self.data.shown]
-        held = [list(self.data.held.conditions)] if self.data.held else []
-        return [list(self.data.conditions), shown, *held]
+    def all_conditions(self) -> dict[str, list[int | str]]:
+        """The conditions of the images, of samples, of images of another split, and of prior preservation."""
+        found = {"learned": list(self.data.conditions), "shown": [condition for condition, _ in self.data.shown]}
+        if self.data.held:
+            found["held"] = list(self.data.held.conditions)
+        if self.settings.prior_weight:
+            found["prior"] = [self.settings.prior_prompt]
+        return found
 
     def activate(self) -> None:
         """Let the transformer compute with this adapter alone."""
@@ -152,14 +158,13 @@ class Task:
         """Read the complete caches; without one of prompts, conditions are encoded, for the attached adapter."""
         prompts, latents = self.folders
         if prompts is None:
-            rows = (
-                self.family.encode_conditions(self.pipeline, [None, *conditions]) for conditions in self.all_conditions
-            )
-            read = map(ConditionRows, rows)
+            encode = partial(self.family.encode_conditions, self.pipeline)
+            read = (ConditionRows(encode([None, *conditions])) for conditions in self.all_conditions.values())
         else:
-            read = map(PromptCache, prompts, self.all_conditions)
-        self.learned, self.shown, *held = read
-        self.held_conditions = held[0] if held else self.learned
+            read = map(PromptCache, prompts, self.all_conditions.values())
+        encoded = dict(zip(self.all_conditions, read, strict=True))
+        self.learned, self.shown = encoded["learned"], encoded["shown"]
+        self.held_conditions, self.prior = encoded.get("held", self.learned), encoded.get("prior")
         caches = [
             None if folder is None else LatentCache(folder, len(data.images), data.buckets)
             for folder, data in zip(latents, self.encoded_data, strict=True)
@@ -184,8 +189,13 @@ class Task:
         images = images.to(self.accelerator.device, non_blocking=True)
         return images if is_cached else self.family.encode_images(self.pipeline.vae, images)
 
-    def losses(self, model: nn.Module, moments: Tensor, conditions: Conditions, draws: StepDraws) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, moments: Tensor, conditions: Conditions, draws: StepDraws, keeps_prior: bool = False
+    ) -> dict[str, Tensor]:
         """The losses of a batch by name, each (batch,).
+
+        With `keeps_prior` the batch is computed again with the prompt of prior preservation, p, by the adapter and by
+        the base alone, and the loss gains w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))², `prior` by itself.
 
         Args:
             model: the transformer, possibly wrapped for several processes.
@@ -196,12 +206,27 @@ class Task:
         settings, scheduler = self.settings, self.pipeline.scheduler
         x_start = sample_moments(moments, draws.posterior_noise)
         latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
+        times = model_timesteps(draws.timesteps, scheduler)
+        predict = self.family.predict
         with self.accelerator.autocast():
-            times = model_timesteps(draws.timesteps, scheduler)
-            output = self.family.predict(model, latents, times, conditions)
+            if keeps_prior:
+                size = len(latents)
+                first, kept = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
+                prior = self.on_device(self.prior.embeddings(first, kept))
+                base = denoiser_of(self.pipeline)
+                with torch.no_grad(), route_adapters(base, [None] * size):
+                    of_base = predict(base, latents, times, prior)
+                both = predict(model, latents.repeat(2, 1, 1, 1), times.repeat(2), joined([conditions, prior]))
+                output, of_prior = both.chunk(2)
+            else:
+                output = predict(model, latents, times, conditions)
         losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
-        return losses | {"loss": weighted_loss(losses, weights)}
+        losses |= {"loss": weighted_loss(losses, weights)}
+        if keeps_prior:
+            losses["prior"] = (of_prior.float() - of_base.float()).square().flatten(1).mean(1)
+            losses["loss"] = losses["loss"] + settings.prior_weight * losses["prior"]
+        return losses
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -318,7 +343,7 @@ def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
             f"{family.name}, {length or 'all'} tokens",
             **_share(task, stop),
         )
-        for conditions in task.all_conditions
+        for conditions in task.all_conditions.values()
     ]
 
 

@@ -16,7 +16,9 @@ from onelora_diffusion.cli.train_text_to_image import main, prepare_task
 from onelora_diffusion.diffusion import add_noise
 from onelora_diffusion.families import family_of
 from onelora_diffusion.training.prompt_settings import PromptSettings
-from onelora_diffusion.training.randomness import VALIDATION, keyed_generator
+from onelora_diffusion.training.randomness import VALIDATION, draw_step, keyed_generator
+from onelora_diffusion.training.stopping import Clock, Stop
+from onelora_diffusion.training.task import encode
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,40 @@ def test_what_cannot_be_validated_is_one_line(places, tmp_path, changes, message
     with pytest.raises(SystemExit, match=message):
         main(settings_of(places, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_prior_preservation_is_its_formula(places, tmp_path):
+    """w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))² on top of the loss, of each sample, computed one by one."""
+    weight = 0.7
+    settings = settings_of(places, tmp_path, prior_weight=weight, prior_prompt="a sign", validation_images=0)
+    task = prepare_task(settings, Accelerator(cpu=True))
+    trained = task.attach()
+    with torch.no_grad():
+        for number, tensor in enumerate(trained.values()):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+    prior = task.family.encode_conditions(task.pipeline, ["a sign"], 24)
+    encode([task], Stop(Clock(), 1))
+    task.open_caches()
+    model, drops = task.pipeline.transformer, torch.tensor([False, True])
+    moments = torch.stack([task.examples[index, False][0] for index in (0, 3)])
+    drawn = draw_step(0, 0, 2, tuple(moments.shape[2:]), 1000, 0.0)
+    conditions = task.conditions(torch.tensor([0, 3]), drops)
+    plain = task.losses(model, moments, conditions, drawn)
+    losses = task.losses(model, moments, conditions, drawn, keeps_prior=True)
+    for sample in range(2):
+        x = moments[sample, 0] + moments[sample, 1] * drawn.posterior_noise[sample]
+        time = drawn.timesteps[sample : sample + 1]
+        noisy = add_noise(x[None], drawn.noise[sample : sample + 1], time, task.pipeline.scheduler)
+        times = task.pipeline.scheduler.timesteps.flip(0)[time]
+        with torch.no_grad():
+            found = task.family.predict(model, noisy, times, prior)
+            with disable_adapter(model):
+                wanted = task.family.predict(model, noisy, times, prior)
+        expected = (found - wanted).square().mean()
+        assert expected > 1e-4
+        torch.testing.assert_close(losses["prior"][sample], expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            losses["loss"][sample], plain["loss"][sample] + weight * expected, rtol=1e-4, atol=0
+        )
+    gradients = torch.autograd.grad(losses["prior"].sum(), [*trained.values()])
+    assert sum(gradient.abs().sum() for gradient in gradients) > 0

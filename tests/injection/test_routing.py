@@ -184,7 +184,7 @@ def test_a_batch_may_change_inside_a_route():
     model = make_routed()
     inputs = dit_inputs(8) | {"class_labels": torch.tensor([2, 4, 9, 9, 1, 7, 0, 3])}
     with torch.no_grad():
-        alone = [run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES)]
+        alone = [run_alone(model, name, **sample_of(inputs, i)) for i, name in enumerate(NAMES[:8])]
         with route_adapters(model, NAMES[:3]):
             for samples in ([2, 1], [1, 6, 4, 2, 7], [3], [0, 1, 2, 3, 4, 5, 6, 7]):
                 reroute_adapters(model, [NAMES[i] for i in samples])

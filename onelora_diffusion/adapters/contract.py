@@ -40,11 +40,7 @@ class LayerAdapter(nn.Module):
 
     @classmethod
     def summed(cls, group: list[tuple["LayerAdapter", float]], names: list[str], path: str) -> dict[str, torch.Tensor]:
-        """The tensors of Σₖ wₖ · adapterₖ, by name as in `trained_tensors`.
-
-        Raises:
-            ValueError: their sum is no adapter.
-        """
+        """The tensors of Σₖ wₖ · adapterₖ, by name as in `trained_tensors`; ValueError if their sum is no adapter."""
         raise ValueError(f"adapter '{names[0]}' trains more than vectors at {path}: it cannot be summed up")
 
     def lora(self, with_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

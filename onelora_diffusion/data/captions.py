@@ -39,23 +39,10 @@ class CaptionedImages(FlippableImages):
         dataset: the images without captions, `[index] -> (image, caption index)`, on which the latents depend.
     """
 
-    dataset: "BucketedImages"
-
     def __init__(self, dataset: "BucketedImages", captions: list[str]):
         super().__init__(dataset)
         self.captions = captions
-
-    @property
-    def name(self) -> str:
-        return self.dataset.name
-
-    @property
-    def buckets(self) -> Buckets:
-        return self.dataset.buckets
-
-    @property
-    def broken(self) -> Tensor:
-        return self.dataset.broken
+        self.name, self.buckets, self.broken = dataset.name, dataset.buckets, dataset.broken
 
 
 class BucketedImages(SizedImages):
@@ -169,10 +156,6 @@ def checked(caption: str, named: str) -> str:
     return caption.strip()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sources of images
-
-
 class Pictures(Dataset):
     """`[index] -> (image, index)`: PIL images, rotated as their metadata say; `size` does not decode pixels."""
 
@@ -243,12 +226,8 @@ def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str |
         raise ValueError(f"hf:{name} has no column {caption_column!r}: it has {printable(', '.join(rows.features))}")
     if not len(rows):
         raise ValueError(f"hf:{name}, split {split}, has no rows")
-    if prompt is None:
-        captions = [
-            checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(rows[caption_column])
-        ]
-    else:
-        captions = [prompt] * len(rows)
+    captions = [prompt] * len(rows) if prompt is not None else rows[caption_column]
+    captions = [checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(captions)]
     import datasets
 
     return HubPictures(name, rows.cast_column(image_column, datasets.Image(decode=False)), image_column), captions

@@ -88,11 +88,7 @@ def values_of(rows, column: str) -> list:
 
 
 def column_of_type(name: str, rows, kind: str, chosen: str | None, flag: str) -> str:
-    """The chosen column, or else the only one whose feature has the type `kind`, `Image` or `ClassLabel`.
-
-    Raises:
-        ValueError: there is no such column, none or several have the type, or the chosen column has no images.
-    """
+    """The chosen column, or else the only one whose feature has the type `kind`, `Image` or `ClassLabel`."""
     listed = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
     if chosen is None:
         found = [column for column, feature in rows.features.items() if type(feature).__name__ == kind]

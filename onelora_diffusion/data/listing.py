@@ -113,11 +113,9 @@ def describe(dataset) -> str:
 def _entries(
     found: Listing, runs: list[str], folder: str, prefix: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, os.DirEntry]]:
-    """Yield (path relative to the root, entry) of all files.
+    """Yield (path relative to the root, entry) of all files; `runs` gets the paths of training runs' folders.
 
-    Args:
-        runs: a list to which the paths of training runs' folders are added.
-        above: the parent folders, to detect links that lead back to them.
+    `above` are the parent folders, to detect links that lead back to them.
     """
     status = os.stat(folder)
     above = (*above, (status.st_dev, status.st_ino))

@@ -30,12 +30,7 @@ class PromptCache(RowCache):
         self.row_of_caption = torch.tensor([row_of[caption] for caption in captions])
 
     def embeddings(self, captions: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """The tensors of captions by name, `(batch, ...)`; a dropped caption is replaced by the empty one.
-
-        Args:
-            captions: (batch,) int64, indices of captions.
-            dropped: (batch,) bool, True for captions to drop.
-        """
+        """The tensors `(batch, ...)` by name of captions, given by index; those of the empty one if dropped."""
         rows = [self.row(row) for row in torch.where(dropped, 0, self.row_of_caption[captions]).tolist()]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

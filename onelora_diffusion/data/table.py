@@ -101,11 +101,7 @@ DATASETS = {
 
 
 def kind_of(name: str) -> tuple[DatasetKind, str]:
-    """(the row of a data set, the part of its name after the colon).
-
-    Raises:
-        ValueError: there is no such data set.
-    """
+    """(the row of a data set, the part of its name after the colon); ValueError if there is no such data set."""
     row, _, rest = name.partition(":")
     kind = DATASETS.get(row)
     if kind is None or bool(rest) != bool(kind.of_many):

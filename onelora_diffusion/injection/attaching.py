@@ -121,12 +121,7 @@ def build_with_values(
 ) -> dict[str, LayerAdapter]:
     """Build the layer adapters of a new adapter with given values, on the devices on which the model's layers compute.
 
-    Args:
-        values: the trained tensors by their names in an adapter file.
-        source: the name of the values in errors.
-
-    Raises:
-        ValueError: the settings build no adapter, or a tensor is missing, unknown or of another shape.
+    ValueError, which names `source`, if the settings build no adapter or a tensor is missing, unknown or misshapen.
     """
     adapter = build_for_values(model, config, values, source)
     device = _execution_device(model)

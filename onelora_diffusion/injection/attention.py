@@ -66,11 +66,7 @@ def _with_adapters(linear, x, out, sums):
 
 
 def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Replace q, k and v of each attention in `layers` by one layer, `to_qkv`, which is created if it does not exist.
-
-    Raises:
-        ValueError: the layers contain only one or two of the three layers of an attention.
-    """
+    """Replace q, k and v of each attention by one layer, `to_qkv`; ValueError if an attention has not all three."""
     fused = {}
     for path, linear in layers.items():
         parent, _, name = path.rpartition(".")

@@ -120,8 +120,7 @@ class TableSeat(Seat):
 
 def begin_lookup(table: nn.Embedding, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the base's class table."""
-    labels = args[0] if args else kwargs["input"]
-    return (table.onelora.begin(labels),), {}
+    return (table.onelora.begin(args[0] if args else kwargs["input"]),), {}
 
 
 def end_lookup(table: nn.Embedding, args: tuple, rows: torch.Tensor) -> torch.Tensor:

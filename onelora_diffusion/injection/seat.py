@@ -108,11 +108,7 @@ class Seat(nn.ModuleDict):
         return None
 
     def merge(self, check: bool) -> None:
-        """Merge the active adapters into the base's tensors, which the layer's calls use once the seat is unhooked.
-
-        Raises:
-            ValueError: with `check`, a merged tensor would contain NaN or infinity.
-        """
+        """Merge the active adapters into the base's tensors; with `check`, ValueError if one is NaN or infinite then."""
         raise NotImplementedError
 
     def unmerge(self) -> None:

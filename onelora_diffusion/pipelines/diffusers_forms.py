@@ -24,11 +24,9 @@ class on_the_class_too:
 
 
 def weight_of(weight: float | dict | None, component: str, components: Iterable[str]) -> Weight:
-    """Select the weight of a component's adapter from a weight that may be given by component and by block.
+    """Select the weight of one of the components from a weight that may be given by component and by block.
 
-    Args:
-        components: the components of the pipeline that can have adapters. Weights for text encoders are ignored with
-            a warning.
+    Weights for text encoders are ignored with a warning.
     """
     if isinstance(weight, dict):
         if left := [name for name in weight if TEXT_ENCODER.fullmatch(name)]:

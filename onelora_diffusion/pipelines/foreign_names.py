@@ -28,12 +28,7 @@ def denoiser_tensors(
     If no tensor names a layer of the model, the names are taken for another program's (kohya's scripts for SDXL and
     Flux, ComfyUI, XLabs) and converted by the pipeline's own `lora_state_dict`.
 
-    Args:
-        model: the pipeline's transformer or UNet.
-        source: the name of the LoRA in errors and in the warning.
-
-    Raises:
-        ValueError: all tensors are for text encoders, or the conversion fails or would lose tensors.
+    ValueError if all tensors are for text encoders, or the conversion fails or would lose tensors.
     """
     own = without_text_encoders(tensors, source)
     refuse_other_kinds(own, source)

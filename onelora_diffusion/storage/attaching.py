@@ -55,11 +55,7 @@ class AdapterFile:
 
 
 def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
-    """Check every key and shape of an adapter, and its base, against a model; nothing is allocated.
-
-    Raises:
-        ValueError: the adapter does not fit, or its settings build no adapter.
-    """
+    """ValueError unless every key and shape of an adapter, and its base, fit a model; nothing is allocated."""
     expected = build_for_values(model, file.config, file.tensors, source, as_shapes=True)
     if expected is not None:
         check_shapes(state_dict_of(expected), file.tensors, source)

@@ -188,11 +188,7 @@ def refuse_other_kinds(tensors: dict[str, torch.Tensor], source: str) -> None:
 
 
 def without_text_encoders(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Leave out the tensors for text encoders, with a warning.
-
-    Raises:
-        ValueError: all tensors are for text encoders.
-    """
+    """Leave out the tensors for text encoders, with a warning; ValueError if there are no others."""
     own = {key: tensor for key, tensor in tensors.items() if not TEXT_ENCODER_KEY.fullmatch(key)}
     if tensors and not own:
         raise ValueError(f"{source} is for text encoders only ({next(iter(tensors))}), which are not adapted here")

@@ -284,9 +284,7 @@ def _expanded(name: str) -> list[str]:
 def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """Rename the tensors of a LoRA to diffusers' paths and split fused layers; None unless all have native names.
 
-    Args:
-        tensors: tensors by `NAME.part`. A part has the rows of the native layer (`lora_B.weight`) and is split, or is
-            the same for all its paths (`lora_A.weight`, `alpha`).
+    A part that has the rows of the native layer (`lora_B.weight`) is split; any other (`alpha`) is that of all paths.
     """
     natives = native_layers(model) or {}
     known = {}

@@ -79,10 +79,7 @@ def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile
 
 
 def _of_denoiser(settings: dict) -> dict:
-    """Select PEFT's settings of the denoiser from a header that may have those of several components.
-
-    A pipeline's `save_lora_weights` writes `transformer.lora_alpha`, a model's `save_lora_adapter` `lora_alpha`.
-    """
+    """PEFT's settings of the denoiser: pipelines write them as `transformer.lora_alpha`, models as `lora_alpha`."""
     own = {name: value for name, value in settings.items() if not TEXT_ENCODER_KEY.fullmatch(name)}
     return {name.split(".", 1)[-1]: value for name, value in own.items()}
 
@@ -104,10 +101,7 @@ def read_dict(
 ) -> AdapterFile:
     """Read an adapter from tensors without a header; their keys tell its kind.
 
-    Args:
-        settings: PEFT's settings of a LoRA.
-        source: the name in errors.
-        translate: (tensors, source) -> the tensors for this model, renamed to its layers.
+    `settings` are PEFT's of a LoRA; `translate` renames the tensors to the model's layers, given their source too.
     """
     check_state_dict(tensors, source)
     own = [key for key in tensors if ".onelora_" in key or key.removeprefix(PREFIX).startswith(f"{CLASS_TABLE}.")]

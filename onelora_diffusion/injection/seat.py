@@ -108,7 +108,7 @@ class Seat(nn.ModuleDict):
         return None
 
     def merge(self, check: bool) -> None:
-        """Merge the active adapters into the base's tensors; with `check`, ValueError if one is NaN or infinite then."""
+        """Merge the active adapters into the base's tensors; with `check`, ValueError if one would not be finite."""
         raise NotImplementedError
 
     def unmerge(self) -> None:

@@ -36,7 +36,7 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     is_new = pipeline is None
     pipeline = pipeline or load_base(settings.base, condition=str, precision=settings.base_precision)
     choose_denoiser(pipeline, settings.denoisers)
-    family = family_of(pipeline)
+    family = family_of(pipeline, settings.caches)
     if is_new and isinstance(family, Recorded):
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
@@ -87,9 +87,8 @@ def main(settings: PromptSettings, since: float | None = None) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
     if settings.denoisers != "both":
         return start(settings, prepare_task, since)
-    caches, folder = settings.latent_cache or settings.output_dir.parent / "latents", settings.output_dir
     for name in ("transformer", "transformer_2"):
-        own = replace(settings, denoisers=name, output_dir=folder / name, latent_cache=caches)
+        own = replace(settings, denoisers=name, output_dir=settings.output_dir / name, latent_cache=settings.caches)
         if exit_code := start(own, prepare_task, since):
             return exit_code
         since = None

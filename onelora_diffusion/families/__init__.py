@@ -1,5 +1,7 @@
 """The families of diffusion transformers, one file each, chosen by the transformer's class; or a recorded family."""
 
+from pathlib import Path
+
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Conditions, Family
@@ -15,8 +17,11 @@ __all__ = ["FAMILIES", "Conditions", "Family", "Recorded", "family_named", "fami
 FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
 
 
-def family_of(pipeline) -> Family:
+def family_of(pipeline, records: Path | None = None) -> Family:
     """The family of a pipeline's denoiser, recorded from the pipeline where no file here has it.
+
+    Args:
+        records: the folder in which what is recorded is kept.
 
     Raises:
         ValueError: the pipeline cannot be recorded, or is none.
@@ -25,17 +30,17 @@ def family_of(pipeline) -> Family:
     classes = [each.__name__ for each in type(unwrapped(denoiser_of(pipeline))).__mro__]
     known = {family.transformer_class for family in FAMILIES}
     if not known & set(classes) and hasattr(pipeline, "scheduler"):
-        return recorded_of(pipeline)
+        return recorded_of(pipeline, records)
     family = family_named(next((name for name in classes if name in known), classes[0]))
     family.check(pipeline)
     return family
 
 
-def recorded_of(pipeline) -> Recorded:
+def recorded_of(pipeline, records: Path | None = None) -> Recorded:
     """The family that was recorded from this pipeline, with the denoiser that it has now."""
     family = vars(pipeline).get("_onelora_family")  # kept there: once trained, it has no text encoders to be asked
     if family is None or family.denoiser is not unwrapped(denoiser_of(pipeline)):
-        family = vars(pipeline)["_onelora_family"] = Recorded(pipeline)
+        family = vars(pipeline)["_onelora_family"] = Recorded(pipeline, records)
     return family
 
 

@@ -18,6 +18,7 @@ from onelora_diffusion.families.arguments import batch_kind, described, is_permu
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
 from onelora_diffusion.families.targets import targets_in
+from onelora_diffusion.files import first_line
 
 SIDES = (64, 128, 256, 512, 1024)  # pixels: the first that a pipeline takes is what it is recorded at
 # Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
@@ -26,12 +27,22 @@ OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 
 TRIED_SCALE = 3.0
 
 
-def probe(recorder: Recorder) -> Place:
+def probed(recorder: Recorder) -> Place:
     """Fill a recorder's record by some twenty calls, and return what was found at the recorded size.
 
     Raises:
         ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
     """
+    try:
+        with torch.no_grad():
+            return _probed(recorder)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a part of the pipeline raises for what no probe expects
+        raise recorder.refusal(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _probed(recorder: Recorder) -> Place:
     blocks = recorder.blocks
     if not blocks:
         raise recorder.refusal("its denoiser has no list of blocks of one class")

@@ -5,6 +5,7 @@
 
 import re
 from math import inf
+from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,9 +16,9 @@ from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.family import Condition, Conditions, Family, longest
-from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probe
+from onelora_diffusion.families.kept import keep, kept, path_of
+from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probed
 from onelora_diffusion.families.recording import Place, Recorder
-from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
@@ -26,26 +27,28 @@ ROOM = 512  # tokens of a prompt that are kept where the pipeline names no numbe
 class Recorded(Family):
     """The family of one pipeline, whose call is recorded some twenty times, its denoiser running in a few of them.
 
+    Args:
+        records: the folder in which the record is kept, and read from the next time.
+
     Raises:
         ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
     """
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, records: Path | None = None):
         self.pipeline = pipeline
         self.recorder = Recorder(pipeline)
         self.denoiser = self.recorder.denoiser
         self.transformer_class = type(self.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
-        self._places: dict[tuple[int, int], Place] = {}
-        try:
-            with torch.no_grad():
-                place = probe(self.recorder)
-        except ValueError:
-            raise
-        except Exception as error:  # whatever a part of the pipeline raises for what no probe expects
-            raise self.recorder.refusal(f"{type(error).__name__}: {first_line(error)}") from error
-        self._places[self.recorder.square] = place
+        path = path_of(records, self.recorder) if records else None
+        if path and (found := kept(path)):
+            self.recorder.record, place = found
+        else:
+            place = probed(self.recorder)
+            if path:
+                keep(path, self.recorder.record, place)
         self.record = self.recorder.record
+        self._places: dict[tuple[int, int], Place] = {self.recorder.square: place}
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
     def __str__(self) -> str:

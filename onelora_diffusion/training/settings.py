@@ -185,6 +185,11 @@ class RunSettings:
         """These settings, updated with the options of accelerate's launcher."""
         return dataclasses.replace(self, **asked_by_launcher())
 
+    @property
+    def caches(self) -> Path:
+        """The folder of the caches of encoded images and prompts, and of what is recorded of bases."""
+        return self.latent_cache or self.output_dir.parent / "latents"
+
     def as_json(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 

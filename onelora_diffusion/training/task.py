@@ -131,7 +131,7 @@ class Task:
     @property
     def caches(self) -> Path:
         """The folder of the caches of encoded images and prompts."""
-        return self.settings.latent_cache or self.settings.output_dir.parent / "latents"
+        return self.settings.caches
 
     @property
     def all_conditions(self) -> dict[str, list[int | str]]:

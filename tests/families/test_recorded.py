@@ -233,6 +233,26 @@ def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time
     assert_rounded(half.scale.bfloat16(), whole.scale.bfloat16(), 1)
 
 
+@pytest.mark.parametrize("name", ["krea2", "wan22"])
+@torch.no_grad()
+def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, capsys):
+    def recorded():
+        pipeline, calls = make_stock(name), []
+        with denoiser_of(pipeline).register_forward_pre_hook(lambda *args: calls.append(args)):
+            return Recorded(pipeline, tmp_path), len(calls)
+
+    (first, probes), (second, none) = recorded(), recorded()
+    assert 0 < probes < 10 and none == 0
+    assert str(second) == str(first) and second.targets == first.targets
+    inputs_of = inputs(first, first.pipeline)
+    expected = first.predict(first.denoiser, *inputs_of)
+    assert torch.equal(second.predict(second.denoiser, *inputs(second, second.pipeline)), expected)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert recorded()[1] == probes and "is recorded anew" in capsys.readouterr().out
+    assert recorded()[1] == 0
+
+
 def test_arguments_have_the_images_of_a_batch_first_in_each_tensor():
     arrangement = Arrangement({"layers"}, {"layers.1": 1})
     first, second = torch.arange(6).reshape(2, 3), torch.arange(12).reshape(3, 2, 2)

@@ -12,11 +12,12 @@ quickstart: .venv/installed
 	$(BIN)/python sample.py --beside-base
 	$(BIN)/python eval_fid.py
 
-# Teach the text-to-image miniature words for handwritten digits, draw them, and read them.
+# Teach the text-to-image miniature words for handwritten digits, draw them, read them, and measure how far all else drifted.
 quickstart-text: .venv/installed
 	$(BIN)/python train_text_to_image.py
 	$(BIN)/python sample.py --adapter runs/digit-words --beside-base --per-class 8 --num-inference-steps 20
 	$(BIN)/python -m tools.read_digits
+	$(BIN)/python eval_fid.py --adapter runs/digit-words
 
 # A page and an API of the miniature and of what quickstart has trained.
 serve: .venv/serve/installed

@@ -54,9 +54,10 @@ def main(settings: Command) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with one_line_errors("eval_fid.py", same_everywhere=True):
         outputs = settings.output if isinstance(settings, Reference) else [settings.output]
-        for output in [settings.report_path] if isinstance(settings, Generate) else outputs:
-            if output:
-                check_writable(output)
+        if isinstance(settings, Generate):
+            outputs = [settings.report_path, settings.report_path.with_suffix(".png")]
+        for output in filter(None, outputs):
+            check_writable(output)
     if isinstance(settings, Generate):
         generate(settings, accelerator)
     elif isinstance(settings, Calculate):

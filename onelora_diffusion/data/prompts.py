@@ -1,5 +1,6 @@
 """Files of prompts: one prompt a line, or a table with groups and reference images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,8 @@ def read_prompts(path: Path) -> PromptFile:
         FileNotFoundError: the file, or an image that it names, is missing.
         ValueError: the file is no text or has no prompt, a prompt is empty or too long, or some rows have no image.
     """
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
-        prompts = tuple(
-            checked(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()
-        )
-        return _filled(path, PromptFile(prompts, prompts))
     prompts, groups, images = [], [], {}
-    for line, row in rows_of(path):
+    for line, row in rows_of(path) if path.suffix.lower() in (".csv", ".jsonl") else _lines_of(path):
         named = printable(f"line {line} of {path}")
         if "prompt" not in row or not row.keys() <= COLUMNS:
             listed = printable(", ".join(map(str, row)), 200)
@@ -59,12 +51,21 @@ def read_prompts(path: Path) -> PromptFile:
             if not found.exists():
                 raise FileNotFoundError(f"{named} names {printable(str(image), 200)}, which is not in {path.parent}")
             images |= dict.fromkeys((file, groups[-1]) for file in files_of(found))
+    if not prompts:
+        raise ValueError(f"{path} has no prompt: write one a line")
     with_images = {group for _, group in images}
     if images and (without := [p for p, group in zip(prompts, groups, strict=True) if group not in with_images]):
-        raise ValueError(
-            f"{path} has images, but none for {printable(without[0], 60)!r}: name one for all or for none"
-        )
-    return _filled(path, PromptFile(tuple(prompts), tuple(groups), tuple(images)))
+        raise ValueError(f"{path} has images, but none for {printable(without[0], 60)!r}: name one for all, or none")
+    return PromptFile(tuple(prompts), tuple(groups), tuple(images))
+
+
+def _lines_of(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The lines of a text file that are not empty, as rows with their numbers."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
+    return ((number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def files_of(path: Path) -> list[Path]:
@@ -75,9 +76,3 @@ def files_of(path: Path) -> list[Path]:
     if not listing.images:
         raise FileNotFoundError(f"no images in {path}")
     return [listing.root / name for name in listing.images]
-
-
-def _filled(path: Path, file: PromptFile) -> PromptFile:
-    if not file.prompts:
-        raise ValueError(f"{path} has no prompt: write one a line")
-    return file

@@ -77,6 +77,16 @@ class Metric:
     note_of: Callable[[dict], str | None] = lambda result: None
 
 
+def _of_kept(function: Callable, *keys: str) -> Callable[..., dict]:
+    """A function of the features of generated and real images, one by one, whose results get these keys."""
+
+    def compute(generated: Measured, real: Measured, features, settings) -> dict:
+        found = function(generated.kept, real.kept)
+        return dict(zip(keys, found if isinstance(found, tuple) else (found,), strict=True))
+
+    return compute
+
+
 def _distance(generated: Measured, real: Measured, features, settings) -> dict:
     return {"distance": frechet_distance(generated.statistics, real.statistics)}
 
@@ -116,28 +126,8 @@ def _nearest(generated: Measured, real: Measured, features, settings) -> dict:
     return {"nearest": cosines.mean().item(), "nearest_images": indices[:SHEET_ROWS].tolist()}
 
 
-def _authenticity(generated: Measured, real: Measured, features, settings) -> dict:
-    return {"authenticity": authenticity(generated.kept, real.kept)}
-
-
-def _mmd(generated: Measured, real: Measured, features, settings) -> dict:
-    return {"mmd": gaussian_mmd(generated.kept, real.kept)}
-
-
 def _sfid(generated: Measured, real: Measured, features, settings) -> dict:
     return {"sfid": frechet_distance(generated.spatial, real.spatial)}
-
-
-def _kid(generated: Measured, real: Measured, features, settings) -> dict:
-    return dict(zip(("kid", "kid_spread"), kernel_distance(generated.kept, real.kept), strict=True))
-
-
-def _precision_recall(generated: Measured, real: Measured, features, settings) -> dict:
-    return dict(zip(("precision", "recall"), precision_recall(generated.kept, real.kept), strict=True))
-
-
-def _density_coverage(generated: Measured, real: Measured, features, settings) -> dict:
-    return dict(zip(("density", "coverage"), density_coverage(generated.kept, real.kept), strict=True))
 
 
 def _inception_score(generated: Measured, real: Measured, features, settings: "MetricSettings") -> dict:
@@ -183,10 +173,18 @@ ONE_BY_ONE = (GENERATED, REAL)
 METRICS = {
     "fd": Metric((REFERENCE,), _distance, {"distance": Shown("FD", "{distance:.4f}")}),
     "sfid": Metric((REFERENCE, SPATIAL), _sfid, {"sfid": Shown("sFD", "{sfid:.4f}")}),
-    "kid": Metric(ONE_BY_ONE, _kid, {"kid": Shown("KID", "{kid:.5f} ± {kid_spread:.5f}")}),
-    "mmd": Metric(ONE_BY_ONE, _mmd, {"mmd": Shown("MMD", "{mmd:.4f}")}),
-    "precision-recall": Metric(ONE_BY_ONE, _precision_recall, _shares("precision", "recall")),
-    "density-coverage": Metric(ONE_BY_ONE, _density_coverage, _shares("density", "coverage")),
+    "kid": Metric(
+        ONE_BY_ONE,
+        _of_kept(kernel_distance, "kid", "kid_spread"),
+        {"kid": Shown("KID", "{kid:.5f} ± {kid_spread:.5f}")},
+    ),
+    "mmd": Metric(ONE_BY_ONE, _of_kept(gaussian_mmd, "mmd"), {"mmd": Shown("MMD", "{mmd:.4f}")}),
+    "precision-recall": Metric(
+        ONE_BY_ONE, _of_kept(precision_recall, "precision", "recall"), _shares("precision", "recall")
+    ),
+    "density-coverage": Metric(
+        ONE_BY_ONE, _of_kept(density_coverage, "density", "coverage"), _shares("density", "coverage")
+    ),
     "inception-score": Metric(
         (GENERATED, LOGITS),
         _inception_score,
@@ -205,7 +203,7 @@ METRICS = {
         {"prompt_similarity": Shown("prompt similarity", "{prompt_similarity:.3f}", more_is_better=True)},
     ),
     "nearest": Metric(ONE_BY_ONE, _nearest, {"nearest": Shown("nearest real image", "{nearest:.3f}")}),
-    "authenticity": Metric(ONE_BY_ONE, _authenticity, _shares("authenticity")),
+    "authenticity": Metric(ONE_BY_ONE, _of_kept(authenticity, "authenticity"), _shares("authenticity")),
     "drift": Metric(
         (UNRELATED,),
         _drift,

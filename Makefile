@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve test-proxy browser \
+.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve test-proxy test-ray browser \
 	test-floors test-install test-wandb test-optimizers types style docs notebook
 .DELETE_ON_ERROR:
 
@@ -68,6 +68,10 @@ test-optimizers: .venv/optimizers/installed
 test-serve: .venv/serve/installed
 	.venv/serve/bin/python -m pytest -rs tests/serving
 
+# Two replicas in Ray Serve, on two cores.
+test-ray: .venv/ray/installed
+	.venv/ray/bin/python -m pytest -rs tests/serving/test_ray.py
+
 # Two servers behind nginx, by the configuration in docs/serving.md.
 test-proxy: .venv/serve/installed
 	command -v nginx || $$([ "$$(id -u)" = 0 ] || echo sudo) sh -c "apt-get update && apt-get install --yes --no-install-recommends nginx"
@@ -131,12 +135,14 @@ notebook: .venv/docs-installed
 	$(BIN)/python -m pip install --quiet --target .venv/wandb wandb
 	touch $@
 
-# An environment upon .venv: what is there is not installed again.
-.venv/serve/installed: .venv/installed
-	$(PYTHON) -m venv --clear --without-pip .venv/serve
+# Environments upon .venv: what is there is not installed again.
+.venv/serve/installed: EXTRAS := browser
+.venv/ray/installed: EXTRAS := browser,ray
+.venv/serve/installed .venv/ray/installed: .venv/installed
+	$(PYTHON) -m venv --clear --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-		> $$(.venv/serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/upon.pth
-	.venv/serve/bin/python -m pip install --quiet --editable ".[browser]"
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/upon.pth
+	$(@D)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
 .venv-floors/installed: pyproject.toml constraints-floors.txt

@@ -95,9 +95,11 @@ def packages_imported_by(nodes) -> set[str]:
 
 
 # Modules that nothing but a script of this extra imports.
-OF_EXTRA = {"peft.py": "peft"} | {
-    f"serving/{name}.py": "serve" for name in ("access", "api", "launching", "metrics", "request", "service")
-}
+OF_EXTRA = (
+    {"peft.py": "peft"}
+    | {f"serving/{name}.py": "serve" for name in ("access", "api", "launching", "metrics", "request", "service")}
+    | {"serving/ray_app.py": "ray"}
+)
 
 
 def test_every_package_that_is_imported_is_declared():

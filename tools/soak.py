@@ -411,7 +411,6 @@ def serve_long(settings: Serve, folder: Path) -> list[str]:
     )
     counts, problems = clients.counts, clients.problems[:10]
     print(", ".join(f"{counts[name]:,} {name}" for name in COUNTED) + f"; {settings.kills} kills")
-    print(f"the slowest of {counts['probes']:,} probes took {1e3 * clients.slowest_probe:.0f} ms")
     print(f"memory of the last life: {first:.1f} to {last:.1f} MB; it ended {seconds_to_end:.1f} s after SIGTERM")
     if last - first > settings.growth_mb:
         problems.append(f"memory grew from {first:.1f} to {last:.1f} MB")
@@ -557,11 +556,11 @@ class Clients:
 
     def __init__(self, server: Server, requests: list[Request], expected: list[torch.Tensor], settings: Serve):
         self.server, self.requests, self.expected = server, requests, expected
-        self.counts, self.problems, self.ended, self.slowest_probe = Counter(), [], threading.Event(), 0.0
+        self.counts, self.problems, self.ended = Counter(), [], threading.Event()
         self.threads = [
-            threading.Thread(target=self._repeat, args=(self._ask, random.Random(1000 * settings.seed + number)))
+            threading.Thread(target=self._repeat, args=(random.Random(1000 * settings.seed + number),))
             for number in range(settings.clients)
-        ] + [threading.Thread(target=self._repeat, args=(self._probe, random.Random()))]
+        ]
 
     def start(self) -> None:
         for thread in self.threads:
@@ -573,20 +572,13 @@ class Clients:
             if thread.is_alive():
                 thread.join()
 
-    def _repeat(self, work, draw: random.Random) -> None:
+    def _repeat(self, draw: random.Random) -> None:
         while not self.ended.is_set():
             try:
-                work(draw)
+                self._ask(draw)
             except (OSError, http.client.HTTPException):
                 self.counts["cut off"] += 1  # the server was killed meanwhile
                 time.sleep(0.2)
-
-    def _probe(self, draw: random.Random) -> None:
-        began = time.monotonic()
-        ask(self.server.address, draw.choice(PROBES))
-        self.slowest_probe = max(self.slowest_probe, time.monotonic() - began)
-        self.counts["probes"] += 1
-        time.sleep(0.2)
 
     def _ask(self, draw: random.Random) -> None:
         chance, index = draw.random(), draw.randrange(len(self.requests))

@@ -56,10 +56,10 @@ class Service:
 
     def start(self, batcher: Batcher) -> None:
         """Begin to take requests."""
-        pipeline = batcher.drawing.pipeline
-        self.base_digest = digest_of_base(pipeline)
+        transformer = batcher.drawing.transformer
+        self.base_digest = digest_of_base(batcher.drawing.pipeline)
         with torch.device("meta"):  # for checks of adapters, beside the thread that draws
-            self._skeleton = type(pipeline.transformer).from_config(pipeline.transformer.config)
+            self._skeleton = type(transformer).from_config(transformer.config)
         self.batcher = batcher
 
     def drain(self, timeout: float) -> None:

@@ -2,9 +2,12 @@
 
 import base64
 import io
+import os
 
 import pytest
 
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"  # on a busy machine its processes take long to start
+os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "120"
 pytest.importorskip("ray", reason="make test-ray installs it")
 
 import numpy as np

@@ -1,4 +1,8 @@
-"""What it takes to train an adapter for each of many subjects: in one run, in runs of their own, and by LoRA."""
+"""What it takes to train an adapter for each of many subjects: in one run, in runs of their own, and by LoRA.
+
+Whole runs are on the text-to-image miniature. At the full width of a published base, a step of all subjects is timed
+beside a step of each.
+"""
 
 import os
 import resource
@@ -7,13 +11,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import table
-from onelora_diffusion import read_adapter
+from benchmarks.families import BASES, FamilyStep, family_base, family_batch, family_peer
+from benchmarks.measure import interleave, table
+from benchmarks.peers import twin
+from onelora_diffusion import AdapterConfig, inject_adapter, read_adapter, route_adapters
 from onelora_diffusion.data.digits import WORDS, Digits
+from onelora_diffusion.injection.verbs import train_adapters
 from onelora_diffusion.pipelines.base import miniature_text_path
 
 
@@ -31,12 +40,18 @@ class SubjectsSettings:
     """Updates of each adapter."""
     batch_size: int = 4
     """Pictures of a subject in an update."""
+    family: Literal["pixart", "sd3", "flux", "sana"] | None = None
+    """Instead of whole runs, time steps of a few blocks of this base at its full width, a picture of each subject."""
+    rounds: int = 3
+    """How often those steps are timed."""
     output_dir: Path = Path("runs/subjects-benchmark")
     """Where pictures and runs go; runs that are there are trained anew."""
 
 
 def subjects(settings: SubjectsSettings) -> dict[str, tuple[float, float]]:
     """Print a table, and return wall-clock and processor seconds for all subjects by the way of training them."""
+    if settings.family is not None:
+        return full_width(settings)
     names = write_subjects(settings.output_dir / "pictures", settings.subjects, settings.images)
     flags = (
         f"--base {miniature_text_path()} --base-precision fp32 --max-sequence-length 16 --learning-rate 1e-2 --fresh"
@@ -74,6 +89,38 @@ def subjects(settings: SubjectsSettings) -> dict[str, tuple[float, float]]:
         for key, tensor in read_adapter(settings.output_dir / "1lora" / name).tensors.items()
     )
     print(f"the adapters of both ways differ by {apart:.1e} at most")
+    return found
+
+
+def full_width(settings: SubjectsSettings) -> dict[str, float]:
+    """Print a table of processor seconds of an update of all subjects, one picture each, and return their medians."""
+    torch.set_num_threads(1)
+    depths, number = BASES[settings.family].depths, settings.subjects
+    base, family = family_base(settings.family, **depths)
+    batches = [family_batch(settings.family, family, base, size, 32, 32) for size in (number, 1)]
+    together = twin(base)
+    names = [f"subject-{each}" for each in range(number)]
+    for name in names:
+        inject_adapter(together, AdapterConfig(targets=family.targets), name)
+    train_adapters(together, names)
+    at_once = FamilyStep(together.train(), family, batches[0], "fp32")
+
+    def one_update() -> None:
+        with route_adapters(together, names):
+            at_once.train()
+
+    def updates(peer: str):
+        step = FamilyStep(family_peer(peer, base, family), family, batches[1], "fp32")
+        return lambda: [step.train() for _ in names]
+
+    steps = {"1LoRA, one step of all": one_update}
+    steps |= {f"{peer}, a step of each": updates(peer) for peer in ("1LoRA", "PEFT LoRA r=1")}
+    seconds = interleave(steps, settings.rounds, warmup=1, clock=time.process_time)
+    found = {name: float(np.median(values)) for name, values in seconds.items()}
+    first = found["1LoRA, one step of all"]
+    rows = [[name, f"{value:.2f}", f"{first / value:.2f}"] for name, value in found.items()]
+    title = f"{BASES[settings.family].title}, {number} subjects"
+    print(*table([title, "processor s", "one step/it"], rows), sep="\n")
     return found
 
 

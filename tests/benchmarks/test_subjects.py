@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import families
 from benchmarks import subjects as module
 from benchmarks.subjects import SubjectsSettings, subjects, write_subjects
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
@@ -44,3 +45,14 @@ def test_the_table_holds_the_seconds_of_one_run_and_of_all_runs_alone(tmp_path, 
     said = capsys.readouterr().out
     assert "| 1LoRA, 4 runs         |   40 |       0.75 |        20 |       1.00 |" in said
     assert "differ by 5.0e-01 at most" in said
+
+
+def test_a_step_of_all_subjects_is_timed_beside_a_step_of_each(monkeypatch, capsys):
+    small = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    base = families.BASES["pixart"]
+    monkeypatch.setitem(families.BASES, "pixart", base._replace(config=base.config | small, depths={"num_layers": 1}))
+    threads = torch.get_num_threads()
+    found = subjects(SubjectsSettings(family="pixart", subjects=2, rounds=1))
+    torch.set_num_threads(threads)
+    assert list(found) == ["1LoRA, one step of all", "1LoRA, a step of each", "PEFT LoRA r=1, a step of each"]
+    assert min(found.values()) > 0 and "PixArt-Σ, 2 subjects" in capsys.readouterr().out

@@ -118,6 +118,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
         raise ValueError(f"'{drawn.names[-1]}' is no class of --dataset {dataset}: give a --reference")
     frequencies = None
     if settings.labels == "dataset":
+        if dataset is None:
+            raise ValueError("--labels dataset draws the classes of a --dataset: choose turns or random for prompts")
         frequencies = class_frequencies(settings.load(dataset, drawn.resolution, numbers), drawn.names)
     labels = draw_labels(settings.labels, settings.num_images, len(drawn.names), settings.seed, frequencies)
     source = source_of(drawn, labels, prompts)

@@ -205,6 +205,8 @@ def test_what_is_wrong_is_one_line_before_anything_is_drawn(folder, tmp_path, mo
     plain = [*texts, folder / "unrelated.txt", *SMALL]
     assert "--metrics similarity compares with real images" in error_of(*plain, "--metrics", "similarity")
     assert "draws prompts: give --prompts" in error_of(*good, *SMALL)
+    unread = error_of(*plain, "--labels", "dataset", "--reference", folder / "red")
+    assert "--labels dataset draws the classes of a --dataset" in unread
     shutil.copytree(folder / "one", tmp_path / "more" / "one")
     twice = error_of(*signs, "--adapter", folder / "one", tmp_path / "more" / "one")
     assert "has the name 'one', as has" in twice

@@ -156,7 +156,7 @@ class CompressionSettings:
     steps: int = 500
     """Updates of a run."""
     rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
-    """Learning rates that each variant tries, beside those already in the output folder."""
+    """Learning rates that each variant tries, beside those already in the output folder, where none may be given."""
     outward: int = 3
     """How many rates further outward a variant tries, by their factor, while the best so far is at the edge."""
     scale: Literal["rms", "layer", "sigma", "none"] = "rms"

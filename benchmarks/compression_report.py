@@ -139,11 +139,11 @@ def plot_against_numbers(reports: list[dict], picture: Path) -> None:
                 axes.annotate(
                     variant["label"], at, xytext=(4, 2), textcoords="offset points", fontsize=6, color=colour
                 )
-        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("trained numbers beside the class table")
         axes.set_ylabel(f"{report['distance_name']}: less is better")
         axes.set_title(f"{report['settings']['preset']}, {report['settings']['steps']:,} updates", fontsize=11)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     _write(figure, picture)
 

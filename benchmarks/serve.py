@@ -1,4 +1,4 @@
-"""Images a second and waiting times of many clients, each with its own adapter, beside LoRAs that are switched."""
+"""Images a second and waiting times, of many clients with adapters of their own and of requests at random times."""
 
 import contextlib
 import copy
@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, DiTPipeline
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.arrivals import arrivals_table, measure_arrivals, plot
 from benchmarks.generate import make_vae
 from benchmarks.measure import interleave, ratio, reset_peak_memory, table
 from benchmarks.peers import make_base, twin
@@ -49,7 +50,11 @@ class ServeSettings:
     """Time a server's queue under many clients, each with its own adapter; and many resident adapters in one step."""
 
     clients: tuple[int, ...] = (1, 4, 16, 64)
-    """Numbers of clients; each asks anew as soon as it has its picture. None: the last two tables alone."""
+    """Numbers of clients; each asks anew as soon as it has its picture."""
+    loads: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    """Shares of the capacity at which requests come at random, of 1, 2 and 4 times the steps."""
+    arrivals: tuple[int, int] = (200, 100)
+    """Pictures of each of these runs, for each base."""
     bases: tuple[str, ...] = (MINIATURE, BLOCK)
     """What they are drawn by."""
     images: tuple[int, int] = (32, 16)
@@ -58,8 +63,6 @@ class ServeSettings:
     """Steps of the sampler, for each base; guided."""
     max_batch: int = 16
     """Pictures drawn together."""
-    max_wait_ms: float = 5.0
-    """How long a request waits for others to share its batch."""
     rounds: int = 3
     """How often each run is made, in turns; a ratio is taken in each round."""
     resident: int = 512
@@ -90,12 +93,13 @@ def serve(settings: ServeSettings) -> dict:
         "settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)},
         "machine": {"torch": torch.__version__, "processor": platform.processor() or platform.machine()},
         "clients": [],
+        "arrivals": [],
         "limit": [],
         "resident": [],
     }
     for number, (base, pipeline) in enumerate(zip(settings.bases, pipelines, strict=True)):
         with tempfile.TemporaryDirectory() as folder:
-            names = write_adapters(Path(folder), pipeline.transformer, max(settings.clients, default=1))
+            names = write_adapters(Path(folder), pipeline.transformer, max(settings.clients, default=16))
             ways = {
                 BATCHED: Way(pipeline, Path(folder), settings, settings.max_batch),
                 ALONE: Way(pipeline, Path(folder), settings, 1),
@@ -103,6 +107,19 @@ def serve(settings: ServeSettings) -> dict:
             }
             for clients in settings.clients:
                 results["clients"] += measure_clients(base, number, ways, clients, names, settings)
+            if settings.loads:
+                rows = measure_arrivals(
+                    ways[BATCHED],
+                    names,
+                    settings.steps[number],
+                    settings.arrivals[number],
+                    settings.loads,
+                    settings.rounds,
+                    settings.max_batch,
+                    CLOCKS[settings.clock],
+                )
+                results["arrivals"] += [{"base": base} | row for row in rows]
+                plot(results["arrivals"], settings.output_dir / "serve.png")
             results["limit"].append({"base": base} | measure_limit(pipeline, settings.steps[number], settings))
             results["resident"].append({"base": base} | measure_resident(pipeline, Path(folder, names[0]), settings))
         (settings.output_dir / "serve.json").write_text(json.dumps(results, indent=1))
@@ -147,8 +164,8 @@ class Way:
         self.pipeline = with_transformer(pipeline, twin(pipeline.transformer))
         self.library = AdapterLibrary([folder], fingerprint(pipeline.transformer))
         self.cache = AdapterCache(self.pipeline.transformer, 10**12)
-        self.drawing = Drawing(self.pipeline, max(settings.steps))
-        self.settings = BatchSettings(max_batch=max_batch, max_wait_ms=settings.max_wait_ms, **NO_LIMIT)
+        self.drawing = Drawing(self.pipeline, 4 * max(settings.steps))
+        self.settings = BatchSettings(max_batch=max_batch, **NO_LIMIT)
 
     @contextlib.contextmanager
     def started(self):
@@ -355,6 +372,11 @@ def markdown(results: dict) -> str:
         ]
         header = ["", "clients", "images/s", "× switched", "p50 s", "p95 s", "+MB"]
         lines += [*table(header, cells), ""]
+    for number, base in enumerate(settings["bases"]):
+        if rows := [row for row in results["arrivals"] if row["base"] == base]:
+            steps = [str(times * settings["steps"][number]) for times in (1, 2, 4)]
+            lines += [f"### {base}, requests at random, {', '.join(steps)} DDIM steps, guided", ""]
+            lines += [*arrivals_table(rows), ""]
     lines += ["### What batching can give at most: the base alone, by picture", ""]
     cells = [
         [

@@ -474,7 +474,7 @@ def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
     transformer = pipeline.transformer.requires_grad_(False)
     library = AdapterLibrary([folder / "adapters"], fingerprint(transformer))
     cache = AdapterCache(transformer, 10**9)
-    batcher = Batcher(Drawing(pipeline, 50), library, cache, BatchSettings(max_batch=1, max_wait_ms=0))
+    batcher = Batcher(Drawing(pipeline, 50), library, cache, BatchSettings(max_batch=1))
     pictures = [batcher.submit(request).picture.result() for request in requests]
     batcher.close()
     return pictures

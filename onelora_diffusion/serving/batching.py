@@ -161,23 +161,15 @@ class Batcher:
 
     def _next(self) -> list[Ticket] | None:
         """The requests that join the running batch, in turns; None when the queue is closed and all of it is drawn."""
-        settings = self.settings
         with self._changed:
-            while not self.engine.running:
-                if not self._waiting and not self._is_open:
+            while not self.engine.running and not self._waiting:
+                if not self._is_open:
                     return None
-                oldest = min((ticket.since for ticket in self._waiting), default=float("inf"))
-                left = oldest + settings.max_wait_ms / 1000 - time.monotonic()
-                if self._waiting and (left <= 0 or len(self._waiting) >= settings.max_batch or not self._is_open):
-                    break
-                self._changed.wait(None if left == float("inf") else left)
-            joining, batch_key = [], None
+                self._changed.wait()
             self._drawing = [ticket for ticket in self.engine.running if not ticket.picture.done()]
-            free = settings.max_batch - len(self._drawing) if settings.join or not self._drawing else 0
-            while len(joining) < free and (ticket := self._waiting.take(batch_key)):
+            joining = self._waiting.joining(len(self._drawing), self.settings.max_batch, self.settings.join)
+            for ticket in joining:
                 self.counters["waited_us"] += int((time.monotonic() - ticket.since) * 1e6)
-                joining.append(ticket)
-                batch_key = None if settings.join else ticket.batch_key
             self._drawing = self._drawing + joining
             return joining
 

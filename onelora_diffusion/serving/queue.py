@@ -111,6 +111,15 @@ class TurnQueue:
                 self._by_client.move_to_end(ticket.client)
         return ticket
 
+    def joining(self, num_running: int, max_batch: int, join: bool) -> list[Ticket]:
+        """Take those that join a running batch of so many; without `join`, a new batch of equal keys after it."""
+        free = max_batch - num_running if join or not num_running else 0
+        tickets, batch_key = [], None
+        while len(tickets) < free and (ticket := self.take(batch_key)):
+            tickets.append(ticket)
+            batch_key = None if join else ticket.batch_key
+        return tickets
+
     def place(self, ticket: Ticket) -> int:
         """The position of a ticket in the order in which they are taken, from 1; 0 if it is not there."""
         return next((place for place, each in enumerate(self, 1) if each is ticket), 0)

@@ -89,8 +89,6 @@ class BatchSettings:
     join: bool = True
     """Requests join a running batch at its next step. Otherwise it is drawn to its end, and those of a batch share
     their sampler and steps as well."""
-    max_wait_ms: float = 20.0
-    """How long a request waits for others to share its batch, while nothing is drawn."""
     max_queue: int = 256
     """The most requests that may wait; the next one is refused, as the server is busy."""
     max_queue_per_client: int = 64
@@ -100,5 +98,3 @@ class BatchSettings:
         for name in ("max_batch", "max_queue", "max_queue_per_client"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.max_wait_ms <= 60_000:
-            raise ValueError(f"--max-wait-ms {self.max_wait_ms:g} must be from 0 to 60000")

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from benchmarks.arrivals import BATCHES, JOINED
 from benchmarks.serve import ALONE, BATCHED, BLOCK, MINIATURE, SWITCHED, ServeSettings, serve
 
 pytest.importorskip("peft")
@@ -10,6 +11,8 @@ pytest.importorskip("peft")
 def test_every_way_serves_every_client_and_is_told(tmp_path):
     settings = ServeSettings(
         clients=(1, 3),
+        loads=(0.5,),
+        arrivals=(4, 3),
         images=(3, 3),
         steps=(1, 1),
         rounds=1,
@@ -33,6 +36,12 @@ def test_every_way_serves_every_client_and_is_told(tmp_path):
         assert together == 3
         if row["way"] != BATCHED:
             assert row["batch_sizes"] == {"1": 3}
+    rows = [(row["base"], row["way"], row["load"]) for row in results["arrivals"]]
+    assert rows == [(base, w, load) for base in (MINIATURE, BLOCK) for load in (None, 0.5) for w in (JOINED, BATCHES)]
+    for row in results["arrivals"]:
+        assert row["images_per_second"] > 0 and 0 < row["mean_s"] <= row["p95_s"]
+        assert row["way"] == JOINED or row["over_batches"] == row["throughput_over_batches"] == [1, 1, 1]
+    assert (tmp_path / "serve.png").stat().st_size > 1000
     assert [row["samples"] for row in results["resident"]] == [3, 3]
     for row in results["limit"]:
         (alone, together), (decoded, decoded_together) = row["network_s"], row["autoencoder_s"]

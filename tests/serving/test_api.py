@@ -67,8 +67,8 @@ def held(folder):
     """(client, batcher, drawing, service) of a server that draws nothing until its drawing is let go."""
     pipeline = make_pipeline()
     drawing = Held(pipeline)
-    with serving(pipeline, folder, drawing=drawing, max_batch=2, max_wait_ms=0, max_queue=600) as batcher:
-        batcher.settings = type(batcher.settings)(max_batch=2, max_wait_ms=0, max_queue=600, max_queue_per_client=600)
+    with serving(pipeline, folder, drawing=drawing, max_batch=2, max_queue=600) as batcher:
+        batcher.settings = type(batcher.settings)(max_batch=2, max_queue=600, max_queue_per_client=600)
         with answering(batcher, folder) as (address, service), httpx.Client(base_url=address, timeout=60) as client:
             yield client, batcher, drawing, service
             drawing.go.set()

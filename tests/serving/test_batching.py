@@ -52,7 +52,7 @@ def test_many_threads_get_each_the_picture_of_its_single_run(pipeline, folder):
     assert len({picture.numpy().tobytes() for picture in alone}) > 40
     # Memory for two of the four adapters, so that they come and go meanwhile.
     found, memory = {}, 2 * 4 * 2000
-    with serving(pipeline, folder, memory, max_batch=8, max_wait_ms=5) as batcher:
+    with serving(pipeline, folder, memory, max_batch=8) as batcher:
 
         def ask(index):
             found[index] = batcher.submit(requests[index]).picture.result(60)
@@ -88,7 +88,7 @@ def test_they_join_in_the_order_in_which_they_came_or_batch_by_batch(pipeline, f
     }
     for join, (order, sizes) in ways.items():
         drawing = Held(pipeline)
-        with serving(pipeline, folder, drawing=drawing, max_batch=3, max_wait_ms=0, join=join) as batcher:
+        with serving(pipeline, folder, drawing=drawing, max_batch=3, join=join) as batcher:
             blocker = batcher.submit(blocking)
             wait_until(lambda drawing=drawing: drawing.drawn)
             tickets = batcher.submit_all(requests)
@@ -101,7 +101,7 @@ def test_they_join_in_the_order_in_which_they_came_or_batch_by_batch(pipeline, f
 
 def test_a_full_queue_says_that_it_is_busy_and_takes_all_of_a_call_or_nothing(pipeline, folder):
     drawing = Held(pipeline)
-    with serving(pipeline, folder, drawing=drawing, max_batch=1, max_wait_ms=0, max_queue=3) as batcher:
+    with serving(pipeline, folder, drawing=drawing, max_batch=1, max_queue=3) as batcher:
         batcher.submit(PLAIN)
         wait_until(lambda: drawing.drawn)
         waiting = batcher.submit_all([PLAIN, PLAIN])
@@ -149,7 +149,7 @@ class Counted:
 @pytest.mark.parametrize("join", [True, False])
 def test_five_hundred_of_one_client_do_not_make_another_wait_for_more_than_two_batches(pipeline, folder, join):
     drawing = Counted()
-    settings = {"max_batch": 8, "max_wait_ms": 0, "max_queue": 600, "max_queue_per_client": 500, "join": join}
+    settings = {"max_batch": 8, "max_queue": 600, "max_queue_per_client": 500, "join": join}
     with serving(pipeline, folder, drawing=drawing, **settings) as batcher:
         batcher.submit_all([Request(subject=1, num_inference_steps=5)] * 500, "many")
         wait_until(lambda: drawing.joined)
@@ -164,7 +164,7 @@ def test_five_hundred_of_one_client_do_not_make_another_wait_for_more_than_two_b
 def test_clients_are_served_in_turns_and_each_has_its_own_limit(pipeline, folder):
     """A client with two requests does not wait for the forty of another that came before."""
     drawing = Held(pipeline)
-    settings = {"max_batch": 4, "max_wait_ms": 0, "max_queue_per_client": 40}
+    settings = {"max_batch": 4, "max_queue_per_client": 40}
     with serving(pipeline, folder, drawing=drawing, **settings) as batcher:
         batcher.submit(PLAIN, "many")
         wait_until(lambda: drawing.drawn)
@@ -190,7 +190,7 @@ def test_clients_are_served_in_turns_and_each_has_its_own_limit(pipeline, folder
 def test_cancelled_requests_leave_and_a_batch_that_nobody_wants_ends_early(pipeline, folder):
     drawing = Held(pipeline)
     slow = Request(subject=1, num_inference_steps=50, guidance_scale=1.0)
-    with serving(pipeline, folder, drawing=drawing, max_batch=2, max_wait_ms=0) as batcher:
+    with serving(pipeline, folder, drawing=drawing, max_batch=2) as batcher:
         drawn = batcher.submit_all([slow, slow])
         wait_until(lambda: drawing.drawn)
         queued = batcher.submit(PLAIN)
@@ -276,7 +276,7 @@ def test_a_step_that_fails_is_told_in_one_line_and_the_thread_goes_on(pipeline, 
 
 def test_closing_tells_those_who_wait_and_those_who_come(pipeline, folder):
     drawing = Held(pipeline)
-    with serving(pipeline, folder, drawing=drawing, max_batch=1, max_wait_ms=0) as batcher:
+    with serving(pipeline, folder, drawing=drawing, max_batch=1) as batcher:
         first = batcher.submit(PLAIN)
         wait_until(lambda: drawing.drawn)
         second = batcher.submit(PLAIN)
@@ -292,7 +292,7 @@ def test_closing_tells_those_who_wait_and_those_who_come(pipeline, folder):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_batch": 0}, {"max_queue": 0}, {"max_queue_per_client": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": 1e6}],
+    [{"max_batch": 0}, {"max_queue": 0}, {"max_queue_per_client": 0}],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):

@@ -146,6 +146,6 @@ def plot(rows: list[dict], path: Path) -> None:
             axes.plot(loads, [row["mean_s"] for row in own], "o-", color=colour, label=f"{way}, mean")
             axes.plot(loads, [row["p95_s"] for row in own], "o--", color=colour, label=f"{way}, 95th percentile")
         axes.set(title=base, xlabel="requests, % of capacity", ylabel="seconds to a picture")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small")
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(fontsize="small", loc="upper left")
     figure.savefig(path, dpi=100)

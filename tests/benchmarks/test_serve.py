@@ -12,7 +12,7 @@ def test_every_way_serves_every_client_and_is_told(tmp_path):
     settings = ServeSettings(
         clients=(1, 3),
         loads=(0.5,),
-        arrivals=(4, 3),
+        arrivals=(2, 2),
         images=(3, 3),
         steps=(1, 1),
         rounds=1,

@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart quickstart-text serve adapter check-gpu test fuzz test-other-kernels test-quantised test-serve test-proxy test-ray browser \
+.PHONY: quickstart quickstart-text serve adapter check-gpu families test fuzz test-other-kernels test-quantised test-serve \
+	test-proxy test-ray browser \
 	test-floors test-install test-wandb test-optimizers types style docs notebook
 .DELETE_ON_ERROR:
 
@@ -31,6 +32,10 @@ adapter: .venv/installed
 # For whoever has a GPU: about ten minutes, no download, a table. docs/performance.md says what it checks.
 check-gpu: .venv/installed
 	$(BIN)/python -m tools.check_gpu
+
+# After an update of diffusers: what is recorded of small pipelines of its classes, the table of docs/text_to_image.md.
+families: .venv/installed
+	$(BIN)/python -m tools.try_families
 
 # Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed

@@ -296,10 +296,38 @@ def make_wan(**second):
     )
 
 
+def make_ltx():
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    flags = (True, False)
+    return LTXPipeline(
+        scheduler=scheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            spatio_temporal_scaling=flags,
+            decoder_spatio_temporal_scaling=flags,
+            decoder_inject_noise=(False,) * 3,
+            downsample_type=("conv",) * 2,
+            upsample_residual=(False,) * 2,
+            upsample_factor=(1,) * 2,
+            patch_size=1,
+        ).eval(),
+        text_encoder=make_t5(8),
+        tokenizer=make_tokenizer(128),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4, out_channels=4, cross_attention_dim=32, num_layers=2, caption_channels=8, **HEADS
+        ),
+    )
+
+
 def make_hidream():
     from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
 
-    return HiDreamImagePipeline(
+    pipeline = HiDreamImagePipeline(
         scheduler=scheduler(),
         vae=make_vae(4),
         text_encoder=make_clip(projection=4, length=128),
@@ -324,6 +352,8 @@ def make_hidream():
             **HEADS,
         ),
     )
+    pipeline.default_sample_size = 48  # latents of the one size that it draws, 128 by itself
+    return pipeline
 
 
 def make_krea2():
@@ -452,6 +482,7 @@ STOCK = {
     "wan": make_wan,
     "wan22": make_wan22,
     "wan_ti2v": lambda: make_wan(expand_timesteps=True),
+    "ltx": make_ltx,
     "hidream": make_hidream,
     "krea2": make_krea2,
     "ovis": make_ovis,

@@ -5,18 +5,21 @@
 
 A pipeline is the real class with random parts a few numbers wide, of `tests/text_pipelines.py` and
 `tests/stock_pipelines.py`.
-`replayed` is the largest difference between what the stock pipeline's transformer puts out in a step and what the
+`replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step and what the
 recording predicts of the same noise, over the largest number in it; `batch` is that between three images of a batch,
-each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding.
+each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding. Without names,
+the other classes of diffusers that draw from a prompt are listed at the end.
 """
 
+import inspect
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
 
 from benchmarks.rounding import rounding
-from onelora_diffusion.denoisers import denoiser_of, denoisers_in
+from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
@@ -25,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small 
 from stock_pipelines import STOCK, make_stock
 from text_pipelines import MAKERS, make_pipeline
 
+ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
+MORE = {"image", "video", "images", "mask_image", "control_image", "control_video", "strength", "audio"}
 PROMPTS = ["a bold Q", "", "a violet triangle"]
 
 
@@ -69,10 +74,8 @@ def batched(pipeline, family: Recorded) -> float:
 
 
 @torch.no_grad()
-def row_of(name: str) -> tuple[str, bool]:
+def row_of(pipeline, title: str) -> tuple[str, bool]:
     """The row of a pipeline, and whether it was refused or its differences are rounding."""
-    pipeline = make_pipeline(name) if name in MAKERS else make_stock(name)
-    title = f"`{type(pipeline).__name__}`{', with two transformers' if len(denoisers_in(pipeline)) > 1 else ''}"
     try:
         family = Recorded(pipeline)
     except ValueError as error:
@@ -99,16 +102,34 @@ def row_of(name: str) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", is_rounding
 
 
+def untried(tried: set[type]) -> list[str]:
+    """Other classes of the installed diffusers that draw images or clips of a prompt alone, of the size asked for."""
+    found = []
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name, None)
+        if not name.endswith("Pipeline") or not isinstance(cls, type) or cls in tried:
+            continue
+        given, parts = inspect.signature(cls.__call__).parameters, inspect.signature(cls.__init__).parameters
+        if ASKED_FOR <= given.keys() and not MORE & given.keys() and {"transformer", "unet"} & parts.keys():
+            found.append(name)
+    return found
+
+
 def main(names: list[str]) -> int:
     print(
         "| pipeline | noise, sign of the output | time | of the prompt | of the size | guidance | replayed / batch |"
     )
     print("|---|---|---|---|---|---|---|")
-    is_good = True
+    is_good, tried = True, set()
     for name in names or (*MAKERS, *STOCK):
-        row, is_rounding = row_of(name)
+        pipeline = make_pipeline(name) if name in MAKERS else make_stock(name)
+        title = f"`{type(pipeline).__name__}`{f', {name}' if type(pipeline) in tried else ''}"
+        row, is_rounding = row_of(pipeline, title)
         print(row, flush=True)
         is_good &= is_rounding
+        tried.add(type(pipeline))
+    if not names and (others := untried(tried)):
+        print(f"\nNot tried, for nothing here makes small ones of them: {', '.join(others)}.")
     return 0 if is_good else 1
 
 

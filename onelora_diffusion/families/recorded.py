@@ -320,7 +320,8 @@ class Recorded(Family):
         shape = self.place(resolution, resolution).shape
         if shape[1:] != (resolution // self.record.pixels,) * 2:
             raise ValueError(
-                f"{self.name} draws latents of {shape[1]} by {shape[2]} when asked for {resolution} pixels"
+                f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[1:])} pixels "
+                f"when asked for a resolution of {resolution}"
             )
 
 

@@ -24,7 +24,7 @@ from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
 
 LENGTH = 24  # tokens of a prompt of the pipelines whose families are written by hand
-DRAWN = ["wan22", "wan_ti2v", "hidream"]  # two denoisers; a time for each token; one size, and layers before images
+DRAWN = ["ltx", "wan22", "wan_ti2v", "hidream"]  # two denoisers; a time for each token; one size, layers before images
 PROMPTS = ["a bold Q", "", "a violet triangle, upside down"]
 STOCK = [
     "sd15",
@@ -197,6 +197,15 @@ def test_what_has_no_place_in_a_recording_is_refused():
     times = torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
     assert line_of(times, times**2, torch.float32) is None
     assert line_of(times, 1 - times / 1000, torch.float32) == (-1e-3, 1.0)
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: its own call for .* fails: "):
+        Recorded(pipeline)
+    pipeline.vae = None
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be recorded: it has no vae"):
+        Recorded(pipeline)
+    with pytest.raises(ValueError, match="HiDreamImage draws 96 by 96 pixels when asked for a resolution of 192"):
+        stock("hidream")[1].check_resolution(stock("hidream")[0], 192)
+    pipeline = make_pipeline("sd3")
     pipeline.transformer_2 = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="it has transformer and transformer_2, and no boundary_ratio between them"):
         Recorded(pipeline)

@@ -103,6 +103,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
 
     named = settings.dataset or (drawn.dataset if drawn.kind == "classes" or is_embedded else None)
     dataset = named or (EMBEDDED if drawn.kind == "classes" else None)
+    if settings.labels == "dataset" and dataset is None:
+        raise ValueError("--labels dataset draws the classes of a --dataset: choose turns or random for prompts")
     own = defaults_of(dataset, drawn.kind)
     has_real = bool(settings.reference or dataset or (prompts and prompts.images))
     settings = settings.with_defaults(own, drawn, has_real, bool(unrelated))
@@ -118,8 +120,6 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
         raise ValueError(f"'{drawn.names[-1]}' is no class of --dataset {dataset}: give a --reference")
     frequencies = None
     if settings.labels == "dataset":
-        if dataset is None:
-            raise ValueError("--labels dataset draws the classes of a --dataset: choose turns or random for prompts")
         frequencies = class_frequencies(settings.load(dataset, drawn.resolution, numbers), drawn.names)
     labels = draw_labels(settings.labels, settings.num_images, len(drawn.names), settings.seed, frequencies)
     source = source_of(drawn, labels, prompts)

@@ -397,13 +397,12 @@ class OneLoRALoaderMixin:
 
     def _adapted(self) -> dict[str, AdapterBook]:
         """As `_books`; ValueError if no component has adapters."""
-        return self._books() or {self._component(): adapters_of(self._adapted_model())}
-
-    def _component(self) -> str:
-        return next(iter(self._models()))
+        if not (books := self._books()):
+            adapters_of(self._adapted_model())  # raises
+        return books
 
     def _adapted_model(self) -> nn.Module:
-        return self._models()[self._component()]
+        return next(iter(self._models().values()))
 
     def _book(self) -> AdapterBook | None:
         return getattr(self._adapted_model(), "_onelora", None)

@@ -11,6 +11,7 @@ from rounding import assert_rounded
 from safetensors.torch import save_file
 
 from onelora_diffusion import OneLoRADiTPipeline, OneLoRALoaderMixin, adapter_state_dict
+from onelora_diffusion.denoisers import denoiser_name
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.pipelines.foreign_names import denoiser_tensors
 from onelora_diffusion.storage.lora import import_foreign
@@ -76,7 +77,7 @@ def test_kohyas_names_for_another_tree_are_converted_as_diffusers_does(make, sha
     stock, stock_model, inputs = make()
     pipe = OneLoRALoaderMixin.from_pipe(copy.copy(stock))
     model = copy.deepcopy(stock_model)
-    pipe.register_modules(**{pipe._component(): model})
+    pipe.register_modules(**{denoiser_name(pipe): model})
     with torch.no_grad():
         base = model(**inputs).sample
         stock.load_lora_weights(tmp_path, weight_name="kohya.safetensors")

@@ -172,6 +172,8 @@ def leading_directions(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) ->
         weight: (out_features, in_features) in fp32.
         rank: at most the smaller number of features.
     """
+    if weight.is_meta:  # which autocast does not know
+        return weight.new_empty(rank, weight.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
         basis = groups(rank, len(weight), weight.device) @ weight
         for _ in range(rounds):

@@ -3,7 +3,14 @@ import torch
 from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
 
-from onelora_diffusion import AdapterConfig, inject_adapter, load_adapter, save_adapter
+from onelora_diffusion import (
+    AdapterConfig,
+    adapter_state_dict,
+    count_trainable,
+    inject_adapter,
+    load_adapter,
+    save_adapter,
+)
 from onelora_diffusion.adapters.compressions import leading_directions
 
 
@@ -25,6 +32,20 @@ def test_leading_directions_span_what_a_layer_amplifies_most_and_follow_its_roun
     step = weight.abs().max() / 127
     moved = leading_directions((weight / step).round() * step, 3) - found
     assert moved.norm(dim=1).max() < 0.05
+
+
+def test_a_model_that_comes_from_the_meta_device_has_directions_of_its_weights():
+    layer, expected = torch.nn.Sequential(torch.nn.Linear(5, 4)), torch.nn.Linear(5, 4)
+    model = inject_adapter(layer.to("meta"), AdapterConfig(compression="singular", rank=2, targets=("0",)))
+    assert count_trainable(model) == 2 * 4
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(layer[0], name).copy_(getattr(expected, name))
+    randomize(model)
+    x, b = torch.randn(3, 5), adapter_state_dict(model)["0.onelora_b"]
+    directions = leading_directions(expected.weight, 2)
+    assert_rounded(model(x), expected(x) + x @ directions.T @ b, terms=20)
 
 
 def test_directions_of_another_base_are_refused_and_those_of_a_rounded_one_serve(tmp_path):

@@ -19,6 +19,7 @@ SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "sys
 # A folder with one of these files is that of a training run; and its outputs, which may contain images.
 OF_A_RUN = {"clock.json", "clock.lock", "onelora_weights.safetensors"}
 RUN_OUTPUT = {"samples", "checkpoints", "latents", "lora", "wandb", "onelora-diffusion", "distance.png"}
+RUN_OUTPUT |= {"evaluation.png", "evaluation-nearest.png"}
 LABELS = ("labels", "targets", "_labels")  # attributes with the labels, of data sets here and in torchvision
 
 

@@ -133,7 +133,7 @@ def write_sheets(plan: Plan, found: Found, output: Path) -> None:
     rows = min(len(plan.drawn.names), *map(len, found.shown.values()))
     names = [plan.drawn.names[label] for label in plan.labels[:rows]]
     shown = {name: images[:rows] for name, images in found.shown.items()}
-    write_sheet(output.with_suffix(".png"), shown, names, left="base" if "base" in shown else None)
+    write_sheet(output.with_suffix(".png"), shown, names)
     nearest = {name: parts[0].get("nearest_images", ())[:rows] for name, parts in found.results.items()}
     if plan.real and all(nearest.values()):
         wanted = sorted({index for indices in nearest.values() for index in indices})

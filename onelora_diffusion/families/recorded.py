@@ -4,6 +4,7 @@
 """
 
 import re
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 
@@ -236,15 +237,17 @@ class Recorded(Family):
 
     def _predicted_in_groups(self, groups, denoiser, latents, times, conditions) -> Tensor:
         book = getattr(unwrapped(denoiser), "_onelora", None)
-        if book is not None and book.open_route is not None:
+        is_routed = book is not None and book.open_route is not None
+        if is_routed and torch.is_grad_enabled():  # checkpointed blocks are computed again when the route is another
             raise ValueError(
                 f"{self.name} computes a batch in {len(groups)} groups, by the lengths of its prompts or by the "
-                "denoisers of its times, and its images have adapters of their own: draw one image at a time"
+                "denoisers of its times, and its images train adapters of their own: train one at a time"
             )
-        outputs = [
-            self.predict(denoiser, latents[rows], times[rows], {name: c[rows] for name, c in conditions.items()})
-            for rows in groups
-        ]
+        outputs = []
+        for rows in groups:
+            with book.routed_rows(rows.tolist()) if is_routed else nullcontext():
+                own = {name: condition[rows] for name, condition in conditions.items()}
+                outputs.append(self.predict(denoiser, latents[rows], times[rows], own))
         return torch.cat(outputs)[torch.cat(groups).argsort()]
 
     def _constant(self, name: str, value, batch: int, device: torch.device):

@@ -354,6 +354,17 @@ class AdapterBook:
         self.open_route.assign(samples)
         self._route_seats(self.open_route)
 
+    @contextlib.contextmanager
+    def routed_rows(self, rows: Sequence[int]):
+        """Context manager inside `routed`: a batch of these rows of the route's batch alone."""
+        mixtures = list(self.open_route.mixtures.values())
+        samples = [mixtures[number] for number in self.open_route.samples]
+        self.reroute([samples[row] for row in rows])
+        try:
+            yield
+        finally:
+            self.reroute(samples)
+
     def _route_seats(self, route: Route | None) -> None:
         for seat in self.seats.values():
             seat.route(route)

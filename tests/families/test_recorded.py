@@ -181,7 +181,14 @@ def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is
             for i, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in prompts)
         ]
     assert_rounded(together, torch.cat(alone), denoiser_of(pipeline))
-    model = inject_adapter(denoiser_of(pipeline), AdapterConfig(targets=family.targets))
+    model = randomize(inject_adapter(denoiser_of(pipeline), AdapterConfig(targets=family.targets)), 0.2)
+    with torch.no_grad():
+        adapted = family.predict(model, latents, times, conditions)
+        with route_adapters(model, ["default", None, None]):
+            routed = family.predict(model, latents, times, conditions)
+            again = family.predict(model, latents, times, conditions)
+    assert torch.equal(routed, again) and (adapted - together).abs().max() > 1e-3
+    assert_rounded(routed, torch.cat([adapted[:1], together[1:]]), model)
     with pytest.raises(ValueError, match="by the lengths of its prompts"), route_adapters(model, [None] * 3):
         family.predict(model, latents, times, conditions)
 
@@ -228,8 +235,9 @@ def test_of_two_denoisers_the_chosen_one_is_called_at_its_share_of_the_times(nam
     randomize(inject_adapter(model, AdapterConfig(targets=family.targets)), 0.2)
     changed = (family.predict(model, latents, times, conditions) != before).flatten(1).any(1)
     assert changed.tolist() == [bool(time >= 500) == (name == "transformer") for time in times]
-    with route_adapters(model, ["default"] * 3), pytest.raises(ValueError, match="or by the denoisers of its times"):
-        family.predict(model, latents, times, conditions)
+    with route_adapters(model, ["default", None, "default"]):
+        routed = (family.predict(model, latents, times, conditions) != before).flatten(1).any(1)
+    assert routed.tolist() == [own and row != 1 for row, own in enumerate(changed.tolist())]
 
 
 @pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])

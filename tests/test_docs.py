@@ -212,6 +212,8 @@ def check_script(module: str, arguments: list[str], monkeypatch) -> None:
         return
     if (REPOSITORY / CLI.replace(".", "/") / module).with_suffix(".py").is_file():
         module = CLI + module
+    if (REPOSITORY / module.replace(".", "/")).is_dir():
+        module += ".__main__"
     try:
         script, asked = importlib.import_module(module), []
     except SystemExit:  # it has said which packages it needs

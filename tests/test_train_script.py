@@ -492,7 +492,7 @@ def test_the_next_commands_run_as_they_are_printed(train, tmp_path, monkeypatch,
     python, script, *flags = shlex.split(lines[1])
     read = evaluation_settings.parse(flags, None)
     assert Path(script) == REPOSITORY / "eval_fid.py"
-    assert (read.adapter, read.data_root) == (tmp_path / "it's a run; rm -rf x", tmp_path / "its data")
+    assert (read.adapter, read.data_root) == ((tmp_path / "it's a run; rm -rf x",), tmp_path / "its data")
 
     assert [shlex.split(each)[1:] for each in settings_module.Settings().next_steps()] == [
         [str(REPOSITORY / "sample.py")],

@@ -30,9 +30,7 @@ class LayerAdapter(nn.Module):
         """Its vectors (`adapters.vector.Vectors`), if these are all that it trains; else None."""
         return None
 
-    def directions_of(self, layer: nn.Module) -> torch.Tensor | None:
-        """What it takes of the weight of `layer` and no file stores: (rank, in_features) of length 1, or None."""
-        return None
+    takes_directions = False  # whether it has `directions_of(layer)`, of the weight of the layer, which no file stores
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight (out, in) and bias (out,) with this adapter merged into them."""

@@ -143,11 +143,15 @@ class VectorAdapter(LayerAdapter):
         object.__setattr__(self, "layer", layer)  # no child module: the base's layer is not part of the adapter
         if self.b is not None and not self.compression.reads_weight:
             self.of_base = self.compression.of_base(layer)  # kept for when the layer is offloaded
-        self.directions_of(layer)
+        if self.takes_directions:
+            self.directions_of(layer)
 
-    def directions_of(self, layer: nn.Module) -> torch.Tensor | None:
-        if self.b is None or not self.compression.reads_weight:
-            return None
+    @property
+    def takes_directions(self) -> bool:
+        return self.b is not None and self.compression.reads_weight
+
+    def directions_of(self, layer: nn.Module) -> torch.Tensor:
+        """The directions of the weight of `layer` that its input is read along: (rank, in_features), of length 1."""
         if self.of_base is None:
             others = layer._modules["onelora"].children() if "onelora" in layer._modules else ()
             known = [other.of_base for other in others if getattr(other, "compression", None) == self.compression]

@@ -9,7 +9,7 @@ from torch import nn
 
 from onelora_diffusion.adapters.base_layer import weights_present
 from onelora_diffusion.adapters.compressions import compression_of, random_directions
-from onelora_diffusion.adapters.contract import BESIDE_LINEAR, LayerAdapter
+from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.attaching import (
     attach_adapter,
@@ -18,7 +18,7 @@ from onelora_diffusion.injection.attaching import (
     check_shapes,
     state_dict_of,
 )
-from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint
+from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint, unwrapped
 from onelora_diffusion.injection.layers import untuned
 
 
@@ -127,11 +127,11 @@ def sketch_of(model: nn.Module, adapter: dict[str, LayerAdapter]) -> list[float]
     (Johnson and Lindenstrauss), at a few numbers for each. None if the adapter takes no directions.
     """
     products = []
-    for path in sorted(path for path, module in adapter.items() if module.seat == BESIDE_LINEAR):
-        layer = untuned(model.get_submodule(path))
+    for path in sorted(path for path, module in adapter.items() if module.takes_directions):
+        layer = untuned(unwrapped(model).get_submodule(path))
         with weights_present(layer):
             directions = adapter[path].directions_of(layer)
-        if directions is not None and not directions.is_meta:
+        if not directions.is_meta:
             probes = random_directions(0, NUM_PROBES, directions.shape[1], directions.device)
             products.append((directions @ probes.T).flatten().cpu())
     return [round(value, 3) for value in torch.cat(products).tolist()] if products else None

@@ -63,3 +63,9 @@ def test_features_are_kept_only_for_metrics_that_need_them():
     assert without.kept is None and torch.equal(kept.kept, PixelFeatures(4)(images).float())
     with pytest.raises(ValueError, match="'noise' is given as statistics: --metrics kid needs the images"):
         Evaluator([PixelFeatures(4)], [without], MetricSettings(metrics=("kid",)))
+
+
+def test_one_image_is_too_few():
+    alone = measure_images(batches(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), Source("it", 4), [PixelFeatures(4)])
+    with pytest.raises(ValueError, match="'it' is 1 image: a distance between sets needs two or more"):
+        Evaluator([PixelFeatures(4)], alone.measured)

@@ -84,13 +84,6 @@ def test_shares_hold_every_image_once():
     assert sorted(everyone) == list(range(10))
 
 
-def test_one_image_is_too_few():
-    running = RunningStatistics(PixelFeatures(4))
-    running.update([0], make_images(1))
-    with pytest.raises(ValueError, match="1 image: a distance"):
-        running.reduce()
-
-
 def test_statistics_survive_their_file(tmp_path):
     found, _ = run(make_images(), range(NUM_IMAGES), 50)
     origin = Origin.of(PixelFeatures(4), Source("noise", 4, "train", "ADM centre crop"))

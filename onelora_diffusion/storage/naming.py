@@ -155,7 +155,7 @@ UNET = "UNet2DConditionModel"
 BY_DIFFUSERS_NAMES = (
     *("FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel"),
     *("PixArtTransformer2DModel", "QwenImageTransformer2DModel", "AuraFlowTransformer2DModel"),
-    "HiDreamImageTransformer2DModel",
+    *("HiDreamImageTransformer2DModel", "Krea2Transformer2DModel"),
 )
 # The layers of each class that a program reads, by their native names (of a UNet, by diffusers').
 TAKEN = {

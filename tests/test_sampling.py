@@ -434,6 +434,10 @@ def test_progress_counts_images_in_parts_of_a_step():
     settings = SamplerSettings(num_inference_steps=4)
     list(generate_images(pipeline, range(17), 0, range(17), settings, progress=parts.append))
     assert parts == [4.0] * 4 + [0.25] * 4  # 16 images, then one; padding counts for nothing
+    with progress_bar(7, file=io.StringIO(), mininterval=0) as bar:  # ten times 0.7 is more than 7 by rounding
+        for _ in range(10):
+            bar.update(0.7)
+        assert bar.n == 7
     with progress_bar(17, file=(shown := io.StringIO()), ascii=True, mininterval=0) as bar:
         bar.update(4.0)
     assert "4.0/17 images" in shown.getvalue()

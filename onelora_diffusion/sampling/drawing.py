@@ -210,7 +210,14 @@ def adapters_merged(transformer: nn.Module, settings: SamplerSettings) -> Abstra
     return nullcontext() if settings.is_beside_base else merged(transformer)
 
 
+class ImageBar(tqdm):
+    """A bar that counts fractions of images; their sum, which is rounded, does not exceed the total."""
+
+    def update(self, images: float = 1) -> bool | None:
+        return super().update(min(images, self.total - self.n))
+
+
 def progress_bar(num_images: int, description: str = "", **options) -> tqdm:
     """A progress bar for `generate_images(progress=bar.update)` that counts images and moves with every step."""
     bar_format = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=num_images, desc=description, unit=" images", bar_format=bar_format, **options)
+    return ImageBar(total=num_images, desc=description, unit=" images", bar_format=bar_format, **options)

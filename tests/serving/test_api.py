@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'onelora-diffusion[serve]', or make test-serve")
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 import openai
 import text_pipelines

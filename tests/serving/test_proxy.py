@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="pip install 'onelora-diffusion[serve]', o
 if shutil.which("nginx") is None or shutil.which("openssl") is None:
     pytest.skip("make test-proxy installs nginx", allow_module_level=True)
 
-import httpx
+import httpx2 as httpx
 import openai
 from serving.servers import answering, make_pipeline, serving, wait_until, write_adapters
 

@@ -60,14 +60,21 @@ def inputs():
 
 
 @pytest.fixture
-def accelerator():
-    """Of one process on the CPU; what it set is taken back."""
-    from accelerate import Accelerator
+def fresh_accelerate():
+    """What a test sets of accelerate's state is taken back."""
     from accelerate.state import AcceleratorState, GradientState
 
-    yield Accelerator(cpu=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate):
+    """Of one process on the CPU."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from PIL import Image
@@ -20,6 +19,8 @@ from onelora_diffusion.training import task
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.subjects import subjects_of
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 # AdamW divides a gradient by its own size, of which rounding is a large share where a sum nearly cancels. The input of
 # PixArt's output layer is a layer norm's, whose sum does; so that layer is left out. Other draws differ by all that
@@ -45,13 +46,6 @@ def photos(tmp_path_factory):
             pixels = random.integers(0, 255, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{picture}.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit, randomize
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
 from launching import launch
@@ -37,6 +36,8 @@ from onelora_diffusion.sampling import SamplerSettings, as_uint8, generate_image
 from onelora_diffusion.training.prompt_settings import HINTS, PromptSettings, parse_command_line
 from onelora_diffusion.training.stopping import Clock, Stop
 from onelora_diffusion.training.task import encode
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 COLOURS = {
     "a red sign": (230, 20, 20),
@@ -69,13 +70,6 @@ def signs(tmp_path_factory):
         rows.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 import tyro
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from launching import REPOSITORY, launch
@@ -34,6 +33,8 @@ from onelora_diffusion.training import settings as settings_module
 from onelora_diffusion.training.checkpoints import read_checkpoint
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.task import Task
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def settings_of(**changes):
@@ -54,13 +55,6 @@ def base(tmp_path_factory):
     vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, **blocks)
     DiTPipeline(make_dit(), vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

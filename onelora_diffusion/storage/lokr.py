@@ -2,7 +2,7 @@
 
 import torch
 
-from onelora_diffusion.storage.peft_settings import of_layer
+from onelora_diffusion.storage.peft_settings import alpha_among, of_layer
 
 
 def read_lokr(
@@ -59,8 +59,5 @@ def _scale(path: str, parts: dict[str, torch.Tensor], settings: dict, source: st
             raise ValueError(f"{source}: its rank of {path} is {rank}; it must be at least 1")
         return alpha / rank
     ranks = [len(parts[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
-    if "alpha" not in parts or not ranks:
-        return 1.0
-    if parts["alpha"].numel() != 1:
-        raise ValueError(f"{source}: alpha of {path} has shape {tuple(parts['alpha'].shape)}; it is one number")
-    return parts["alpha"].item() / ranks[0]
+    alpha = alpha_among(parts, path, source) if ranks else None
+    return 1.0 if alpha is None else alpha / ranks[0]

@@ -28,7 +28,7 @@ from onelora_diffusion.storage.naming import (
     by_diffusers_paths,
     named_for,
 )
-from onelora_diffusion.storage.peft_settings import check_settings, of_layer
+from onelora_diffusion.storage.peft_settings import alpha_among, check_settings, of_layer
 
 logger = logging.getLogger(__name__)
 
@@ -303,9 +303,9 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
         parts = layers.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key} is the {part} of {path}, which is there twice; leave one out")
-        if tensor.ndim == 4 and part != "lora_magnitude_vector":
-            tensor = tensor.flatten(1)
-        parts[part] = tensor.float().flatten() if part == "lora_magnitude_vector" else tensor.float()
+        if part == "lora_magnitude_vector":
+            tensor = tensor.flatten()
+        parts[part] = (tensor.flatten(1) if tensor.ndim == 4 else tensor).float()
     return layers
 
 
@@ -337,10 +337,9 @@ def _lora(model: nn.Module, layers: dict, settings: dict, source: str) -> dict[s
             raise ValueError(f"{source}: {path} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: no LoRA pair")
         if is_dora and "lora_magnitude_vector" not in parts:
             raise ValueError(f"{source}: {path} has no lora_magnitude_vector, as other layers of this DoRA have")
-        if "alpha" in parts and parts["alpha"].numel() != 1:
-            raise ValueError(f"{source}: alpha of {path} has shape {tuple(parts['alpha'].shape)}; it is one number")
+        own = alpha_among(parts, path, source)
         alpha = of_layer(path, settings, "lora_alpha", "alpha_pattern", len(a), source)
-        alpha = parts["alpha"].item() if "alpha" in parts else alpha
+        alpha = alpha if own is None else own
         scale = alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
         none = torch.zeros(len(b))
         bias = scale * parts.get("lora_B.bias", none) + parts.get("diff_b", none)

@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 from onelora_diffusion.files import printable
 from onelora_diffusion.storage.opening import MAX_TEXT, MAX_VALUE
 
@@ -56,6 +58,15 @@ def check_settings(settings: dict, source: str) -> None:
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str | None) or len(base or "") > MAX_TEXT:
         raise ValueError(f"{source}: its base_model_name_or_path is no name; remove it from the settings")
+
+
+def alpha_among(tensors: dict[str, torch.Tensor], path: str, source: str) -> float | None:
+    """The alpha among a layer's tensors, or None; ValueError if it is not one number."""
+    if "alpha" not in tensors:
+        return None
+    if tensors["alpha"].numel() != 1:
+        raise ValueError(f"{source}: alpha of {path} has shape {tuple(tensors['alpha'].shape)}; it is one number")
+    return tensors["alpha"].item()
 
 
 def of_layer(path: str, settings: dict, name: str, patterns: str, default: float, source: str) -> float:

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_dit
 from diffusers import DDIMScheduler, DiTPipeline
 from huggingface_hub import ModelCard
@@ -20,15 +19,12 @@ from onelora_diffusion.training.settings import Settings
 
 
 @pytest.fixture(autouse=True)
-def bases(tmp_path, monkeypatch):
+def bases(tmp_path, monkeypatch, fresh_accelerate):
     """Bases that lie where their hub ids would be looked for; a token for the hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     torch.manual_seed(0)
     DiTPipeline(make_dit(), make_vae(4, None), DDIMScheduler(clip_sample=False)).save_pretrained("someone/dit")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def settings_of(**changes):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from text_pipelines import make_pipeline
@@ -20,12 +19,7 @@ from onelora_diffusion.training.randomness import VALIDATION, draw_step, keyed_g
 from onelora_diffusion.training.stopping import Clock, Stop
 from onelora_diffusion.training.task import encode
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, LayerAdapter
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.denoisers import DENOISERS
+from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.injection.attention import is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import anything_is_compiled, forget_compiled
@@ -402,7 +402,7 @@ class AdapterBook:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model without the wrappers of `torch.compile` and data parallelism, whose names must not be in keys."""
     if not isinstance(model, nn.Module):
-        parts = [name for name in DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
+        parts = list(denoisers_in(model))
         hint = f": give its {parts[0]}, as in pipe.{parts[0]}" if parts else ""
         raise TypeError(f"the model is a {type(model).__name__}, which is no torch.nn.Module{hint}")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight
-from onelora_diffusion.denoisers import DENOISERS
+from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.injection import model_verbs
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, check_name, unwrapped
 from onelora_diffusion.injection.listing import AdapterTable, list_adapters
@@ -386,8 +386,7 @@ class OneLoRALoaderMixin:
 
     def _models(self) -> dict[str, nn.Module]:
         """Component -> its model, for all components that can have adapters."""
-        parts = {name: getattr(self, name, None) for name in DENOISERS}
-        if models := {name: unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}:
+        if models := {name: unwrapped(part) for name, part in denoisers_in(self).items()}:
             return models
         raise ValueError(f"{type(self).__name__} has neither a transformer nor a unet to adapt")
 

@@ -116,7 +116,7 @@ VARIANTS = {
     ),
     "lora-fa-4": Variant("LoRA-FA r=4 (A random)", "tuner", **_lora(4, frozen="lora_A")),
     "pissa": Variant("PiSSA r=1", "tuner", principal=1),
-    "pissa-4": Variant("PiSSA r=4", "tuner", principal=4),
+    **{f"pissa-{rank}": Variant(f"PiSSA r={rank}", "tuner", principal=rank) for rank in (2, 4)},
     "tinylora": Variant("TinyLoRA", "tuner", **_peft("tinylora")),
     "unilora": Variant("UniLoRA", "tuner", **_peft("unilora")),
     "unilora-4": Variant("UniLoRA, 4 times as many", "tuner", **_peft("unilora", theta_d_length=4 * 8864)),
@@ -137,7 +137,7 @@ GROUPS = {
     ),
     "base": (
         *("sum", "outputs", "singular-4", "lora", "lora-2", "lora-4", "outputs-2", "singular", "singular-2"),
-        *("outputs-4", "svd-4", "sum-2", "sum-4", "random-4", "svd", "svd-2", "lora-fa-4", "pissa", "unilora"),
+        *("outputs-4", "svd-4", "sum-2", "sum-4", "random-4", "svd", "svd-2", "lora-fa-4", "pissa", "pissa-2", "unilora"),
         *("tinylora", "outputs-8", "singular-8", "sum-8", "lora-8", "unilora-4", "pissa-4", "inputs-4", "gradient-4"),
     ),
 }

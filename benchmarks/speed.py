@@ -197,16 +197,16 @@ def measure_training(base: nn.Module, precision: str, compiled: bool, settings: 
 
 
 def measure_inference(base: nn.Module, precision: str, compiled: bool, settings: SpeedSettings) -> list[dict]:
-    """Forward passes without gradients: the bare base, and 1LoRA merged into it and beside it."""
+    """Forward passes without gradients: the bare base, 1LoRA merged into it, and 1LoRA and PEFT's LoRA beside it."""
     shared = copy.deepcopy(base)
     DiTConditioning(shared).install()
     models = {
         "base, stock": base,
         "base": shared,
         "1LoRA, merged": merge_adapter(make_peer("1LoRA", copy.deepcopy(base), True)),
-        "1LoRA": make_peer("1LoRA", base, True),
-        "1LoRA, fused qkv": make_peer("1LoRA, fused qkv", base, True),
     }
+    beside = [name for name in PEERS if name in ("1LoRA", *settings.peers) and "LoRA" in name]
+    models |= {name: make_peer(name, base, True) for name in beside}
     steps = {name: Step(model.eval(), precision, settings.batch, compiled) for name, model in models.items()}
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     label = f"forward, {precision}{', compiled' * compiled}"

@@ -55,6 +55,11 @@ TINY = {
 }
 GROUPS = {
     "paper": METHODS,
+    "directions": (
+        "1lora",
+        '{"method": "1lora", "compression": "outputs", "rates_by_sum": true}',
+        '{"method": "1lora", "compression": "singular", "rank": 4, "rates_by_sum": true}',
+    ),
     "ablations": (*ABLATIONS, '{"method": "1lora", "compression": "random"}'),
     "tiny": (
         "1lora",
@@ -73,7 +78,8 @@ class CompareSettings:
     methods: tuple[str, ...] = METHODS
     """Names of methods, full among them, or JSON of AdapterConfig:
     '{"method": "peft:fourierft", "peft_config": {"n_frequency": 100}}'; or ablations (Tables S11, S12 and S1), tiny
-    (1LoRA, LoRA and the smallest tuners of PEFT), paper. "rates_by_sum": true is that flag of train_dit.py."""
+    (1LoRA, LoRA and the smallest tuners of PEFT), directions (1LoRA, outputs and four of W0), paper.
+    "rates_by_sum": true is that flag of train_dit.py."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Runs of each method: data order, noise and what an adapter draws."""
     max_train_time: str = "60s"

@@ -28,6 +28,8 @@ NAMES = {
     "1lora (bias True, scale True)": "1LoRA, β, γ",
     "1lora (rates_by_sum True)": "1LoRA, rates by sum",
     "1lora (compression random)": "1LoRA, at random",
+    "1lora (compression outputs, rates_by_sum True)": "1LoRA, outputs",
+    "1lora (compression singular, rank 4, rates_by_sum True)": "1LoRA, four of W0",
     "peft:miss": "MiSS r=1",
     "peft:fourierft": "FourierFT",
     "peft:waveft": "WaveFT",

@@ -137,8 +137,9 @@ GROUPS = {
     ),
     "base": (
         *("sum", "outputs", "singular-4", "lora", "lora-2", "lora-4", "outputs-2", "singular", "singular-2"),
-        *("outputs-4", "svd-4", "sum-2", "sum-4", "random-4", "svd", "svd-2", "lora-fa-4", "pissa", "pissa-2", "unilora"),
-        *("tinylora", "outputs-8", "singular-8", "sum-8", "lora-8", "unilora-4", "pissa-4", "inputs-4", "gradient-4"),
+        *("outputs-4", "svd-4", "sum-2", "sum-4", "random-4", "svd", "svd-2", "lora-fa-4", "pissa", "pissa-2"),
+        *("unilora", "tinylora", "outputs-8", "singular-8", "sum-8", "lora-8", "unilora-4", "pissa-4"),
+        *("inputs-4", "gradient-4"),
     ),
 }
 

@@ -2,8 +2,12 @@
 
 python train_dit.py && python tools/measure_precision.py
 python tools/measure_precision.py runs/digits 500
+
+With torchao, also what int8 weights change: those of the base before the adapter is loaded, so that directions of W0
+are computed anew from rounded weights, and after it, so that they stay.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -23,13 +27,15 @@ from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 
 DIGITS = [str(digit) for digit in range(10)]
-WAYS = {  # name -> precision of the transformer and of the VAE, merged
-    "float32": ("no", "no", False),
-    "merged": ("no", "no", True),
-    "bf16": ("bf16", "bf16", False),
-    "bf16, merged": ("bf16", "bf16", True),
-    "VAE in float32": ("bf16", "no", True),
+WAYS = {  # name -> precision of the transformer and of the VAE, merged, when the base is packed into int8
+    "float32": ("no", "no", False, None),
+    "merged": ("no", "no", True, None),
+    "bf16": ("bf16", "bf16", False, None),
+    "bf16, merged": ("bf16", "bf16", True, None),
+    "VAE in float32": ("bf16", "no", True, None),
 }
+if importlib.util.find_spec("torchao"):
+    WAYS |= {"int8": ("no", "no", False, "before"), "int8 later": ("no", "no", False, "after")}
 
 
 def main(adapter: Path, num_images: int) -> None:
@@ -51,9 +57,15 @@ def main(adapter: Path, num_images: int) -> None:
     print(format_table(f"{num_images} digits, DDIM, 25 steps; changes in grey levels", list(images), rows))
 
 
-def make(adapter: Path, num_images: int, precision: str, vae_precision: str, merge: bool) -> torch.Tensor:
+def make(
+    adapter: Path, num_images: int, precision: str, vae_precision: str, merge: bool, packed: str | None
+) -> torch.Tensor:
     pipeline = load_base()
+    if packed == "before":
+        pack(pipeline.transformer)
     load_adapter(pipeline.transformer, adapter)
+    if packed == "after":
+        pack(pipeline.transformer)
     ComputeSettings(mixed_precision=precision).place(pipeline, torch.device("cpu"))
     if vae_precision == "no":
         pipeline.vae.float()
@@ -62,6 +74,12 @@ def make(adapter: Path, num_images: int, precision: str, vae_precision: str, mer
     settings = SamplerSettings(num_inference_steps=25, guidance_scale=2.0)
     labels = [index % len(DIGITS) for index in range(num_images)]
     return torch.cat([made for _, made in generate_images(pipeline, labels, 0, range(num_images), settings)])
+
+
+def pack(transformer: torch.nn.Module) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(transformer, Int8WeightOnlyConfig())
 
 
 if __name__ == "__main__":

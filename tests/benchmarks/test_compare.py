@@ -156,6 +156,8 @@ def test_groups_of_methods_are_the_papers_tables_and_pefts_smallest():
     tiny = parse_methods(preset("digits", methods=("tiny",)))
     names = ["1LoRA", "LoRA", "MiSS r=1", "FourierFT", "WaveFT", "RoAd", "IA³", "UniLoRA", "TinyLoRA"]
     assert [name_of(method) for method in tiny] == names
+    directions = parse_methods(preset("digits", methods=("directions",)))
+    assert [name_of(method) for method in directions] == ["1LoRA", "1LoRA, outputs", "1LoRA, four of W0"]
     model = load_base().transformer.eval()
     shape = (2, model.config.in_channels, model.config.sample_size, model.config.sample_size)
     batch = {

@@ -17,6 +17,7 @@ from onelora_diffusion import (
     save_adapter,
     unload_adapter,
 )
+from onelora_diffusion.adapters.compressions import leading_directions
 
 
 def package(name):
@@ -93,15 +94,24 @@ QUANTISATIONS = [torchao_int8, quanto_int8, bitsandbytes_int8, bitsandbytes_nf4,
 quantisations = pytest.mark.parametrize("quantised", QUANTISATIONS)
 
 
+COMPRESSED = {  # C x, of a layer's input, of its output without bias, and of its weight as it computes with it
+    "sum": lambda x, out, weight: x.sum(-1, keepdim=True),
+    "outputs": lambda x, out, weight: out.sum(-1, keepdim=True),
+    "singular": lambda x, out, weight: x @ leading_directions(weight, 1).T,
+}
+
+
 @quantisations
-def test_trains_and_serves_beside_the_packed_weights(quantised, inputs):
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_trains_and_serves_beside_the_packed_weights(quantised, compression, inputs):
     model = quantised(make_dit()).requires_grad_(False)
     layer = model.transformer_blocks[0].ff.net[2]
     x = torch.randn(3, 5, layer.in_features)
-    base, base_layer = model(**inputs).sample, layer(x)
-    inject_adapter(model, AdapterConfig(num_classes=5))
+    base, base_layer, weight = model(**inputs).sample, layer(x), (layer(torch.eye(layer.in_features)) - layer.bias).T
+    inject_adapter(model, AdapterConfig(num_classes=5, compression=compression))
     b = randomize(model).get_parameter("transformer_blocks.0.ff.net.2.onelora.default.b")
-    assert_rounded(layer(x), base_layer + x.sum(-1, keepdim=True) * b, terms=2 * 128)
+    added = COMPRESSED[compression](x, base_layer - layer.bias, weight) * b
+    assert_rounded(layer(x), base_layer + added, terms=2 * 128)
     model(**inputs).sample.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter_state_dict(model).values())
     unload_adapter(model)

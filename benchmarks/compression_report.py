@@ -1,7 +1,9 @@
 """The report of `benchmark.py compression`: a table, its numbers, and two pictures."""
 
 import io
+import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -40,17 +42,15 @@ def write_report(results: dict, others: list[dict], folder: Path) -> list[Path]:
 
 def markdown(results: dict) -> str:
     settings, variants = results["settings"], results["variants"]
-    first = "sum" if "sum" in variants else next(iter(variants))
-    beside = variants[first]["runs"]  # seed by seed: the same batches and sample noise
-    head = ["direction", results["distance_name"], f"x {variants[first]['label']}", "recognised"]
+    first = _first(variants)
+    head = ["direction", results["distance_name"], f"x {first['label']}", "recognised"]
     head += ["trained beside the table", "learning rate", "rates tried"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 6]
     for variant in variants.values():
         runs = variant["runs"]
-        pairs = zip(runs, beside, strict=True)
         cells = [
             spread(mean_and_deviation([run["distance"] for run in runs]), 1, 2),
-            spread(mean_and_deviation([run["distance"] / its["distance"] for run, its in pairs]), 1, 2),
+            spread(_ratio(variant, first), 1, 2),
             spread(mean_and_deviation([run["recognition"] for run in runs]), 100, 1) + " %",
             f"{runs[0]['trained']:,}",
             f"{variant['learning_rate']:g}",
@@ -66,7 +66,7 @@ def markdown(results: dict) -> str:
         for label, shares in frozen.items():
             lines.append(f"| {label} | " + " | ".join(f"{shares[kind]:.0%}" for kind in kinds) + " |")
     seeds = ", ".join(map(str, settings["seeds"]))
-    sampled = beside[0]["made_with"]["job"]
+    sampled = first["runs"][0]["made_with"]["job"]
     runs = [run for each in variants.values() for run in (*each["sweep"].values(), *each["runs"])]
     jobs = {json.dumps(run["made_with"]["job"]): run["seconds"] for run in runs}
     lines += [
@@ -84,7 +84,6 @@ def markdown(results: dict) -> str:
 def plot(results: dict, picture: Path) -> None:
     """A dot a seed and a line at their mean, for both measures; colours by kind."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     variants = results["variants"]
     names, places = [variant["label"] for variant in variants.values()], range(len(variants))
@@ -103,53 +102,86 @@ def plot(results: dict, picture: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     left.set_yticks(list(places), names)
     left.invert_yaxis()
-    shown = {variant["kind"] for variant in variants.values()}
-    kinds = [
-        Line2D([], [], color=colour, marker="o", lw=2.5, label=label)
-        for kind, (colour, label) in KINDS.items()
-        if kind in shown
-    ]
-    figure.legend(handles=kinds, loc="outside lower center", ncols=min(3, len(kinds)), fontsize=9, frameon=False)
+    figure.legend(handles=_legend([results]), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle("What a layer's input is read along: a dot a seed, a bar at their mean", fontsize=11)
     _write(figure, picture)
 
 
 def plot_against_numbers(reports: list[dict], picture: Path) -> None:
-    """Distance against trained numbers, a panel a report; counts of one rule are joined by a line."""
+    """Distance against trained numbers, both in those of the sum; a panel a report, a line a rule, a dot a count."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(reports), 5), layout="constrained", dpi=130)
-    for axes, report in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
-        variants, joined = report["variants"], set()
-        for rule, kind in LINES.items():
-            names = [name for name in (rule, *(f"{rule}-{n}" for n in (2, 4, 8))) if name in variants]
-            colour, label = KINDS[kind]
-            points = [(variants[name]["runs"][0]["trained"], _distances(variants[name])) for name in names]
-            if points:
-                means = [statistics.mean(values) for _, values in points]
-                deviations = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points]
-                numbers = [number for number, _ in points]
-                axes.errorbar(numbers, means, deviations, color=colour, marker="o", lw=2, capsize=3, label=label)
-            joined |= set(names)
-        for name, variant in variants.items():
-            if name not in joined:
-                colour = KINDS[variant["kind"]][0]
-                at = variant["runs"][0]["trained"], statistics.mean(_distances(variant))
-                axes.plot(*at, "s", color=colour, ms=4)
-                axes.annotate(
-                    variant["label"], at, xytext=(4, 2), textcoords="offset points", fontsize=6, color=colour
-                )
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel("trained numbers beside the class table")
-        axes.set_ylabel(f"{report['distance_name']}: less is better")
-        axes.set_title(f"{report['settings']['preset']}, {report['settings']['steps']:,} updates", fontsize=11)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    rows = math.ceil(len(reports) / 2)
+    figure = Figure(figsize=(6.2 * min(2, len(reports)), 0.5 + 4.5 * rows), layout="constrained", dpi=130)
+    panels = figure.subplots(rows, min(2, len(reports)), squeeze=False, sharey=True).flat
+    for axes, report in itertools.zip_longest(panels, reports):
+        _plot_report(axes, report) if report else axes.set_axis_off()
+    figure.legend(handles=_legend(reports), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(
+        "Further down is closer to the real images, further left is smaller.\n"
+        "In a dot: how many directions a layer's input is read along"
+    )
+    figure.supylabel("distance, x that of one sum of inputs (1LoRA)", fontsize=10)
     _write(figure, picture)
 
 
-def _distances(variant: dict) -> list[float]:
-    return [run["distance"] for run in variant["runs"]]
+def _plot_report(axes, report: dict) -> None:
+    variants, joined, labels = report["variants"], set(), []
+    first = _first(variants)
+
+    def numbers(variant: dict) -> float:
+        return variant["runs"][0]["trained"] / first["runs"][0]["trained"]
+
+    for rule, kind in LINES.items():
+        counts = {f"{rule}-{n}" if n > 1 else rule: n for n in (1, 2, 4, 8)}
+        counts = {name: n for name, n in counts.items() if name in variants}
+        colour = KINDS[kind][0]
+        points = [(numbers(variants[name]), *_ratio(variants[name], first)) for name in counts]
+        for (x, y, deviation), n in zip(points, counts.values(), strict=True):
+            axes.errorbar(x, y, deviation, color=colour, marker="o", ms=12, capsize=3)
+            axes.annotate(str(n), (x, y), ha="center", va="center", color="white", fontsize=8, weight="bold", zorder=9)
+        axes.plot(*zip(*[point[:2] for point in points], strict=True), color=colour, lw=1.8)
+        joined |= set(counts)
+    for name in [name for name in variants if name not in joined]:
+        colour = KINDS[variants[name]["kind"]][0]
+        at = numbers(variants[name]), _ratio(variants[name], first)[0]
+        axes.plot(*at, "s", color=colour, ms=5)
+        labels.append((*reversed(at), variants[name]["label"], colour))
+    height = -math.inf
+    for y, x, label, colour in sorted(labels):  # each above the one before
+        height = max(y, height + 0.022)
+        axes.annotate(label, (x * 1.05, height), fontsize=6.5, color=colour, va="center")
+    axes.axhline(1, color="black", lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.8, 20 if labels else 12)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"trained numbers, x those of one sum ({first['runs'][0]['trained']:,})")
+    settings, seeds = report["settings"], len(report["settings"]["seeds"])
+    title = f"{settings['preset']}, {settings['steps']:,} updates, {seeds} seed{'s' * (seeds > 1)}"
+    axes.set_title(f"{title}, {report['distance_name']}", fontsize=11)
+    axes.grid(alpha=0.3)
+
+
+def _legend(reports: list[dict]) -> list:
+    from matplotlib.lines import Line2D
+
+    shown = {variant["kind"] for report in reports for variant in report["variants"].values()}
+    return [
+        Line2D([], [], color=colour, marker="o", lw=2.5, label=label)
+        for kind, (colour, label) in KINDS.items()
+        if kind in shown
+    ]
+
+
+def _first(variants: dict) -> dict:
+    """What the others are compared with."""
+    return variants.get("sum") or next(iter(variants.values()))
+
+
+def _ratio(variant: dict, first: dict) -> tuple[float, float | None]:
+    """Mean and deviation of the ratio of distances, seed by seed: the same batches and sample noise."""
+    pairs = zip(variant["runs"], first["runs"], strict=True)
+    return mean_and_deviation([run["distance"] / its["distance"] for run, its in pairs])
 
 
 def _write(figure, picture: Path) -> None:

@@ -101,12 +101,12 @@ def fingerprint(dataset: Dataset, times: bool = True) -> str:
 
     add(dataset, None)
     with ThreadPoolExecutor(16) as threads:  # most of the time is spent waiting for a disk or network
-        for digest in threads.map(lambda file: _file_digest(file, times), files):
+        for digest in threads.map(lambda file: file_digest(file, times), files):
             sha256.update(digest)
     return sha256.hexdigest()
 
 
-def _file_digest(path: str, times: bool) -> bytes:
+def file_digest(path: str, times: bool) -> bytes:
     """sha256 of a file for `fingerprint`; of a folder and of a missing file, only the name counts."""
     try:
         status = os.stat(path)

@@ -8,11 +8,12 @@ from onelora_diffusion.families.family import Conditions, Family
 from onelora_diffusion.families.flux import Flux
 from onelora_diffusion.families.pixart import PixArt
 from onelora_diffusion.families.recorded import Recorded
+from onelora_diffusion.families.references import choose_references, references_of
 from onelora_diffusion.families.sana import Sana
 from onelora_diffusion.families.sd3 import StableDiffusion3
 from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Conditions", "Family", "Recorded", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Conditions", "Family", "Recorded", "choose_references", "family_named", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
 
@@ -29,7 +30,7 @@ def family_of(pipeline, records: Path | None = None) -> Family:
     # Sharding or wrapping a model may give it a subclass of its class.
     classes = [each.__name__ for each in type(unwrapped(denoiser_of(pipeline))).__mro__]
     known = {family.transformer_class for family in FAMILIES}
-    if not known & set(classes) and hasattr(pipeline, "scheduler"):
+    if references_of(pipeline) or not known & set(classes) and hasattr(pipeline, "scheduler"):
         return recorded_of(pipeline, records)
     family = family_named(next((name for name in classes if name in known), classes[0]))
     family.check(pipeline)
@@ -39,7 +40,8 @@ def family_of(pipeline, records: Path | None = None) -> Family:
 def recorded_of(pipeline, records: Path | None = None) -> Recorded:
     """The family that was recorded from this pipeline, with the denoiser that it has now."""
     family = vars(pipeline).get("_onelora_family")  # kept there: once trained, it has no text encoders to be asked
-    if family is None or family.denoiser is not unwrapped(denoiser_of(pipeline)):
+    is_other = family is None or family.denoiser is not unwrapped(denoiser_of(pipeline))
+    if is_other or family.record.references != references_of(pipeline):
         family = vars(pipeline)["_onelora_family"] = Recorded(pipeline, records)
     return family
 

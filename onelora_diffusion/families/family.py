@@ -2,16 +2,33 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.autoencoder import decode_latents, encode_moments
 
-Condition = int | str | None
-"""The condition of an image: a class label or a prompt; None stands for no condition."""
+
+@dataclass(frozen=True)
+class Edit:
+    """A prompt for an edit of reference images.
+
+    Attributes:
+        references: each has a `digest` of its file, and `image()` returns its picture, a PIL image.
+        side: (height, width) in pixels of the image to draw.
+    """
+
+    prompt: str
+    references: tuple
+    side: tuple[int, int]
+
+
+Condition = int | str | Edit | None
+"""The condition of an image: a class label, a prompt or an edit; None stands for no condition."""
 Conditions = dict[str, Tensor | list]
 """Encoded conditions, which a denoiser gets in addition to noise and time: by name, a tensor with a row for each
 image, or a list with an entry for each if their sizes differ."""
@@ -154,9 +171,28 @@ def joined(rows: Sequence[Conditions]) -> Conditions:
     return {
         name: [entry for row in rows for entry in row[name]]
         if isinstance(first, list)
-        else torch.cat([row[name] for row in rows])
+        else padded([row[name] for row in rows])
         for name, first in rows[0].items()
     }
+
+
+def padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows, (rows, ...) each, which are padded by zeros to the largest size of each dimension."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([functional.pad(part, _missing(part, shape)) for part in parts])
+
+
+def _missing(part: Tensor, shape: Sequence[int]) -> list[int]:
+    """What `functional.pad` is to add before and after each dimension, the last one first."""
+    sizes = zip(reversed(shape), reversed(part.shape[1:]), strict=True)
+    return [missing for most, size in sizes for missing in (0, most - size)]
+
+
+def emptied(condition: Condition) -> Condition:
+    """The empty condition that guides from a condition: of an edit, the empty prompt for the same references."""
+    return replace(condition, prompt="") if isinstance(condition, Edit) else None
 
 
 def as_prompts(conditions: list[Condition]) -> list[str]:

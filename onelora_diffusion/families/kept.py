@@ -30,6 +30,7 @@ def path_of(folder: Path, recorder: Recorder) -> Path:
         [version(package) for package in ("diffusers", "transformers")],
         str(recorder.denoiser.dtype),
         recorder.component,
+        recorder.record.references,
         {name: value for name, value in pipeline.config.items() if name not in pipeline.components},
         configs,
     ]

@@ -5,7 +5,7 @@ follow the timestep are the time; what differs between two prompts is of the pro
 place for is refused, never guessed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf, prod
 
 import torch
@@ -16,7 +16,9 @@ from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
 from onelora_diffusion.families.autoencoder import moments_of
+from onelora_diffusion.families.pictured import call_of_two, find_pictured
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
+from onelora_diffusion.families.references import blank
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.files import first_line
 
@@ -66,6 +68,7 @@ def _probed(recorder: Recorder) -> Place:
             ) from error
     find_times(recorder, run)
     find_share(recorder, run)
+    find_pictured(recorder, place)
     find_conditions(recorder)
     find_sizes(recorder, place)
     find_guidance(recorder, place)
@@ -100,7 +103,8 @@ def find_noise_at(recorder: Recorder) -> None:
         record.arrangement.lists |= {n for n, value in run.calls[0].items() if "." not in n and _is_of_layers(value)}
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
-        found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
+        sample, has_more = run.samples[0], bool(record.references)
+        found = [name for name, value in run.calls[0].items() if is_permuted(value, sample, has_more)]
         if len(run.calls) == 1 and len(found) == 1:
             break
     else:
@@ -111,9 +115,9 @@ def find_noise_at(recorder: Recorder) -> None:
     (name,) = found
     given, output = run.calls[0][name], outputs[0]
     before, after = given[0].shape, output[0].shape
-    if len(before) != len(after) or any(a % b for a, b in zip(after, before, strict=True)):
+    if len(before) != len(after) or any(a % b and b % a for a, b in zip(after, before, strict=True)):
         raise recorder.refusal(f"{name} is {tuple(before)}, and the output {tuple(after)}")
-    record.factors = tuple(a // b for a, b in zip(after, before, strict=True))
+    record.factors = tuple(a / b for a, b in zip(after, before, strict=True))
     record.off, record.noisy, record.encoded = off, name, send_to_device(run.encoded, "cpu")
     record.takes_lists, record.gives_lists = isinstance(given, list), isinstance(output, list)
 
@@ -124,8 +128,12 @@ def _is_of_layers(value) -> bool:
     return is_list and all(isinstance(entry, Tensor) and entry.ndim > 1 and len(entry) == 1 for entry in value)
 
 
-def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
-    """What the pipeline says of images of this size, and the run that says it."""
+def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = ()) -> tuple[Place, Run]:
+    """What the pipeline says of images of this size, and the run that says it.
+
+    Args:
+        sizes: width and height of each reference image. (): those of probes.
+    """
     record, steps = recorder.record, DIGITS + 1
     answer = recorder.answering(lambda number, elements: _digit(number, elements) + 1)
 
@@ -135,14 +143,17 @@ def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
         return values.reshape(sample.shape).to(sample.device)
 
     def run_of(steps: int, step) -> Run:
-        return recorder.run(SHORT, side, steps, answer, step, record.encoded, **record.off)
+        return recorder.run(SHORT, side, steps, answer, step, record.encoded, blank(sizes), **record.off)
 
     run = run_of(steps, numbered)
     if len(run.calls) != len(run.times) or len(run.times) < steps:  # a sampler of a higher order may take more
         raise recorder.refusal(f"in {len(run.times)} steps its denoiser is called {len(run.calls)} times")
     count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
-    packed = _from_digits([value[0] for value in given[1:steps]])
-    if not _is_permutation(packed, count):
+    values = torch.stack([value[0].flatten().cpu() for value in given[:steps]])
+    moves = (values != values[0]).any(0)  # all others are of reference images
+    packed = torch.empty(len(moves), dtype=torch.long)
+    packed[moves] = _from_digits(list(values[1:, moves]))
+    if not _is_permutation(packed[moves], count) or not record.references and not moves.all():
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
     signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in run.outputs}
     sign = signs.pop()
@@ -166,12 +177,13 @@ def place_at(recorder: Recorder, side: tuple[int, int]) -> tuple[Place, Run]:
     if len(latents) == 4 and latents[1] != 1 or len(latents) not in (3, 4):
         raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
     shape = (latents[0], *latents[-2:])
+    packed[moves], packed[~moves] = order.argsort()[packed[moves]], torch.arange(count, len(packed))
     check_schedule(recorder, run)
     return Place(
         shape=shape,
         argument=tuple(given[0][0].shape),
         order=order,
-        packed=order.argsort()[packed],
+        packed=packed,
         unpacked=unpacked[order],
         sign=sign,
         scale=scale.reshape(shape).cpu(),
@@ -252,15 +264,14 @@ def line_of(at: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[float, floa
 def find_conditions(recorder: Recorder) -> None:
     """Which arguments follow the prompt, how they are batched, and which follow the size."""
     record, parameters = recorder.record, recorder.parameters
-    pair = [SHORT, LONG]
-    short, both = recorder.call(SHORT), recorder.call(pair)
+    short, both = recorder.call(SHORT), call_of_two(recorder)
     for name in both:
         shapes = [call.shape if isinstance(call := each.get(name), Tensor) else () for each in (short, both)]
         sizes = list(zip(*shapes, strict=False))
         if len(shapes[0]) == len(shapes[1]) and (1, 2) in sizes[1:] and sizes[0] != (1, 2):
             record.arrangement.dims[name] = sizes.index((1, 2))
     if record.arrangement.dims:
-        short, both = recorder.call(SHORT), recorder.call(pair)
+        short, both = recorder.call(SHORT), call_of_two(recorder)
     long = recorder.call(LONG)
     most = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     fewer = recorder.call(max_sequence_length=most // 2) if most else short
@@ -272,6 +283,7 @@ def find_conditions(recorder: Recorder) -> None:
         values = (short.get(name), long.get(name), both.get(name))
         kind = batch_kind(values[0], values[2])
         is_prompted = not same(values[0], values[1]) or not same(values[0], fewer.get(name))
+        is_prompted |= name in record.pictured
         if not same(values[0], wide.get(name)):
             (record.together if is_prompted else record.sized).append(name)
         if is_prompted:
@@ -286,6 +298,10 @@ def find_conditions(recorder: Recorder) -> None:
     if not record.prompted:
         raise recorder.refusal("no argument of its denoiser follows the prompt")
     ragged = {name: how.ragged for name, how in record.prompted.items() if how.ragged is not None}
+    if record.references and record.together:
+        raise recorder.refusal(
+            f"{record.together[0]} follows the prompt and the size together, and there are reference images"
+        )
     if ragged and record.together:
         raise recorder.refusal(
             f"{record.together[0]} follows the prompt and the size together, and {next(iter(ragged))} is as long as "

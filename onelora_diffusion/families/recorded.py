@@ -4,8 +4,9 @@
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
-from math import inf
+from math import inf, prod
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ from onelora_diffusion.denoisers import denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
-from onelora_diffusion.families.family import Condition, Conditions, Family, longest
+from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probed
 from onelora_diffusion.families.recording import Place, Recorder
 from onelora_diffusion.injection.book import unwrapped
 
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
+PLACES = 64  # sizes of images, with those of their reference images, of which what was recorded is kept in memory
 
 
 class Recorded(Family):
@@ -49,7 +51,7 @@ class Recorded(Family):
             if path:
                 keep(path, self.recorder.record, place)
         self.record = self.recorder.record
-        self._places: dict[tuple[int, int], Place] = {self.recorder.square: place}
+        self._places: dict[tuple, Place] = {self.recorder.square: place}
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
     def __str__(self) -> str:
@@ -69,18 +71,22 @@ class Recorded(Family):
             f"noise is {record.noisy} {place.argument} of latents {place.shape}, {times}, "
             f"the prediction is {'minus ' if place.sign < 0 else ''}the output",
             f"of the prompt: {prompted}; of the size: {', '.join(record.sized) or 'nothing'}"
-            f"{'; of both: ' + ', '.join(record.together) if record.together else ''}",
+            f"{'; of both: ' + ', '.join(record.together) if record.together else ''}"
+            f"{'; of reference images: ' + ', '.join(record.pictured) if record.pictured else ''}",
             f"guidance: {guidance}; sides are multiples of {record.multiple}; "
             f"adapters in {', '.join(f'{path}.*' for path in blocks)}",
         )
         return "\n".join(f"{self.name}: {line}" for line in lines)
 
-    def place(self, height: int, width: int) -> Place:
-        """What the pipeline says of images of this size, recorded once."""
-        if (height, width) not in self._places:
+    def place(self, height: int, width: int, sizes: Sequence[tuple[int, int]] = ()) -> Place:
+        """What the pipeline says of images of this size, and of reference images of `sizes`, recorded once."""
+        key = (height, width, *sizes)
+        if key not in self._places:
             with torch.no_grad():
-                self._places[height, width], _ = place_at(self.recorder, (height, width))
-        return self._places[height, width]
+                self._places[key], _ = place_at(self.recorder, (height, width), sizes)
+            while len(self._places) > PLACES:
+                self._places.pop([*self._places][1])  # all but that of the recorded size
+        return self._places[key]
 
     def _side_of(self, latents: Tensor) -> tuple[int, int]:
         height, width = latents.shape[-2:]
@@ -94,12 +100,30 @@ class Recorded(Family):
         if "max_sequence_length" not in self.recorder.parameters:
             settings = {}  # the pipeline does not shorten prompts, and a longer one is an error
         with torch.no_grad():
-            rows = [self._encoded_row(condition or "", max_length, settings) for condition in conditions]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            encode = self._encoded_edit if self.record.references else self._encoded_row
+            rows = [encode(condition or "", max_length, settings) for condition in conditions]
+        return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
-    def _encoded_row(self, prompt: str, max_length: int | None, settings: dict) -> dict[str, Tensor]:
-        recorder, record = self.recorder, self.record
-        run = recorder.run(prompt, recorder.square, **record.off | settings)
+    def encoders(self, pipeline) -> dict[str, object]:
+        own = {"processor": pipeline.components["processor"]} if "processor" in pipeline.components else {}
+        return super().encoders(pipeline) | own
+
+    def _encoded_edit(self, edit: Edit | str, max_length: int | None, settings: dict) -> dict[str, Tensor]:
+        if not isinstance(edit, Edit):
+            raise ValueError(f"{self.name} edits reference images here, and a prompt has none")
+        images = [reference.image() for reference in edit.references]
+        if len(images) != self.record.references:
+            raise ValueError(f"{self.name} is given {len(images)} reference images, not {self.record.references}")
+        sizes = [image.size for image in images]
+        row = self._encoded_row(edit.prompt, max_length, settings, edit.side, sizes, references=images)
+        return row | {"references.sizes": torch.tensor([[edit.side, *sizes]])}
+
+    def _encoded_row(
+        self, prompt: str, max_length: int | None, settings: dict, side=None, sizes=(), **given
+    ) -> dict[str, Tensor]:
+        recorder, record, settings = self.recorder, self.record, settings | given
+        side = side or recorder.square
+        run = recorder.run(prompt, side, **record.off | settings)
         call = run.calls[0]
         if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
             guided, _ = guided_run(recorder, **record.guided | settings)
@@ -109,21 +133,27 @@ class Recorded(Family):
             call = call | empty
         if record.together:
             return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors_in(run.encoded))}
-        return self._padded(call, max_length)
+        return self._padded(call, max_length, self.place(*side, sizes))
 
-    def _padded(self, call: dict, max_length: int | None) -> dict[str, Tensor]:
-        """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ."""
-        record, constants = self.record, self.place(*self.recorder.square).constants
+    def _padded(self, call: dict, max_length: int | None, place: Place) -> dict[str, Tensor]:
+        """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ.
+
+        With reference images, also what of them is in the noisy argument, and prompts are as long as they are.
+        """
+        record, constants = self.record, place.constants
         for name in call.keys() - record.prompted.keys() - record.times.keys() - {record.noisy}:
             device = call[name].device if isinstance(call[name], Tensor) else "cpu"
             if not same(call[name], send_to_device(constants.get(name), device)):
                 raise ValueError(f"{self.name} tells its denoiser another {name} of this prompt than of others")
         row = {}
+        if record.references:
+            given = call[record.noisy][0].flatten()
+            row["references"] = given[on(place.packed >= prod(place.shape), given.device)][None]
         for name, how in record.prompted.items():
             value = call[name][None] if how.kind == "shared" else call[name][0][None]
             if how.ragged is not None:
-                own = self.recorder.parameters.get("max_sequence_length")
-                most, length = max_length or (own.default if own else ROOM), value.shape[how.ragged + 1]
+                own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged + 1]
+                most = length if record.references else max_length or (own.default if own else ROOM)
                 if length > most:
                     raise ValueError(
                         f"{self.name} has {length} tokens of a prompt in {name}, more than the {most} asked for"
@@ -136,9 +166,10 @@ class Recorded(Family):
         return row
 
     def _groups(self, times: Tensor, conditions: Conditions) -> list[Tensor]:
-        """The images of a batch that are computed together: of one denoiser, and of one length of their prompts.
+        """The images of a batch that are computed together.
 
-        The lengths count where the denoiser takes one alone.
+        They are of one denoiser, of reference images of the same sizes, and, where the denoiser takes one alone, of
+        one length of their prompts.
         """
         record = self.record
         names = [n for n, how in record.prompted.items() if how.ragged is not None and how.kind != "list"]
@@ -146,6 +177,8 @@ class Recorded(Family):
         keys = [conditions[f"{name}.length"] for name in names]
         if record.share != (-inf, inf):
             keys.append(self._is_mine(times))
+        if record.references:
+            keys.extend(conditions["references.sizes"].flatten(1).unbind(1))
         if not keys:
             return []
         _, group = torch.stack(keys, dim=1).unique(dim=0, return_inverse=True)
@@ -211,9 +244,12 @@ class Recorded(Family):
         if self.record.share != (-inf, inf) and not self._is_mine(times).all():
             (denoiser,) = (part for part in denoisers_in(self.pipeline).values() if part is not self.denoiser)
         record, device, batch = self.record, latents.device, len(latents)
-        place = self.place(*self._side_of(latents))
+        place, values = self.place(*self._side_of(latents)), latents.flatten(1)
+        if record.references:
+            place, references = self._referred(conditions, self._side_of(latents))
+            values = torch.cat([values, references.to(values.dtype)], dim=1)
         noisy = place.constants[record.noisy]
-        packed = latents.flatten(1)[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
+        packed = values[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
         given = self._of_prompts(conditions, self._side_of(latents))
         constants = {name: value for name, value in place.constants.items() if name not in given}
         given |= {name: self._constant(name, value, batch, device) for name, value in constants.items()}
@@ -235,13 +271,22 @@ class Recorded(Family):
             return output.reshape(batch, -1, *latents.shape[-2:])  # with its variance, if there is one
         return place.sign * output.flatten(1)[:, on(place.unpacked, device)].reshape(latents.shape)
 
+    def _referred(self, conditions: Conditions, side: tuple[int, int]) -> tuple[Place, Tensor]:
+        """What the pipeline says of a group's images with their references, and what of these is given, (batch, n)."""
+        asked, *sizes = map(tuple, conditions["references.sizes"][0].tolist())
+        if asked != side:
+            raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {side[0]} by {side[1]}")
+        place = self.place(*side, sizes)
+        return place, conditions["references"][:, : len(place.packed) - prod(place.shape)]
+
     def _predicted_in_groups(self, groups, denoiser, latents, times, conditions) -> Tensor:
         book = getattr(unwrapped(denoiser), "_onelora", None)
         is_routed = book is not None and book.open_route is not None
         if is_routed and torch.is_grad_enabled():  # checkpointed blocks are computed again when the route is another
             raise ValueError(
-                f"{self.name} computes a batch in {len(groups)} groups, by the lengths of its prompts or by the "
-                "denoisers of its times, and its images train adapters of their own: train one at a time"
+                f"{self.name} computes a batch in {len(groups)} groups, by the lengths of its prompts, the sizes of "
+                "its reference images or the denoisers of its times, and its images train adapters of their own: "
+                "train one at a time"
             )
         outputs = []
         for rows in groups:

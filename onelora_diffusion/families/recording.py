@@ -3,17 +3,20 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, prod
+from types import SimpleNamespace
 
 import torch
 from accelerate.utils import send_to_device
+from PIL import Image
 from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_name, denoiser_of, denoisers_in, repeated_blocks
 from onelora_diffusion.families.arguments import Arrangement, copied, output_of, same
+from onelora_diffusion.families.references import BLANK, blank, references_of, taken_by
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
@@ -95,7 +98,8 @@ class Place:
         shape: of their latents, (C, h, w).
         argument: the shape of the noisy argument, without the batch.
         order: for each latent, its place in the scheduler's sample.
-        packed: for each place of the noisy argument, the latent that stands there.
+        packed: for each place of the noisy argument, the number of the latent that stands there; where reference
+            images do, numbers from that of latents on, in the order of the places.
         unpacked: for each latent, its place in the denoiser's output.
         sign: of the output, by which it is a prediction.
         scale, shift: latents of the autoencoder are `scale · latents + shift`, (C, h, w).
@@ -121,6 +125,8 @@ class Record:
 
     Attributes:
         side: pixels of the sides of the images that it was recorded with.
+        references: the number of reference images.
+        pictured: the arguments that follow what is in them, of the noisy one a part.
         off: settings of its call without guidance.
         arrangement: how the arguments of the denoiser become values by name.
         noisy: the argument of the denoiser that is the noise.
@@ -129,7 +135,7 @@ class Record:
         encoded: what `encode_prompt` returned of the short prompt.
         times: by argument, a and b of a·t + b of the scheduler's time t.
         share: the times t from which and below which this one of two denoisers computes.
-        prompted: the arguments that follow the prompt.
+        prompted: the arguments that follow the prompt, or what is in the reference images.
         sized, together: the arguments that follow the size, and those that follow the prompt and the size.
         masks: for two prompts, the masks of their tokens that are given where prompts are of unequal length alone.
         batched: by argument, whether there is one for each image.
@@ -143,12 +149,14 @@ class Record:
     """
 
     side: int = 0
+    references: int = 0
+    pictured: list[str] = field(default_factory=list)
     off: dict = field(default_factory=dict)
     arrangement: Arrangement = field(default_factory=Arrangement)
     noisy: str = ""
     takes_lists: bool = False
     gives_lists: bool = False
-    factors: tuple[int, ...] = ()
+    factors: tuple[float, ...] = ()
     encoded: list | None = None
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
     share: tuple[float, float] = (-inf, inf)
@@ -172,7 +180,7 @@ class Record:
 
     def output_shape(self, argument: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an image's output for that of its noisy argument."""
-        return tuple(size * factor for size, factor in zip(argument, self.factors, strict=True))
+        return tuple(round(size * factor) for size, factor in zip(argument, self.factors, strict=True))
 
 
 class Recorder:
@@ -182,6 +190,7 @@ class Recorder:
         component: the pipeline's attribute that is the denoiser.
         blocks: paths of the lists of the denoiser's blocks.
         parameters: of the pipeline's call, by name.
+        takes: the one that is the reference images; None: there is none.
         record: what is known of it so far.
     """
 
@@ -191,7 +200,9 @@ class Recorder:
         self.denoiser = unwrapped(denoiser_of(pipeline))
         self.blocks = repeated_blocks(self.denoiser)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
-        self.record = Record()
+        self.takes = taken_by(pipeline)
+        self.record = Record(references=references_of(pipeline))
+        self._blank: dict[tuple[int, ...], object] = {}
 
     def refusal(self, what: str) -> ValueError:
         return ValueError(f"{type(self.pipeline).__name__} cannot be recorded: {what}")
@@ -204,6 +215,7 @@ class Recorder:
         answer: Callable[[int, dict], object] | None = None,
         step: Callable[[int, Tensor], Tensor | None] = lambda number, sample: None,
         encoded: list | None = None,
+        references: Sequence[Image.Image] | None = None,
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -213,6 +225,7 @@ class Recorder:
             answer: what the denoiser returns of its call's number and arguments. None: the first call is the last.
             step: the sample after that step. None: it is the last.
             encoded: what `encode_prompt` returned before, in place of its own.
+            references: the reference images. None: blank ones, where there are any.
 
         Raises:
             NotTakenError: the call fails.
@@ -220,9 +233,13 @@ class Recorder:
         pipeline, run = self.pipeline, Run()
         device = pipeline._execution_device if encoded is None else torch.device("cpu")
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
-        given |= settings | ({"height": side[0], "width": side[1]} if side else {})
+        given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
+        if self.record.references:
+            images = references or blank([BLANK] * self.record.references)
+            given[self.takes] = images[0] if len(images) == 1 else list(images)
+        encode = self._image_encoder()
         replaced = {
-            "vae": _StandIn(pipeline.vae, decode=_decoder(run), device=device, dtype=torch.float32),
+            "vae": _StandIn(pipeline.vae, decode=_decoder(run), encode=encode, device=device, dtype=torch.float32),
             "scheduler": _scheduler(pipeline.scheduler, run, step),
             "encode_prompt": self._encoder(run, encoded),
             "_progress_bar_config": {"disable": True},
@@ -236,11 +253,27 @@ class Recorder:
                 pass
             except Exception as error:  # whatever a stock pipeline refuses by
                 asked = f"for {side[0]} by {side[1]} pixels " if side else ""
+                if self.takes:
+                    asked += f"with {self.record.references or 'no'} reference images "
                 raise NotTakenError(
                     f"{type(pipeline).__name__} cannot be recorded: its own call {asked}fails: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
         return run
+
+    def _image_encoder(self) -> Callable:
+        """`vae.encode` on the autoencoder's device and in its precision; images of one colour are encoded once."""
+        vae = self.pipeline.vae
+
+        def encode(images: Tensor, *args, **kwargs):
+            first = images.flatten()[0]
+            key = (float(first), *images.shape) if (images == first).all() else None
+            encoded = self._blank.get(key) or vae.encode(images.to(vae.device, vae.dtype), *args, **kwargs)
+            if key:
+                self._blank[key] = encoded
+            return SimpleNamespace(**{name: _moved(value, images) for name, value in encoded.items()})
+
+        return encode
 
     def _forward(self, name: str, run: Run, answer: Callable | None) -> Callable:
         signature = inspect.signature(self.denoiser.forward)
@@ -293,6 +326,11 @@ class Recorder:
         """What the denoiser itself answers to a recorded call."""
         device = next(self.denoiser.parameters()).device
         return output_of(self.denoiser(**self.record.arrangement.nested(send_to_device(call, device))))
+
+
+def _moved(value, images: Tensor):
+    """A tensor, or a distribution of latents of which the mean is drawn, as images are on a device in a precision."""
+    return value.to(images) if isinstance(value, Tensor) else type(value)(value.parameters.to(images), True)
 
 
 def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):

@@ -7,8 +7,8 @@ import torch
 from conftest import randomize
 from diffusers import EDMEulerScheduler
 from rounding import assert_rounded, rounding_of_images
-from stock_pipelines import make_stock
-from text_pipelines import MAKERS, make_pipeline
+from stock_pipelines import UNET, make_stock
+from text_pipelines import MAKERS, make_clip, make_pipeline, make_tokenizer, make_vae
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
@@ -291,3 +291,39 @@ def test_blocks_are_found_by_their_structure():
     model.layers, model.refiner = nn.ModuleList([Block(), Block()]), nn.ModuleList([nn.LayerNorm(2)])
     model.mixed = nn.ModuleList([Block(), nn.Linear(2, 2)])
     assert repeated_blocks(model) == ("layers",)
+
+
+def make_unclip():
+    """Its denoiser is given the prompt's image embedding with noise on it."""
+    import diffusers
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    width, tokens = 8, 24
+    return diffusers.StableUnCLIPPipeline(
+        prior_tokenizer=make_tokenizer(tokens),
+        prior_text_encoder=make_clip(projection=width),
+        prior=diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=4, embedding_dim=width, num_layers=1, num_embeddings=tokens
+        ),
+        prior_scheduler=diffusers.DDPMScheduler(prediction_type="sample"),
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=width),
+        image_noising_scheduler=diffusers.DDPMScheduler(),
+        tokenizer=make_tokenizer(tokens),
+        text_encoder=make_clip(),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8,
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=2 * width,
+            **UNET,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
+        vae=make_vae(4, shift_factor=None),
+    )
+
+
+def test_an_argument_that_is_drawn_at_random_in_each_call_is_refused():
+    message = "StableUnCLIPPipeline cannot be recorded: class_labels is drawn at random in each of its calls"
+    with pytest.raises(ValueError, match=message):
+        Recorded(make_unclip())

@@ -1,0 +1,39 @@
+"""Reference images, which a prompt says how to edit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from onelora_diffusion.data.decoding import opened, read_image, upright_size
+from onelora_diffusion.data.identity import file_digest
+from onelora_diffusion.files import printable
+
+
+@dataclass(frozen=True)
+class ReferenceImage:
+    """A file with a picture, and a hash of its content (`data.identity.file_digest`)."""
+
+    path: Path
+    digest: str
+
+    def image(self) -> Image.Image:
+        """The picture, upright and in RGB; BrokenImageError if it can be read no more."""
+        return read_image(self.path)
+
+
+def reference_image(path: Path, named: str) -> ReferenceImage:
+    """The reference image in a file, of which the size is read.
+
+    Args:
+        named: what names the file, for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BrokenImageError: it is no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{named} is {printable(str(path), 200)}, and there is no such file")
+    with opened(path, f"{named}, {printable(str(path), 200)},") as image:
+        upright_size(image)
+    return ReferenceImage(path, file_digest(str(path), times=False).hex())

@@ -3,8 +3,19 @@
 from functools import partial
 
 import torch
-from stock_pipelines import AXES, CHAT, HEADS, STOCK, make_qwen_vae, make_stock, scheduler
-from text_pipelines import make_clip, make_t5, make_tokenizer, make_vae
+from tiny_models import (
+    AXES,
+    CHAT,
+    HEADS,
+    PIPELINES,
+    flow_matching,
+    make_clip,
+    make_pipeline,
+    make_qwen_vae,
+    make_t5,
+    make_tokenizer,
+    make_vae,
+)
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -15,7 +26,7 @@ def make_kontext():
 
     pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64), (96, 32)]  # megapixels otherwise
     return FluxKontextPipeline(
-        scheduler=scheduler(use_dynamic_shifting=True),
+        scheduler=flow_matching(use_dynamic_shifting=True),
         vae=make_vae(1),
         text_encoder=make_clip(),
         tokenizer=make_tokenizer(24),
@@ -38,7 +49,7 @@ def make_flux_control():
     from diffusers import FluxControlPipeline, FluxTransformer2DModel
 
     return FluxControlPipeline(
-        scheduler=scheduler(use_dynamic_shifting=True),
+        scheduler=flow_matching(use_dynamic_shifting=True),
         vae=make_vae(1),
         text_encoder=make_clip(),
         tokenizer=make_tokenizer(24),
@@ -98,7 +109,7 @@ def make_qwen_edit(kind: str = "QwenImageEditPipeline"):
     pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = 64 * 64
     processor = make_qwen_processor()
     return getattr(diffusers, kind)(
-        scheduler=scheduler(use_dynamic_shifting=True),
+        scheduler=flow_matching(use_dynamic_shifting=True),
         vae=make_qwen_vae(),
         text_encoder=make_qwen_encoder(processor.tokenizer),
         tokenizer=processor.tokenizer,
@@ -115,11 +126,11 @@ EDITS = {
     "qwen_edit": make_qwen_edit,
     "qwen_edit_plus": partial(make_qwen_edit, "QwenImageEditPlusPipeline"),
 }
-STOCK.update(EDITS)
+PIPELINES.update(EDITS)
 
 
 def make_edit(name: str, seed: int = 0):
     """A pipeline of `EDITS`, or `flux2_klein`, which edits as well."""
-    pipeline = make_stock(name, seed)
+    pipeline = make_pipeline(name, seed)
     torch.manual_seed(seed)
     return pipeline

@@ -11,9 +11,9 @@ import sys
 import diffusers
 import pytest
 import torch
-from conftest import make_dit
 from launching import REPOSITORY
 from packaging.version import Version
+from tiny_models import make_dit
 
 import onelora
 from onelora_diffusion.cli import train_dit

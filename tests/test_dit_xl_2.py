@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomize
+from tiny_models import randomize
 
 from onelora_diffusion import (
     AdapterConfig,

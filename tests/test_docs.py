@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import dit_inputs, make_dit
 from research_models import inputs_of, make_model
-from text_pipelines import make_flux, make_sd3, make_vae
+from tiny_models import dit_inputs, make_dit, make_dit_pipeline, make_pipeline
 
 import onelora_diffusion
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
@@ -46,19 +45,16 @@ def snippets(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What snippets find: bases by their hub ids, and adapters of them."""
-    from diffusers import DDIMScheduler, DiTPipeline
-
     folder = tmp_path_factory.mktemp("docs")
     dit = make_dit(num_classes=1000)
     names = {label: f"class {label}" for label in range(1000)}
-    pipeline = DiTPipeline(dit, make_vae(4, None), DDIMScheduler(clip_sample=False), id2label=names)
-    pipeline.save_pretrained(folder / "facebook/DiT-XL-2-256")
-    make_sd3().save_pretrained(folder / "stabilityai/stable-diffusion-3.5-medium")
+    make_dit_pipeline(dit, id2label=names).save_pretrained(folder / "facebook/DiT-XL-2-256")
+    sd3 = make_pipeline("sd3")
+    sd3.save_pretrained(folder / "stabilityai/stable-diffusion-3.5-medium")
     for name, classes in (("food101", {0: "pizza", 1: "sushi"}), ("birds", {0: "robin", 1: "wren"})):
         adapted = inject_adapter(deepcopy(dit), AdapterConfig(num_classes=2))
         save_adapter(adapted, folder / "runs" / name, id2label=classes, base="facebook/DiT-XL-2-256")
-    sd3 = make_sd3().transformer
-    save_adapter(inject_adapter(sd3, AdapterConfig()), folder / "runs/text-to-image")
+    save_adapter(inject_adapter(sd3.transformer, AdapterConfig()), folder / "runs/text-to-image")
     return folder
 
 
@@ -75,7 +71,7 @@ def given(page: Path) -> dict:
             "timesteps": inputs["timestep"],
             "labels": torch.tensor([0, 1, 7]),
         }
-        return names | {"flux": make_flux()}
+        return names | {"flux": make_pipeline("flux")}
     return names
 
 

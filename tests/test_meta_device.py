@@ -6,11 +6,11 @@ Copies from the host are none on the meta device, but a GPU's work is waited for
 import contextlib
 from functools import partial
 
-import denoisers
 import pytest
+import tiny_models
 import torch
-from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from tiny_models import make_dit
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,7 +261,7 @@ def test_a_weighted_sum_waits_for_nothing(methods):
 @pytest.fixture(params=["flux", "sd3", "pixart", "sana"])
 def case(request):
     """(a small model of a family, how its family calls it on the meta device)."""
-    model, inputs = getattr(denoisers, request.param)()
+    model, inputs = getattr(tiny_models, request.param)()
     (family,) = (family for family in FAMILIES if family.transformer_class == type(model).__name__)
     prompts = {
         "prompt_embeds": inputs["encoder_hidden_states"],

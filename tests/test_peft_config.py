@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from denoisers import flux, unet
 from diffusers import FluxPipeline
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rounding import assert_rounded
+from tiny_models import flux, unet
 from torch import nn
 
 from benchmarks.measure import saved_bytes

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, randomize
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from PIL import Image
+from tiny_models import make_dit, make_dit_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter
 from onelora_diffusion.cli import sample
@@ -28,11 +27,8 @@ REPOSITORY = Path(__file__).parents[1]
 def run_folder(tmp_path_factory):
     """A finished training run: an adapter that names its base."""
     folder = tmp_path_factory.mktemp("run")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, **blocks)
     transformer = make_dit()
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
+    make_dit_pipeline(transformer).save_pretrained(folder / "base")
     randomize(inject_adapter(transformer, AdapterConfig(num_classes=3)), scale=0.3)
     save_adapter(transformer, folder / "adapter", id2label=FOODS, base=str(folder / "base"))
     return folder / "adapter"

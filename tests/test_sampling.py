@@ -7,16 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, randomize
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 from rounding import assert_rounded, rounding
+from tiny_models import make_dit, make_dit_pipeline, randomize
 from torch import nn
 
 from benchmarks.sampled import sample_latents
@@ -266,35 +263,16 @@ def test_a_config_of_another_scheduler_does_not_clip():
 
 
 def tiny_transformer(num_classes=1000):
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        out_channels=8,
-        num_layers=2,
-        sample_size=4,
-        norm_num_groups=4,
-        num_embeds_ada_norm=num_classes,
-    )
+    model = make_dit(num_classes=num_classes)
     with torch.no_grad():
-        for block in model.transformer_blocks[1:]:
-            block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
         for parameter in model.parameters():
             parameter.mul_(1.5)  # so that classes and steps differ visibly
     return model
 
 
 def tiny_pipeline():
-    transformer = tiny_transformer()
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        sample_size=8,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-    )
-    pipeline = DiTPipeline(transformer, vae, SCHEDULER)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = make_dit_pipeline(tiny_transformer(), levels=1)
+    pipeline.register_modules(scheduler=SCHEDULER)
     return pipeline
 
 

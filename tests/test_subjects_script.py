@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import make_pipeline
+from tiny_models import make_dit_pipeline, make_pipeline
 
 from onelora_diffusion import read_adapter
 from onelora_diffusion.cli import train_dit, train_text_to_image
@@ -161,10 +159,7 @@ def test_a_subject_that_diverges_ends_alone(settings, photos, tmp_path, capsys):
 
 
 def test_sets_of_classes_train_together_each_with_its_own_table(tmp_path):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, **blocks)
-    DiTPipeline(make_dit(), vae, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "base")
+    make_dit_pipeline().save_pretrained(tmp_path / "base")
     for name, classes in {"pets": ("cat", "dog"), "signs": tuple("abcdefghijklm")}.items():
         for number, each in enumerate(classes):
             (tmp_path / "sets" / name / each).mkdir(parents=True)

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_dit, randomize
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline
 from launching import launch
 from peft import PeftModel
 from PIL import Image
 from rounding import assert_rounded, rounding_of_images
 from safetensors.torch import load_file
-from stock_pipelines import make_stock
-from text_pipelines import MAKERS, RESOLUTION, make_pipeline, make_vae
+from tiny_models import NAMED, RESOLUTION, make_dit_pipeline, make_pipeline, randomize
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -46,8 +44,7 @@ COLOURS = {
     "night": (5, 5, 5),
 }
 LENGTH = 24
-TRAINED = [*MAKERS, "sdxl"]  # of the recorded a UNet, whose pipeline scales what it is given
-RESOLUTION = RESOLUTION | {"sdxl": 16, "wan22": 16}
+TRAINED = [*NAMED, "sdxl"]  # of the recorded a UNet, whose pipeline scales what it is given
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def bases(tmp_path_factory):
     """A folder of each family's pipeline."""
     folder = tmp_path_factory.mktemp("bases")
     for name in [*TRAINED, "wan22"]:
-        (make_pipeline if name in MAKERS else make_stock)(name).save_pretrained(folder / name)
+        make_pipeline(name).save_pretrained(folder / name)
     return folder
 
 
@@ -148,7 +145,7 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_draws_everywhere_the_same(tra
     torch.testing.assert_close(draw(stock, name), adapted, **tolerance)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NAMED)
 def test_a_run_learns_its_pictures(train, bases, signs, name):
     """The loss falls, and what is drawn of their captions comes nearer to them."""
     run = train(name, max_steps=60, learning_rate=0.05, ema_decay=(0.9,), checkpoint_every=60, caption_drop=0.0)
@@ -418,7 +415,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(bases, signs, tmp_path
 
 
 def test_a_base_of_classes_is_refused_before_it_is_loaded(signs, tmp_path):
-    DiTPipeline(make_dit(), make_vae(4, None), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    make_dit_pipeline().save_pretrained(tmp_path / "dit")
     (tmp_path / "dit" / "transformer" / "config.json").unlink()
     settings = PromptSettings(base=str(tmp_path / "dit"), images=str(signs), output_dir=tmp_path / "run")
     with pytest.raises(SystemExit, match="dit' is a DiTTransformer2DModel, which draws classes and no"):

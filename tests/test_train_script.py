@@ -17,11 +17,11 @@ import psutil
 import pytest
 import torch
 import tyro
-from conftest import make_dit
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from launching import REPOSITORY, launch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import make_dit_pipeline
 
 from onelora_diffusion.cli import sample
 from onelora_diffusion.cli.train_dit import RECIPES, main
@@ -50,10 +50,7 @@ def parse_command_line(arguments):
 def base(tmp_path_factory):
     """A random pipeline for images of 16 by 16, latents of 8 by 8."""
     folder = tmp_path_factory.mktemp("base")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, **blocks)
-    DiTPipeline(make_dit(), vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    make_dit_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -3,8 +3,7 @@
     python -m tools.try_families              # the table of docs/text_to_image.md; a minute on one core
     python -m tools.try_families z_image wan  # of these alone
 
-A pipeline is the real class with random parts a few numbers wide, of `tests/text_pipelines.py` and
-`tests/stock_pipelines.py`.
+A pipeline is the real class with random parts a few numbers wide, of `tests/tiny_models.py`.
 `replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step and what the
 recording predicts of the same noise, over the largest number in it; `batch` is that between three images of a batch,
 each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding. Without names,
@@ -25,8 +24,7 @@ from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
-from stock_pipelines import STOCK, make_stock
-from text_pipelines import MAKERS, make_pipeline
+from tiny_models import PIPELINES, make_pipeline
 
 ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
 MORE = {"image", "video", "images", "mask_image", "control_image", "control_video", "strength", "audio"}
@@ -121,8 +119,8 @@ def main(names: list[str]) -> int:
     )
     print("|---|---|---|---|---|---|---|")
     is_good, tried = True, set()
-    for name in names or (*MAKERS, *STOCK):
-        pipeline = make_pipeline(name) if name in MAKERS else make_stock(name)
+    for name in names or PIPELINES:
+        pipeline = make_pipeline(name)
         title = f"`{type(pipeline).__name__}`{f', {name}' if type(pipeline) in tried else ''}"
         row, is_rounding = row_of(pipeline, title)
         print(row, flush=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 
 from onelora_diffusion import (
     AdapterConfig,

@@ -5,8 +5,8 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded, assert_rounded_together
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, merge_adapter
 from onelora_diffusion.injection.layers import target_layers

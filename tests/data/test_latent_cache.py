@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import EncoderOutput
 from PIL import Image
 from rounding import assert_rounded
 from safetensors.torch import save_file
+from tiny_models import make_vae
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,14 +24,14 @@ from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.training.randomness import StepKeyedBatches
 
 
-def make_vae(seed=0):
+def seeded_vae(seed=0):
     torch.manual_seed(seed)
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+    return make_vae(4, None, levels=1)
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return make_vae()
+    return seeded_vae()
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_changed_input_makes_another_cache(tmp_path, vae):
             flip=False,
         )
     } == folders
-    folders.add(build_cache(tmp_path / "latents", image_folder(tmp_path), make_vae(seed=1), flip=False))
+    folders.add(build_cache(tmp_path / "latents", image_folder(tmp_path), seeded_vae(seed=1), flip=False))
     folders.add(build_cache(tmp_path / "latents", image_folder(tmp_path), vae, flip=True))
     changed = build_cache(tmp_path / "latents", image_folder(tmp_path, (255, 0, 0)), vae, flip=False)
     assert len(folders | {changed}) == 4
@@ -290,7 +290,7 @@ def test_latents_of_images_in_buckets_keep_their_shapes(tmp_path, shapes, monkey
 
 
 def test_a_batch_of_a_bucket_comes_from_the_cache_as_from_the_images(tmp_path, shapes):
-    vae = make_vae()
+    vae = seeded_vae()
     cache = LatentCache(build_cache(tmp_path, shapes.dataset, vae, flip=True), 7, shapes.buckets)
     keys = StepKeyedBatches(0, 0, 3, 7, True, [slice(0, 3)], shapes.buckets.of_image)
     loaders = [iter(DataLoader(examples, batch_sampler=keys)) for examples in (shapes, cache)]

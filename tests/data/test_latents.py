@@ -1,8 +1,8 @@
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC
 from rounding import assert_rounded
-from text_pipelines import make_vae
+from tiny_models import make_vae
 
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.latents import FlippableImages, sample_moments
@@ -12,7 +12,7 @@ from onelora_diffusion.families.autoencoder import decode_latents, encode_moment
 @pytest.fixture(scope="module")
 def vae():
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+    return make_vae(4, None, levels=1)
 
 
 def test_latents_are_those_that_diffusers_samples(vae):

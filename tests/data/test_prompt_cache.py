@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from text_pipelines import make_tokenizer
+from tiny_models import make_tokenizer
 from torch import nn
 from transformers import AutoTokenizer
 

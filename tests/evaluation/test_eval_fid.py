@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, randomize
 from PIL import Image
+from tiny_models import make_dit, make_dit_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, count_trainable, inject_adapter, load_adapter, save_adapter
 from onelora_diffusion.cli import eval_fid
@@ -28,18 +28,8 @@ SMALL = ["--num-images", "23", "--num-inference-steps", "2", "--guidance-scale",
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A base of five classes at 16 by 16 pixels and an adapter of the ten digits, both random."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-
     folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    DiTPipeline(make_dit(num_classes=5), vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "base")
+    make_dit_pipeline(make_dit(num_classes=5)).save_pretrained(folder / "base")
     model = randomize(inject_adapter(load_base(folder / "base").transformer, AdapterConfig(num_classes=10)))
     names = {label: str(label) for label in range(10)}
     save_adapter(model, folder, id2label=names, base=str(folder / "base"), training={"dataset": "digits"})

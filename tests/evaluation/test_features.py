@@ -257,7 +257,7 @@ def test_unknown_features_and_missing_dinov2(tmp_path):
 @pytest.fixture
 def clip_folder(tmp_path):
     """A random CLIP of images of 32 by 32 pixels, with a tokenizer of bytes."""
-    from text_pipelines import TOKENS, make_tokenizer
+    from tiny_models import TOKENS, make_tokenizer
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_dit
 from safetensors.torch import load_file, save_file
+from tiny_models import make_dit, make_dit_pipeline
 from torch import distributed, multiprocessing
 
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
@@ -17,16 +17,6 @@ from onelora_diffusion.sampling import SamplerSettings, generate_images
 
 NUM_IMAGES = 37  # a prime: no number of processes or batch size divides it
 PROCESSES, BATCH_SIZES = (1, 2, 3), (1, 7, 64)
-
-
-def make_pipeline():
-    """A random DiT with a random VAE, at 16 by 16 pixels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **blocks)
-    return DiTPipeline(make_dit(num_classes=5), vae, DDIMScheduler(clip_sample=False))
 
 
 def evaluate(pipeline, indices, batch_size):
@@ -44,7 +34,7 @@ def evaluate(pipeline, indices, batch_size):
 def _process(rank, folder):
     """One of three processes; the first also works alone, the first two as a pair."""
     torch.set_num_threads(1)
-    pipeline = make_pipeline()
+    pipeline = make_dit_pipeline(make_dit(num_classes=5))
     generator = torch.Generator().manual_seed(1)
     real = RunningStatistics(PixelFeatures(16), keep=True)
     real.update(list(range(50)), torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8, generator=generator))

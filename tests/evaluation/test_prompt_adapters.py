@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
 from PIL import Image
-from text_pipelines import make_pipeline
+from tiny_models import make_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter, load_adapter, save_adapter
 from onelora_diffusion.cli import eval_fid

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from rounding import assert_rounded
-from text_pipelines import MAKERS, make_pipeline
+from tiny_models import NAMED, make_pipeline
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,7 +32,7 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", list(NAMED))
 @torch.no_grad()
 def test_what_is_cached_predicts_what_its_pictures_and_captions_do(tmp_path, pictures, name):
     pipeline = make_pipeline(name)

@@ -8,7 +8,7 @@ import torch
 from edit_pipelines import EDITS, make_edit
 from PIL import Image
 from rounding import assert_rounded, rounding_of_images
-from text_pipelines import make_pipeline
+from tiny_models import make_pipeline
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.denoisers import denoiser_of

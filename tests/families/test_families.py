@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from rounding import assert_rounded
-from text_pipelines import MAKERS, RESOLUTION, make_pipeline
+from tiny_models import NAMED, RESOLUTION, make_pipeline
 from torch import nn
 
 from onelora_diffusion.denoisers import repeated_blocks
@@ -18,7 +18,7 @@ from onelora_diffusion.injection.layers import target_layers
 LENGTH = 24  # tokens of a prompt
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=list(NAMED))
 def name(request):
     return request.param
 

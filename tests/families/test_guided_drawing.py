@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rounding import assert_rounded, rounding_of_images
-from text_pipelines import MAKERS, RESOLUTION, make_pipeline
+from tiny_models import NAMED, RESOLUTION, make_pipeline
 
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.family import joined
@@ -15,7 +15,7 @@ LENGTH, STEPS = 24, 3
 PROMPTS, SCALES = ["a bold Q", "a violet triangle", "7"], [1.0, 4.0, 2.5]
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=list(NAMED))
 def name(request):
     return request.param
 

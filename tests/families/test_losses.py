@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from rounding import assert_rounded
-from text_pipelines import make_pipeline
+from tiny_models import make_pipeline
 
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import family_of

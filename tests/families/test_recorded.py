@@ -4,11 +4,9 @@ import functools
 
 import pytest
 import torch
-from conftest import randomize
 from diffusers import EDMEulerScheduler
 from rounding import assert_rounded, rounding_of_images
-from stock_pipelines import UNET, make_stock
-from text_pipelines import MAKERS, make_clip, make_pipeline, make_tokenizer, make_vae
+from tiny_models import NAMED, UNET, make_clip, make_pipeline, make_tokenizer, make_vae, randomize
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
@@ -39,7 +37,7 @@ STOCK = [
 
 @functools.cache
 def stock(name):
-    pipeline = make_stock(name)
+    pipeline = make_pipeline(name)
     return pipeline, family_of(pipeline)
 
 
@@ -52,7 +50,7 @@ def inputs(family, pipeline, prompts=PROMPTS, seed=0, **settings):
         return latents, times, family.encode_conditions(pipeline, prompts, **settings)
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", list(NAMED))
 @torch.no_grad()
 def test_a_recording_is_what_was_written_by_hand(name):
     pipeline = make_pipeline(name)
@@ -133,7 +131,7 @@ def test_pictures_are_those_of_the_stock_pipeline(name):
 
 @pytest.mark.parametrize("name", STOCK)
 def test_an_adapter_learns_and_samples_have_adapters_of_their_own(name):
-    pipeline = make_stock(name)
+    pipeline = make_pipeline(name)
     family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
     latents, _, conditions = inputs(family, pipeline, ["a bold Q", "a bold O"])
     inject_adapter(model, AdapterConfig(targets=family.targets))
@@ -222,7 +220,7 @@ def test_what_has_no_place_in_a_recording_is_refused():
 @torch.no_grad()
 def test_of_two_denoisers_the_chosen_one_is_called_at_its_share_of_the_times(name, share):
     """The boundary is at half of the noise: σ = 3s / (1 + 2s) is 0.5 where s, timestep + 1 of 1000, is 0.25."""
-    pipeline = make_stock("wan22")
+    pipeline = make_pipeline("wan22")
     with pytest.raises(ValueError, match="WanPipeline has transformer and transformer_2: choose one, or both, by"):
         choose_denoiser(pipeline, None)
     with pytest.raises(ValueError, match="WanPipeline has no unet; it has transformer and transformer_2"):
@@ -242,7 +240,7 @@ def test_of_two_denoisers_the_chosen_one_is_called_at_its_share_of_the_times(nam
 
 @pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])
 def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time):
-    whole, pipeline = stock(name)[1].place(64, 64), make_stock(name).to(dtype=torch.bfloat16)
+    whole, pipeline = stock(name)[1].place(64, 64), make_pipeline(name).to(dtype=torch.bfloat16)
     family = Recorded(pipeline)
     half = family.place(64, 64)
     assert family.record.times == time and family.targets == stock(name)[1].targets
@@ -254,7 +252,7 @@ def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time
 @torch.no_grad()
 def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, capsys):
     def recorded():
-        pipeline, calls = make_stock(name), []
+        pipeline, calls = make_pipeline(name), []
         with denoiser_of(pipeline).register_forward_pre_hook(lambda *args: calls.append(args)):
             return Recorded(pipeline, tmp_path), len(calls)
 
@@ -311,7 +309,6 @@ def make_unclip():
         tokenizer=make_tokenizer(tokens),
         text_encoder=make_clip(),
         unet=diffusers.UNet2DConditionModel(
-            sample_size=8,
             cross_attention_dim=8,
             attention_head_dim=4,
             class_embed_type="projection",

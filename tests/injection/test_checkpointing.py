@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import randomize
 from rounding import assert_rounded
+from tiny_models import randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from research_models import inputs_of, make_model
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from onelora_diffusion import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import toy_method
-from conftest import make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import (
     AdapterConfig,

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded, assert_rounded_together
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

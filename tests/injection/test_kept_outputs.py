@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,9 +5,8 @@ import logging
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import flux
 from rounding import assert_rounded
+from tiny_models import dit_inputs, flux, make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

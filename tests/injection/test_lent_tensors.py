@@ -5,8 +5,8 @@ import tempfile
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded, assert_rounded_together
+from tiny_models import make_dit, randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -463,7 +463,7 @@ def test_a_layer_replaced_under_its_trained_tensors_is_refused(x):
 
 def test_a_dit_trains_what_its_plain_self_does_under_checkpointing():
     """q, k and v of a DiT's own attention, and blocks that run again in backward."""
-    from conftest import dit_inputs
+    from tiny_models import dit_inputs
 
     base = make_dit().requires_grad_(True)
     base.transformer_blocks[1].norm1.emb = base.transformer_blocks[0].norm1.emb

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (
@@ -245,7 +245,7 @@ def test_a_layer_of_another_class_that_computes_with_its_weight_is_merged(dtype)
 
 
 def test_layerwise_casting_is_served_unmerged():
-    from denoisers import sd3
+    from tiny_models import sd3
 
     model, inputs = sd3()
     randomize(inject_adapter(model, AdapterConfig()))

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from peft import PeftType
 from rounding import assert_rounded
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

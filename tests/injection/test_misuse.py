@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_dit, randomize
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import (
     AdapterConfig,

@@ -5,9 +5,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import flux, sd3, unet
 from rounding import assert_rounded
+from tiny_models import dit_inputs, flux, make_dit, randomize, sd3, unet
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, set_adapters, unload_adapter

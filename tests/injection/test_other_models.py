@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import randomize
-from denoisers import unet
 from rounding import assert_rounded
+from tiny_models import randomize, unet
 
 from onelora_diffusion import (
     AdapterConfig,

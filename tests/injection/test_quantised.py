@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
 from research_models import MODELS, inputs_of, make_model, output_of
 from rounding import assert_rounded
+from tiny_models import randomize
 from torch import nn
 from torch.nn import functional as F
 

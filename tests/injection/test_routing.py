@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded, assert_rounded_together
+from tiny_models import dit_inputs, make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, set_adapters, unload_adapter

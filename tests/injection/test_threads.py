@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 
 from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter, route_adapters, set_adapters
 from onelora_diffusion.injection.model_lock import RETRY_SECONDS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_dit, randomize
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

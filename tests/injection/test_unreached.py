@@ -4,9 +4,8 @@ import logging
 
 import pytest
 import torch
-from conftest import make_dit, randomize
-from denoisers import sd3
 from rounding import assert_rounded
+from tiny_models import make_dit, randomize, sd3
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, merge_adapter, unload_adapter

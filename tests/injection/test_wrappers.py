@@ -6,10 +6,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import unet
 from rounding import assert_rounded
 from safetensors.torch import load_file
+from tiny_models import dit_inputs, make_dit, randomize, unet
 from torch import nn
 
 from onelora_diffusion import (

@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import dit_inputs, make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import (

@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_dit, randomize
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline
 from rounding import rounding_of_images
+from tiny_models import make_dit, make_dit_pipeline, randomize
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -22,10 +22,8 @@ BIRDS = {0: "robin, redbreast", 1: "wren"}
 
 
 def make_stock(num_classes=10):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1)
     names = {label: f"number {label}, n{label}" for label in range(num_classes)}
-    return DiTPipeline(make_dit(num_classes=num_classes), vae.eval(), DDIMScheduler(clip_sample=False), names)
+    return make_dit_pipeline(make_dit(num_classes=num_classes), levels=1, id2label=names)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_dit
-from denoisers import flux, unet
 from rounding import assert_rounded
 from safetensors.torch import save_file
+from tiny_models import flux, make_dit, unet
 
 from onelora_diffusion import OneLoRADiTPipeline, OneLoRALoaderMixin, adapter_state_dict
 from onelora_diffusion.denoisers import denoiser_name

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import randomize
 from diffusers import DiTPipeline
 from rounding import assert_rounded, rounding_of_images
 from safetensors.torch import load_file, save_file
+from tiny_models import randomize
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -423,7 +423,7 @@ def test_bad_files_leave_the_pipeline_as_it_was(both, files, tmp_path):
 
 
 def test_a_foreign_base(files):
-    from conftest import make_dit
+    from tiny_models import make_dit
 
     other = DiTPipeline(make_dit(), stock().vae, stock().scheduler)
     with pytest.raises(ValueError, match="is missing|fits nothing|but this base needs"):
@@ -525,8 +525,8 @@ def test_weights_by_component(both, caplog):
 
 
 def test_weights_by_component_and_block_of_a_unet():
-    from denoisers import unet
     from diffusers import StableDiffusionXLPipeline
+    from tiny_models import unet
 
     torch.manual_seed(0)
     model, inputs = unet()
@@ -564,9 +564,9 @@ def test_keywords_of_other_callers(pipe, files):
 
 def test_lora_layers_are_saved_by_the_class_as_diffusers_saves_them(tmp_path):
     """As diffusers' training scripts call it; stock diffusers reads the file to the same layers and settings."""
-    from denoisers import sd3
     from diffusers import StableDiffusion3Pipeline
     from peft import LoraConfig, get_peft_model_state_dict
+    from tiny_models import sd3
 
     model, inputs = sd3()
     base = copy.deepcopy(model)
@@ -712,7 +712,7 @@ def test_a_fused_pipeline_is_written_by_variant_and_in_shards(pipe, files, tmp_p
 
 def test_an_auto_pipeline_is_made_of_one_with_the_verbs():
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
-    from text_pipelines import make_pipeline
+    from tiny_models import make_pipeline
 
     pipe = OneLoRALoaderMixin.from_pipe(make_pipeline("sd3"))
     assert type(OneLoRALoaderMixin.from_pipe(pipe)) is type(pipe)

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import flux, pixart, sd3
 from rounding import assert_rounded
+from tiny_models import dit_inputs, flux, make_dit, pixart, randomize, sd3
 
 from onelora_diffusion import (
     AdapterConfig,

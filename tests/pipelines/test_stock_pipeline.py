@@ -1,19 +1,9 @@
 """diffusers' own DiTPipeline around an adapted transformer."""
 
 import torch
-from conftest import make_dit, randomize
+from tiny_models import make_dit, make_dit_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, disable_adapter, inject_adapter
-
-
-def stock_pipeline(transformer):
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def run(pipeline, class_labels):
@@ -25,9 +15,9 @@ def run(pipeline, class_labels):
 def test_guidance_on_a_101_class_adapter():
     """The pipeline's own null label, 1000, lies far past the 101 classes; guidance must reach the null row."""
     model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
-    pipeline = stock_pipeline(model)
+    pipeline = make_dit_pipeline(model)
     images = run(pipeline, [0, 100])
-    assert images.shape == (2, 8, 8, 3) and torch.isfinite(images).all()
+    assert images.shape == (2, 16, 16, 3) and torch.isfinite(images).all()
 
     table = model._onelora.adapters["default"]["class_embedding"].weight
     with torch.no_grad():
@@ -36,18 +26,18 @@ def test_guidance_on_a_101_class_adapter():
 
 
 def test_without_the_adapter_it_is_the_base():
-    expected = run(stock_pipeline(make_dit(num_classes=1000)), [0, 999])
+    expected = run(make_dit_pipeline(make_dit(num_classes=1000)), [0, 999])
     model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
     with disable_adapter(model):
-        assert torch.equal(run(stock_pipeline(model), [0, 999]), expected)
+        assert torch.equal(run(make_dit_pipeline(model), [0, 999]), expected)
 
 
 def test_a_pipeline_saved_with_an_adapter_attached_is_the_clean_base(tmp_path):
     from diffusers import DiTPipeline
 
-    expected = run(stock_pipeline(make_dit(num_classes=1000)), [0, 999])
+    expected = run(make_dit_pipeline(make_dit(num_classes=1000)), [0, 999])
     model = randomize(inject_adapter(make_dit(num_classes=1000), AdapterConfig(num_classes=101)))
-    stock_pipeline(model).save_pretrained(tmp_path)
+    make_dit_pipeline(model).save_pretrained(tmp_path)
     loaded = DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(run(loaded, [0, 999]), expected)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize
 from rounding import assert_rounded
+from tiny_models import randomize
 
 from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, inject_adapter, read_adapter, save_adapter
 

@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from conftest import make_dit, randomize
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from tiny_models import make_dit, make_dit_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, unload_adapter
 from onelora_diffusion.injection.book import fingerprint
@@ -30,12 +29,8 @@ CLASSES = {"birds": ("robin", "wren", "owl", "crow", "gull"), "food": ("pizza", 
 
 def make_pipeline():
     """A random `DiTPipeline` of two blocks and ten classes, for images of 16 by 16."""
-    transformer = make_dit().requires_grad_(False)
-    torch.manual_seed(1)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, latent_channels=4, **blocks)
-    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
-    pipeline.vae.requires_grad_(False).eval()
+    pipeline = make_dit_pipeline(make_dit().requires_grad_(False))
+    pipeline.vae.requires_grad_(False)
     return pipeline
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("fastapi", reason="pip install 'onelora-diffusion[serve]', o
 import httpx2 as httpx
 import numpy as np
 import openai
-import text_pipelines
+import tiny_models
 import torch
 from PIL import Image
 from serving.servers import CONFIGS, Held, answering, make_pipeline, serving, wait_until, write_adapter, write_adapters
@@ -478,7 +478,7 @@ def test_the_guides_examples_run(tmp_path, monkeypatch):
 
 
 def test_prompts_are_drawn_as_classes_are(tmp_path):
-    pipeline = text_pipelines.make_pipeline("pixart")
+    pipeline = tiny_models.make_pipeline("pixart")
     with serving(pipeline, tmp_path, drawing=Drawing(pipeline, 50)) as batcher:
         with answering(batcher, tmp_path) as (address, _):
             values = {"prompt": "a red cube", "steps": 2, "size": "16x16", "negative_prompt": "blue"}

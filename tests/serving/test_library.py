@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from conftest import dit_inputs
 from serving.servers import CLASSES, CONFIGS, make_pipeline, write_adapter, write_adapters
+from tiny_models import dit_inputs
 
 from onelora_diffusion import inject_adapter, read_adapter, save_adapter, unload_adapter
 from onelora_diffusion.config import AdapterConfig

@@ -17,7 +17,7 @@ if os.environ.get("REQUIRE_BROWSER") != "1":
     pytest.importorskip("fastapi", reason="make test-serve installs it")
     pytest.importorskip("playwright", reason="make test-serve installs it")
 
-import text_pipelines
+import tiny_models
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from serving.servers import CONFIGS, Held, answering, make_pipeline, serving, write_adapter, write_adapters
@@ -252,7 +252,7 @@ def test_the_place_in_the_queue_the_progress_and_cancel(opened, served):
 
 def test_a_token_is_asked_for_and_kept_and_prompts_have_negative_ones(browser, tmp_path, monkeypatch):
     monkeypatch.setenv("ONELORA_SERVE_TOKENS", "a-token-of-some-length")
-    pipeline = text_pipelines.make_pipeline("pixart")
+    pipeline = tiny_models.make_pipeline("pixart")
     with serving(pipeline, tmp_path, drawing=Drawing(pipeline, 50)) as batcher:
         with answering(batcher, tmp_path) as (address, _):
             page = browser.new_page()

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomize
 from rounding import rounding_of_images
 from serving.servers import draw, serving
-from text_pipelines import RESOLUTION, make_pipeline
+from tiny_models import RESOLUTION, make_pipeline, randomize
 
 from onelora_diffusion import AdapterConfig, inject_adapter, save_adapter, set_adapters, unload_adapter
 from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import (
     AdapterConfig,

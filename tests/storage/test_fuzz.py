@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from fuzzing import VALUES, changed_bytes, fuzz, places_of, put
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import AdapterConfig, export_lora, inject_adapter, save_adapter
 from onelora_diffusion.storage.attaching import attach_adapter_file

@@ -1,7 +1,7 @@
 import pytest
 import yaml
-from conftest import make_dit
 from huggingface_hub import ModelCard
+from tiny_models import make_dit
 
 from onelora_diffusion import AdapterConfig, inject_adapter, push_to_hub, read_adapter, save_adapter
 

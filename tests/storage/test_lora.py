@@ -3,11 +3,10 @@ import json
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import flux, pixart, sana, sd3, unet
 from rounding import assert_rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import dit_inputs, flux, make_dit, pixart, randomize, sana, sd3, unet
 
 from onelora_diffusion import (
     AdapterConfig,

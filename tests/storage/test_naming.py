@@ -12,10 +12,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from denoisers import flux, pixart, sana, unet
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from rounding import assert_rounded
 from safetensors.torch import load_file
+from tiny_models import flux, pixart, sana, unet
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, OneLoRALoaderMixin, export_lora, inject_adapter, load_adapter

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import make_dit
 
 from onelora_diffusion import (
     AdapterConfig,

@@ -5,10 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import dit_inputs, make_dit, randomize
-from denoisers import flux, sd3, unet
 from rounding import assert_rounded
 from safetensors.torch import load_file, save_file
+from tiny_models import dit_inputs, flux, make_dit, randomize, sd3, unet
 
 from onelora_diffusion import (
     AdapterConfig,

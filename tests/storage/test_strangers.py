@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from tiny_models import make_dit, randomize
 
 from onelora_diffusion import (
     AdapterConfig,
@@ -303,7 +303,7 @@ def test_memory_and_time_are_those_of_the_file(saved, lora, tmp_path):
     script = """
         import resource, sys
         from pathlib import Path
-        from conftest import make_dit
+        from tiny_models import make_dit
         from onelora_diffusion.storage.reading import read_file
         import onelora_diffusion.adapters.peft, peft
         model = make_dit()

@@ -6,11 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit
-from diffusers import DDIMScheduler, DiTPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from text_pipelines import make_pipeline, make_vae
+from tiny_models import make_dit_pipeline, make_pipeline
 
 from onelora_diffusion.cli import train_dit, train_text_to_image
 from onelora_diffusion.training.prompt_settings import PromptSettings
@@ -24,7 +22,7 @@ def bases(tmp_path, monkeypatch, fresh_accelerate):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     torch.manual_seed(0)
-    DiTPipeline(make_dit(), make_vae(4, None), DDIMScheduler(clip_sample=False)).save_pretrained("someone/dit")
+    make_dit_pipeline().save_pretrained("someone/dit")
 
 
 def settings_of(**changes):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_dit
+from tiny_models import make_dit
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter

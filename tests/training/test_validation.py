@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import make_pipeline
+from tiny_models import make_pipeline
 
 from onelora_diffusion import disable_adapter, load_adapter, read_adapter
 from onelora_diffusion.cli.train_text_to_image import main, prepare_task

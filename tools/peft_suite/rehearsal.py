@@ -21,7 +21,7 @@ from onelora_diffusion.diffusion import add_noise, model_timesteps, training_los
 from onelora_diffusion.families.recorded import Recorded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # where the small pipelines are made
-from stock_pipelines import make_stock
+from tiny_models import make_pipeline
 
 SIDE, PICTURES, HELD_OUT, STEPS, BATCH = 32, 6, 2, 750, 2
 PROMPTS = [f"sks digit, picture {number}" for number in range(PICTURES + HELD_OUT)]
@@ -31,7 +31,7 @@ UNRELATED = ["a photo of the Eiffel tower", "an astronaut riding a horse"]
 def rehearse(experiment: Path, output: Path, steps: int = STEPS) -> dict[str, float]:
     """Train with an experiment's files, save the adapter in a folder, and return what was found, by name."""
     images = torch.stack([Digits(resolution=SIDE, classes=(3,))[number][0] for number in range(len(PROMPTS))])
-    pipeline, features = make_stock("flux2_klein"), random_features()
+    pipeline, features = make_pipeline("flux2_klein"), random_features()
     found = train(pipeline, images[:PICTURES], experiment, steps)
     pipeline.transformer.save_pretrained(output)
 
@@ -43,7 +43,7 @@ def rehearse(experiment: Path, output: Path, steps: int = STEPS) -> dict[str, fl
     found["largest change of pictures"] = float((unrelated - base).abs().max())
     found["drift by random features"] = float(1 - (features(unrelated) * features(base)).sum(-1).mean()) / 2
 
-    here = make_stock("flux2_klein")
+    here = make_pipeline("flux2_klein")
     load_adapter(here.transformer, output)
     (row,) = list_adapters(here.transformer)
     difference = (draw(here, PROMPTS[PICTURES:]) - held_out).abs().max()

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter

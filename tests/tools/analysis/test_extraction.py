@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-from conftest import make_dit, randomize
 from rounding import assert_rounded, rounding
+from tiny_models import make_dit, randomize
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, merge_adapter

@@ -1,0 +1,574 @@
+"""Small random models and pipelines, of the classes that are used in earnest."""
+
+import diffusers
+import torch
+
+from onelora_diffusion.denoisers import denoisers_in
+
+BEGIN, END, PAD = "<begin>", "<end>", "<pad>"
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TOKENS = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_dit(equal_copies: bool = True, num_classes: int = 10, seed: int = 0):
+    """A DiT of two blocks, width 32, in eval mode; converted DiTs hold equal embeddings in every block."""
+    torch.manual_seed(seed)
+    model = diffusers.DiTTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=num_classes
+    ).eval()
+    if equal_copies:
+        first, second = model.transformer_blocks
+        second.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return model
+
+
+def dit_inputs(batch: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator),
+        "timestep": torch.randint(0, 1000, (batch,), generator=generator),
+        "class_labels": torch.arange(batch) % 3,
+    }
+
+
+def make_dit_pipeline(transformer=None, levels: int = 2, id2label: dict[int, str] | None = None):
+    """A `DiTPipeline` for images of 16 by 16 pixels, or of 8 by 8 with a VAE of one level."""
+    transformer = make_dit() if transformer is None else transformer
+    torch.manual_seed(0)
+    vae = make_vae(4, None, levels)
+    pipeline = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False), id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def randomize(model: torch.nn.Module, scale: float = 0.05, seed: int = 2) -> torch.nn.Module:
+    """Give the trained tensors random values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# Text encoders and tokenizers.
+
+
+def make_tokenizer(length: int, chat_template: str | None = None):
+    """A token for each byte, between a beginning and an end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([PAD, BEGIN, END, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{BEGIN} $A {END}", special_tokens=[(BEGIN, vocabulary[BEGIN]), (END, vocabulary[END])]
+    )
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD, "chat_template": chat_template}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
+
+
+def make_encoder(kind: str, **config):
+    """A text encoder of transformers, by the name of its class."""
+    import transformers
+
+    model = getattr(transformers, kind)
+    return model(model.config_class(**config)).eval()
+
+
+def make_clip(projection: int | None = None, length: int = 24):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    return make_encoder(kind, **TOKENS, **sizes, max_position_embeddings=length, projection_dim=projection or 8)
+
+
+def make_t5(width: int, kind: str = "T5EncoderModel"):
+    return make_encoder(kind, **TOKENS, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+
+
+LAYERS = {"intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def make_gemma():
+    return make_encoder("Gemma2Model", **TOKENS, hidden_size=8, **LAYERS | {"num_hidden_layers": 1}, head_dim=4)
+
+
+def make_qwen3(width: int = 8, **changes):
+    return make_encoder("Qwen3ForCausalLM", **TOKENS, hidden_size=width, head_dim=4, **LAYERS | changes)
+
+
+def make_qwen_vl(kind: str, width: int, text: dict, vision: dict):
+    text = {**TOKENS, "hidden_size": width, **LAYERS, **text}
+    sizes = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return make_encoder(kind, text_config=text, vision_config=sizes | vision)
+
+
+def make_qwen2_5_vl(width: int):
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    return make_qwen_vl("Qwen2_5_VLForConditionalGeneration", width, rope, {})
+
+
+def make_qwen3_vl(width: int):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = {"head_dim": 8, "rope_parameters": rope}
+    return make_qwen_vl("Qwen3VLModel", width, text, {"deepstack_visual_indexes": [0]})
+
+
+# Autoencoders: half as many latents a side as pixels; a half of that with every further level.
+
+
+def vae_blocks(levels: int) -> dict:
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return blocks | {"block_out_channels": (4,) * levels, "norm_num_groups": 4, "sample_size": 8 * levels}
+
+
+def make_vae(latent_channels: int, shift_factor: float | None = 0.1, levels: int = 2):
+    factors = {"scaling_factor": 0.5, "shift_factor": shift_factor}
+    return diffusers.AutoencoderKL(latent_channels=latent_channels, **factors, **vae_blocks(levels)).eval()
+
+
+def make_flux2_vae():
+    vae = diffusers.AutoencoderKLFlux2(latent_channels=4, **vae_blocks(2)).eval()
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def make_qwen_vae(kind: str = "AutoencoderKLQwenImage", **changes):
+    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    latents = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [2.0, 1.5, 0.8, 1.1]}
+    return getattr(diffusers, kind)(**sizes, **latents, **changes).eval()
+
+
+def make_dc_vae():
+    blocks = ("ResBlock", "EfficientViTBlock")
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": blocks,
+            "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    sampling = {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
+    functions = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+    return diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, **sides, **sampling, **functions, scaling_factor=0.4
+    ).eval()
+
+
+def make_ltx_vae():
+    sides = {"block_out_channels": (8, 8), "layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, False)}
+    decoder = {f"decoder_{name}": value for name, value in sides.items()}
+    upsampling = {"decoder_inject_noise": (False,) * 3, "upsample_residual": (False,) * 2, "upsample_factor": (1,) * 2}
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, **sides, **decoder, **upsampling, downsample_type=("conv",) * 2, patch_size=1
+    ).eval()
+
+
+# Denoisers; the first ones each with a batch of its inputs.
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+AXES = {"axes_dims_rope": (4, 4, 8)}
+FLUX = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8, **HEADS, **AXES}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def flux():
+    model = diffusers.FluxTransformer2DModel(patch_size=1, pooled_projection_dim=8, **FLUX)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+        "pooled_projections": torch.randn(2, 8),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "img_ids": torch.randn(16, 3),
+        "txt_ids": torch.randn(5, 3),
+    }
+    return model, inputs
+
+
+def sd3():
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pooled_projection_dim=8,
+        out_channels=4,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "pooled_projections": torch.randn(2, 8),
+        "timestep": torch.tensor([10, 700]),
+    }
+    return model, inputs
+
+
+def pixart():
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "timestep": torch.tensor([10, 700]),
+        "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
+    }
+    return model, inputs
+
+
+def sana():
+    model = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+        "timestep": torch.tensor([10.0, 700.0]),
+    }
+    return model, inputs
+
+
+def unet():
+    model = diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=4, **UNET)
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([10, 700]),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+    }
+    return model, inputs
+
+
+def wan_transformer():
+    sizes = {"text_dim": 8, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 128}
+    return diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, **sizes, **HEADS)
+
+
+# Text-to-image pipelines.
+
+
+def flow_matching(**changes):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | changes)
+
+
+def flow_prediction(kind: str):
+    return getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def make_wan(**changes):
+    return diffusers.WanPipeline(
+        tokenizer=make_tokenizer(512),
+        text_encoder=make_t5(8, "UMT5EncoderModel"),
+        vae=make_qwen_vae("AutoencoderKLWan", scale_factor_spatial=2, scale_factor_temporal=4),
+        scheduler=flow_prediction("UniPCMultistepScheduler"),
+        transformer=wan_transformer(),
+        **changes,
+    )
+
+
+def make_hidream():
+    pipeline = diffusers.HiDreamImagePipeline(
+        scheduler=flow_matching(),
+        vae=make_vae(4),
+        text_encoder=make_clip(projection=4, length=128),
+        tokenizer=make_tokenizer(128),
+        text_encoder_2=make_clip(projection=4, length=128),
+        tokenizer_2=make_tokenizer(128),
+        text_encoder_3=make_t5(8),
+        tokenizer_3=make_tokenizer(128),
+        text_encoder_4=make_encoder("LlamaForCausalLM", **TOKENS, hidden_size=8, **LAYERS),
+        tokenizer_4=make_tokenizer(128),
+        transformer=diffusers.HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[8, 8],
+            text_emb_dim=8,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(8, 4, 4),
+            llama_layers=[0, 1],
+            **HEADS,
+        ),
+    )
+    pipeline.default_sample_size = 48  # latents of the one size that it draws, 128 by itself
+    return pipeline
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PIPELINES = {
+    "pixart": lambda: diffusers.PixArtSigmaPipeline(
+        tokenizer=make_tokenizer(24),
+        text_encoder=make_t5(16),
+        vae=make_vae(4, shift_factor=None),
+        transformer=pixart()[0],
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
+    ),
+    "sd3": lambda: diffusers.StableDiffusion3Pipeline(
+        transformer=sd3()[0],
+        scheduler=flow_matching(),
+        vae=make_vae(4),
+        text_encoder=make_clip(projection=4),
+        tokenizer=make_tokenizer(24),
+        text_encoder_2=make_clip(projection=4),
+        tokenizer_2=make_tokenizer(24),
+        text_encoder_3=make_t5(16),
+        tokenizer_3=make_tokenizer(24),
+    ),
+    "flux": lambda: diffusers.FluxPipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_vae(1),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        text_encoder_2=make_t5(8),
+        tokenizer_2=make_tokenizer(24),
+        transformer=flux()[0],
+    ),
+    "sana": lambda: diffusers.SanaPipeline(
+        tokenizer=make_tokenizer(24),
+        text_encoder=make_gemma(),
+        vae=make_dc_vae(),
+        transformer=sana()[0],
+        scheduler=flow_prediction("DPMSolverMultistepScheduler"),
+    ),
+    "sd15": lambda: diffusers.StableDiffusionPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=unet()[0],
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ),
+    "sdxl": lambda: diffusers.StableDiffusionXLPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        text_encoder_2=make_clip(projection=4),
+        tokenizer_2=make_tokenizer(24),
+        unet=diffusers.UNet2DConditionModel(
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=28,
+            **UNET,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **BETAS),
+        force_zeros_for_empty_prompt=True,
+    ),
+    "qwen_image": lambda: diffusers.QwenImagePipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_qwen_vae(),
+        text_encoder=make_qwen2_5_vl(16),
+        tokenizer=make_tokenizer(512),
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, **HEADS, **AXES
+        ),
+    ),
+    "z_image": lambda: diffusers.ZImagePipeline(
+        scheduler=flow_matching(),
+        vae=make_vae(4),
+        text_encoder=make_qwen3(),
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[4, 4, 8],
+            axes_lens=[1024, 128, 128],
+        ),
+    ),
+    "lumina2": lambda: diffusers.Lumina2Pipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_vae(4, levels=4),
+        text_encoder=make_gemma(),
+        tokenizer=make_tokenizer(256),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=8,
+            axes_dim_rope=(4, 4, 8),
+            axes_lens=(300, 128, 128),
+            cap_feat_dim=8,
+        ),
+    ),
+    "aura_flow": lambda: diffusers.AuraFlowPipeline(
+        tokenizer=make_tokenizer(256),
+        text_encoder=make_t5(16, "UMT5EncoderModel"),
+        vae=make_vae(4),
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            sample_size=16,
+            num_mmdit_layers=2,
+            num_single_dit_layers=1,
+            joint_attention_dim=16,
+            caption_projection_dim=32,
+            pos_embed_max_size=4096,
+            **HEADS,
+        ),
+        scheduler=flow_matching(),
+    ),
+    "cogview4": lambda: diffusers.CogView4Pipeline(
+        tokenizer=make_tokenizer(1024),
+        text_encoder=make_encoder("GlmModel", **TOKENS, hidden_size=8, head_dim=4, **LAYERS),
+        vae=make_vae(4),
+        transformer=diffusers.CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            text_embed_dim=8,
+            time_embed_dim=8,
+            condition_dim=4,
+            sample_size=16,
+            rope_axes_dim=(64, 64),
+            **HEADS,
+        ),
+        scheduler=flow_matching(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75),
+    ),
+    "chroma": lambda: diffusers.ChromaPipeline(
+        scheduler=flow_matching(),
+        vae=make_vae(1),
+        text_encoder=make_t5(8),
+        tokenizer=make_tokenizer(64),
+        transformer=diffusers.ChromaTransformer2DModel(
+            approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1, **FLUX
+        ),
+    ),
+    "flux2_klein": lambda: diffusers.Flux2KleinPipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=make_qwen3(4, num_hidden_layers=28),
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            joint_attention_dim=12,
+            timestep_guidance_channels=8,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+            **HEADS,
+        ),
+    ),
+    "wan": make_wan,
+    "wan22": lambda: make_wan(transformer_2=wan_transformer(), boundary_ratio=0.5),
+    "wan_ti2v": lambda: make_wan(expand_timesteps=True),
+    "ltx": lambda: diffusers.LTXPipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_ltx_vae(),
+        text_encoder=make_t5(8),
+        tokenizer=make_tokenizer(128),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=4, out_channels=4, cross_attention_dim=32, num_layers=2, caption_channels=8, **HEADS
+        ),
+    ),
+    "hidream": make_hidream,
+    "krea2": lambda: diffusers.Krea2Pipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_qwen_vae(),
+        text_encoder=make_qwen3_vl(8),
+        tokenizer=make_tokenizer(512),
+        text_encoder_select_layers=(1, 2),
+        transformer=diffusers.Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=8,
+            text_hidden_dim=8,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            **HEADS,
+            **AXES,
+        ),
+    ),
+    "ovis": lambda: diffusers.OvisImagePipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_vae(1),
+        text_encoder=make_qwen3().model,
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=diffusers.OvisImageTransformer2DModel(out_channels=4, **FLUX),
+    ),
+    "ernie_image": lambda: diffusers.ErnieImagePipeline(
+        scheduler=flow_matching(),
+        vae=make_flux2_vae(),
+        text_encoder=make_qwen3().model,
+        tokenizer=make_tokenizer(512),
+        transformer=diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_layers=2,
+            ffn_hidden_size=32,
+            in_channels=16,
+            out_channels=16,
+            text_in_dim=8,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    ),
+}
+NAMED = ("pixart", "sd3", "flux", "sana")  # whose families have files of their own; the others are recorded
+RESOLUTION = dict.fromkeys(PIPELINES, 16) | {"sana": 32}  # SANA's pipeline takes multiples of 32
+
+
+def make_pipeline(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    pipeline = PIPELINES[name]()
+    for denoiser in denoisers_in(pipeline).values():
+        for parameter in denoiser.eval().parameters():
+            if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
+                torch.nn.init.normal_(parameter, std=0.1)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

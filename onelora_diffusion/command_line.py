@@ -75,11 +75,11 @@ def with_switches(arguments: list[str], settings: type) -> list[str]:
 
 
 def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
-    """ValueError for the first flag that only diffusers' scripts have, naming its counterpart here."""
+    """ValueError for the first flag that only other scripts have, naming its counterpart here."""
     for word in arguments:
         flag = word.split("=")[0]
         if flag.startswith("--") and (here := elsewhere.get(flag[2:].replace("-", "_"))):
-            raise ValueError(f"{flag} is a name of diffusers' scripts; here there is {here}")
+            raise ValueError(f"{flag} is a name of other scripts; here there is {here}")
 
 
 def typed_as(script: str) -> str:

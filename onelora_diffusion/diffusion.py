@@ -49,7 +49,7 @@ def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
 
 
 def training_losses(
-    model_output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler
+    model_output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler, mask: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The training loss of a prediction and, if the model learns it, of the variance between its two bounds.
 
@@ -61,6 +61,10 @@ def training_losses(
     2024). `vb` teaches the variance only: its mean is detached from the graph (Nichol & Dhariwal, "Improved Denoising
     Diffusion Probabilistic Models", 2021, equations 14 to 16, as DiT was trained). Without a variance half, and of
     flow matching, there is no `vb`, and loss = mse.
+
+    With a mask m, every mean of e over the N latents of a sample is Σ m e / Σ m, so that samples count alike whatever
+    the areas of their masks: OneTrainer's loss with "normalize masked area loss". ai-toolkit divides by the mean mask
+    of the batch, and kohya's scripts and SimpleTuner by N.
 
     Both means are linear in x_0 and x_t, and x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, so they differ by
     β_t / √(α_t (1-ᾱ_t)) · (ε_θ - ε), and ε_θ - ε by √ᾱ_t (v_θ - v): x_t itself is not needed, and nothing large
@@ -74,6 +78,7 @@ def training_losses(
         timesteps: (batch,) int64 in [0, number of training steps); larger ones are noisier.
         scheduler (SchedulerMixin): a scheduler of diffusers, which tells the prediction type. `vb` is computed in
             float64 from its float32 betas.
+        mask: (batch, 1, H, W) from 0 to 1, some of it not 0 in each sample; None is 1 everywhere.
 
     Returns:
         `loss`, `mse` and `vb`, each (batch,), in float32 also under autocast (float64 for float64 tensors).
@@ -90,7 +95,7 @@ def training_losses(
     dtype = torch.promote_types(x_start.dtype, torch.float32)
     target = _target(x_start.to(dtype), noise.to(dtype), timesteps, scheduler)
     error = model_output[:, :channels].to(dtype) - target
-    mse = _mean_flat(error**2)
+    mse = _mean_flat(error**2, mask)
     if model_output.shape[1] == channels or prediction_of(scheduler.config) == "flow":
         return {"loss": mse, "mse": mse}
 
@@ -101,7 +106,7 @@ def training_losses(
 
     kl = 0.5 * (log_ratio + torch.expm1(-log_ratio) + mean_difference**2 * torch.exp(-log_variance))
     nll = _discretized_nll(x_start.to(dtype), mean_difference, log_variance)
-    vb = torch.where(timesteps == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
+    vb = torch.where(timesteps == 0, _mean_flat(nll, mask), _mean_flat(kl, mask)) / math.log(2)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
@@ -132,8 +137,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _mean_flat(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
+def _mean_flat(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x.flatten(1).mean(1)
+    return (mask * x).flatten(1).mean(1) / mask.flatten(1).mean(1)
 
 
 def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:

@@ -115,6 +115,24 @@ def test_without_a_variance_half_the_loss_is_the_mean_squared_error():
     assert_rounded(losses["mse"], (model_output[:, :4] - noise).square().mean((1, 2, 3)), terms=256)
 
 
+def test_a_mask_weighs_the_squared_error_and_the_variance_term_by_its_share():
+    output, x_start, noise = example()
+    whole = training_losses(output, x_start, noise, TIMESTEPS, SCHEDULER)
+    ones = torch.ones(6, 1, 4, 4)
+    for name, values in training_losses(output, x_start, noise, TIMESTEPS, SCHEDULER, ones).items():
+        assert torch.equal(values, whole[name])
+    # A mask of 1 on two rows of latents and of 1/2 on one: those rows alone, the last one with half the weight.
+    mask = torch.tensor([1.0, 1.0, 0.5, 0.0])[:, None].expand(6, 1, 4, 4)
+    found = training_losses(output, x_start, noise, TIMESTEPS, SCHEDULER, mask)
+    rows = [
+        training_losses(*(each[:, :, row : row + 1] for each in (output, x_start, noise)), TIMESTEPS, SCHEDULER)
+        for row in range(3)
+    ]
+    for name in ("loss", "mse", "vb"):
+        expected = (rows[0][name] + rows[1][name] + rows[2][name] / 2) / 2.5
+        torch.testing.assert_close(found[name], expected, rtol=rounding(terms=64), atol=1e-7)
+
+
 def test_computes_in_float32_under_autocast():
     model_output, x_start, noise = example()
     model_output = model_output.bfloat16()

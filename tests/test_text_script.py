@@ -432,6 +432,6 @@ def test_flags_are_read_over_a_recipe_and_diffusers_names_are_told_ours(tmp_path
     settings = parse_command_line(flags, EMBEDDED)
     assert (settings.base, settings.images, settings.validation_prompt) == ("some/base", "others", ("a", "b"))
     assert settings.bias is True and settings.base_precision == "bf16"
-    with pytest.raises(ValueError, match="--instance_prompt is a name of diffusers' scripts; here there is --prompt"):
+    with pytest.raises(ValueError, match="--instance_prompt is a name of other scripts; here there is --prompt"):
         parse_command_line(["--instance_prompt", "x"], EMBEDDED)
     assert not set(HINTS) & {field for field in vars(settings)}

@@ -118,6 +118,9 @@ def draw(settings: Settings, drawn: AdaptedPipeline, pictures: "Pictures", accel
     pictures.described = f"{num_images} images of {len(names)} {drawn.kind}"
     listing = ", ".join(f"{label} {printable(name, 60)}" for label, name in zip(labels, names, strict=True))
     accelerator.print(textwrap.fill(f"{drawn.kind}: {listing}", width=80, max_lines=4))
+    for file in drawn.adapters.values():
+        if trigger := file.training.get("trigger"):
+            accelerator.print(f"the adapter's trigger word: {printable(str(trigger), 60)}")
     accelerator.print(in_words(settings.report(accelerator.device)))
     with progress_bar(len(share) * len(sides), disable=not accelerator.is_main_process) as progress:
         for side, of_base in sides.items():

@@ -12,12 +12,14 @@ GPU. The same command again resumes a run that was interrupted.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.denoisers import choose_denoiser
@@ -26,6 +28,7 @@ from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
+from onelora_diffusion.training.randomness import TAG_ORDERS, keyed_generator
 from onelora_diffusion.training.task import Task, TrainingData
 
 EMBEDDED = Path(__file__).parent / "recipes" / "digit_words.yaml"
@@ -41,17 +44,16 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
-    data = captioned_data(settings, family, resolution, family.multiple(pipeline), "train")
-    if settings.validation_split is not None:
-        held = captioned_data(settings, family, resolution, family.multiple(pipeline), settings.validation_split)
-        data = replace(data, held=held)
+    data = captioned_data(settings, family, pipeline, resolution)
+    if (held := settings.of_validation()) is not None:
+        data = replace(data, held=captioned_data(held, family, pipeline, resolution, held.validation_split or "train"))
     return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
 
 
 def captioned_data(
-    settings: PromptSettings, family: Family, resolution: int, multiple: int, split: str
+    settings: PromptSettings, family: Family, pipeline, resolution: int, split: str = "train"
 ) -> TrainingData:
-    """The images of a split with their captions."""
+    """The images of a split with their captions, and with their masks on the grid of their latents."""
     captioned = load_captioned(
         settings.images,
         settings.prompt,
@@ -59,28 +61,56 @@ def captioned_data(
         settings.caption_column,
         resolution,
         settings.aspect_buckets,
-        multiple=multiple,
+        mask_column=settings.mask_column,
+        repeats_column=settings.repeats_column,
+        by_folder=settings.repeats_by_folder,
+        multiple=family.multiple(pipeline),
         split=split,
         broken=settings.broken_images,
     )
+    masks = (
+        captioned.masks.on_grid(
+            captioned.dataset, lambda height, width: family.latent_shape(pipeline, height, width)[-2:]
+        )
+        if captioned.masks
+        else {}
+    )
+    more = [each for each in (captioned.masks, captioned.repeats) if each]
     return TrainingData(
         images=captioned.dataset,
-        conditions=captioned.captions,
-        shown=[(prompt, prompt) for prompt in settings.validation_prompt],
-        identity=data_identity(captioned.dataset, captioned.captions),
+        conditions=trained_prompts(captioned.captions, settings),
+        conditions_each=1 + settings.caption_shuffles,
+        shown=[(filled(prompt, settings.trigger), prompt) for prompt in settings.validation_prompt],
+        identity=data_identity(captioned.dataset, captioned.captions, *more),
         resolution=resolution,
         described=f"{captioned.name}: {len(captioned):,} images",
         facts={
             "dataset": captioned.name,
             "family": family.name,
-            "prompt": settings.prompt,
+            "prompt": settings.prompt and with_trigger(settings.prompt, settings.trigger),
             "base_precision": settings.base_precision,
             "resolution": resolution,
             "max_sequence_length": settings.max_sequence_length,
         }
-        | ({"denoiser": settings.denoisers} if settings.denoisers else {}),
+        | ({"denoiser": settings.denoisers} if settings.denoisers else {})
+        | ({"trigger": settings.trigger} if settings.trigger else {}),
         buckets=captioned.buckets,
+        masks=masks,
+        repeats=captioned.repeats,
+        notes=captioned.notes,
     )
+
+
+def trained_prompts(captions: Sequence[str], settings: PromptSettings) -> list[str]:
+    """The prompts of captions, one after the other: with the trigger word, and with their tags in several orders."""
+    number, keep = settings.caption_shuffles, settings.keep_tags
+    if number and all(caption.count(",") < keep + 1 for caption in captions):
+        raise ValueError(f"--caption-shuffles {number} changes nothing: no caption has {keep + 2} tags, with commas")
+    return [
+        with_trigger(prompt, settings.trigger)
+        for image, caption in enumerate(captions)
+        for prompt in tag_orders(caption, number, keep, keyed_generator(settings.seed, TAG_ORDERS, image))
+    ]
 
 
 def main(settings: PromptSettings, since: float | None = None) -> int:

@@ -3,11 +3,10 @@
 The default is scikit-learn's handwritten digits with captions such as "a handwritten seven", which need no files.
 """
 
-import csv
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from onelora_diffusion.data.from_hub import column_of_type, hub_rows
 from onelora_diffusion.data.images import SizedImages
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import Listing, list_images
+from onelora_diffusion.data.masks import Masks, masks_beside
+from onelora_diffusion.data.metadata import FILE_COLUMN, METADATA, Table
+from onelora_diffusion.data.repeats import checked_repeats, numbered_folder, repeats_by_folder
 from onelora_diffusion.files import printable
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-FILE_COLUMN = "file_name"
 DIGITS = digits.CAPTIONED
 MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the longest text encoder reads
 
@@ -37,11 +37,14 @@ class CaptionedImages(FlippableImages):
     Attributes:
         captions: one for each image. An image that replaces an unreadable one comes with its own caption.
         dataset: the images without captions, `[index] -> (image, caption index)`, on which the latents depend.
+        masks: those of the images, if there are any or a column of them was asked for.
+        repeats: how often each image counts, if it was asked for.
+        notes: what a user should know about the data, a line each.
     """
 
-    def __init__(self, dataset: "BucketedImages", captions: list[str]):
+    def __init__(self, dataset: "BucketedImages", found: "Found"):
         super().__init__(dataset)
-        self.captions = captions
+        self.captions, self.masks, self.repeats, self.notes = found.captions, found.masks, found.repeats, found.notes
         self.name, self.buckets, self.broken = dataset.name, dataset.buckets, dataset.broken
 
 
@@ -66,6 +69,31 @@ class BucketedImages(SizedImages):
         return self.read(index)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table of captions; None for those that are not read."""
+
+    image: str | None
+    caption: str | None
+    mask: str | None
+    repeats: str | None
+
+    @property
+    def beside_images(self) -> list[str]:
+        return [column for column in (self.caption, self.mask, self.repeats) if column is not None]
+
+
+@dataclass
+class Found:
+    """The images of a source, with what it says about them; see `CaptionedImages`."""
+
+    pictures: "Pictures"
+    captions: list[str]
+    masks: Masks | None = None
+    repeats: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 def load_captioned(
     source: str | Path | None,
     prompt: str | None = None,
@@ -74,6 +102,9 @@ def load_captioned(
     resolution: int = 512,
     aspect_buckets: bool = False,
     *,
+    mask_column: str | None = None,
+    repeats_column: str | None = None,
+    by_folder: bool = False,
     multiple: int = 16,
     root: str | Path | None = None,
     split: str = "train",
@@ -91,6 +122,10 @@ def load_captioned(
         caption_column: the column of the metadata or hub data set with the captions.
         resolution: side of the square in pixels to which images are cropped.
         aspect_buckets: crop each image to the nearest of several shapes with about as many pixels; see `data.buckets`.
+        mask_column: the column of the metadata with the paths of masks, or of the hub data set with masks; an empty
+            value is no mask. Otherwise the mask of NAME.jpg is NAME.mask.png beside it, if it is there.
+        repeats_column: the column of the numbers of times that images count.
+        by_folder: whether an image below a folder `N_name` counts N times.
         multiple: number of pixels per token along one side; the sides of images must be multiples of it.
         root: for `hf:NAME` alone, the folder of downloads.
         split: for `hf:NAME` and the digits; a folder has `train` alone.
@@ -98,7 +133,8 @@ def load_captioned(
 
     Raises:
         FileNotFoundError: the folder, all images, or an image that the metadata names is missing.
-        ValueError: captions are missing, empty, too long or given twice, or `resolution` is no multiple of `multiple`.
+        ValueError: captions are missing, empty, too long or given twice, a mask belongs to no image, a number of times
+            is none, or `resolution` is no multiple of `multiple`.
         BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
     if resolution < 1 or resolution % multiple:
@@ -106,22 +142,36 @@ def load_captioned(
     if prompt is not None:
         prompt = checked(prompt, "the prompt")
     kind, _, name = str(source).partition(":")
+    columns = Columns(image_column, None if prompt else caption_column, mask_column, repeats_column)
+    is_folder = source is not None and not (kind == "hf" and name)
+    for flag, is_useless in {
+        "--repeats-by-folder": by_folder and not is_folder,
+        "--mask-column": source is None and mask_column is not None,
+        "--repeats-column": source is None and repeats_column is not None,
+    }.items():
+        if is_useless:
+            raise ValueError(f"{flag} is of no use for {source or DIGITS}")
     if source is None:
         named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution))
-        captions = [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits]
+        found = Found(pictures, [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits])
     elif kind == "hf" and name:
         named = str(source)
-        pictures, captions = _of_hub(name, root, split, prompt, image_column, caption_column)
+        found = _of_hub(name, root, split, prompt, columns)
     elif split != "train":
         raise ValueError(f"a folder has no split '{split}': leave --validation-split out to hold out its own images")
     else:
         named = Path(source).resolve().name
-        pictures, captions = _of_folder(Path(source), prompt, image_column or FILE_COLUMN, caption_column)
+        found = _of_folder(Path(source), prompt, columns, by_folder)
+    pictures = found.pictures
+    if found.masks is not None:
+        found.notes.append(f"{len(found.masks):,} of {len(pictures):,} images have masks")
+    if found.repeats:
+        found.notes.append(f"by their repeats, an epoch has {sum(found.repeats):,} images")
     if aspect_buckets:
         buckets = bucketed(pictures, resolution, multiple, broken)
     else:
         buckets = one_bucket(len(pictures), resolution)
-    return CaptionedImages(BucketedImages(named, pictures, buckets, broken), captions)
+    return CaptionedImages(BucketedImages(named, pictures, buckets, broken), found)
 
 
 def bucketed(pictures: "Pictures", resolution: int, multiple: int, broken: str) -> Buckets:
@@ -159,6 +209,10 @@ def checked(caption: str, named: str) -> str:
 class Pictures(Dataset):
     """`[index] -> (image, index)`: PIL images, rotated as their metadata say; `size` does not decode pixels."""
 
+    def named(self, index: int) -> str:
+        """An image in messages: its path, or its place in a data set."""
+        raise NotImplementedError
+
     def opened(self, index: int):
         """Context manager that opens an image with PIL; BrokenImageError names an unreadable one."""
         raise NotImplementedError
@@ -183,8 +237,11 @@ class Files(Pictures):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def named(self, index: int) -> str:
+        return printable(str(self.paths[index]))
+
     def opened(self, index: int):
-        return opened(self.paths[index], printable(str(self.paths[index])))
+        return opened(self.paths[index], self.named(index))
 
 
 class WrittenDigits(Pictures):
@@ -203,75 +260,142 @@ class WrittenDigits(Pictures):
 
 
 class HubPictures(Pictures):
-    """A column of undecoded images of a `datasets.Dataset`."""
+    """A column of a `datasets.Dataset`, whose images are decoded here."""
+
+    kind = "image"
 
     def __init__(self, name: str, rows, column: str):
-        self.name, self.rows, self.column = name, rows, column
+        import datasets
+
+        self.rows = rows.cast_column(column, datasets.Image(decode=False))
+        self.name, self.column = name, column
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def named(self, index: int) -> str:
+        return f"{self.kind} {index} of hf:{self.name}"
+
     def opened(self, index: int):
-        stored = self.rows[index][self.column]
-        named = f"image {index} of hf:{self.name}"
+        stored, named = self.rows[index][self.column], self.named(index)
         if stored is None:
             raise BrokenImageError(f"{named} is missing: its row has none")
         return opened(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"]), named)
 
 
-def _of_hub(name: str, root, split: str, prompt: str | None, image_column: str | None, caption_column: str):
-    rows = hub_rows(name, root, split)
-    image_column = column_of_type(name, rows, "Image", image_column, "--image-column")
-    if prompt is None and caption_column not in rows.features:
-        raise ValueError(f"hf:{name} has no column {caption_column!r}: it has {printable(', '.join(rows.features))}")
+class HubMasks(HubPictures):
+    """The same of masks."""
+
+    kind = "mask"
+
+
+def _of_hub(name: str, root, split: str, prompt: str | None, columns: Columns) -> Found:
+    rows, masks = hub_rows(name, root, split), None
+    if columns.mask is not None:  # it is read without the images, and these without it
+        column = column_of_type(name, rows, "Image", columns.mask, "--mask-column")
+        source = HubMasks(name, rows.select_columns(column), column)
+        masks = Masks(source, [(row, row) for row in range(len(rows)) if source.rows[row][column] is not None])
+        rows = rows.remove_columns(column)
+    image_column = column_of_type(name, rows, "Image", columns.image, "--image-column")
+    for column in (columns.caption, columns.repeats):
+        if column is not None and column not in rows.features:
+            raise ValueError(f"hf:{name} has no column {column!r}: it has {printable(', '.join(rows.features))}")
     if not len(rows):
         raise ValueError(f"hf:{name}, split {split}, has no rows")
-    captions = [prompt] * len(rows) if prompt is not None else rows[caption_column]
+    captions = [prompt] * len(rows) if prompt is not None else rows[columns.caption]
     captions = [checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(captions)]
-    import datasets
+    found = Found(HubPictures(name, rows, image_column), captions, masks)
+    if columns.repeats is not None:
+        numbers = enumerate(rows[columns.repeats])
+        found.repeats = [checked_repeats(number, f"row {row} of hf:{name}") for row, number in numbers]
+    return found
 
-    return HubPictures(name, rows.cast_column(image_column, datasets.Image(decode=False)), image_column), captions
 
-
-def _of_folder(folder: Path, prompt: str | None, file_column: str, caption_column: str):
+def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bool) -> Found:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
     listing = list_images(folder)
-    images = set(listing.images)
-    found = sorted(name for name in listing.others if os.path.basename(name) in METADATA)
-    metadata = [
-        name for name in found if name in METADATA
-    ] or found  # in the folder itself, else in a subfolder such as train/
-    texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
-    texts &= {os.path.splitext(name)[0] for name in images}
-
-    if not images and not metadata:
+    tables = sorted(name for name in listing.others if os.path.basename(name) in METADATA)
+    listing.used.update(tables)
+    # In the folder itself, else in a subfolder such as train/.
+    tables = [name for name in tables if name in METADATA] or tables
+    if not listing.images and not tables:
         raise FileNotFoundError(f"no images in {folder}")
-    if prompt is not None:
-        captions = dict.fromkeys(images, prompt)
-    elif len(metadata) + bool(texts) > 1:
-        places = " and ".join(metadata + ["text files beside images"] * bool(texts))
-        raise ValueError(f"{folder} has captions in {places}: leave one of them there, or give one --prompt for all")
-    elif metadata:
-        captions = captions_of_metadata(folder / metadata[0], file_column, caption_column)
-        inside = os.path.dirname(metadata[0])
-        captions = {os.path.join(inside, name): caption for name, caption in captions.items()}
-    elif texts:
-        captions = {name: _text_beside(folder / name) for name in images if os.path.splitext(name)[0] in texts}
-    else:
-        raise ValueError(
-            f"{folder} has no captions: put metadata.jsonl or metadata.csv there, with the columns {file_column} and "
-            f"{caption_column}, or a .txt beside each image, or give one --prompt for all"
-        )
-    without = sorted(images - captions.keys())
-    if without:
+    table = _table_of(folder, tables, columns, bool(prompt))
+    of_table = table.files(columns.mask) if columns.mask else {}
+    images = set(listing.images) - set(of_table.values())
+    captions = _captions_of(listing, images, tables, table, columns, prompt)
+    if without := sorted(images - captions.keys()):
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
         raise ValueError(
             f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
         )
     names = sorted(captions)
-    listing.used = {f"{name}.txt" for name in texts} | {*found, *captions}
-    return Files(listing, names), [captions[name] for name in names]
+    found = Found(Files(listing, names), [captions[name] for name in names])
+    mask_of = masks_beside(listing, names, of_table)
+    listing.used.update(captions, mask_of.values())
+    if any({"mask", "masks"} & {*name.lower().split("/")[:-1]} for name in names):
+        found.notes.append("images in a folder of masks are trained on: name these NAME.mask.png or use --mask-column")
+    if mask_of or columns.mask:
+        files = sorted(set(mask_of.values()))
+        pairs = [(number, files.index(mask_of[name])) for number, name in enumerate(names) if name in mask_of]
+        found.masks = Masks(Files(listing, files), pairs)
+    if columns.repeats:
+        rows = [table.rows.get(name, ({columns.repeats: 1}, name)) for name in names]
+        found.repeats = [checked_repeats(row[columns.repeats], named) for row, named in rows]
+    elif by_folder:
+        found.repeats = repeats_by_folder(names)
+    elif table is not None and "repeats" in next(iter(table.rows.values()))[0]:
+        found.notes.append("the column 'repeats' is not read: --repeats-column repeats has images count as often")
+    elif folders := sorted({folder for folder in map(numbered_folder, names) if folder}):
+        found.notes.append(
+            f"images in {printable(', '.join(folders), 200)} count once: --repeats-by-folder has them count as often "
+            "as the name says"
+        )
+    return found
+
+
+def _table_of(folder: Path, tables: list[str], columns: Columns, has_prompt: bool) -> Table | None:
+    """The table of a folder, if it is needed; ValueError if it is, and there is none or there are several."""
+    wanted = [column for column in (columns.mask, columns.repeats) if column]
+    if wanted and len(tables) != 1:
+        there = f"several, {printable(', '.join(tables), 200)}" if tables else "none"
+        raise ValueError(f"{wanted[0]!r} is a column of a table, {' or '.join(METADATA)}, and {folder} has {there}")
+    if len(tables) != 1 or has_prompt and not wanted:
+        return None
+    return Table(folder, tables[0], columns.image or FILE_COLUMN, columns.beside_images)
+
+
+def _captions_of(
+    listing: Listing,
+    images: set[str],
+    tables: list[str],
+    table: Table | None,
+    columns: Columns,
+    prompt: str | None,
+) -> dict[str, str]:
+    """The captions by the names of images."""
+    folder = listing.root
+    texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
+    texts &= {os.path.splitext(name)[0] for name in images}
+    listing.used.update(f"{name}.txt" for name in texts)
+    if prompt is not None:
+        return dict.fromkeys(images, prompt)
+    if len(tables) + bool(texts) > 1:
+        places = " and ".join(tables + ["text files beside images"] * bool(texts))
+        raise ValueError(f"{folder} has captions in {places}: leave one of them there, or give one --prompt for all")
+    if table is not None:
+        return {
+            name: checked(row[columns.caption], f"the caption of {printable(name, 200)} in {named}")
+            for name, (row, named) in table.rows.items()
+        }
+    if not texts:
+        raise ValueError(
+            f"{folder} has no captions: put metadata.jsonl or metadata.csv there, with the columns "
+            f"{columns.image or FILE_COLUMN} and {columns.caption}, or a .txt beside each image, or give one --prompt "
+            "for all"
+        )
+    return {name: _text_beside(folder / name) for name in images if os.path.splitext(name)[0] in texts}
 
 
 def _text_beside(image: Path) -> str:
@@ -280,67 +404,3 @@ def _text_beside(image: Path) -> str:
         return checked(path.read_text(encoding="utf-8-sig"), f"the caption in {printable(str(path))}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(str(path))} is no text in UTF-8: {error.reason}") from None
-
-
-def captions_of_metadata(path: Path, file_column: str, caption_column: str) -> dict[str, str]:
-    """Read the captions of a metadata.jsonl or .csv, by the path of each file relative to the folder."""
-    captions: dict[str, str] = {}
-    for line, row in rows_of(path):
-        named = printable(f"line {line} of {path}")
-        for column in (file_column, caption_column):
-            if column not in row:
-                listed = printable(", ".join(map(str, row)), 200) or "none"
-                raise ValueError(f"{named} has no column {column!r}: it has {listed}")
-        file = row[file_column]
-        if not isinstance(file, str) or not file:
-            raise ValueError(f"{named} names no file: {file_column} is {printable(repr(file), 40)}")
-        # Only the name is checked, since links to other folders are valid, as in the hub's cache.
-        name = os.path.normpath(file)
-        if os.path.isabs(name) or name.split(os.sep)[0] == "..":
-            raise ValueError(f"{named} leaves the folder: {printable(file, 200)}")
-        if name in captions:
-            raise ValueError(f"{named} names {printable(name, 200)}, which a line before it has named")
-        if not os.path.isfile(path.parent / name):
-            raise FileNotFoundError(f"{named} names {printable(name, 200)}, which is not in {path.parent}")
-        captions[name] = checked(row[caption_column], f"the caption of {printable(name, 200)} in {named}")
-    if not captions:
-        raise ValueError(f"{path} is empty")
-    return captions
-
-
-def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a .jsonl or .csv file with their line numbers."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _rows_of_json(path, file) if path.suffix == ".jsonl" else _rows_of_csv(path, file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
-
-
-def _rows_of_json(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} of {path} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {path} is no row of columns: {printable(line.strip(), 40)}")
-        yield number, row
-
-
-def _rows_of_csv(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    rows = csv.DictReader(lines, strict=True)
-    try:
-        columns = rows.fieldnames or []
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"{path} has two columns of one name: {printable(', '.join(columns), 200)}")
-        for row in rows:
-            if None in row or None in row.values():  # the row has too many or too few values
-                raise ValueError(
-                    f"line {rows.line_num} of {path} has not one value for each of {len(rows.fieldnames)} columns"
-                )
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"line {rows.reader.line_num} of {path} is no CSV: {error}") from None

@@ -50,12 +50,12 @@ def opened(file, named: str) -> Iterator[Image.Image]:
         raise BrokenImageError(f"{named} is not a readable image: {error}") from error
 
 
-def decoded(image: Image.Image) -> Image.Image:
+def decoded(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert an image to upright 8-bit RGB; of several frames, the first is taken.
 
     The image is rotated and mirrored as its EXIF or XMP data say. A colour profile is converted to sRGB; it is ignored
-    if it is damaged or belongs to another colour space, as in browsers. Transparent pixels become white. 16-bit grey
-    values, integers from 0 to 65535, and floating-point values from 0 to 1 are scaled to 0..255.
+    if it is damaged or belongs to another colour space, as in browsers. Transparent pixels become `background`. 16-bit
+    grey values, integers from 0 to 65535, and floating-point values from 0 to 1 are scaled to 0..255.
 
     Raises:
         ValueError: the range of the grey values is not known.
@@ -79,7 +79,7 @@ def decoded(image: Image.Image) -> Image.Image:
     transform = to_srgb(profile, image.mode) if profile else None
     colours = ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
     if alpha is not None:
-        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+        colours = Image.composite(colours, Image.new("RGB", colours.size, background), alpha)
     colours.info = {}
     return colours
 

@@ -41,18 +41,19 @@ class DataIdentity(NamedTuple):
         return f"{self.images:,} images of {', '.join(self.classes[:6])}{more}"
 
 
-def data_identity(dataset: Dataset, captions: Sequence[str] | None = None) -> DataIdentity:
+def data_identity(dataset: Dataset, captions: Sequence[str] | None = None, *more: Dataset | Sequence) -> DataIdentity:
     """The identity of a data set of `onelora_diffusion.data`.
 
     Args:
         captions: the captions of a data set without classes, one for each image.
+        more: what else is trained on, such as masks.
 
     Raises:
         OSError: the system could not read a file now; it names the file.
     """
     classes = [dataset.id2label[label] for label in range(dataset.num_classes)] if captions is None else None
     source = getattr(dataset, "source", dataset)
-    parts = json.dumps([classes, captions]) + fingerprint(source, times=False)
+    parts = json.dumps([classes, captions]) + "".join(fingerprint(each, times=False) for each in (source, *more))
     return DataIdentity(dataset.name, len(dataset), classes, hashlib.sha256(parts.encode()).hexdigest())
 
 

@@ -20,6 +20,7 @@ SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "sys
 OF_A_RUN = {"clock.json", "clock.lock", "onelora_weights.safetensors"}
 RUN_OUTPUT = {"samples", "checkpoints", "latents", "lora", "wandb", "onelora-diffusion", "distance.png"}
 RUN_OUTPUT |= {"evaluation.png", "evaluation-nearest.png"}
+MASK_ENDINGS = (".mask", "-masklabel")  # cat.mask.png; OneTrainer's cat-masklabel.png
 LABELS = ("labels", "targets", "_labels")  # attributes with the labels, of data sets here and in torchvision
 
 
@@ -32,14 +33,16 @@ class Listing:
 
     Attributes:
         root: the absolute path of the folder.
-        folders, images, others: paths of folders, images and other files relative to `root`, separated by /.
+        folders, images, masks, others: paths of folders, images, masks (`is_mask`) and other files relative to
+            `root`, separated by /.
         left_out: the number of files that were left out, by reason.
-        used: the other files that are read, such as captions.
+        used: the masks and other files that are read, such as captions.
     """
 
     root: Path
     folders: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     used: set[str] = field(default_factory=set)
@@ -47,6 +50,8 @@ class Listing:
     def describe_left_out(self) -> str:
         """The files that were left out and the reasons, as text; "" if there are none."""
         reasons = [f"{reason} ({count:,})" for reason, count in sorted(self.left_out.items())]
+        if masks := len(set(self.masks) - self.used):
+            reasons.append(f"masks of images ({masks:,})")
         others = [name for name in self.others if name not in self.used]
         kinds = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
         if kinds:
@@ -69,7 +74,7 @@ def list_images(root: str | Path) -> Listing:
         if not entry.is_file():
             found.left_out["links to nothing"] += 1
         elif suffix in readable:
-            found.images.append(name)
+            (found.masks if is_mask(name) else found.images).append(name)
         elif suffix in IMAGES:
             found.left_out[f"{suffix}, which this Pillow does not read"] += 1
         else:
@@ -81,6 +86,18 @@ def list_images(root: str | Path) -> Listing:
             found.folders = [name for name in found.folders if not f"{name}/".startswith(f"{parent}/")]
             found.others = [name for name in found.others if not name.startswith(f"{parent}/")]
     return found
+
+
+def is_mask(name: str) -> bool:
+    """Whether a file is the mask of an image by its name, as cat.mask.png is that of cat.jpg."""
+    return os.path.splitext(name)[0].lower().endswith(MASK_ENDINGS)
+
+
+def masked_by(mask: str) -> str:
+    """The name, without its ending, of the image to which a mask belongs."""
+    stem = os.path.splitext(mask)[0]
+    (ending,) = (each for each in MASK_ENDINGS if stem.lower().endswith(each))
+    return stem[: -len(ending)]
 
 
 def labels_of(dataset) -> Sequence[int] | None:

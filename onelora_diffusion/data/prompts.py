@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelora_diffusion.data.captions import checked, rows_of
+from onelora_diffusion.data.captions import checked
 from onelora_diffusion.data.listing import list_images
+from onelora_diffusion.data.metadata import rows_of
 from onelora_diffusion.files import printable
 
 COLUMNS = {"prompt", "group", "image"}

@@ -199,6 +199,7 @@ class Model(BaseModel):
     dataset: str | None = None
     classes: list[str] | None = Field(None, description="Names by label; without them the base's are drawn.")
     prompt: str | None = None
+    trigger: str | None = Field(None, description="The word for what it has learned, for prompts.")
     num_params: int | None = None
     digest: str | None
 
@@ -240,6 +241,7 @@ def _model_of(entry: AdapterEntry) -> Model:
         dataset=entry.dataset,
         classes=entry.classes and [entry.classes[label] for label in sorted(entry.classes)],
         prompt=entry.prompt,
+        trigger=entry.trigger,
         num_params=entry.num_params,
         digest=entry.digest,
     )

@@ -33,6 +33,7 @@ class AdapterEntry:
         stamp: a value that changes when the file changes.
         problem: why the adapter cannot be used, in one line, or None.
         classes: the adapter's own class names by label; None if it draws the base's classes.
+        prompt, trigger: the caption of all its training images, and the word for what it has learned, if there is one.
         num_bytes: memory that its values take when loaded.
         digest: SHA-256 of its settings and values, as of the last time that the file was read.
     """
@@ -46,6 +47,7 @@ class AdapterEntry:
     dataset: str | None = None
     classes: dict[int, str] | None = None
     prompt: str | None = None
+    trigger: str | None = None
     num_params: int = 0
     num_bytes: int = 0
     digest: str | None = None
@@ -162,6 +164,7 @@ class AdapterLibrary:
             dataset=_text(training.get("dataset")),
             classes=classes,
             prompt=_text(training.get("prompt")),
+            trigger=_text(training.get("trigger")),
             num_params=num_params,
             num_bytes=4 * num_params,  # a loaded adapter is float32
             digest=adapter.digest,

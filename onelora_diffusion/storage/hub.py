@@ -117,7 +117,8 @@ def model_card(
         raise ValueError("the adapter's file names no base model: give its hub id as base")
     title, family = repo_id.split("/")[-1], file.training.get("family")
     task = "text-to-image" if family else "unconditional-image-generation"
-    prompt = file.training.get("prompt") or (gallery[0][0] if gallery else "what is to be drawn")
+    trigger = file.training.get("trigger")
+    prompt = file.training.get("prompt") or (gallery[0][0] if gallery else trigger or "what is to be drawn")
     use = USE_PROMPTS if family else USE_CLASSES
     measured_on = dataset or file.training.get("dataset")
     kinds = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in metrics if measured_on}
@@ -132,7 +133,7 @@ def model_card(
         datasets=[dataset] if dataset else None,
         eval_results=results or None,
         model_name=title if results else None,
-        instance_prompt=file.training.get("prompt") if family else None,
+        instance_prompt=trigger or file.training.get("prompt") if family else None,
         library_name="diffusers",
         license=license,
         metrics=sorted(metrics) or None,

@@ -25,7 +25,13 @@ from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.optimizers import averaged_values
 from onelora_diffusion.training.outputs import Outputs, diverged
 from onelora_diffusion.training.publishing import check_hub, publish
-from onelora_diffusion.training.randomness import StepDraws, StepKeyedBatches, draw_step
+from onelora_diffusion.training.randomness import (
+    StepDraws,
+    StepKeyedBatches,
+    batch_flips,
+    caption_choices,
+    draw_step,
+)
 from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
@@ -183,11 +189,13 @@ def finish(job: Job, training: Training, progress: tqdm, ended: int = 0) -> None
 
 @dataclass
 class Part:
-    """The samples of a pass: moments (samples, 2, C, H, W) of their latents, their conditions and random values."""
+    """The samples of a pass: moments (samples, 2, C, H, W) of their latents, their conditions and random values, and
+    their masks (samples, 1, H, W), if there are any."""
 
     moments: Tensor
     conditions: Conditions
     draws: StepDraws
+    masks: Tensor | None = None
 
 
 def update(job: Job) -> None:
@@ -254,8 +262,13 @@ def next_part(job: Job, training: Training, number: int) -> Part:
             settings.density(),
             task.timesteps.start,
         )
+    step, size, each = training.run.step, settings.batch_size, task.data.conditions_each
+    flips = batch_flips(settings.seed, step, size)[rows] if settings.flip else [False] * len(moments)
+    masks = task.on_device(task.data.masks_of(numbers, flips, moments.shape[-2:]))
+    if each > 1:
+        numbers = numbers * each + caption_choices(settings.seed, step, size, each)[rows]
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])
-    return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device))
+    return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device), masks)
 
 
 def of_equal_shape(parts: list[tuple[Training, Part]]) -> list[list[tuple[Training, Part]]]:
@@ -286,7 +299,8 @@ def losses_of(job: Job, group: list[tuple[Training, Part]]) -> list[dict[str, Te
     """The losses by name of each part of a group, (samples,), computed in one batch."""
     together = joined_parts([part for _, part in group])
     keeps_prior = bool(job.settings.prior_weight)
-    losses = group[0][0].task.losses(job.model, together.moments, together.conditions, together.draws, keeps_prior)
+    parts = together.moments, together.conditions, together.draws, together.masks
+    losses = group[0][0].task.losses(job.model, *parts, keeps_prior)
     sizes = [len(part.moments) for _, part in group]
     split = {name: loss.split(sizes) for name, loss in losses.items()}
     return [{name: split[name][number] for name in split} for number in range(len(group))]
@@ -296,10 +310,13 @@ def joined_parts(parts: list[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
     draws = zip(*(part.draws for part in parts), strict=True)
+    masks = [torch.ones_like(part.moments[:, 0, :1]) if part.masks is None else part.masks for part in parts]
+    is_masked = any(part.masks is not None for part in parts)
     return Part(
         torch.cat([part.moments for part in parts]),
         joined([part.conditions for part in parts]),
         StepDraws(*map(torch.cat, draws)),
+        torch.cat(masks) if is_masked else None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
+from onelora_diffusion.data.caption_texts import with_trigger
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
@@ -47,12 +48,27 @@ class PromptSettings(RunSettings):
     """What to learn: a folder of images with metadata.jsonl or .csv or a .txt beside each, or with --prompt; or
     hf:NAME."""
     prompt: str | None = None
-    """The caption of all images, such as 'a photo of sks dog'. With --subjects, {subject} in it and in validation
-    prompts stands for the name of each."""
+    """The caption of all images, such as 'a photo of sks dog'. With --subjects, {subject} in it, in --trigger and in
+    validation prompts stands for the name of each."""
+    trigger: str | None = None
+    """A word for what is learned. It goes before each caption that does not have it, or in place of {trigger} or
+    [trigger] in captions and validation prompts, and the adapter's file names it."""
     image_column: str | None = None
     """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
     caption_column: str = "text"
     """Column of captions in the metadata or on the hub."""
+    mask_column: str | None = None
+    """Column of masks in the metadata (their paths) or on the hub: white where an image is learned, black where it is
+    not. Default: the mask of NAME.jpg is NAME.mask.png beside it, if it is there."""
+    repeats_column: str | None = None
+    """Column of the number of times that each image counts in an epoch."""
+    repeats_by_folder: bool = False
+    """Images in a folder that is named like 3_cats count three times in an epoch, as for kohya's scripts."""
+    caption_shuffles: int = 0
+    """Train each caption also with its tags, which are separated by commas, in this many random orders. All of them
+    are encoded before training."""
+    keep_tags: int = 0
+    """Number of first tags that stay in their places."""
     resolution: int | None = None
     """Side in pixels to which images are cropped. Default: that of the base's images."""
     aspect_buckets: bool = False
@@ -74,6 +90,9 @@ class PromptSettings(RunSettings):
     learning_rate: float = 1e-3
     """Learning rate of the optimiser."""
 
+    validation_images: int | Path = 0
+    """Images that are not trained on, and whose loss is measured by the same noise each time, beside the base's: their
+    number, or a folder of them with captions."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts of samples, which the base draws in the first row and the adapter below, from the same noise."""
     sample_steps: int = 28
@@ -85,8 +104,17 @@ class PromptSettings(RunSettings):
     ComfyUI do: `--export-lora kohya comfyui`."""
 
     def of_folder(self, folder: Path) -> "PromptSettings":
-        """These settings for the images in a folder."""
-        return replace(self, images=str(folder))
+        """These settings for the images in a folder; those of validation are in a folder of the same name."""
+        held = self.validation_images
+        held = held / folder.name if isinstance(held, Path) else held
+        return replace(self, images=str(folder), validation_images=held)
+
+    def of_validation(self) -> "PromptSettings | None":
+        """These settings for images of another source that are held out for validation, if there is one."""
+        own = replace(self, repeats_column=None, repeats_by_folder=False, caption_shuffles=0, keep_tags=0)
+        if isinstance(self.validation_images, Path):
+            return replace(own, images=str(self.validation_images))
+        return None if self.validation_split is None else own
 
     def condition_drop(self, is_guided: bool) -> float:
         """Share of samples that train without their condition."""
@@ -106,6 +134,14 @@ class PromptSettings(RunSettings):
             raise ValueError(f"--prior-weight must be at least 0 and finite, not {self.prior_weight}")
         if self.prior_prompt and not self.prior_weight:
             raise ValueError(f"--prior-prompt {self.prior_prompt!r} is not used: give --prior-weight")
+        if self.keep_tags and not self.caption_shuffles:
+            raise ValueError(f"--keep-tags {self.keep_tags} is not used: give --caption-shuffles")
+        if self.repeats_column is not None and self.repeats_by_folder:
+            raise ValueError("--repeats-column and --repeats-by-folder say the same twice: give one of them")
+        if self.trigger is not None and not self.trigger.strip():
+            raise ValueError(f"--trigger is {self.trigger!r}: give a word")
+        if isinstance(self.validation_images, Path):
+            self._check_folder_of_validation(self.validation_images)
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
@@ -120,6 +156,13 @@ class PromptSettings(RunSettings):
         if package and self.engine == "fsdp2":
             raise ValueError(f"--engine fsdp2 cannot share out a base of --base-precision {self.base_precision}")
 
+    def _check_folder_of_validation(self, held: Path) -> None:
+        if self.validation_split is not None:
+            raise ValueError(f"--validation-split {self.validation_split} is for a number of --validation-images")
+        one, other = held.resolve(), Path(self.images or ".").resolve()
+        if self.images is not None and (one.is_relative_to(other) or other.is_relative_to(one)):
+            raise ValueError(f"--validation-images {held} and --images {self.images} lie in one another: part them")
+
     def as_launched(self) -> "PromptSettings":
         """These settings, updated with the options of accelerate's launcher."""
         asked = asked_by_launcher()
@@ -132,7 +175,8 @@ class PromptSettings(RunSettings):
 
     def next_steps(self) -> list[str]:
         """Commands to run with the adapter of a finished run."""
-        prompts = [] if self.images is None else ["--prompts", self.prompt or "what is to be drawn"]
+        prompt = with_trigger(self.prompt or "what is to be drawn", self.trigger)
+        prompts = [] if self.images is None else ["--prompts", prompt]
         return [command("sample.py", "--adapter", self.output_dir, *prompts)]
 
 
@@ -146,6 +190,11 @@ HINTS = {
     "weight_dtype": "--base-precision",
     "mixed_precision": "--base-precision",
     "proportion_empty_prompts": "--caption-drop",
+    **dict.fromkeys(("shuffle_caption", "shuffle_captions"), "--caption-shuffles N"),
+    "keep_tokens": "--keep-tags",
+    "caption_dropout_rate": "--caption-drop",
+    "trigger_word": "--trigger",
+    **dict.fromkeys(("masked_loss", "conditioning_data_dir"), "NAME.mask.png beside NAME.jpg, or --mask-column"),
     "cache_latents": "no need of it: latents are always cached",
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # One independent stream of random numbers for each purpose, so that drawing more for one does not change another.
 BATCH_ORDER, FLIPS, POSTERIOR_NOISE, NOISE, TIMESTEPS, LABEL_DROPS, BUCKET_ORDER, VALIDATION, HELD_OUT = range(9)
+TAG_ORDERS, CAPTION_CHOICE = 9, 10
 
 
 def keyed_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
@@ -25,6 +26,11 @@ def keyed_generator(seed: int, purpose: int, index: int) -> np.random.Generator:
 
 def batch_flips(seed: int, step: int, batch_size: int) -> list[bool]:
     return (keyed_generator(seed, FLIPS, step).random(batch_size) < 0.5).tolist()
+
+
+def caption_choices(seed: int, step: int, batch_size: int, captions_each: int) -> Tensor:
+    """(batch,) int64: which of its captions each sample of a step has, all of them equally often."""
+    return torch.from_numpy(keyed_generator(seed, CAPTION_CHOICE, step).integers(captions_each, size=batch_size))
 
 
 class TimestepDensity(NamedTuple):

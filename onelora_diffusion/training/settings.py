@@ -289,6 +289,7 @@ AT_LEAST = {
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
     **dict.fromkeys(("subjects_at_once", "keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
+    **dict.fromkeys(("caption_shuffles", "keep_tags"), 0),
     "eval_images": 2,
 }
 POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
@@ -443,7 +444,7 @@ def check_settings(settings: RunSettings) -> None:
     settings.adapter_config()
     for name, least in AT_LEAST.items():
         value = getattr(settings, name, None)
-        if value is not None and not value >= least:
+        if isinstance(value, int | float) and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     for name in POSITIVE:
         value = getattr(settings, name, None)

@@ -10,6 +10,8 @@ from onelora_diffusion.training.settings import RunSettings, read_yaml, with_val
 # The settings that a table may give for each subject; all others are those of the batch and of the base.
 OF_A_SUBJECT = {
     *("images", "dataset", "data_root", "image_column", "caption_column", "label_column", "prompt"),
+    *("mask_column", "repeats_column", "repeats_by_folder", "trigger", "caption_shuffles", "keep_tags"),
+    *("validation_images", "validation_split"),
     *("validation_prompt", "flip", "broken_images", "caption_drop", "label_drop", "seed", "max_steps", "batch_size"),
     *("learning_rate", "class_learning_rate", "lr_schedule", "warmup_steps", "max_grad_norm", "ema_decay"),
 }
@@ -69,8 +71,9 @@ def check_name(name: str, source: Path) -> None:
 
 def _own(parent: Path, name: str, own: RunSettings) -> RunSettings:
     named = {}
-    if getattr(own, "prompt", None) is not None:
-        named["prompt"] = own.prompt.replace("{subject}", name)
+    for setting in ("prompt", "trigger"):
+        if (text := getattr(own, setting, None)) is not None:
+            named[setting] = text.replace("{subject}", name)
     if getattr(own, "validation_prompt", None):
         named["validation_prompt"] = tuple(prompt.replace("{subject}", name) for prompt in own.validation_prompt)
     own = replace(own, **named, output_dir=parent / name, subjects=None, subjects_at_once=16)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,8 @@ class TrainingData:
     Attributes:
         images: `[index] -> (image, number of its condition)`; it has `broken`, (images,) bool, if unreadable images
             are skipped.
-        conditions: labels or prompts, in the order of their numbers.
+        conditions: labels or prompts, in the order of their numbers, `conditions_each` for each number.
+        conditions_each: for each number, how many prompts are trained, of which the first is validated.
         shown: the conditions of which samples are drawn, with their names.
         identity: the identity of images and conditions, equal on every process and at every start of a run.
         resolution: side of the images in pixels.
@@ -56,6 +57,9 @@ class TrainingData:
         facts: entries for the adapter's header: the data set's name and those that the script adds.
         id2label: class names by label, if there are classes.
         buckets: the buckets of images of several shapes.
+        masks: the masks (h, w) of latents, by the number of their image's condition; others are 1 everywhere.
+        repeats: how often each image counts in an epoch; None is once.
+        notes: what a user should know about the data, a line each.
         held: data of another split, some of which are held out for validation.
     """
 
@@ -68,7 +72,22 @@ class TrainingData:
     facts: dict
     id2label: dict[int, str] | None = None
     buckets: Buckets | None = None
+    conditions_each: int = 1
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    repeats: Sequence[int] | None = None
+    notes: Sequence[str] = ()
     held: "TrainingData | None" = None
+
+    def masks_of(self, numbers: Tensor, flips: Sequence[bool], size: tuple[int, ...]) -> Tensor | None:
+        """The masks (batch, 1, h, w) of images by numbers, mirrored where `flips`; None if no image has one.
+
+        Args:
+            size: (h, w), that of the latents.
+        """
+        if not self.masks:
+            return None
+        masks = [self.masks.get(number, torch.ones(size)) for number in numbers.tolist()]
+        return torch.stack([mask.flip(-1) if flip else mask for mask, flip in zip(masks, flips, strict=True)])[:, None]
 
 
 class Task:
@@ -86,7 +105,7 @@ class Task:
         timesteps: those that are trained on.
         folders: the caches that `encode` has built, of prompts and of latents, if there are any.
         held_out: (images,) indices of the images of `held_data` that are held out for validation.
-        learned_images: (images,) indices of the images that are trained on.
+        learned_images: (images,) indices of the images that are trained on, each as often as it counts.
         examples: `[index, flip] -> (image or, if `is_cached`, its moments, number of its condition)`.
     """
 
@@ -109,9 +128,12 @@ class Task:
         self.folders: tuple[list[Path] | None, list[Path | None]] = None, [None] * len(self.encoded_data)
         self._base_images: Tensor | None = None
         self.held_data = data.held or data
-        self.held_out, self.learned_images = held_out(settings.validation_images, data)
+        self.held_out, learned = held_out(settings.validation_images, data)
+        self.learned_images = learned if data.repeats is None else learned.repeat(np.array(data.repeats)[learned])
         self.held_examples, self.held_is_cached = FlippableImages(self.held_data.images), False
-        accelerator.print(describe(data.images))
+        for each in self.encoded_data:
+            held = "" if each is data else "held out: "
+            accelerator.print("\n".join(f"{held}{line}" for line in (describe(each.images), *each.notes)))
 
     def attach(self) -> dict[str, Tensor]:
         """Attach the adapter to the transformer, and return its trained tensors, on the device, by name.
@@ -190,18 +212,26 @@ class Task:
         return images if is_cached else self.family.encode_images(self.pipeline.vae, images)
 
     def losses(
-        self, model: nn.Module, moments: Tensor, conditions: Conditions, draws: StepDraws, keeps_prior: bool = False
+        self,
+        model: nn.Module,
+        moments: Tensor,
+        conditions: Conditions,
+        draws: StepDraws,
+        masks: Tensor | None = None,
+        keeps_prior: bool = False,
     ) -> dict[str, Tensor]:
         """The losses of a batch by name, each (batch,).
 
         With `keeps_prior` the batch is computed again with the prompt of prior preservation, p, by the adapter and by
-        the base alone, and the loss gains w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))², `prior` by itself.
+        the base alone, and the loss gains w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))², `prior` by itself, without
+        the masks.
 
         Args:
             model: the transformer, possibly wrapped for several processes.
             moments: (batch, 2, C, H, W).
             conditions: as `conditions` returns them, of this task or, if the base is the same, of several.
             draws: the random values of the samples.
+            masks: (batch, 1, H, W), what of each sample is learned (see `training_losses`).
         """
         settings, scheduler = self.settings, self.pipeline.scheduler
         x_start = sample_moments(moments, draws.posterior_noise)
@@ -220,7 +250,7 @@ class Task:
                 output, of_prior = both.chunk(2)
             else:
                 output = predict(model, latents, times, conditions)
-        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler)
+        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks)
         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
         losses |= {"loss": weighted_loss(losses, weights)}
         if keeps_prior:
@@ -286,15 +316,17 @@ class Task:
         return torch.cat(images)
 
 
-def held_out(number: int, data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
+def held_out(number: int | Path, data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
     """(indices of the images that are held out for validation, those of the images that are trained on).
 
-    They are the same for every seed; of another split none is trained on.
+    They are the same for every seed; of another split none is trained on, and of a folder all are held out.
 
     Raises:
         ValueError: no image would be left to train on, or the split has fewer images.
     """
     source, least = data.held or data, 0 if data.held else 1
+    if isinstance(number, Path):
+        number = len(source.images)
     if number > len(source.images) - least:
         raise ValueError(f"--validation-images {number} are more than {source.described} can spare: hold out fewer")
     chosen = np.sort(keyed_generator(0, HELD_OUT, 0).permutation(len(source.images))[:number])

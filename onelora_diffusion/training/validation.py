@@ -20,7 +20,8 @@ class Validation:
     """The mean loss of an adapter on the images that its task holds out.
 
     Random values are a function of the image alone, so that losses of different steps, runs and seeds can be compared.
-    Conditions are not dropped, images are not mirrored, and timesteps are uniform in each quarter of the schedule.
+    Conditions are not dropped, tags stay in their order, images are not mirrored, and timesteps are uniform in each
+    quarter of the schedule. Masks weigh the loss of their images, as in training.
     """
 
     def __init__(self, task: Task):
@@ -47,10 +48,10 @@ class Validation:
             losses = [self.task.losses(transformer, *batch)["loss"] for batch in self._batches()]
         return float(torch.cat(losses).double().mean())
 
-    def _batches(self) -> Iterator[tuple[Tensor, dict, StepDraws]]:
-        """Moments, conditions and random values of images of one shape."""
-        task, size = self.task, self.task.settings.batch_size
-        buckets, held = task.held_data.buckets, task.held_out
+    def _batches(self) -> Iterator[tuple[Tensor, dict, StepDraws, Tensor | None]]:
+        """Moments, conditions, random values and masks of images of one shape."""
+        task, size, data = self.task, self.task.settings.batch_size, self.task.held_data
+        buckets, held = data.buckets, task.held_out
         bucket_of = np.zeros(len(held), np.int64) if buckets is None else buckets.of_image[held]
         for bucket in np.unique(bucket_of):
             samples = [(index, time) for index in held[bucket_of == bucket].tolist() for time in range(TIMES)]
@@ -58,9 +59,11 @@ class Validation:
                 chosen = samples[first : first + size]
                 images, numbers = zip(*(task.held_examples[index, False] for index, _ in chosen), strict=True)
                 moments = task.moments(torch.stack([torch.as_tensor(image) for image in images]), task.held_is_cached)
-                kept = torch.zeros(len(chosen), dtype=torch.bool)
-                conditions = task.on_device(task.held_conditions.embeddings(torch.tensor(numbers), kept))
-                yield moments, conditions, self._draws(chosen, tuple(moments.shape[2:]))
+                numbers, kept = torch.tensor(numbers), torch.zeros(len(chosen), dtype=torch.bool)
+                conditions = task.held_conditions.embeddings(numbers * data.conditions_each, kept)
+                shape = tuple(moments.shape[2:])
+                masks = task.on_device(data.masks_of(numbers, [False] * len(numbers), shape[1:]))
+                yield moments, task.on_device(conditions), self._draws(chosen, shape), masks
 
     def _draws(self, samples: list[tuple[int, int]], shape: tuple[int, ...]) -> StepDraws:
         posterior_noise, noise, timesteps = [], [], []

@@ -299,10 +299,10 @@ Feature = type("Image", (), {"__init__": lambda self, decode=True: None})
 class Rows:
     def __init__(self, columns):
         self.columns = columns
-        self.features = {name: Feature() if name == "picture" else "" for name in columns}
+        self.features = {name: Feature() if name in ("picture", "mask") else "" for name in columns}
 
     def __len__(self):
-        return len(self.columns["picture"])
+        return len(next(iter(self.columns.values())))
 
     def __getitem__(self, key):
         if isinstance(key, str):
@@ -311,6 +311,12 @@ class Rows:
 
     def cast_column(self, column, feature):
         return self
+
+    def select_columns(self, name):
+        return Rows({name: self.columns[name]})
+
+    def remove_columns(self, name):
+        return Rows({column: values for column, values in self.columns.items() if column != name})
 
 
 def encoded(size, colour):
@@ -343,6 +349,23 @@ def test_images_and_captions_of_the_hub(hub):
         "hf:signs/few", resolution=32, multiple=4, aspect_buckets=True, image_column="picture", broken="skip"
     ).buckets
     assert (buckets.sizes, buckets.of_image.tolist()) == ([(20, 52), (32, 32)], [0, 1, 0])
+
+
+def test_masks_and_repeats_of_the_hub(hub, monkeypatch):
+    rows = sys.modules["datasets"].load_dataset("signs/few", "train", None)
+    masks = {"mask": [None, {"bytes": encoded((8, 8), "white"), "path": None}, None], "times": [1, 3, 1]}
+    library = sys.modules["datasets"]
+    monkeypatch.setattr(library, "load_dataset", lambda *_, **__: Rows(rows.columns | masks))
+    dataset = load("hf:signs/few", mask_column="mask", repeats_column="times")
+    assert dataset.notes == ["1 of 3 images have masks", "by their repeats, an epoch has 5 images"]
+    (mask,) = dataset.masks.on_grid(dataset.dataset, lambda height, width: (1, 1)).items()
+    assert mask == (1, torch.ones(1, 1)) and dataset[0, False][0][:, 0, 0].tolist() == list(BLUE)
+    with pytest.raises(ValueError, match="hf:signs/few has no images in its column 'text', but str"):
+        load("hf:signs/few", mask_column="text")
+    with pytest.raises(ValueError, match="row 0 of hf:signs/few repeats 'blue' times: give a whole number"):
+        load("hf:signs/few", mask_column="mask", repeats_column="text")
+    masks["mask"] = [None] * 3
+    assert load("hf:signs/few", mask_column="mask").notes == ["0 of 3 images have masks"]
 
 
 @pytest.mark.parametrize(

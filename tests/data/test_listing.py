@@ -119,6 +119,12 @@ def test_the_output_of_runs_below_the_data_is_left_out(tmp_path):
     assert list_images(tmp_path).left_out == {"folders of training runs": 1, "outputs of a training run": 2}
 
 
+def test_masks_are_no_images(tmp_path):
+    put(tmp_path, *PETS, "a/1.mask.png", "b/1-MaskLabel.PNG", "b/mask.png")
+    assert classes(tmp_path) == {"a": 2, "b": 2}
+    assert describe(load_dataset("imagefolder", tmp_path)).endswith("; left out: masks of images (2)")
+
+
 def test_names_that_are_no_utf_8_are_read(tmp_path):
     put(tmp_path, *PETS)
     try:

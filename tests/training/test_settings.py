@@ -208,9 +208,7 @@ def test_a_recipe_sets_a_switch_and_a_flag_unsets_it(tmp_path):
     [("--train_batch_size=4", "--batch-size"), ("--report_to", "--track"), ("--max-train-steps", "--max-steps")],
 )
 def test_diffusers_names_are_told_ours(flag, here):
-    with pytest.raises(
-        ValueError, match=f"^{flag.split('=')[0]} is a name of diffusers' scripts; here there is {here}"
-    ):
+    with pytest.raises(ValueError, match=f"^{flag.split('=')[0]} is a name of other scripts; here there is {here}"):
         parse_command_line(["--base", "folder", flag], RECIPES)
 
 

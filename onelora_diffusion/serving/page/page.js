@@ -40,7 +40,7 @@ async function list() {
     line.append(...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text ?? "" })));
     return line;
   };
-  const draws = (model) => model.prompt ?? model.classes?.join(", ").slice(0, 200) ?? "what the base draws";
+  const draws = (model) => model.prompt ?? model.trigger ?? model.classes?.join(", ").slice(0, 200) ?? "what the base draws";
   $("listing").replaceChildren(
     ...models.map((m) => row(m.id, m.method, m.dataset, draws(m), m.num_params.toLocaleString("en"), "fits")),
     ...problems.map((p) => row(p.id, "", "", "", "", p.problem)));

@@ -1,0 +1,39 @@
+"""What is done to captions before they are encoded: the trigger word, and other orders of tags."""
+
+import re
+
+import numpy as np
+
+from onelora_diffusion.files import printable
+
+PLACES = re.compile(r"\{trigger\}|\[trigger\]")  # the latter is ai-toolkit's
+
+
+def filled(text: str, trigger: str | None) -> str:
+    """A text with the trigger word in place of `{trigger}` and `[trigger]`.
+
+    Raises:
+        ValueError: it has such a place, and there is no word.
+    """
+    if trigger is None and (place := PLACES.search(text)):
+        raise ValueError(f"{printable(repr(text), 100)} has {place[0]}: give the word by --trigger")
+    return PLACES.sub(lambda place: trigger, text)
+
+
+def with_trigger(caption: str, trigger: str | None) -> str:
+    """A caption with the trigger word in its place, or else before it, with a comma, unless it has the word."""
+    caption = filled(caption, trigger)
+    if trigger is None or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        return caption
+    return f"{trigger}, {caption}"
+
+
+def tag_orders(caption: str, number: int, keep: int, random: np.random.Generator) -> list[str]:
+    """A caption as it is written, then with its tags, separated by commas, in `number` random orders.
+
+    Args:
+        keep: the number of first tags that stay in their places.
+    """
+    tags = [tag.strip() for tag in caption.split(",")]
+    first, others = tags[:keep], tags[keep:]
+    return [caption, *(", ".join([*first, *random.permutation(others)]) for _ in range(number))]

@@ -24,7 +24,7 @@ def make_kontext():
     from diffusers import FluxKontextPipeline, FluxTransformer2DModel
     from diffusers.pipelines.flux import pipeline_flux_kontext
 
-    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64), (96, 32)]  # megapixels otherwise
+    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64), (96, 64)]  # megapixels otherwise
     return FluxKontextPipeline(
         scheduler=flow_matching(use_dynamic_shifting=True),
         vae=make_vae(1),

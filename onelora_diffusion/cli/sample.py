@@ -62,6 +62,9 @@ class Settings(SamplerSettings, ComputeSettings):
     prompts: tuple[str, ...] = ()
     """Prompts for a text-to-image adapter, drawn by its pipeline's own sampler. Default: the captions of the embedded
     job, for its adapter."""
+    reference: tuple[Path, ...] = ()
+    """Images that the prompts edit, for bases and adapters that edit: one for all prompts or one for each, or as many
+    as the adapter learnt with."""
     resolution: int | None = None
     """Side in pixels of the images of prompts. Default: that of training."""
     beside_base: bool = False
@@ -269,6 +272,7 @@ def load(settings: Settings, device: torch.device) -> tuple[Settings, AdaptedPip
         {"default": settings.adapter},
         classes=settings.classes,
         prompts=settings.prompts,
+        references=settings.reference,
         resolution=settings.resolution,
         mixed_precision=settings.mixed_precision,
     )

@@ -22,8 +22,9 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
+from onelora_diffusion.data.references import edits_of
 from onelora_diffusion.denoisers import choose_denoiser
-from onelora_diffusion.families import Family, Recorded, family_of
+from onelora_diffusion.families import Edit, Family, Recorded, choose_references, family_of
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.loop import start
@@ -39,6 +40,7 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     is_new = pipeline is None
     pipeline = pipeline or load_base(settings.base, condition=str, precision=settings.base_precision)
     choose_denoiser(pipeline, settings.denoisers)
+    choose_references(pipeline, len(settings.reference_column))
     family = family_of(pipeline, settings.caches)
     if is_new and isinstance(family, Recorded):
         accelerator.print(family)
@@ -64,6 +66,7 @@ def captioned_data(
         mask_column=settings.mask_column,
         repeats_column=settings.repeats_column,
         by_folder=settings.repeats_by_folder,
+        reference_columns=settings.reference_column,
         multiple=family.multiple(pipeline),
         split=split,
         broken=settings.broken_images,
@@ -75,12 +78,21 @@ def captioned_data(
         if captioned.masks
         else {}
     )
-    more = [each for each in (captioned.masks, captioned.repeats) if each]
+    digests = [[each.digest for each in own] for own in captioned.references]
+    more = [each for each in (captioned.masks, captioned.repeats, digests) if each]
+    prompts, each = trained_prompts(captioned.captions, settings), 1 + settings.caption_shuffles
+    shown = [filled(prompt, settings.trigger) for prompt in settings.validation_prompt]
+    if captioned.references:
+        images = [index for index in range(len(captioned)) for _ in range(each)]
+        sides, references = captioned.dataset.size_of, captioned.references
+        prompts = [Edit(prompt, references[i], sides(i)) for i, prompt in zip(images, prompts, strict=True)]
+        number, files = len(settings.reference_column), settings.validation_reference
+        shown = edits_of(shown, files, number, resolution, "--validation-reference")
     return TrainingData(
         images=captioned.dataset,
-        conditions=trained_prompts(captioned.captions, settings),
-        conditions_each=1 + settings.caption_shuffles,
-        shown=[(filled(prompt, settings.trigger), prompt) for prompt in settings.validation_prompt],
+        conditions=prompts,
+        conditions_each=each,
+        shown=list(zip(shown, settings.validation_prompt, strict=True)),
         identity=data_identity(captioned.dataset, captioned.captions, *more),
         resolution=resolution,
         described=f"{captioned.name}: {len(captioned):,} images",
@@ -93,7 +105,8 @@ def captioned_data(
             "max_sequence_length": settings.max_sequence_length,
         }
         | ({"denoiser": settings.denoisers} if settings.denoisers else {})
-        | ({"trigger": settings.trigger} if settings.trigger else {}),
+        | ({"trigger": settings.trigger} if settings.trigger else {})
+        | ({"references": len(settings.reference_column)} if settings.reference_column else {}),
         buckets=captioned.buckets,
         masks=masks,
         repeats=captioned.repeats,

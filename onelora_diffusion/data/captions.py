@@ -4,7 +4,7 @@ The default is scikit-learn's handwritten digits with captions such as "a handwr
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -24,6 +24,7 @@ from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.data.masks import Masks, masks_beside
 from onelora_diffusion.data.metadata import FILE_COLUMN, METADATA, Table
+from onelora_diffusion.data.references import ReferenceImage, reference_image
 from onelora_diffusion.data.repeats import checked_repeats, numbered_folder, repeats_by_folder
 from onelora_diffusion.files import printable
 
@@ -39,12 +40,14 @@ class CaptionedImages(FlippableImages):
         dataset: the images without captions, `[index] -> (image, caption index)`, on which the latents depend.
         masks: those of the images, if there are any or a column of them was asked for.
         repeats: how often each image counts, if it was asked for.
+        references: the reference images of each, if it is an edit of some; [] otherwise.
         notes: what a user should know about the data, a line each.
     """
 
     def __init__(self, dataset: "BucketedImages", found: "Found"):
         super().__init__(dataset)
         self.captions, self.masks, self.repeats, self.notes = found.captions, found.masks, found.repeats, found.notes
+        self.references = found.references
         self.name, self.buckets, self.broken = dataset.name, dataset.buckets, dataset.broken
 
 
@@ -77,10 +80,12 @@ class Columns:
     caption: str | None
     mask: str | None
     repeats: str | None
+    references: Sequence[str] = ()
 
     @property
     def beside_images(self) -> list[str]:
-        return [column for column in (self.caption, self.mask, self.repeats) if column is not None]
+        columns = self.caption, self.mask, self.repeats, *self.references
+        return [column for column in columns if column is not None]
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Found:
     captions: list[str]
     masks: Masks | None = None
     repeats: list[int] | None = None
+    references: list[tuple[ReferenceImage, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -105,6 +111,7 @@ def load_captioned(
     mask_column: str | None = None,
     repeats_column: str | None = None,
     by_folder: bool = False,
+    reference_columns: Sequence[str] = (),
     multiple: int = 16,
     root: str | Path | None = None,
     split: str = "train",
@@ -126,6 +133,7 @@ def load_captioned(
             value is no mask. Otherwise the mask of NAME.jpg is NAME.mask.png beside it, if it is there.
         repeats_column: the column of the numbers of times that images count.
         by_folder: whether an image below a folder `N_name` counts N times.
+        reference_columns: the columns of a folder's metadata with the paths of the reference images of each image.
         multiple: number of pixels per token along one side; the sides of images must be multiples of it.
         root: for `hf:NAME` alone, the folder of downloads.
         split: for `hf:NAME` and the digits; a folder has `train` alone.
@@ -142,10 +150,11 @@ def load_captioned(
     if prompt is not None:
         prompt = checked(prompt, "the prompt")
     kind, _, name = str(source).partition(":")
-    columns = Columns(image_column, None if prompt else caption_column, mask_column, repeats_column)
+    columns = Columns(image_column, None if prompt else caption_column, mask_column, repeats_column, reference_columns)
     is_folder = source is not None and not (kind == "hf" and name)
     for flag, is_useless in {
         "--repeats-by-folder": by_folder and not is_folder,
+        "--reference-column": reference_columns and not is_folder,
         "--mask-column": source is None and mask_column is not None,
         "--repeats-column": source is None and repeats_column is not None,
     }.items():
@@ -323,7 +332,11 @@ def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bo
         raise FileNotFoundError(f"no images in {folder}")
     table = _table_of(folder, tables, columns, bool(prompt))
     of_table = table.files(columns.mask) if columns.mask else {}
-    images = set(listing.images) - set(of_table.values())
+    references = {column: table.files(column) for column in columns.references}
+    rows = table.rows.keys() if references else set()
+    _check_references(folder, rows, references)
+    edited = {file for files in references.values() for file in files.values()} - rows
+    images = set(listing.images) - set(of_table.values()) - edited
     captions = _captions_of(listing, images, tables, table, columns, prompt)
     if without := sorted(images - captions.keys()):
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
@@ -332,6 +345,10 @@ def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bo
         )
     names = sorted(captions)
     found = Found(Files(listing, names), [captions[name] for name in names])
+    _check_references(folder, names, references)
+    for name in names if references else ():
+        own = [(folder / files[name], f"the reference image of {printable(name)}") for files in references.values()]
+        found.references.append(tuple(reference_image(*each) for each in own))
     mask_of = masks_beside(listing, names, of_table)
     listing.used.update(captions, mask_of.values())
     if any({"mask", "masks"} & {*name.lower().split("/")[:-1]} for name in names):
@@ -355,9 +372,17 @@ def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bo
     return found
 
 
+def _check_references(folder: Path, names: Iterable[str], files: dict[str, dict[str, str]]) -> None:
+    """ValueError for an image without a file in a column; `files` are those of each column by image."""
+    for column, of_column in files.items():
+        if without := sorted(set(names) - of_column.keys()):
+            image = printable(str(folder / without[0]))
+            raise ValueError(f"{image} has no reference image: name one in {column!r}, or take the image out")
+
+
 def _table_of(folder: Path, tables: list[str], columns: Columns, has_prompt: bool) -> Table | None:
     """The table of a folder, if it is needed; ValueError if it is, and there is none or there are several."""
-    wanted = [column for column in (columns.mask, columns.repeats) if column]
+    wanted = [column for column in (columns.mask, columns.repeats, *columns.references) if column]
     if wanted and len(tables) != 1:
         there = f"several, {printable(', '.join(tables), 200)}" if tables else "none"
         raise ValueError(f"{wanted[0]!r} is a column of a table, {' or '.join(METADATA)}, and {folder} has {there}")

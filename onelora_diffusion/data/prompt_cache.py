@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split, weights_digest
+from onelora_diffusion.families.family import Edit, emptied, padded
 
 SHARD_SIZE = 64  # prompts: a few megabytes each
 # Entries of a saved tokenizer that do not matter: its origin, and the padding and truncation of its last call.
@@ -21,18 +22,20 @@ NOT_OF_A_TOKENIZER = {"name_or_path", "is_local", "local_files_only", "transform
 
 
 class PromptCache(RowCache):
-    """The encoded captions, read on demand from the files of a complete cache."""
+    """The encoded captions, or edits, read on demand from the files of a complete cache."""
 
-    def __init__(self, folder: Path, captions: Sequence[str]):
+    def __init__(self, folder: Path, captions: Sequence[str | Edit]):
         prompts = distinct(captions)
         super().__init__(folder, shards_of(prompts))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         self.row_of_caption = torch.tensor([row_of[caption] for caption in captions])
+        self.row_of_empty = torch.tensor([row_of[emptied(caption) or ""] for caption in captions])
 
     def embeddings(self, captions: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """The tensors `(batch, ...)` by name of captions, given by index; those of the empty one if dropped."""
-        rows = [self.row(row) for row in torch.where(dropped, 0, self.row_of_caption[captions]).tolist()]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        numbers = torch.where(dropped, self.row_of_empty[captions], self.row_of_caption[captions])
+        rows = [self.row(row) for row in numbers.tolist()]
+        return {name: padded([row[name][None] for row in rows]) for name in rows[0]}
 
 
 class ConditionRows:
@@ -52,8 +55,8 @@ class ConditionRows:
 
 def build_prompt_cache(
     parent: Path,
-    captions: Sequence[str],
-    encode: Callable[[list[str]], dict[str, Tensor]],
+    captions: Sequence[str | Edit],
+    encode: Callable[[list[str | Edit]], dict[str, Tensor]],
     encoders: dict,
     kind: str,
     *,
@@ -66,15 +69,15 @@ def build_prompt_cache(
     """Encode the prompts that the cache lacks, and return its folder in `parent` (see `build_rows`).
 
     Args:
-        encode: a function from prompts to tensors `(prompts, ...)` by name, of equal shapes for all prompts.
-        encoders: the result of `identity_of` for the text encoders and tokenizers.
+        encode: a function from prompts to tensors `(prompts, ...)` by name, which are padded by zeros to one shape.
+        encoders: the result of `identity_of` for the text encoders and tokenizers, and what else encodes.
         kind: a text that says what `encode` does, such as the family's name and number of tokens. It is part of the
             cache's key.
     """
     prompts = distinct(captions)
     inputs = {
         "prompts": len(prompts),
-        "texts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "texts": hashlib.sha256(json.dumps(prompts, default=as_json).encode()).hexdigest(),
         "kind": kind,
         "encoders": encoders,
     }
@@ -129,10 +132,15 @@ def tokenizer_digest(tokenizer) -> str:
     return sha256.hexdigest()
 
 
-def distinct(captions: Sequence[str]) -> list[str]:
-    """The distinct captions; the first is the empty one, which replaces dropped captions."""
-    return list(dict.fromkeys(["", *captions]))
+def distinct(captions: Sequence[str | Edit]) -> list[str | Edit]:
+    """The distinct captions; the first are the empty ones, which replace dropped captions."""
+    return list(dict.fromkeys([*(emptied(caption) or "" for caption in captions), *captions])) or [""]
 
 
-def shards_of(prompts: list[str]) -> list[np.ndarray]:
+def as_json(edit: Edit) -> list:
+    """What tells edits apart: the prompt, the contents of the references, the size."""
+    return [edit.prompt, [reference.digest for reference in edit.references], list(edit.side)]
+
+
+def shards_of(prompts: list) -> list[np.ndarray]:
     return split(np.arange(len(prompts)), SHARD_SIZE)

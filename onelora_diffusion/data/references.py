@@ -1,5 +1,6 @@
 """Reference images, which a prompt says how to edit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from PIL import Image
 
 from onelora_diffusion.data.decoding import opened, read_image, upright_size
 from onelora_diffusion.data.identity import file_digest
+from onelora_diffusion.families.family import Edit
 from onelora_diffusion.files import printable
 
 
@@ -37,3 +39,26 @@ def reference_image(path: Path, named: str) -> ReferenceImage:
     with opened(path, f"{named}, {printable(str(path), 200)},") as image:
         upright_size(image)
     return ReferenceImage(path, file_digest(str(path), times=False).hex())
+
+
+def edits_of(prompts: Sequence[str], files: Sequence[Path], each: int, resolution: int, flag: str) -> list[Edit]:
+    """Edits of reference images by prompts.
+
+    Args:
+        files: those of all prompts, or of each in turn.
+        each: number of reference images of a prompt.
+        resolution: side of the edits in pixels.
+        flag: what gives the files, for errors.
+
+    Raises:
+        FileNotFoundError, BrokenImageError: a file is missing or no image.
+        ValueError: there are other than `each` files for all prompts, or for each of them.
+    """
+    if prompts and len(files) not in (each, each * len(prompts)):
+        raise ValueError(
+            f"{flag} has {len(files)} files: give {each} for all prompts, or {each} for each of the {len(prompts)}"
+        )
+    images = tuple(reference_image(Path(file), flag) for file in files)
+    rows = [images[first : first + each] for first in range(0, len(images), each)]
+    side = (resolution, resolution)
+    return [Edit(prompt, rows[number % len(rows)], side) for number, prompt in enumerate(prompts)]

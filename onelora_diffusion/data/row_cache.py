@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from onelora_diffusion.families.family import padded
 from onelora_diffusion.files import digest, write_bytes
 
 
@@ -74,7 +75,7 @@ def build_rows(
 
     Args:
         inputs: all inputs on which the rows depend, as JSON.
-        shards: the row numbers in each file; the tensors of these rows have equal shapes.
+        shards: the row numbers in each file; the tensors of these rows are padded by zeros to one shape.
         encode: a function from batches of row numbers to the tensors of each batch, `(rows, ...)` by name.
         is_outdated: a function that tells whether a complete file must be encoded again; it reports the reason.
 
@@ -108,7 +109,7 @@ def build_rows(
                 parts.append({name: tensor.cpu() for name, tensor in next(encoded).items()})
                 _check_finite(parts[-1], batch, unit)
                 progress.update(len(batch))
-            tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            tensors = {name: padded([part[name] for part in parts]).contiguous() for name in parts[0]}
             write_bytes(shard_path(folder, number), save(tensors, metadata={"sha256": digest(tensors)}))
     return folder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
-from onelora_diffusion.families.family import Conditions, Family
+from onelora_diffusion.families.family import Conditions, Edit, Family
 from onelora_diffusion.families.flux import Flux
 from onelora_diffusion.families.pixart import PixArt
 from onelora_diffusion.families.recorded import Recorded
@@ -13,7 +13,7 @@ from onelora_diffusion.families.sana import Sana
 from onelora_diffusion.families.sd3 import StableDiffusion3
 from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Conditions", "Family", "Recorded", "choose_references", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Conditions", "Edit", "Family", "Recorded", "choose_references", "family_named", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
 

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS
+from onelora_diffusion.data.references import edits_of
 from onelora_diffusion.data.table import Defaults
 from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
 from onelora_diffusion.devices import ComputeSettings
-from onelora_diffusion.families import Family, family_of
+from onelora_diffusion.families import Family, choose_references, family_of
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
+from onelora_diffusion.families.family import Condition
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import set_adapters
 from onelora_diffusion.pipelines.base import load_base
@@ -35,7 +37,7 @@ class AdaptedPipeline:
         pipeline: the base; the adapters in its denoiser are active.
         adapters: the content of each adapter's file, by the adapter's name.
         kind: `classes` or `prompts`.
-        conditions, names: the labels or prompts that are drawn in turns, and their names.
+        conditions, names: the labels, prompts or edits that are drawn in turns, and their names.
         size: side of the images in pixels; None takes the pipeline's default.
         max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
     """
@@ -43,7 +45,7 @@ class AdaptedPipeline:
     pipeline: object
     adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
     kind: str
-    conditions: Sequence[int | str]
+    conditions: Sequence[Condition]
     names: Sequence[str]
     size: int | None = None
     max_sequence_length: int | None = None
@@ -82,7 +84,7 @@ class AdaptedPipeline:
 
     def draw(
         self,
-        conditions: Sequence[int | str],
+        conditions: Sequence[Condition],
         seed: int,
         indices: Sequence[int],
         settings: SamplerSettings,
@@ -128,6 +130,7 @@ def load_adapted(
     *,
     classes: Sequence[str] = (),
     prompts: Sequence[str] = (),
+    references: Sequence[Path] = (),
     resolution: int | None = None,
     mixed_precision: str = "no",
 ) -> AdaptedPipeline:
@@ -138,6 +141,7 @@ def load_adapted(
         files: the file or folder of each adapter, by the name that it gets.
         classes: names or numbers of the classes to draw; () takes all, of a base that draws classes.
         prompts: prompts to draw; () takes the captions of the embedded job, for its adapters.
+        references: reference images that the prompts edit: those of all prompts, or of each in turn.
         resolution: side of the images of prompts; None takes that of training.
 
     Raises:
@@ -155,7 +159,10 @@ def load_adapted(
     named_by = None if base else next(iter(files.values()), None)
     base = base or next((file.base for file in adapters.values()), None)
     if prompts or of_prompts:
-        loaded = _load_prompts(base, named_by, adapters, files, prompts, classes, resolution, mixed_precision)
+        asked = prompts, classes, references, resolution, mixed_precision
+        loaded = _load_prompts(base, named_by, adapters, files, *asked)
+    elif references:
+        raise ValueError("--reference is for prompts, and classes are drawn here")
     else:
         loaded = _load_classes(base, named_by, adapters, classes)
     for name, path in files.items():
@@ -180,7 +187,7 @@ def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: S
 
 
 def _load_prompts(
-    base, named_by, adapters, files, prompts, classes, resolution: int | None, mixed_precision: str
+    base, named_by, adapters, files, prompts, classes, references, resolution: int | None, mixed_precision: str
 ) -> AdaptedPipeline:
     facts = [file.training for file in adapters.values()]
     if facts and all(training.get("dataset") == CAPTIONED for training in facts):
@@ -190,7 +197,12 @@ def _load_prompts(
         raise ValueError(f"the adapter in {where} draws prompts: give --prompts, and no --classes")
     if mixed_precision not in PRECISIONS:
         raise ValueError(f"--mixed-precision {mixed_precision} is for classes: choose bf16 or no")
+    each = _largest(facts, "references")
+    if each and not references:
+        where = " and ".join(map(str, files.values()))
+        raise ValueError(f"the adapter in {where} edits {each} reference images of a prompt: give --reference")
     pipeline = load_base(base, named_by, condition=str, precision=PRECISIONS[mixed_precision])
+    choose_references(pipeline, (each or 1) if references else 0)
     if len(denoisers := {training.get("denoiser") for training in facts}) > 1:
         raise ValueError(f"{' and '.join(adapters)} are of different denoisers: measure them one after the other")
     choose_denoiser(pipeline, *denoisers or [None])
@@ -202,7 +214,7 @@ def _load_prompts(
         pipeline=pipeline,
         adapters=adapters,
         kind="prompts",
-        conditions=prompts,
+        conditions=edits_of(prompts, references, each or 1, size, "--reference") if references else prompts,
         names=prompts,
         size=size,
         max_sequence_length=length,

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Conditions, Family, family_of
+from onelora_diffusion.families.family import Condition, emptied
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.pipelines.base import eval_mode
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -36,17 +37,17 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 class EncodedConditions:
     """Encodes conditions of a pipeline one by one, so that no row depends on others, and caches the last ones.
 
-    `encoded[condition]` is a row of the family's `encode_conditions`, and `encoded[None]` the empty condition, which
-    guidance uses.
+    `encoded[condition]` is a row of the family's `encode_conditions`, and `encoded[emptied(condition)]` the empty one,
+    which guidance uses.
     """
 
     def __init__(self, pipeline, max_sequence_length: int | None = None):
         self.pipeline, self.family, self.max_sequence_length = pipeline, family_of(pipeline), max_sequence_length
         self.keeps = bool(self.family.encoders(pipeline))  # encoding without encoders costs nothing and is not cached
-        self._kept: OrderedDict[int | str | None, Conditions] = OrderedDict()
+        self._kept: OrderedDict[Condition, Conditions] = OrderedDict()
 
     @torch.no_grad()
-    def __getitem__(self, condition: int | str | None) -> Conditions:
+    def __getitem__(self, condition: Condition) -> Conditions:
         if condition not in self._kept:
             row = self.family.encode_conditions(self.pipeline, [condition], self.max_sequence_length)
             if not self.keeps:
@@ -108,7 +109,7 @@ def as_uint8(images: Tensor) -> Tensor:
 
 def generate_images(
     pipeline,
-    conditions: Sequence[int | str],
+    conditions: Sequence[Condition],
     seed: int,
     indices: Sequence[int],
     settings: SamplerSettings,
@@ -129,7 +130,7 @@ def generate_images(
     Args:
         pipeline: a pipeline of one of the families. Its transformer runs in eval mode, which is restored afterwards,
             and under the caller's autocast.
-        conditions: labels, or prompts.
+        conditions: labels, prompts, or edits.
         size: side of the images in pixels; None takes the pipeline's default.
         max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
         images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
@@ -156,7 +157,7 @@ def generate_images(
         family.check_conditions(pipeline, [conditions[k]])
         return ImageRequest(
             condition=encoded[conditions[k]],
-            empty=encoded[None],
+            empty=encoded[emptied(conditions[k])],
             generator=image_generators(seed, [indices[k]])[0],
             guidance_scale=scale,
             guidance=settings.guidance,

@@ -110,6 +110,8 @@ class AdapterLibrary:
         """ValueError unless requests can be drawn with an adapter of this content."""
         if adapter.fingerprint not in (self.fingerprint, None):
             raise ValueError(f"was made for another base ({_text(adapter.base) or 'unnamed'})")
+        if adapter.training.get("references"):
+            raise ValueError("edits reference images, which requests do not have")
         if adapter.config.norms or adapter.config.recipe.is_whole:
             raise ValueError("trains norms or the whole base, which the samples of a batch share: merge it")
 

@@ -57,6 +57,9 @@ class PromptSettings(RunSettings):
     """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
     caption_column: str = "text"
     """Column of captions in the metadata or on the hub."""
+    reference_column: tuple[str, ...] = ()
+    """Column of the metadata with the path of the image that the caption says how to edit, for bases that edit
+    (FLUX.1 Kontext, Qwen-Image-Edit, FLUX.2); several columns, for bases that take several images."""
     mask_column: str | None = None
     """Column of masks in the metadata (their paths) or on the hub: white where an image is learned, black where it is
     not. Default: the mask of NAME.jpg is NAME.mask.png beside it, if it is there."""
@@ -95,6 +98,8 @@ class PromptSettings(RunSettings):
     number, or a folder of them with captions."""
     validation_prompt: tuple[str, ...] = ()
     """Prompts of samples, which the base draws in the first row and the adapter below, from the same noise."""
+    validation_reference: tuple[Path, ...] = ()
+    """Images that these prompts edit: one for all prompts, or one for each; of several columns, so many for each."""
     sample_steps: int = 28
     """Steps of the base's own sampler."""
     guidance_scale: float | None = None
@@ -142,6 +147,7 @@ class PromptSettings(RunSettings):
             raise ValueError(f"--trigger is {self.trigger!r}: give a word")
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
+        self._check_references()
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
@@ -163,6 +169,14 @@ class PromptSettings(RunSettings):
         if self.images is not None and (one.is_relative_to(other) or other.is_relative_to(one)):
             raise ValueError(f"--validation-images {held} and --images {self.images} lie in one another: part them")
 
+    def _check_references(self) -> None:
+        if self.validation_reference and not (self.reference_column and self.validation_prompt):
+            raise ValueError("--validation-reference is not used: give --reference-column and --validation-prompt")
+        refused = {"--flip": self.flip, "--prior-weight": self.prior_weight}
+        for flag, is_chosen in refused.items():
+            if self.reference_column and is_chosen:
+                raise ValueError(f"{flag} does not go with --reference-column")
+
     def as_launched(self) -> "PromptSettings":
         """These settings, updated with the options of accelerate's launcher."""
         asked = asked_by_launcher()
@@ -177,7 +191,8 @@ class PromptSettings(RunSettings):
         """Commands to run with the adapter of a finished run."""
         prompt = with_trigger(self.prompt or "what is to be drawn", self.trigger)
         prompts = [] if self.images is None else ["--prompts", prompt]
-        return [command("sample.py", "--adapter", self.output_dir, *prompts)]
+        references = ["--reference", *["IMAGE"] * len(self.reference_column)] if self.reference_column else []
+        return [command("sample.py", "--adapter", self.output_dir, *prompts, *references)]
 
 
 # Flags of diffusers' training scripts that have another name here.

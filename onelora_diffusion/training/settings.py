@@ -272,13 +272,14 @@ FREE_SETTINGS = {
     *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
-    *("allow_changed_settings", "fresh", "validation_prompt", "export_lora", "push_to_hub"),
+    *("allow_changed_settings", "fresh", "validation_prompt", "validation_reference", "export_lora", "push_to_hub"),
     *("subjects", "subjects_at_once"),
 }
 
 # Settings that may differ between the machines of one run: where things lie there, and how many processes load them.
 OF_A_MACHINE = {
     *("config", "output_dir", "subjects", "data_root", "images", "latent_cache", "eval_weights", "eval_reference"),
+    "validation_reference",
     *("download", "num_workers"),
 }
 

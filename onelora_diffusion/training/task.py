@@ -24,7 +24,8 @@ from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, buil
 from onelora_diffusion.denoisers import denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
-from onelora_diffusion.families.family import joined
+from onelora_diffusion.families.family import Condition, joined
+from onelora_diffusion.families.references import references_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
@@ -48,7 +49,7 @@ class TrainingData:
     Attributes:
         images: `[index] -> (image, number of its condition)`; it has `broken`, (images,) bool, if unreadable images
             are skipped.
-        conditions: labels or prompts, in the order of their numbers, `conditions_each` for each number.
+        conditions: labels, prompts or edits, in the order of their numbers, `conditions_each` for each number.
         conditions_each: for each number, how many prompts are trained, of which the first is validated.
         shown: the conditions of which samples are drawn, with their names.
         identity: the identity of images and conditions, equal on every process and at every start of a run.
@@ -64,8 +65,8 @@ class TrainingData:
     """
 
     images: Dataset
-    conditions: Sequence[int | str]
-    shown: Sequence[tuple[int | str, str]]
+    conditions: Sequence[Condition]
+    shown: Sequence[tuple[Condition, str]]
     identity: DataIdentity
     resolution: int
     described: str
@@ -156,9 +157,11 @@ class Task:
         return self.settings.caches
 
     @property
-    def all_conditions(self) -> dict[str, list[int | str]]:
+    def all_conditions(self) -> dict[str, list[Condition]]:
         """The conditions of the images, of samples, of images of another split, and of prior preservation."""
-        found = {"learned": list(self.data.conditions), "shown": [condition for condition, _ in self.data.shown]}
+        found = {"learned": list(self.data.conditions)}
+        if self.data.shown:
+            found["shown"] = [condition for condition, _ in self.data.shown]
         if self.data.held:
             found["held"] = list(self.data.held.conditions)
         if self.settings.prior_weight:
@@ -185,7 +188,7 @@ class Task:
         else:
             read = map(PromptCache, prompts, self.all_conditions.values())
         encoded = dict(zip(self.all_conditions, read, strict=True))
-        self.learned, self.shown = encoded["learned"], encoded["shown"]
+        self.learned, self.shown = encoded["learned"], encoded.get("shown")
         self.held_conditions, self.prior = encoded.get("held", self.learned), encoded.get("prior")
         caches = [
             None if folder is None else LatentCache(folder, len(data.images), data.buckets)
@@ -342,8 +345,9 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     """
     pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
     encoders = family.encoders(pipeline)
-    identity = identity_of(encoders)
-    for encoder in encoders.values():
+    of_references = {"vae": pipeline.vae} if references_of(pipeline) else {}  # it encodes a part of conditions
+    identity = identity_of(encoders | of_references)
+    for encoder in [*encoders.values(), *of_references.values()]:
         if isinstance(encoder, nn.Module):
             encoder.to(device)
     prompts = [_encode_prompts(task, identity, stop) for task in tasks] if encoders else []

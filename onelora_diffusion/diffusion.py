@@ -36,7 +36,7 @@ def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> T
         scheduler: a diffusers scheduler that `prediction_of` knows. Its training schedule is used, not the one set by
             `set_timesteps`.
     """
-    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start.dtype)
+    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start)
     return signal * x_start + sigma * noise
 
 
@@ -99,7 +99,7 @@ def training_losses(
     if model_output.shape[1] == channels or prediction_of(scheduler.config) == "flow":
         return {"loss": mse, "mse": mse}
 
-    mean_per_error, min_log_variance, log_variance_range = _at(_variance_bounds, timesteps, scheduler, dtype)
+    mean_per_error, min_log_variance, log_variance_range = _at(_variance_bounds, timesteps, scheduler, error)
     mean_difference = mean_per_error * error.detach()
     log_ratio = (model_output[:, channels:].to(dtype) + 1) / 2 * log_variance_range  # log(variance of p / of q)
     log_variance = min_log_variance + log_ratio
@@ -116,7 +116,7 @@ def _target(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Ten
         return noise
     if prediction == "flow":
         return noise - x_start
-    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start.dtype)
+    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start)
     return signal * noise - sigma * x_start
 
 
@@ -185,6 +185,8 @@ def device_table(make: Callable, scheduler, device: torch.device, dtype: torch.d
     return tables[make, device, dtype]
 
 
-def _at(make: Callable, timesteps: Tensor, scheduler, dtype: torch.dtype) -> Tensor:
-    """The entries of a table at timesteps (batch,), which broadcast over (C, H, W): (rows, batch, 1, 1, 1)."""
-    return device_table(make, scheduler, timesteps.device, dtype)[:, timesteps, None, None, None]
+def _at(make: Callable, timesteps: Tensor, scheduler, latents: Tensor) -> Tensor:
+    """The entries of a table at timesteps (batch,), in the type of latents, over which they broadcast: (rows, batch,
+    1, ...)."""
+    entries = device_table(make, scheduler, timesteps.device, latents.dtype)[:, timesteps]
+    return entries.view(*entries.shape, *[1] * (latents.ndim - 1))

@@ -23,7 +23,7 @@ def test_every_floor_is_in_the_constraints():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    promised = [*project["dependencies"], *extras["dev"], *extras["peft"], *extras["track"]]
+    promised = [*project["dependencies"], *extras["dev"], *extras["peft"], *extras["track"], *extras["video"]]
     floors = versions([text for text in promised if not text.startswith(project["name"])], ">=")
     lines = (REPOSITORY / "constraints-floors.txt").read_text().splitlines()
     assert versions([line for line in lines if "==" in line], "==") == floors

@@ -140,7 +140,12 @@ def make_flux2_vae():
 def make_qwen_vae(kind: str = "AutoencoderKLQwenImage", **changes):
     sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
     latents = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [2.0, 1.5, 0.8, 1.1]}
-    return getattr(diffusers, kind)(**sizes, **latents, **changes).eval()
+    return getattr(diffusers, kind)(**sizes | latents | changes).eval()
+
+
+def make_wan_vae():
+    sizes = {"dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    return make_qwen_vae("AutoencoderKLWan", scale_factor_spatial=4, scale_factor_temporal=4, **sizes)
 
 
 def make_dc_vae():
@@ -295,10 +300,36 @@ def make_wan(**changes):
     return diffusers.WanPipeline(
         tokenizer=make_tokenizer(512),
         text_encoder=make_t5(8, "UMT5EncoderModel"),
-        vae=make_qwen_vae("AutoencoderKLWan", scale_factor_spatial=2, scale_factor_temporal=4),
+        vae=make_wan_vae(),
         scheduler=flow_prediction("UniPCMultistepScheduler"),
         transformer=wan_transformer(),
         **changes,
+    )
+
+
+def make_hunyuan_video():
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=make_encoder("LlamaModel", **TOKENS, hidden_size=8, **LAYERS),
+        tokenizer=make_tokenizer(512),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=2,
+            text_embed_dim=8,
+            pooled_projection_dim=8,
+            rope_axes_dim=(4, 6, 6),
+            guidance_embeds=True,
+            **HEADS,
+        ),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ).eval(),
+        scheduler=flow_matching(shift=7.0),
+        text_encoder_2=make_clip(length=128),
+        tokenizer_2=make_tokenizer(128),
     )
 
 
@@ -511,6 +542,7 @@ PIPELINES = {
             in_channels=4, out_channels=4, cross_attention_dim=32, num_layers=2, caption_channels=8, **HEADS
         ),
     ),
+    "hunyuan_video": make_hunyuan_video,
     "hidream": make_hidream,
     "krea2": lambda: diffusers.Krea2Pipeline(
         scheduler=flow_matching(use_dynamic_shifting=True),

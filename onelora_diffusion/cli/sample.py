@@ -29,10 +29,11 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from onelora_diffusion import export_lora
 from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
+from onelora_diffusion.data.clips import write_frames
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.evaluation.sheets import write_sheet
 from onelora_diffusion.files import check_writable, digest, printable, write_bytes, written_beside
@@ -67,6 +68,8 @@ class Settings(SamplerSettings, ComputeSettings):
     as the adapter learnt with."""
     resolution: int | None = None
     """Side in pixels of the images of prompts. Default: that of training."""
+    frames: int | None = None
+    """Frames of the clips of prompts, which are saved as animated PNG files. Default: those of training."""
     beside_base: bool = False
     """Put images of the base alone beside each row of a grid, from the same noise: its own classes, in their order."""
     per_class: int = 10
@@ -98,7 +101,7 @@ def main(settings: Settings) -> None:
             output = check_settings(settings)
             adapter = read_adapter(settings.adapter)
             pictures = held.enter_context(Pictures(output, settings, adapter, accelerator))
-            settings, drawn = load(settings, accelerator.device)
+            settings, drawn = load(settings, accelerator.device, output)
             for naming in namings_of(settings.export_lora):
                 folder = settings.adapter if settings.adapter.is_dir() else settings.adapter.parent
                 check_export(drawn.denoiser, "default", naming)
@@ -140,15 +143,15 @@ def draw(settings: Settings, drawn: AdaptedPipeline, pictures: "Pictures", accel
                 progress=progress.update,
             )
             for indices, images in batches:
-                for index, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    pictures.keep(f"{side}{index:06d}", image)
+                for index, image in zip(indices, images.movedim(1, -1).cpu().numpy(), strict=True):
+                    pictures.keep(f"{side}{index:06d}", image, drawn.family.frame_rate)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files, *of_base = ([pictures.file(f"{side}{i:06d}") for i in range(num_images)] for side in sides)
         if output.suffix == ".png":
             shown = {"with the adapter, from the same noise": files} | ({"the base": of_base[0]} if of_base else {})
             blocks = {title: [as_tensor(file) for file in each] for title, each in shown.items()}
-            write_sheet(output, blocks, names, left="the base" if of_base else None)
+            write_sheet(output, blocks, names, "the base" if of_base else None, drawn.family.frame_rate)
         elif output.suffix == ".npz":
             write_npz(output, files, [labels[index % len(names)] for index in range(num_images)])
         pictures.finish()
@@ -235,10 +238,10 @@ class Pictures:
         except (OSError, SyntaxError):
             return False
 
-    def keep(self, name: str, image: np.ndarray) -> None:
-        """Writes an image, (R, R, 3) uint8."""
+    def keep(self, name: str, image: np.ndarray, frame_rate: float | None = None) -> None:
+        """Writes an image, (R, R, 3) uint8, or a clip, (frames, R, R, 3)."""
         part = self.folder / f".{name}.part"
-        Image.fromarray(image).save(part, format="PNG")
+        write_frames(part, [Image.fromarray(frame) for frame in (image if image.ndim == 4 else [image])], frame_rate)
         os.replace(part, self.file(name))
 
     def finish(self) -> None:
@@ -265,7 +268,7 @@ class Pictures:
         self.lock.release()
 
 
-def load(settings: Settings, device: torch.device) -> tuple[Settings, AdaptedPipeline]:
+def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settings, AdaptedPipeline]:
     """The base with its adapter on its device, and the settings with their defaults; an error for what do not fit."""
     drawn = load_adapted(
         settings.base,
@@ -275,7 +278,10 @@ def load(settings: Settings, device: torch.device) -> tuple[Settings, AdaptedPip
         references=settings.reference,
         resolution=settings.resolution,
         mixed_precision=settings.mixed_precision,
+        frames=settings.frames,
     )
+    if drawn.frames > 1 and output.suffix == ".npz":
+        raise ValueError(f"--output '{output}' has images: give a .png or a folder for clips, or --frames 1")
     if settings.guidance_scale is None:
         own = drawn.defaults.guidance_scale
         scale = drawn.family.guidance_scale(drawn.pipeline) if own is None else own
@@ -288,7 +294,7 @@ def load(settings: Settings, device: torch.device) -> tuple[Settings, AdaptedPip
 
 def check_settings(settings: Settings) -> Path:
     """Where the images go; an error for what can be known to be wrong before a model is loaded."""
-    for name in ("per_class", "num_images", "batch_size", "images_at_once"):
+    for name in ("per_class", "num_images", "batch_size", "images_at_once", "frames"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -324,8 +330,10 @@ def write_npz(output: Path, files: list[Path], class_of: list[int]) -> None:
 
 
 def as_tensor(path: Path) -> torch.Tensor:
-    """An image file as uint8 (3, R, R)."""
-    return torch.from_numpy(read_image(path)).permute(2, 0, 1)
+    """An image file as uint8 (3, R, R), or of a clip (3, frames, R, R)."""
+    with Image.open(path) as image:
+        frames = [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in ImageSequence.Iterator(image)]
+    return frames[0] if len(frames) == 1 else torch.stack(frames, dim=1)
 
 
 def read_image(path: Path) -> np.ndarray:

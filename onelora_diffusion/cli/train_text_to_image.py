@@ -22,6 +22,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
+from onelora_diffusion.data.listing import counted
 from onelora_diffusion.data.references import edits_of
 from onelora_diffusion.denoisers import choose_denoiser
 from onelora_diffusion.families import Edit, Family, Recorded, choose_references, family_of
@@ -46,6 +47,9 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
+    family.check_frames(settings.frames)
+    if settings.frames > 1:
+        family.frame_rate = settings.frame_rate or family.frame_rate
     data = captioned_data(settings, family, pipeline, resolution)
     if (held := settings.of_validation()) is not None:
         data = replace(data, held=captioned_data(held, family, pipeline, resolution, held.validation_split or "train"))
@@ -70,6 +74,8 @@ def captioned_data(
         multiple=family.multiple(pipeline),
         split=split,
         broken=settings.broken_images,
+        frames=settings.frames,
+        frame_rate=family.frame_rate,
     )
     masks = (
         captioned.masks.on_grid(
@@ -88,6 +94,7 @@ def captioned_data(
         prompts = [Edit(prompt, references[i], sides(i)) for i, prompt in zip(images, prompts, strict=True)]
         number, files = len(settings.reference_column), settings.validation_reference
         shown = edits_of(shown, files, number, resolution, "--validation-reference")
+    clips = {"frames": settings.frames, "frame_rate": family.frame_rate} if settings.frames > 1 else {}
     return TrainingData(
         images=captioned.dataset,
         conditions=prompts,
@@ -95,7 +102,7 @@ def captioned_data(
         shown=list(zip(shown, settings.validation_prompt, strict=True)),
         identity=data_identity(captioned.dataset, captioned.captions, *more),
         resolution=resolution,
-        described=f"{captioned.name}: {len(captioned):,} images",
+        described=f"{captioned.name}: {counted(captioned.dataset)}",
         facts={
             "dataset": captioned.name,
             "family": family.name,
@@ -104,10 +111,12 @@ def captioned_data(
             "resolution": resolution,
             "max_sequence_length": settings.max_sequence_length,
         }
+        | clips
         | ({"denoiser": settings.denoisers} if settings.denoisers else {})
         | ({"trigger": settings.trigger} if settings.trigger else {})
         | ({"references": len(settings.reference_column)} if settings.reference_column else {}),
         buckets=captioned.buckets,
+        frames=settings.frames,
         masks=masks,
         repeats=captioned.repeats,
         notes=captioned.notes,

@@ -4,22 +4,24 @@ The default is scikit-learn's handwritten digits with captions such as "a handwr
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from onelora_diffusion.data import digits
-from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket
-from onelora_diffusion.data.decoding import BrokenImageError, decoded, opened, upright_size
+from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket, with_frames
+from onelora_diffusion.data.clips import Clips, check_bytes, is_video, items_of
+from onelora_diffusion.data.decoding import BrokenImageError, opened
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
-from onelora_diffusion.data.images import SizedImages
+from onelora_diffusion.data.images import Pictures, SizedImages, crop_to
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.data.masks import Masks, masks_beside
@@ -34,6 +36,8 @@ MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the 
 
 class CaptionedImages(FlippableImages):
     """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored if `flip`.
+
+    A clip is (3, frames, height, width).
 
     Attributes:
         captions: one for each image. An image that replaces an unreadable one comes with its own caption.
@@ -52,12 +56,12 @@ class CaptionedImages(FlippableImages):
 
 
 class BucketedImages(SizedImages):
-    """`[index] -> (image, index)`: image uint8 (3, height, width), with the size of its bucket.
+    """`[index] -> (image, index)`: image uint8 (3, height, width), or clip (3, frames, height, width), of its bucket.
 
     Unless unreadable images are fatal, one is replaced by the next image of its bucket.
     """
 
-    def __init__(self, name: str, source: "Pictures", buckets: Buckets, broken: str = "fatal"):
+    def __init__(self, name: str, source: Pictures, buckets: Buckets, broken: str = "fatal"):
         super().__init__(name, source, broken)
         self.buckets = buckets
 
@@ -66,7 +70,13 @@ class BucketedImages(SizedImages):
         return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
 
     def size_of(self, index: int) -> tuple[int, int]:
-        return self.buckets.sizes[self.buckets.of_image[index]]
+        return self.buckets.sizes[self.buckets.of_image[index]][-2:]
+
+    def decoded(self, index: int) -> tuple[np.ndarray, int]:
+        if len(self.buckets.sizes[self.buckets.of_image[index]]) == 2:
+            return super().decoded(index)
+        size = self.size_of(index)
+        return np.stack([np.array(crop_to(frame, *size)) for frame in self.source.frames(index)]), index
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.read(index)
@@ -92,7 +102,7 @@ class Columns:
 class Found:
     """The images of a source, with what it says about them; see `CaptionedImages`."""
 
-    pictures: "Pictures"
+    pictures: Pictures
     captions: list[str]
     masks: Masks | None = None
     repeats: list[int] | None = None
@@ -116,6 +126,8 @@ def load_captioned(
     root: str | Path | None = None,
     split: str = "train",
     broken: str = "fatal",
+    frames: int = 1,
+    frame_rate: float | None = None,
 ) -> CaptionedImages:
     """Load images and their captions from a folder or the hub.
 
@@ -138,15 +150,18 @@ def load_captioned(
         root: for `hf:NAME` alone, the folder of downloads.
         split: for `hf:NAME` and the digits; a folder has `train` alone.
         broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
+        frames: of more than one, a folder has clips too (`data.clips`), of which the first so many frames are taken.
+        frame_rate: frames a second that are taken of videos and animated images; None takes each one.
 
     Raises:
         FileNotFoundError: the folder, all images, or an image that the metadata names is missing.
         ValueError: captions are missing, empty, too long or given twice, a mask belongs to no image, a number of times
-            is none, or `resolution` is no multiple of `multiple`.
+            is none, `resolution` is no multiple of `multiple`, or a clip is too short.
         BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
     if resolution < 1 or resolution % multiple:
         raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
+    check_bytes(resolution, frames)
     if prompt is not None:
         prompt = checked(prompt, "the prompt")
     kind, _, name = str(source).partition(":")
@@ -160,6 +175,8 @@ def load_captioned(
     }.items():
         if is_useless:
             raise ValueError(f"{flag} is of no use for {source or DIGITS}")
+    if frames > 1 and not is_folder:
+        raise ValueError(f"clips of {frames} frames are read from folders, and not from {source or DIGITS}")
     if source is None:
         named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution))
         found = Found(pictures, [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits])
@@ -170,7 +187,8 @@ def load_captioned(
         raise ValueError(f"a folder has no split '{split}': leave --validation-split out to hold out its own images")
     else:
         named = Path(source).resolve().name
-        found = _of_folder(Path(source), prompt, columns, by_folder)
+        clips = None if frames == 1 else partial(Clips, number=frames, rate=frame_rate)
+        found = _of_folder(Path(source), prompt, columns, by_folder, clips)
     pictures = found.pictures
     if found.masks is not None:
         found.notes.append(f"{len(found.masks):,} of {len(pictures):,} images have masks")
@@ -180,10 +198,12 @@ def load_captioned(
         buckets = bucketed(pictures, resolution, multiple, broken)
     else:
         buckets = one_bucket(len(pictures), resolution)
+    if frames > 1:
+        buckets = with_frames(buckets, frames, pictures.is_clip)
     return CaptionedImages(BucketedImages(named, pictures, buckets, broken), found)
 
 
-def bucketed(pictures: "Pictures", resolution: int, multiple: int, broken: str) -> Buckets:
+def bucketed(pictures: Pictures, resolution: int, multiple: int, broken: str) -> Buckets:
     """The bucket of each image. Unless fatal, an image of unreadable size gets the bucket of the next one."""
     sizes: list[tuple[int, int]] = []
     unread = 0
@@ -213,27 +233,6 @@ def checked(caption: str, named: str) -> str:
     except UnicodeEncodeError:  # a lone surrogate, which JSON can contain
         raise ValueError(f"{named} is no text: {printable(caption, 40)}") from None
     return caption.strip()
-
-
-class Pictures(Dataset):
-    """`[index] -> (image, index)`: PIL images, rotated as their metadata say; `size` does not decode pixels."""
-
-    def named(self, index: int) -> str:
-        """An image in messages: its path, or its place in a data set."""
-        raise NotImplementedError
-
-    def opened(self, index: int):
-        """Context manager that opens an image with PIL; BrokenImageError names an unreadable one."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with self.opened(index) as image:
-            return decoded(image), index
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
-        with self.opened(index) as image:
-            return upright_size(image)
 
 
 class Files(Pictures):
@@ -320,7 +319,9 @@ def _of_hub(name: str, root, split: str, prompt: str | None, columns: Columns) -
     return found
 
 
-def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bool) -> Found:
+def _of_folder(
+    folder: Path, prompt: str | None, columns: Columns, by_folder: bool, clips: Callable[..., Clips] | None
+) -> Found:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
     listing = list_images(folder)
@@ -328,8 +329,11 @@ def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bo
     listing.used.update(tables)
     # In the folder itself, else in a subfolder such as train/.
     tables = [name for name in tables if name in METADATA] or tables
-    if not listing.images and not tables:
-        raise FileNotFoundError(f"no images in {folder}")
+    videos = [name for name in listing.others if is_video(name)]
+    if not (listing.images or tables or videos and clips):
+        raise FileNotFoundError(f"no images in {folder}{', but videos: give --frames' if videos else ''}")
+    if clips and (listing.masks or columns.mask or columns.references):
+        raise ValueError(f"masks and references are of images, and {folder} is read for clips: leave --frames out")
     table = _table_of(folder, tables, columns, bool(prompt))
     of_table = table.files(columns.mask) if columns.mask else {}
     references = {column: table.files(column) for column in columns.references}
@@ -337,14 +341,20 @@ def _of_folder(folder: Path, prompt: str | None, columns: Columns, by_folder: bo
     _check_references(folder, rows, references)
     edited = {file for files in references.values() for file in files.values()} - rows
     images = set(listing.images) - set(of_table.values()) - edited
-    captions = _captions_of(listing, images, tables, table, columns, prompt)
-    if without := sorted(images - captions.keys()):
+    stems = {name: os.path.splitext(name)[0] for name in (*images, *(videos if clips else ()))}
+    stems |= {name: name for name in listing.folders if clips}
+    captions = _captions_of(listing, stems, tables, table, columns, prompt)
+    items = items_of(listing, captions) if clips else {name: [name] for name in images}
+    if prompt is not None:
+        captions = dict.fromkeys(items, prompt)
+    if without := sorted(items.keys() - captions.keys()):
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
         raise ValueError(
             f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
         )
     names = sorted(captions)
-    found = Found(Files(listing, names), [captions[name] for name in names])
+    pictures = clips(listing, {name: items.get(name, [name]) for name in names}) if clips else Files(listing, names)
+    found = Found(pictures, [captions[name] for name in names])
     _check_references(folder, names, references)
     for name in names if references else ():
         own = [(folder / files[name], f"the reference image of {printable(name)}") for files in references.values()]
@@ -393,19 +403,19 @@ def _table_of(folder: Path, tables: list[str], columns: Columns, has_prompt: boo
 
 def _captions_of(
     listing: Listing,
-    images: set[str],
+    stems: Mapping[str, str],
     tables: list[str],
     table: Table | None,
     columns: Columns,
     prompt: str | None,
 ) -> dict[str, str]:
-    """The captions by the names of images."""
+    """The captions by the names of images and clips, of which `stems` are without their endings; {} with a prompt."""
     folder = listing.root
     texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
-    texts &= {os.path.splitext(name)[0] for name in images}
+    texts &= {*stems.values()}
     listing.used.update(f"{name}.txt" for name in texts)
     if prompt is not None:
-        return dict.fromkeys(images, prompt)
+        return {}
     if len(tables) + bool(texts) > 1:
         places = " and ".join(tables + ["text files beside images"] * bool(texts))
         raise ValueError(f"{folder} has captions in {places}: leave one of them there, or give one --prompt for all")
@@ -420,11 +430,10 @@ def _captions_of(
             f"{columns.image or FILE_COLUMN} and {columns.caption}, or a .txt beside each image, or give one --prompt "
             "for all"
         )
-    return {name: _text_beside(folder / name) for name in images if os.path.splitext(name)[0] in texts}
+    return {name: _text_in(folder / f"{stem}.txt") for name, stem in stems.items() if stem in texts}
 
 
-def _text_beside(image: Path) -> str:
-    path = image.with_suffix(".txt")
+def _text_in(path: Path) -> str:
     try:
         return checked(path.read_text(encoding="utf-8-sig"), f"the caption in {printable(str(path))}")
     except UnicodeDecodeError as error:

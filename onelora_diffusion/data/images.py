@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from onelora_diffusion.data.decoding import UNREADABLE, BrokenImageError, decoded, read_image
+from onelora_diffusion.data.decoding import UNREADABLE, BrokenImageError, decoded, read_image, upright_size
 from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.files import printable
 
@@ -54,7 +54,10 @@ class SizedImages(Dataset):
         return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped."""
+        """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped.
+
+        The frames of a clip are the second dimension.
+        """
         for candidate in self.in_place_of(index):
             try:
                 pixels, label = self.decoded(candidate)
@@ -67,8 +70,29 @@ class SizedImages(Dataset):
                     self.broken[candidate] = True
                     tqdm.write(f"skipped: {message}")
             else:
-                return torch.from_numpy(pixels).permute(2, 0, 1), label
+                return torch.from_numpy(pixels).movedim(-1, 0), label
         raise BrokenImageError(f"none of the {len(list(self.in_place_of(index)))} images of {self.name} can be read")
+
+
+class Pictures(Dataset):
+    """`[index] -> (image, index)`: PIL images, rotated as their metadata say; `size` does not decode pixels."""
+
+    def named(self, index: int) -> str:
+        """An image in messages: its path, or its place in a data set."""
+        raise NotImplementedError
+
+    def opened(self, index: int):
+        """Context manager that opens an image with PIL; BrokenImageError names an unreadable one."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self.opened(index) as image:
+            return decoded(image), index
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        with self.opened(index) as image:
+            return upright_size(image)
 
 
 class ClassifiedImages(SizedImages):

@@ -22,6 +22,7 @@ from onelora_diffusion.files import digest
 
 SHARD_SIZE = 1024  # images
 BUCKET_SHARD_SIZE = 64  # images in buckets may be large, and a shard is assembled in memory
+CLIP_SHARD_SIZE = 4
 TRANSFORM = "ADM centre crop, [-1, 1]; mean and std of the scaled latents, float32; 1"
 
 
@@ -48,7 +49,8 @@ def shards_of(num_images: int, buckets: Buckets | None) -> list[np.ndarray]:
     if buckets is None:
         return split(np.arange(num_images), SHARD_SIZE)
     images = [np.flatnonzero(buckets.of_image == number) for number in range(len(buckets.sizes))]
-    return [part for each in images for part in split(each, BUCKET_SHARD_SIZE)]
+    sizes = [CLIP_SHARD_SIZE if len(size) == 3 else BUCKET_SHARD_SIZE for size in buckets.sizes]
+    return [part for each, size in zip(images, sizes, strict=True) for part in split(each, size)]
 
 
 def cache_size(num_images: int, flip: bool, latent_shape: tuple[int, ...]) -> int:

@@ -108,9 +108,19 @@ def labels_of(dataset) -> Sequence[int] | None:
     return next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
 
 
+def counted(dataset) -> str:
+    """The number of images, or of clips and of the images among them."""
+    source = getattr(dataset, "source", dataset)
+    if not hasattr(source, "is_clip"):
+        return f"{len(dataset):,} images"
+    clips = int(source.is_clip.sum())
+    others = f" and {len(dataset) - clips:,} single frames" if len(dataset) > clips else ""
+    return f"{clips:,} clips of {source.number} frames{others}"
+
+
 def describe(dataset) -> str:
     """One line about a data set: the number of images, in all and of each class if known, and what was left out."""
-    source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {len(dataset):,} images"
+    source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {counted(dataset)}"
     if names := getattr(dataset, "id2label", None):
         words += f" of {len(names)} classes"
         labels = labels_of(dataset)

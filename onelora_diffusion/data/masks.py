@@ -22,7 +22,7 @@ class Masks(Dataset):
     """The masks of some images of a data set.
 
     Args:
-        source: the masks, `data.captions.Pictures`.
+        source: the masks, `data.images.Pictures`.
         of_image: for each mask of `source` that is used, the number of its image and its own.
     """
 

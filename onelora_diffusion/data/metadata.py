@@ -63,7 +63,7 @@ class Table:
         name = os.path.normpath(file)
         if os.path.isabs(name) or name.split(os.sep)[0] == "..":
             raise ValueError(f"{named} leaves the folder: {printable(file, 200)}")
-        if not os.path.isfile(self.path.parent / name):
+        if not os.path.exists(self.path.parent / name):
             raise FileNotFoundError(f"{named} names {printable(name, 200)}, which is not in {self.path.parent}")
         return os.path.join(self.inside, name)
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from onelora_diffusion.data.clips import write_frames
 from onelora_diffusion.files import printable, written_beside
 
 SMALLEST_TILE = 64  # pixels; smaller images are enlarged in a grid
@@ -19,15 +20,32 @@ LONGEST = 60  # characters of a row's name
 
 
 def write_sheet(
-    output: Path, blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left: str | None = None
+    output: Path,
+    blocks: Mapping[str, Sequence[Tensor]],
+    names: Sequence[str],
+    left: str | None = None,
+    frame_rate: float | None = None,
 ) -> None:
-    """Write a PNG with a row for each name, whatever the number of blocks.
+    """Write a PNG with a row for each name, whatever the number of blocks; of clips an animated one.
 
     Args:
-        blocks: images uint8 (3, R, R) by the title of their block; image i is in row i mod len(names). The titles of
-            several blocks stand above them.
+        blocks: images uint8 (3, R, R), or clips (3, frames, R, R), by the title of their block; image i is in row i
+            mod len(names). The titles of several blocks stand above them.
         left: the block on the left of the names; all others are on their right.
+        frame_rate: frames of clips a second.
     """
+    (first, *_), *_ = blocks.values()
+    frames = range(first.shape[1]) if first.ndim == 4 else [...]
+    sheets = [
+        sheet_of({title: [image[:, frame] for image in images] for title, images in blocks.items()}, names, left)
+        for frame in frames
+    ]
+    with written_beside(output) as part:
+        write_frames(part, sheets, frame_rate)
+
+
+def sheet_of(blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left: str | None) -> Image.Image:
+    """The sheet of images (3, R, R), as `write_sheet` describes it."""
     grids = {title: grid_of(images, len(names)) for title, images in blocks.items()}
     names = [printable(name, LONGEST) for name in names]
     height = next(iter(grids.values())).height
@@ -56,8 +74,7 @@ def write_sheet(
         x += grid.width
         if title == left:
             x = put_names(x)
-    with written_beside(output) as part:
-        sheet.save(part, format="PNG")
+    return sheet
 
 
 def grid_of(images: Sequence[Tensor], rows: int) -> Image.Image:

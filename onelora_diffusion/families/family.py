@@ -49,6 +49,7 @@ class Family:
         is_guided: whether guidance uses the empty condition, which then is trained as well.
         takes_samplers: whether samplers of `onelora_diffusion.sampling` can replace the pipeline's own scheduler.
         images_at_once: default number of images in a batch of the networks.
+        frame_rate: frames a second of clips; None: the pipeline does not say.
         merges_adapters: whether adapters are merged into the base's weights while images are drawn, which keeps a copy
             of those in memory.
     """
@@ -62,6 +63,7 @@ class Family:
     takes_samplers: ClassVar[bool] = False
     images_at_once: ClassVar[int] = 1
     merges_adapters: ClassVar[bool] = False
+    frame_rate: float | None = None
 
     def check(self, pipeline) -> None:
         """ValueError for a pipeline of the family that has to be called in an unknown way."""
@@ -100,16 +102,19 @@ class Family:
         """Mean and standard deviation of the latents of images, normalised: (batch, 2, C, ...) in float32.
 
         Args:
-            images: (batch, 3, height, width), in [-1, 1], or uint8.
+            images: (batch, 3, height, width), or clips (batch, 3, frames, height, width); in [-1, 1], or uint8.
         """
         return encode_moments(vae, images)
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Normalised latents (batch, C, ...) -> images (batch, 3, height, width) in float32, around -1 to 1."""
+        """Normalised latents (batch, C, ...) -> images (batch, 3, height, width) in float32, around -1 to 1.
+
+        Latents of clips (batch, C, f, h, w) become clips (batch, 3, frames, height, width).
+        """
         return decode_latents(vae, latents)
 
-    def latent_shape(self, pipeline, height: int, width: int) -> tuple[int, ...]:
-        """The shape (C, ...) of the latents of an image of height by width pixels."""
+    def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """The shape (C, ...) of the latents of an image of height by width pixels, or of a clip of several frames."""
         scale = self.pixels_of_latent(pipeline)
         return self.latent_channels(denoiser_of(pipeline)), height // scale, width // scale
 
@@ -138,6 +143,11 @@ class Family:
         if resolution < 1 or resolution % multiple:
             raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
 
+    def check_frames(self, frames: int) -> None:
+        """ValueError for a number of frames of a clip that the pipeline does not draw."""
+        if frames != 1:
+            raise ValueError(f"{self.name} draws images, and no clips of {frames} frames: leave --frames out")
+
     # -----------------------------------------------------------------------------------------------
     # Predictions
 
@@ -157,8 +167,12 @@ class Family:
         """The timesteps that the denoiser is trained on: all, or its share of them if there are two denoisers."""
         return range(scheduler.config.num_train_timesteps)
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
-        """The arguments with which the pipeline calls the scheduler's `set_timesteps` for this number of tokens."""
+    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
+        """The arguments with which the pipeline calls the scheduler's `set_timesteps` for this number of tokens.
+
+        Args:
+            frames: the number of frames that the tokens of a clip are of, as its autoencoder has them.
+        """
         return {"num_inference_steps": num_inference_steps}
 
     def guidance_scale(self, pipeline) -> float:

@@ -40,7 +40,7 @@ class Flux(Family):
         ).sample
         return unpack(tokens, height, width)
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
+    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
         if scheduler.config.get("use_flow_sigmas"):
             return {"num_inference_steps": num_inference_steps}
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

@@ -27,6 +27,7 @@ SIDES = (64, 128, 256, 512, 1024)  # pixels: the first that a pipeline takes is 
 BASE, DIGITS = 128, 4
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
 TRIED_SCALE = 3.0
+TRIED_FRAMES = 25  # one and 24 more, which every number of frames a latent that autoencoders have divides
 
 
 def probed(recorder: Recorder) -> Place:
@@ -128,8 +129,8 @@ def _is_of_layers(value) -> bool:
     return is_list and all(isinstance(entry, Tensor) and entry.ndim > 1 and len(entry) == 1 for entry in value)
 
 
-def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = ()) -> tuple[Place, Run]:
-    """What the pipeline says of images of this size, and the run that says it.
+def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), frames: int = 1) -> tuple[Place, Run]:
+    """What the pipeline says of images of this size, or of clips of so many frames, and the run that says it.
 
     Args:
         sizes: width and height of each reference image. (): those of probes.
@@ -143,7 +144,9 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = ()) ->
         return values.reshape(sample.shape).to(sample.device)
 
     def run_of(steps: int, step) -> Run:
-        return recorder.run(SHORT, side, steps, answer, step, record.encoded, blank(sizes), **record.off)
+        return recorder.run(
+            SHORT, side, steps, answer, step, record.encoded, blank(sizes), frames=frames, **record.off
+        )
 
     run = run_of(steps, numbered)
     if len(run.calls) != len(run.times) or len(run.times) < steps:  # a sampler of a higher order may take more
@@ -174,9 +177,9 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = ()) ->
         raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
     order = order.round().long()
     latents = run.decoded.shape[1:]
-    if len(latents) == 4 and latents[1] != 1 or len(latents) not in (3, 4):
+    if len(latents) == 4 and latents[1] != 1 and frames == 1 or len(latents) not in (3, 4):
         raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
-    shape = (latents[0], *latents[-2:])
+    shape = tuple(latents) if frames > 1 else (latents[0], *latents[-2:])
     packed[moves], packed[~moves] = order.argsort()[packed[moves]], torch.arange(count, len(packed))
     check_schedule(recorder, run)
     return Place(
@@ -352,6 +355,20 @@ def find_sizes(recorder: Recorder, place: Place) -> None:
     multiples = (record.pixels * 2**power for power in range(12))
     taken = (each for each in multiples if each < side and _takes(recorder, side + each, prod(place.shape)))
     record.multiple = next(taken, side)
+    if place.frames and "num_frames" in recorder.parameters:
+        record.stride = _stride(recorder, prod(place.shape))
+
+
+def _stride(recorder: Recorder, count: int) -> int:
+    """Frames of a clip for each of its latents after the first; 0 if the pipeline draws no clips of such numbers."""
+    try:
+        answer = recorder.answering(_digit)
+        encoded, off = recorder.record.encoded, recorder.record.off
+        run = recorder.run(SHORT, recorder.square, 2, answer, encoded=encoded, frames=TRIED_FRAMES, **off)
+    except NotTakenError:
+        return 0
+    more = run.samples[0].numel() // count - 1
+    return (TRIED_FRAMES - 1) // more if more > 0 and (TRIED_FRAMES - 1) % more == 0 else 0
 
 
 def _takes(recorder: Recorder, height: int, count: int) -> bool:

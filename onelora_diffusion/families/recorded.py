@@ -20,7 +20,7 @@ from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probed
-from onelora_diffusion.families.recording import Place, Recorder
+from onelora_diffusion.families.recording import SHORT, Place, Recorder
 from onelora_diffusion.injection.book import unwrapped
 
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
@@ -51,7 +51,7 @@ class Recorded(Family):
             if path:
                 keep(path, self.recorder.record, place)
         self.record = self.recorder.record
-        self._places: dict[tuple, Place] = {self.recorder.square: place}
+        self._places: dict[tuple, Place] = {(*self.recorder.square, 1): place}
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
     def __str__(self) -> str:
@@ -67,30 +67,45 @@ class Recorded(Family):
         if self.is_guided:
             way = {0: "w", 1: "w - 1", None: "in a way of its own; pictures here are guided plainly by w"}
             guidance = f"{record.guide} from the empty prompt, {way[record.offset]}"
+        clips = f"; clips have {record.stride} k + 1 frames" if record.stride else ""
         lines = (
             f"noise is {record.noisy} {place.argument} of latents {place.shape}, {times}, "
             f"the prediction is {'minus ' if place.sign < 0 else ''}the output",
             f"of the prompt: {prompted}; of the size: {', '.join(record.sized) or 'nothing'}"
             f"{'; of both: ' + ', '.join(record.together) if record.together else ''}"
             f"{'; of reference images: ' + ', '.join(record.pictured) if record.pictured else ''}",
-            f"guidance: {guidance}; sides are multiples of {record.multiple}; "
+            f"guidance: {guidance}; sides are multiples of {record.multiple}{clips}; "
             f"adapters in {', '.join(f'{path}.*' for path in blocks)}",
         )
         return "\n".join(f"{self.name}: {line}" for line in lines)
 
-    def place(self, height: int, width: int, sizes: Sequence[tuple[int, int]] = ()) -> Place:
-        """What the pipeline says of images of this size, and of reference images of `sizes`, recorded once."""
-        key = (height, width, *sizes)
+    def place(self, height: int, width: int, frames: int = 1, sizes: Sequence[tuple[int, int]] = ()) -> Place:
+        """What the pipeline says of images of this size, or of clips of so many frames, recorded once.
+
+        Args:
+            sizes: those of reference images.
+        """
+        key = (height, width, frames, *sizes)
         if key not in self._places:
             with torch.no_grad():
-                self._places[key], _ = place_at(self.recorder, (height, width), sizes)
+                self._places[key], _ = place_at(self.recorder, (height, width), sizes, frames)
             while len(self._places) > PLACES:
                 self._places.pop([*self._places][1])  # all but that of the recorded size
         return self._places[key]
 
-    def _side_of(self, latents: Tensor) -> tuple[int, int]:
-        height, width = latents.shape[-2:]
-        return height * self.record.pixels, width * self.record.pixels
+    @property
+    def frame_rate(self) -> float | None:
+        return self.recorder.frame_rate
+
+    @frame_rate.setter
+    def frame_rate(self, rate: float | None) -> None:
+        self.recorder.frame_rate = rate
+        self._places = {size: place for size, place in self._places.items() if size[2] == 1}
+
+    def _size_of(self, latents: Tensor) -> tuple[int, int, int]:
+        """Height and width in pixels, and the number of frames."""
+        height, width = (side * self.record.pixels for side in latents.shape[-2:])
+        return height, width, 1 + (latents.shape[2] - 1) * self.record.stride if latents.ndim == 5 else 1
 
     # -----------------------------------------------------------------------------------------------
     # Conditions
@@ -133,7 +148,7 @@ class Recorded(Family):
             call = call | empty
         if record.together:
             return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors_in(run.encoded))}
-        return self._padded(call, max_length, self.place(*side, sizes))
+        return self._padded(call, max_length, self.place(*side, sizes=sizes))
 
     def _padded(self, call: dict, max_length: int | None, place: Place) -> dict[str, Tensor]:
         """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ.
@@ -189,11 +204,11 @@ class Recorded(Family):
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
-    def _of_prompts(self, conditions: Conditions, side: tuple[int, int]) -> dict:
+    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int]) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
         record, unequal = self.record, None
         if record.together:
-            return self._replayed(conditions, side)
+            return self._replayed(conditions, size)
         arguments, device = {}, next(iter(conditions.values())).device
         for name, how in record.prompted.items():
             rows, lengths = conditions[name], [0]
@@ -212,12 +227,13 @@ class Recorded(Family):
                 arguments[name] = send_to_device(valid.to(mask.dtype), device)
         return arguments
 
-    def _replayed(self, conditions: Conditions, side: tuple[int, int]) -> dict:
+    def _replayed(self, conditions: Conditions, size: tuple[int, int, int]) -> dict:
         """Arguments that follow prompt and size together, as the pipeline makes them of each encoded prompt."""
         recorder, record = self.recorder, self.record
         tensors = [rows for name, rows in conditions.items() if name.startswith("encoded.")]
         rows = [send_to_device(list(row), "cpu") for row in zip(*tensors, strict=True)]
-        calls = [recorder.call(side=side, encoded=filled(record.encoded, iter(row))) for row in rows]
+        encoded = [filled(record.encoded, iter(row)) for row in rows]
+        calls = [recorder.call(side=size[:2], encoded=each, frames=size[2]) for each in encoded]
         values = {name: [call[name] for call in calls] for name in record.prompted}
         lists = {name: how.kind == "list" for name, how in record.prompted.items()}
         arguments = {
@@ -244,13 +260,13 @@ class Recorded(Family):
         if self.record.share != (-inf, inf) and not self._is_mine(times).all():
             (denoiser,) = (part for part in denoisers_in(self.pipeline).values() if part is not self.denoiser)
         record, device, batch = self.record, latents.device, len(latents)
-        place, values = self.place(*self._side_of(latents)), latents.flatten(1)
+        place, values = self.place(*self._size_of(latents)), latents.flatten(1)
         if record.references:
-            place, references = self._referred(conditions, self._side_of(latents))
+            place, references = self._referred(conditions, self._size_of(latents)[:2])
             values = torch.cat([values, references.to(values.dtype)], dim=1)
         noisy = place.constants[record.noisy]
         packed = values[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
-        given = self._of_prompts(conditions, self._side_of(latents))
+        given = self._of_prompts(conditions, self._size_of(latents))
         constants = {name: value for name, value in place.constants.items() if name not in given}
         given |= {name: self._constant(name, value, batch, device) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
@@ -268,7 +284,7 @@ class Recorded(Family):
             )
         in_order = torch.equal(place.unpacked, torch.arange(len(place.unpacked)))
         if place.sign > 0 and in_order and output.shape[-2:] == latents.shape[-2:]:
-            return output.reshape(batch, -1, *latents.shape[-2:])  # with its variance, if there is one
+            return output.reshape(batch, -1, *latents.shape[2:])  # with its variance, if there is one
         return place.sign * output.flatten(1)[:, on(place.unpacked, device)].reshape(latents.shape)
 
     def _referred(self, conditions: Conditions, side: tuple[int, int]) -> tuple[Place, Tensor]:
@@ -276,7 +292,7 @@ class Recorded(Family):
         asked, *sizes = map(tuple, conditions["references.sizes"][0].tolist())
         if asked != side:
             raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {side[0]} by {side[1]}")
-        place = self.place(*side, sizes)
+        place = self.place(*side, sizes=sizes)
         return place, conditions["references"][:, : len(place.packed) - prod(place.shape)]
 
     def _predicted_in_groups(self, groups, denoiser, latents, times, conditions) -> Tensor:
@@ -307,10 +323,12 @@ class Recorded(Family):
         mine = self._is_mine(times).nonzero().flatten().tolist()
         return range(mine[0], mine[-1] + 1)
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
-        height = max(side for side in range(1, int(num_tokens**0.5) + 1) if num_tokens % side == 0)
-        side = (height * self.record.multiple, num_tokens // height * self.record.multiple)
-        run = self.recorder.run(side=side, steps=num_inference_steps, encoded=self.record.encoded, **self.record.off)
+    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
+        record, of_frame = self.record, num_tokens // frames
+        height = max(side for side in range(1, int(of_frame**0.5) + 1) if of_frame % side == 0)
+        side = (height * record.multiple, of_frame // height * record.multiple)
+        frames = 1 + (frames - 1) * record.stride
+        run = self.recorder.run(SHORT, side, num_inference_steps, encoded=record.encoded, frames=frames, **record.off)
         for name, value in run.attributes.items():
             setattr(scheduler, name, value)
         return run.schedule
@@ -323,8 +341,9 @@ class Recorded(Family):
     # Images
 
     def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
-        place = self.place(*images.shape[-2:])
-        mean, std = moments_of(vae, images[:, :, None] if place.frames else images)
+        is_clip = images.ndim == 5
+        place = self.place(*images.shape[-2:], images.shape[2] if is_clip else 1)
+        mean, std = moments_of(vae, images[:, :, None] if place.frames and not is_clip else images)
         if mean[0].numel() != place.scale.numel():
             raise ValueError(
                 f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of "
@@ -335,15 +354,15 @@ class Recorded(Family):
         return torch.stack([(mean - shift) / scale, std / scale.abs()], dim=1)
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        place = self.place(*self._side_of(latents))
+        place, is_clip = self.place(*self._size_of(latents)), latents.ndim == 5
         latents = latents.float() * on(place.scale, latents.device) + on(place.shift, latents.device)
-        latents = latents[:, :, None] if place.frames else latents
+        latents = latents[:, :, None] if place.frames and not is_clip else latents
         with torch.no_grad():
             images = vae.decode(latents.to(vae.dtype)).sample.float()
-        return images[:, :, 0] if place.frames else images
+        return images[:, :, 0] if place.frames and not is_clip else images
 
-    def latent_shape(self, pipeline, height: int, width: int) -> tuple[int, ...]:
-        return self.place(height, width).shape
+    def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        return self.place(height, width, frames).shape
 
     def latent_channels(self, transformer: nn.Module) -> int:
         return self.place(*self.recorder.square).shape[0]
@@ -371,6 +390,16 @@ class Recorded(Family):
                 f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[1:])} pixels "
                 f"when asked for a resolution of {resolution}"
             )
+
+    def check_frames(self, frames: int) -> None:
+        stride = self.record.stride
+        if frames == 1 or stride and frames > 1 and frames % stride == 1 % stride:
+            return
+        if not stride:
+            return super().check_frames(frames)
+        below = max(0, frames - 1) // stride * stride + 1
+        allowed = f"{below} or {below + stride}"
+        raise ValueError(f"{self.name} draws clips of {stride} k + 1 frames, not of {frames}: give {allowed}")
 
 
 def _spread(times: Tensor, recorded) -> Tensor:

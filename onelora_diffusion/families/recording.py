@@ -92,17 +92,17 @@ class Prompted:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """What the pipeline says of images of one size.
+    """What the pipeline says of images of one size, or of clips of one size and number of frames.
 
     Attributes:
-        shape: of their latents, (C, h, w).
+        shape: of their latents, (C, h, w), or (C, f, h, w) of clips.
         argument: the shape of the noisy argument, without the batch.
         order: for each latent, its place in the scheduler's sample.
         packed: for each place of the noisy argument, the number of the latent that stands there; where reference
             images do, numbers from that of latents on, in the order of the places.
         unpacked: for each latent, its place in the denoiser's output.
         sign: of the output, by which it is a prediction.
-        scale, shift: latents of the autoencoder are `scale · latents + shift`, (C, h, w).
+        scale, shift: latents of the autoencoder are `scale · latents + shift`, of `shape`.
         frames: whether the autoencoder has a dimension of frames.
         constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
     """
@@ -141,6 +141,7 @@ class Record:
         batched: by argument, whether there is one for each image.
         pads: whether prompts of unequal length share a batch.
         pixels: of a latent, along one side.
+        stride: frames of a clip that become one of its latents, after the first; 0: the pipeline draws no clips.
         multiple: pixels of which sides are multiples.
         guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
         offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
@@ -167,6 +168,7 @@ class Record:
     batched: dict[str, bool] = field(default_factory=dict)
     pads: bool = False
     pixels: int = 1
+    stride: int = 0
     multiple: int = 1
     guided: dict = field(default_factory=dict)
     offset: int | None = 0
@@ -192,6 +194,7 @@ class Recorder:
         parameters: of the pipeline's call, by name.
         takes: the one that is the reference images; None: there is none.
         record: what is known of it so far.
+        frame_rate: of clips, which some pipelines are told; None: this one does not say.
     """
 
     def __init__(self, pipeline):
@@ -203,6 +206,8 @@ class Recorder:
         self.takes = taken_by(pipeline)
         self.record = Record(references=references_of(pipeline))
         self._blank: dict[tuple[int, ...], object] = {}
+        own_rate = self.parameters.get("frame_rate")
+        self.frame_rate: float | None = own_rate.default if own_rate else None
 
     def refusal(self, what: str) -> ValueError:
         return ValueError(f"{type(self.pipeline).__name__} cannot be recorded: {what}")
@@ -216,6 +221,7 @@ class Recorder:
         step: Callable[[int, Tensor], Tensor | None] = lambda number, sample: None,
         encoded: list | None = None,
         references: Sequence[Image.Image] | None = None,
+        frames: int = 1,
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -226,6 +232,7 @@ class Recorder:
             step: the sample after that step. None: it is the last.
             encoded: what `encode_prompt` returned before, in place of its own.
             references: the reference images. None: blank ones, where there are any.
+            frames: the number of frames of the clip that is drawn.
 
         Raises:
             NotTakenError: the call fails.
@@ -234,6 +241,7 @@ class Recorder:
         device = pipeline._execution_device if encoded is None else torch.device("cpu")
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
+        given |= {"num_frames": frames, "frame_rate": self.frame_rate} if frames > 1 else {}
         if self.record.references:
             images = references or blank([BLANK] * self.record.references)
             given[self.takes] = images[0] if len(images) == 1 else list(images)

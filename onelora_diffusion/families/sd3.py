@@ -32,7 +32,7 @@ class StableDiffusion3(Family):
             timestep=times,
         ).sample
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int) -> dict:
+    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
         is_shifted = scheduler.config.get("use_dynamic_shifting")
         shift = {"mu": dynamic_shift(scheduler.config, num_tokens)} if is_shifted else {}
         return {"num_inference_steps": num_inference_steps} | shift

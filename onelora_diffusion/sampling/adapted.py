@@ -39,6 +39,7 @@ class AdaptedPipeline:
         kind: `classes` or `prompts`.
         conditions, names: the labels, prompts or edits that are drawn in turns, and their names.
         size: side of the images in pixels; None takes the pipeline's default.
+        frames: number of frames of what is drawn.
         max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
     """
 
@@ -48,6 +49,7 @@ class AdaptedPipeline:
     conditions: Sequence[Condition]
     names: Sequence[str]
     size: int | None = None
+    frames: int = 1
     max_sequence_length: int | None = None
 
     @property
@@ -113,6 +115,7 @@ class AdaptedPipeline:
                 indices,
                 settings,
                 size=self.size,
+                frames=self.frames,
                 max_sequence_length=self.max_sequence_length,
                 images_at_once=images_at_once,
                 **options,
@@ -133,6 +136,7 @@ def load_adapted(
     references: Sequence[Path] = (),
     resolution: int | None = None,
     mixed_precision: str = "no",
+    frames: int | None = 1,
 ) -> AdaptedPipeline:
     """Load a base with adapters, and find what they draw.
 
@@ -143,6 +147,7 @@ def load_adapted(
         prompts: prompts to draw; () takes the captions of the embedded job, for its adapters.
         references: reference images that the prompts edit: those of all prompts, or of each in turn.
         resolution: side of the images of prompts; None takes that of training.
+        frames: number of frames of what is drawn of prompts; None takes that of training.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, an adapter does not fit the base, or the base does
@@ -159,7 +164,7 @@ def load_adapted(
     named_by = None if base else next(iter(files.values()), None)
     base = base or next((file.base for file in adapters.values()), None)
     if prompts or of_prompts:
-        asked = prompts, classes, references, resolution, mixed_precision
+        asked = prompts, classes, references, resolution, mixed_precision, frames
         loaded = _load_prompts(base, named_by, adapters, files, *asked)
     elif references:
         raise ValueError("--reference is for prompts, and classes are drawn here")
@@ -187,7 +192,16 @@ def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: S
 
 
 def _load_prompts(
-    base, named_by, adapters, files, prompts, classes, references, resolution: int | None, mixed_precision: str
+    base,
+    named_by,
+    adapters,
+    files,
+    prompts,
+    classes,
+    references,
+    resolution: int | None,
+    mixed_precision: str,
+    frames: int | None,
 ) -> AdaptedPipeline:
     facts = [file.training for file in adapters.values()]
     if facts and all(training.get("dataset") == CAPTIONED for training in facts):
@@ -209,6 +223,11 @@ def _load_prompts(
     family = family_of(pipeline)
     size = resolution or _largest(facts, "resolution") or family.resolution(pipeline)
     family.check_resolution(pipeline, size)
+    frames = frames or _largest(facts, "frames") or 1
+    family.check_frames(frames)
+    if frames > 1:
+        rates = [rate for training in facts if isinstance(rate := training.get("frame_rate"), int | float)]
+        family.frame_rate = max(rates, default=family.frame_rate)
     length = _largest(facts, "max_sequence_length")
     return AdaptedPipeline(
         pipeline=pipeline,
@@ -217,6 +236,7 @@ def _load_prompts(
         conditions=edits_of(prompts, references, each or 1, size, "--reference") if references else prompts,
         names=prompts,
         size=size,
+        frames=frames,
         max_sequence_length=length,
     )
 

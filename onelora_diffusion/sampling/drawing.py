@@ -66,8 +66,11 @@ def draw(
     settings: SamplerSettings,
     size: int | None = None,
     on_step: OnStep = lambda share: None,
+    frames: int = 1,
 ) -> Tensor:
     """Draw requests in one batch of the networks: (batch, 3, size, size) in float32, from about -1 to 1.
+
+    Of several frames clips are drawn: (batch, 3, frames, size, size).
 
     The first noise and that of every step come from each image's own generator, so an image does not depend on the
     other images of its batch. Their number affects only rounding, which `generate_images` avoids.
@@ -80,7 +83,7 @@ def draw(
     """
     family = family_of(pipeline)
     size = size or family.resolution(pipeline)
-    shape = family.latent_shape(pipeline, size, size)
+    shape = family.latent_shape(pipeline, size, size, frames)
     return family.decode(pipeline.vae, denoised_latents(pipeline, family, requests, settings, shape, on_step))
 
 
@@ -115,6 +118,7 @@ def generate_images(
     settings: SamplerSettings,
     *,
     size: int | None = None,
+    frames: int = 1,
     max_sequence_length: int | None = None,
     images_at_once: int | None = IMAGES_AT_ONCE,
     batch_size: int = 32,
@@ -132,6 +136,7 @@ def generate_images(
             and under the caller's autocast.
         conditions: labels, prompts, or edits.
         size: side of the images in pixels; None takes the pipeline's default.
+        frames: number of frames; of more than one, clips are drawn.
         max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
         images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
             there are, up to the family's default, without padding.
@@ -139,7 +144,8 @@ def generate_images(
         progress: called after every step with the number of images that it completed, a fraction.
 
     Returns:
-        An iterator over batches (indices, images); images are (batch, 3, size, size), uint8, on the pipeline's device.
+        An iterator over batches (indices, images); images are (batch, 3, size, size), or of clips (batch, 3, frames,
+        size, size), uint8, on the pipeline's device.
 
     Raises:
         ValueError: before the first image, as `SamplerSettings.check`, or if the numbers of conditions and indices
@@ -165,7 +171,7 @@ def generate_images(
 
     def batches():
         wanted = range(len(indices))
-        chunks = draw_in_chunks(pipeline, request, wanted, settings, size, images_at_once, progress)
+        chunks = draw_in_chunks(pipeline, request, wanted, settings, size, images_at_once, progress, frames)
         images = []
         for first in range(0, len(indices), batch_size):
             batch = [int(index) for index in indices[first : first + batch_size]]
@@ -185,8 +191,9 @@ def draw_in_chunks(
     size: int | None = None,
     images_at_once: int | None = None,
     progress: Callable[[float], object] = lambda images: None,
+    frames: int = 1,
 ) -> Iterator[Tensor]:
-    """Draw `request(k)` for every k of `wanted`, in chunks (chunk, 3, size, size) of uint8.
+    """Draw `request(k)` for every k of `wanted`, in chunks of uint8 as `draw` gives them.
 
     The transformer runs in eval mode, which is restored afterwards.
 
@@ -202,7 +209,7 @@ def draw_in_chunks(
             progress(num_images * share)
 
         with eval_mode(denoiser_of(pipeline)):
-            images = draw(pipeline, [request(k) for k in chunk + padding], settings, size, count)
+            images = draw(pipeline, [request(k) for k in chunk + padding], settings, size, count, frames)
         yield as_uint8(images)[: len(chunk)]
 
 

@@ -148,5 +148,6 @@ def scheduler_of(
         sampler = settings.for_scheduler(own.config).sampler
         return make_scheduler(sampler, own.config, steps, num_tokens, learned_variance)
     scheduler = type(own).from_config(own.config)
-    scheduler.set_timesteps(**family.timesteps(scheduler, steps, num_tokens))
+    frames = shape[1] if len(shape) == 4 else 1
+    scheduler.set_timesteps(**family.timesteps(scheduler, steps, num_tokens, frames))
     return scheduler

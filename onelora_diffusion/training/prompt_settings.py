@@ -76,6 +76,12 @@ class PromptSettings(RunSettings):
     """Side in pixels to which images are cropped. Default: that of the base's images."""
     aspect_buckets: bool = False
     """Crop each image to the nearest of several shapes with about as many pixels."""
+    frames: int = 1
+    """Of bases that draw clips, the frames that are learned of each: the first ones of video files (PyAV), of animated
+    images, and of subfolders of frames; the caption of clip/ is clip.txt. Images beside them are learned as single
+    frames."""
+    frame_rate: float | None = None
+    """Frames a second that are taken of files. Default: the rate that the base's pipeline names, or every frame."""
     max_sequence_length: int | None = None
     """Number of tokens of a prompt. Default: that of the base's pipeline."""
     caption_drop: float | None = None
@@ -135,6 +141,10 @@ class PromptSettings(RunSettings):
             raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
         if self.images is None and self.subjects is None and not is_embedded:
             raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
+        if self.frames < 1:
+            raise ValueError(f"--frames must be at least 1, not {self.frames}")
+        if self.frame_rate is not None and not (0 < self.frame_rate <= 1000 and self.frames > 1):
+            raise ValueError(f"--frame-rate {self.frame_rate:g} needs --frames, and is above 0 and up to 1000")
         if not 0 <= self.prior_weight < float("inf"):
             raise ValueError(f"--prior-weight must be at least 0 and finite, not {self.prior_weight}")
         if self.prior_prompt and not self.prior_weight:

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from onelora_diffusion.data.clips import write_frames
 from onelora_diffusion.files import write_bytes
 
 GRID_CLASSES, PADDING = 10, 2
@@ -24,12 +25,17 @@ def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
     return [(label, id2label[label]) for label in labels]
 
 
-def png_of(images: Tensor, columns: Sequence[str]) -> bytes:
-    """The PNG of a grid of images (N, 3, R, R) in uint8, with the names of its columns in a text chunk."""
+def png_of(images: Tensor, columns: Sequence[str], frame_rate: float | None = None) -> bytes:
+    """The PNG of a grid of images (N, 3, R, R) in uint8, with the names of its columns in a text chunk.
+
+    Of clips (N, 3, frames, R, R) it is an animated one.
+    """
     png, header = io.BytesIO(), PngInfo()
     header.add_itxt(COLUMNS, json.dumps(list(columns)))
-    grid = make_grid(images, nrow=len(columns), padding=PADDING)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(png, format="PNG", pnginfo=header)
+    shown = images.unbind(2) if images.ndim == 5 else [images]
+    grids = [make_grid(each, nrow=len(columns), padding=PADDING) for each in shown]
+    frames = [Image.fromarray(grid.permute(1, 2, 0).numpy()) for grid in grids]
+    write_frames(png, frames, frame_rate, pnginfo=header)
     return png.getvalue()
 
 

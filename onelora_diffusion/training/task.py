@@ -61,6 +61,7 @@ class TrainingData:
         masks: the masks (h, w) of latents, by the number of their image's condition; others are 1 everywhere.
         repeats: how often each image counts in an epoch; None is once.
         notes: what a user should know about the data, a line each.
+        frames: of each clip.
         held: data of another split, some of which are held out for validation.
     """
 
@@ -77,6 +78,7 @@ class TrainingData:
     masks: dict[int, Tensor] = field(default_factory=dict)
     repeats: Sequence[int] | None = None
     notes: Sequence[str] = ()
+    frames: int = 1
     held: "TrainingData | None" = None
 
     def masks_of(self, numbers: Tensor, flips: Sequence[bool], size: tuple[int, ...]) -> Tensor | None:
@@ -249,7 +251,7 @@ class Task:
                 base = denoiser_of(self.pipeline)
                 with torch.no_grad(), route_adapters(base, [None] * size):
                     of_base = predict(base, latents, times, prior)
-                both = predict(model, latents.repeat(2, 1, 1, 1), times.repeat(2), joined([conditions, prior]))
+                both = predict(model, torch.cat([latents, latents]), times.repeat(2), joined([conditions, prior]))
                 output, of_prior = both.chunk(2)
             else:
                 output = predict(model, latents, times, conditions)
@@ -291,7 +293,7 @@ class Task:
         if images is None:
             return None
         rows = [images] if self._base_images is None else [self._base_images, images]
-        return png_of(torch.cat(rows), [name for _, name in shown])
+        return png_of(torch.cat(rows), [name for _, name in shown], self.family.frame_rate)
 
     def _samples(self, is_stopped: Callable[[], object]) -> Tensor | None:
         settings, columns = self.settings, len(self.data.shown)
@@ -311,7 +313,7 @@ class Task:
         sampler = SamplerSettings(num_inference_steps=settings.sample_steps)
         images = []
         wanted, size, at_once = range(settings.sample_rows * columns), self.data.resolution, self.family.images_at_once
-        chunks = draw_in_chunks(self.pipeline, request, wanted, sampler, size, at_once)
+        chunks = draw_in_chunks(self.pipeline, request, wanted, sampler, size, at_once, frames=self.data.frames)
         for chunk in chunks:
             images.append(chunk.cpu())
             if is_stopped():
@@ -386,7 +388,7 @@ def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
 def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
     """The folder of the latents of a task's data; None if they would be too large."""
     settings, family = task.settings, task.family
-    shape = family.latent_shape(task.pipeline, data.resolution, data.resolution)
+    shape = family.latent_shape(task.pipeline, data.resolution, data.resolution, data.frames)
     if cache_size(len(data.images), settings.flip, shape) > settings.latent_cache_gb * 1e9:
         return None
     return build_cache(
@@ -395,6 +397,7 @@ def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
         task.pipeline.vae,
         settings.flip,
         family.encode_images,
+        batch_size=32 if data.frames == 1 else 1,
         num_workers=settings.num_workers,
         **_share(task, stop),
     )

@@ -1,0 +1,135 @@
+"""Clips of recorded pipelines: each step of the stock pipeline's, whatever the number of frames and the size."""
+
+import functools
+
+import pytest
+import torch
+from rounding import assert_rounded, rounding_of_images
+from tiny_models import make_pipeline
+
+from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import family_of
+from onelora_diffusion.injection.layers import target_layers
+from onelora_diffusion.sampling import SamplerSettings, image_generators
+from onelora_diffusion.sampling.drawing import EncodedConditions, denoised_latents
+from onelora_diffusion.sampling.guidance import ImageRequest
+
+PROMPTS = ["a dog runs", "", "a violet triangle turns"]
+DRAWN = [("wan", 5, 96, 3.0), ("wan_ti2v", 9, 64, 1.0), ("ltx", 9, 96, 3.0), ("hunyuan_video", 9, 64, 6.0)]
+NAMES = ["wan", "ltx", "hunyuan_video"]
+
+
+@functools.cache
+def stock(name):
+    pipeline = make_pipeline(name)
+    return pipeline, family_of(pipeline)
+
+
+def inputs(family, pipeline, prompts=PROMPTS, frames=5):
+    latents = torch.randn(
+        len(prompts), *family.latent_shape(pipeline, 64, 64, frames), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        return latents, family.encode_conditions(pipeline, prompts)
+
+
+@pytest.mark.parametrize("name, frames, width, scale", DRAWN)
+@torch.no_grad()
+def test_clips_are_those_of_the_stock_pipeline(name, frames, width, scale):
+    pipeline, family = stock(name)
+    encoded, steps = EncodedConditions(pipeline), 2
+    family.frame_rate = 12.0  # which LTX tells its transformer
+    request = ImageRequest(
+        condition=encoded["a dog runs"],
+        empty=encoded[None],
+        generator=image_generators(0, [0])[0],
+        guidance_scale=scale,
+    )
+    shape = family.latent_shape(pipeline, 64, width, frames)
+    assert len(shape) == 4 and shape[1] == 1 + (frames - 1) // family.record.stride
+    settings = SamplerSettings(num_inference_steps=steps)
+    found = family.decode(pipeline.vae, denoised_latents(pipeline, family, [request], settings, shape))[0]
+
+    noise, place = torch.randn(1, *shape, generator=image_generators(0, [0])[0]), family.place(64, width, frames)
+    sample = torch.empty(noise.numel())
+    sample[place.order] = noise.flatten()
+    given = sample.reshape(-1, *noise.shape[1:]) if name != "ltx" else sample.reshape(1, -1, shape[0])
+    told = {"frame_rate": 12.0} if name == "ltx" else {}
+    clip = pipeline(
+        "a dog runs",
+        height=64,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        latents=given,
+        output_type="pt",
+        guidance_scale=scale,
+        **told,
+    ).frames[0]
+    assert clip.shape == (frames, 3, 64, width) and clip.std(0).mean() > 0.001
+    tolerance = rounding_of_images(pipeline, steps) * 2 * scale
+    torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), clip.transpose(0, 1), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_each_clip_of_a_batch_is_predicted_as_alone_and_encoded_back(name):
+    pipeline, family = stock(name)
+    latents, conditions = inputs(family, pipeline)
+    times = torch.tensor([100.0, 500.0, 900.0])
+    together = family.predict(denoiser_of(pipeline), latents, times, conditions)
+    assert together.shape == latents.shape and together.std() > 0.01
+    for row, prompt in enumerate(PROMPTS):
+        alone = family.encode_conditions(pipeline, [prompt])
+        one = family.predict(denoiser_of(pipeline), latents[row : row + 1], times[row : row + 1], alone)
+        assert_rounded(together[row : row + 1], one, denoiser_of(pipeline))
+    clips = torch.randint(0, 256, (2, 3, 5, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moments = family.encode_images(pipeline.vae, clips)
+    assert moments.shape == (2, 2, *latents.shape[1:])
+    first = family.encode_images(pipeline.vae, clips[:, :, 0])  # as one image: the first latent sees no other frame
+    if name == "wan":
+        assert_rounded(moments[:, :, :, 0], first, pipeline.vae.encoder)
+    place = family.place(64, 64, 5)
+    of_vae = pipeline.vae.encode(clips.float() / 127.5 - 1).latent_dist.mean
+    assert_rounded(moments[:, 0] * place.scale + place.shift, of_vae, pipeline.vae.encoder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_learns_clips(name):
+    pipeline = make_pipeline(name)
+    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
+    latents, conditions = inputs(family, pipeline, ["a dog runs", "a cat"])
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(vectors) == len(target_layers(model, family.targets))
+    noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
+    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
+    times = model_timesteps(timesteps, pipeline.scheduler)
+    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
+    for _ in range(4):
+        output = family.predict(model, noisy, times, conditions)
+        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(vector.grad is not None and vector.grad.any() for vector in vectors)
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "name, frames, message",
+    [
+        ("wan", 16, "Wan draws clips of 4 k \\+ 1 frames, not of 16: give 13 or 17"),
+        ("ltx", 2, "LTX draws clips of 2 k \\+ 1 frames, not of 2: give 1 or 3"),
+        ("sd15", 9, "StableDiffusion draws images, and no clips of 9 frames: leave --frames out"),
+    ],
+)
+def test_numbers_of_frames_that_are_not_drawn_name_the_nearest(name, frames, message):
+    family = stock(name)[1]
+    family.check_frames(1)
+    family.check_frames(17) if name != "sd15" else None
+    with pytest.raises(ValueError, match=message):
+        family.check_frames(frames)

@@ -3,6 +3,28 @@
 from torch import nn
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two transformers, used one after the other
+BOTH = "both"
+
+
+class TwoDenoisers(nn.Module):
+    """Two denoisers as one model with the adapters of both, which calls the one that is named.
+
+    Args:
+        parts: the denoisers by the name of their component, by which the paths of their layers begin.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module]):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.config = next(self.children()).config
+
+    def forward(self, component: str, **arguments):
+        return self.get_submodule(component)(**arguments)
+
+    def enable_gradient_checkpointing(self) -> None:
+        for part in self.children():
+            part.enable_gradient_checkpointing()
 
 
 def denoisers_in(pipeline) -> dict[str, nn.Module]:
@@ -12,7 +34,7 @@ def denoisers_in(pipeline) -> dict[str, nn.Module]:
 
 
 def choose_denoiser(pipeline, name: str | None) -> None:
-    """Let `denoiser_of` answer the component `name` of a pipeline with two denoisers; None for a pipeline with one.
+    """Let `denoiser_of` answer the component `name` of a pipeline with two denoisers, or both; None for one of one.
 
     Raises:
         ValueError: the pipeline has no such component, or has two and none is named.
@@ -20,24 +42,31 @@ def choose_denoiser(pipeline, name: str | None) -> None:
     there = denoisers_in(pipeline)
     if name is None and len(there) > 1:
         raise ValueError(f"{type(pipeline).__name__} has {' and '.join(there)}: choose one, or both, by --denoisers")
-    if name is not None and name not in there:
+    if name == BOTH and len(there) > 1:
+        vars(pipeline)["_onelora_both"] = TwoDenoisers(there)
+    elif name is not None and name not in there:
         raise ValueError(f"{type(pipeline).__name__} has no {name}; it has {' and '.join(there) or 'no denoiser'}")
     vars(pipeline)["_onelora_denoiser"] = name
 
 
 def denoiser_name(pipeline) -> str:
-    """The component of a pipeline that denoises, and that adapters are in: the chosen one of two, or the first.
+    """The component of a pipeline that denoises: the chosen one of two, or the first.
 
     Raises:
         ValueError: the pipeline has none.
     """
-    name = vars(pipeline).get("_onelora_denoiser") or next(iter(denoisers_in(pipeline)), None)
+    name = vars(pipeline).get("_onelora_denoiser")
+    if name in (None, BOTH):
+        name = next(iter(denoisers_in(pipeline)), None)
     if name is None:
         raise ValueError(f"{type(pipeline).__name__} has neither a transformer nor a unet")
     return name
 
 
 def denoiser_of(pipeline) -> nn.Module:
+    """The model that adapters are in: the denoiser, the chosen one of two, or both as one."""
+    if vars(pipeline).get("_onelora_denoiser") == BOTH:
+        return vars(pipeline)["_onelora_both"]
     return getattr(pipeline, denoiser_name(pipeline))
 
 

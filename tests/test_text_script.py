@@ -20,13 +20,16 @@ from onelora_diffusion import (
     AdapterConfig,
     OneLoRALoaderMixin,
     disable_adapter,
+    export_lora,
     inject_adapter,
+    load_adapter,
     read_adapter,
     route_adapters,
     set_adapters,
 )
 from onelora_diffusion.cli import sample
 from onelora_diffusion.cli.train_text_to_image import EMBEDDED, main, prepare_task
+from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.families.flux import unpack
@@ -45,6 +48,7 @@ COLOURS = {
 }
 LENGTH = 24
 TRAINED = [*NAMED, "sdxl"]  # of the recorded a UNet, whose pipeline scales what it is given
+PARTS = ("transformer", "transformer_2")
 
 
 @pytest.fixture(scope="module")
@@ -167,28 +171,61 @@ def test_a_run_learns_its_pictures(train, bases, signs, name):
     assert distance() < before
 
 
-def test_two_transformers_are_trained_one_after_the_other_and_drawn_with_together(train, bases):
+def test_two_transformers_are_trained_together_into_one_file(train, bases, tmp_path):
     with pytest.raises(SystemExit, match="WanPipeline has transformer and transformer_2: choose one, or both, by --d"):
         train("wan22")
     with pytest.raises(SystemExit, match="StableDiffusion3Pipeline has no transformer_2; it has transformer"):
         train("sd3", denoisers="transformer_2")
-    run = train("wan22", denoisers="both", max_steps=2, learning_rate=0.05, export_lora=(), max_sequence_length=None)
+    with pytest.raises(SystemExit, match="StableDiffusion3Pipeline has no both; it has transformer"):
+        train("sd3", denoisers="both")
+    with pytest.raises(SystemExit, match="--denoisers both trains no --subjects: choose transformer or transformer_2"):
+        train("wan22", denoisers="both", subjects=tmp_path, images=None)
+    shared = dict(denoisers="both", learning_rate=0.05, max_sequence_length=None)
+    run = train("wan22", export_lora=(), **shared)
+    halves = train("wan22", "halves", max_steps=2, **shared)
+    assert halves == train("wan22", "halves", **shared) and losses_of(run) == losses_of(halves)
+    tensors = adapter_of(run)
+    assert all(torch.equal(tensor, adapter_of(halves)[key]) and tensor.any() for key, tensor in tensors.items())
+    parts = [{key.removeprefix(f"{part}.") for key in tensors if key.startswith(f"{part}.")} for part in PARTS]
+    assert parts[0] == parts[1] and len(parts[0]) * 2 == len(tensors)
+    assert read_adapter(run).training["denoiser"] == "both" and read_adapter(run).is_of_two
+
     stock = DiffusionPipeline.from_pretrained(bases / "wan22")
-    pipeline = OneLoRALoaderMixin.from_pipe(DiffusionPipeline.from_pretrained(bases / "wan22"))
+    pipeline = loaded(bases, "wan22")
 
     def drawn(pipeline):
         pipeline.set_progress_bar_config(disable=True)
         settings = dict(height=16, width=16, num_frames=1, num_inference_steps=6, guidance_scale=1.0)
-        return pipeline("night", generator=torch.manual_seed(0), output_type="pt", **settings).frames
+        return pipeline("night", generator=image_generators(0, [0]), output_type="pt", **settings).frames[0, 0]
 
     seen = [drawn(pipeline)]
-    for second, name in enumerate(("transformer", "transformer_2")):
-        assert read_adapter(run / name).training["denoiser"] == name
-        pipeline.load_lora_weights(run / name, load_into_transformer_2=bool(second))
-        stock.load_lora_weights(run / name / "lora", load_into_transformer_2=bool(second))
-        seen.append(drawn(pipeline))
-        assert (seen[-1] - seen[-2]).abs().max() > 1e-3
-        torch.testing.assert_close(drawn(stock), seen[-1], rtol=0, atol=rounding_of_images(pipeline, 4))
+    pipeline.load_lora_weights(run, "x", load_into_transformer_2=True)  # its part of the file alone
+    seen.append(drawn(pipeline))
+    pipeline.delete_adapters("x")
+    pipeline.load_lora_weights(run)
+    assert pipeline.get_list_adapters() == {part: ["default_0"] for part in PARTS}
+    seen.append(drawn(pipeline))
+    for second, part in enumerate(PARTS):
+        stock.load_lora_weights(run / "lora" / part, load_into_transformer_2=bool(second))
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(seen, seen[1:], strict=False))
+    tolerance = dict(rtol=0, atol=rounding_of_images(pipeline, 4))
+    torch.testing.assert_close(drawn(stock), seen[-1], **tolerance)
+    pipeline.load_lora_weights(pipeline.lora_state_dict(run), "again")
+    torch.testing.assert_close(drawn(pipeline), seen[-1], **tolerance)
+    pipeline.load_lora_weights(halves, "again", hotswap=True)
+    torch.testing.assert_close(drawn(pipeline), seen[-1], **tolerance)
+    asked = dict(prompts=("night",), per_class=1, num_inference_steps=6, guidance_scale=1.0)
+    sample.main(sample.Settings(adapter=run, output=tmp_path / "pngs", **asked))
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "pngs/000000.png"))).permute(2, 0, 1)
+    torch.testing.assert_close(picture / 255, seen[-1], rtol=0, atol=tolerance["atol"] + 0.5001 / 255)
+
+    with pytest.raises(ValueError, match="is for transformer and transformer_2 of one pipeline: load it by the pipel"):
+        load_adapter(stock.transformer, run)
+    with pytest.raises(ValueError, match="adapter is for transformer and transformer_2, and WanPipeline has no tr"):
+        OneLoRALoaderMixin.from_pipe(make_pipeline("wan")).load_lora_weights(run)
+    with pytest.raises(ValueError, match="lora.safetensors' is a file: give a folder$"):
+        choose_denoiser(stock, "both")
+        export_lora(load_adapter(denoiser_of(stock), run), tmp_path / "lora.safetensors")
 
 
 def assert_same_run(one, other, tolerance):

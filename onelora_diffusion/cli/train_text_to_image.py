@@ -137,14 +137,7 @@ def trained_prompts(captions: Sequence[str], settings: PromptSettings) -> list[s
 
 def main(settings: PromptSettings, since: float | None = None) -> int:
     """Trains, or says in one line why not; returns the exit code. The budget counts since that `time.monotonic()`."""
-    if settings.denoisers != "both":
-        return start(settings, prepare_task, since)
-    for name in ("transformer", "transformer_2"):
-        own = replace(settings, denoisers=name, output_dir=settings.output_dir / name, latent_cache=settings.caches)
-        if exit_code := start(own, prepare_task, since):
-            return exit_code
-        since = None
-    return 0
+    return start(settings, prepare_task, since)
 
 
 def run(arguments: list[str]) -> int:

@@ -4,8 +4,9 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from math import inf, prod
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from onelora_diffusion.denoisers import denoisers_in
+from onelora_diffusion.denoisers import TwoDenoisers, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
@@ -40,8 +41,8 @@ class Recorded(Family):
     def __init__(self, pipeline, records: Path | None = None):
         self.pipeline = pipeline
         self.recorder = Recorder(pipeline)
-        self.denoiser = self.recorder.denoiser
-        self.transformer_class = type(self.denoiser).__name__
+        self.denoiser = unwrapped(denoiser_of(pipeline))
+        self.transformer_class = type(self.recorder.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
         path = path_of(records, self.recorder) if records else None
         if path and (found := kept(path)):
@@ -200,7 +201,7 @@ class Recorded(Family):
         return [(group == number).nonzero().flatten() for number in group.unique()]
 
     def _is_mine(self, times: Tensor) -> Tensor:
-        """Whether each time is in this denoiser's share, (batch,) int64."""
+        """Whether each time is in the recorded denoiser's share, (batch,) int64."""
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
@@ -255,10 +256,32 @@ class Recorded(Family):
     # Predictions
 
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        output = self._predicted(denoiser, latents, times, conditions)
+        if isinstance(self.denoiser, TwoDenoisers) and torch.is_grad_enabled():
+            called = {self._component(time) for time in times[:, None]}
+            idle = (part for name, part in self.denoiser.named_children() if name not in called)
+            trained = [vector for part in idle for vector in part.parameters() if vector.requires_grad]
+            output = output + 0 * sum(vector.sum() for vector in trained)  # whose gradient is zero then, and not none
+        return output
+
+    def _component(self, times: Tensor) -> str:
+        """Of two denoisers the one that computes times, which are all in one's share."""
+        (other,) = denoisers_in(self.pipeline).keys() - {self.recorder.component}
+        return self.recorder.component if self._is_mine(times).all() else other
+
+    def _denoiser_at(self, times: Tensor, denoiser: nn.Module) -> Callable:
+        """What is called at times that are all in one denoiser's share, of two as one or of the one that is given."""
+        if self.record.share == (-inf, inf):
+            return denoiser
+        name = self._component(times)
+        if isinstance(self.denoiser, TwoDenoisers):
+            return partial(denoiser, name)
+        return denoiser if name == self.recorder.component else getattr(self.pipeline, name)
+
+    def _predicted(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         if len(groups := self._groups(times, conditions)) > 1:
             return self._predicted_in_groups(groups, denoiser, latents, times, conditions)
-        if self.record.share != (-inf, inf) and not self._is_mine(times).all():
-            (denoiser,) = (part for part in denoisers_in(self.pipeline).values() if part is not self.denoiser)
+        denoiser = self._denoiser_at(times, denoiser)
         record, device, batch = self.record, latents.device, len(latents)
         place, values = self.place(*self._size_of(latents)), latents.flatten(1)
         if record.references:
@@ -308,7 +331,7 @@ class Recorded(Family):
         for rows in groups:
             with book.routed_rows(rows.tolist()) if is_routed else nullcontext():
                 own = {name: condition[rows] for name, condition in conditions.items()}
-                outputs.append(self.predict(denoiser, latents[rows], times[rows], own))
+                outputs.append(self._predicted(denoiser, latents[rows], times[rows], own))
         return torch.cat(outputs)[torch.cat(groups).argsort()]
 
     def _constant(self, name: str, value, batch: int, device: torch.device):
@@ -319,6 +342,8 @@ class Recorded(Family):
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
 
     def timestep_range(self, scheduler) -> range:
+        if isinstance(self.denoiser, TwoDenoisers):
+            return super().timestep_range(scheduler)
         times = model_timesteps(torch.arange(scheduler.config.num_train_timesteps), scheduler)
         mine = self._is_mine(times).nonzero().flatten().tolist()
         return range(mine[0], mine[-1] + 1)

@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor
 
-from onelora_diffusion.denoisers import denoiser_name, denoiser_of, denoisers_in, repeated_blocks
+from onelora_diffusion.denoisers import denoiser_name, denoisers_in, repeated_blocks
 from onelora_diffusion.families.arguments import Arrangement, copied, output_of, same
 from onelora_diffusion.families.references import BLANK, blank, references_of, taken_by
 from onelora_diffusion.files import first_line
@@ -200,7 +200,7 @@ class Recorder:
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.component = denoiser_name(pipeline)
-        self.denoiser = unwrapped(denoiser_of(pipeline))
+        self.denoiser = unwrapped(getattr(pipeline, self.component))
         self.blocks = repeated_blocks(self.denoiser)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         self.takes = taken_by(pipeline)

@@ -13,7 +13,7 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR, IN_PLACE, LayerAdapter
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.denoisers import denoisers_in
+from onelora_diffusion.denoisers import TwoDenoisers, denoisers_in
 from onelora_diffusion.injection.attention import is_fused_apart
 from onelora_diffusion.injection.class_tables import TableSeat
 from onelora_diffusion.injection.compiled import anything_is_compiled, forget_compiled
@@ -449,8 +449,11 @@ def disable_adapter(model: nn.Module):
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names and shapes of the base's weights, which tells whether an adapter fits a base.
 
-    For a linear layer its features count, so that quantisation changes nothing. An IP-Adapter is left out.
+    For a linear layer its features count, so that quantisation changes nothing. An IP-Adapter is left out. Those of
+    two denoisers are joined by a plus sign.
     """
+    if isinstance(model, TwoDenoisers):
+        return "+".join(fingerprint(part) for part in model.children())
     lines, added = [], added_paths(model)
     for path, module in stock_modules(model):
         if path in added:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.adapters.contract import AS_CLASS_TABLE, BESIDE_LINEAR
+from onelora_diffusion.denoisers import TwoDenoisers
 from onelora_diffusion.injection.layers import untuned
 from onelora_diffusion.injection.linear import Reached
 
@@ -90,6 +91,8 @@ class Watch:
         if _is_elsewhere(model):
             return
         expected = {path: s for (kind, path), s in self.book.seats.items() if kind != AS_CLASS_TABLE and s.is_in_use}
+        if isinstance(model, TwoDenoisers):
+            expected = {path: seat for path, seat in expected.items() if path.startswith(f"{args[0]}.")}
         if len(self.reached) >= len(expected) and self.reached.issuperset(expected):
             return
         for path, seat in expected.items():

@@ -29,7 +29,7 @@ from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, save_adapter
 from onelora_diffusion.storage.attaching import attach_adapter_file, swap_values
 from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import DIFFUSERS_LORA, is_foreign, write_lora
-from onelora_diffusion.storage.reading import json_or_text, read_safetensors, read_source
+from onelora_diffusion.storage.reading import components_of, json_or_text, read_safetensors, read_source
 
 
 class OneLoRALoaderMixin:
@@ -98,7 +98,8 @@ class OneLoRALoaderMixin:
             hotswap: overwrite the values of the existing adapter `adapter_name` (None: the active one), which must be
                 of the same kind. The active adapters stay the same, and a compiled model is not compiled again.
             low_cpu_mem_usage: accepted for compatibility with diffusers; loading never needs a second copy.
-            load_into_transformer_2: load into the second of two transformers.
+            load_into_transformer_2: load into the second of two transformers. An adapter of this library that was
+                trained for both is loaded into both without that.
             **location (Any): fields of `FileLocation` that select a file: `weight_name`, `subfolder`, …
 
         Raises:
@@ -109,7 +110,9 @@ class OneLoRALoaderMixin:
         models, location = self._models(), FileLocation(**location)
         if load_into_transformer_2 and "transformer_2" not in models:
             raise ValueError(f"load_into_transformer_2: {type(self).__name__} has no second transformer; leave it out")
-        model = models["transformer_2"] if load_into_transformer_2 else self._adapted_model()
+        source, first = pretrained_model_name_or_path_or_dict, next(iter(models))
+        chosen = ["transformer_2" if load_into_transformer_2 else first]
+        model = models[chosen[0]]
         if hotswap:
             adapter_name = adapters_of(model).choose(adapter_name)
         else:
@@ -117,15 +120,27 @@ class OneLoRALoaderMixin:
             free = (f"default_{i}" for i in range(len(present) + 1))
             adapter_name = adapter_name or next(name for name in free if name not in present)
             check_name(model, adapter_name)
+        if not load_into_transformer_2 and (of_both := components_of(source, location)):
+            if missing := [name for name in of_both if name not in models]:
+                both = " and ".join(of_both)
+                raise ValueError(f"the adapter is for {both}, and {type(self).__name__} has no {missing[0]}")
+            chosen = of_both
+            if not hotswap:
+                check_name(models[of_both[1]], adapter_name)
+        models = {name: models[name] for name in chosen}
 
-        def translate(tensors, source):
-            return denoiser_tensors(self.stock_class(), model, tensors, source)
+        def read(component, model):
+            def translate(tensors, source):
+                return denoiser_tensors(self.stock_class(), model, tensors, source)
 
-        file, shown = read_source(model, pretrained_model_name_or_path_or_dict, translate, location)
-        if hotswap:
-            swap_values(adapters_of(model), file, adapter_name, shown)
-        else:
-            attach_adapter_file(model, file, adapter_name, shown)
+            return read_source(model, source, translate, location, component)
+
+        files = {name: read(name, model) for name, model in models.items()}
+        for name, (file, shown) in files.items():
+            if hotswap:
+                swap_values(adapters_of(models[name]), file, adapter_name, shown)
+            else:
+                attach_adapter_file(models[name], file, adapter_name, shown)
 
     @classmethod
     def lora_state_dict(

@@ -15,10 +15,11 @@ from torch import nn
 
 from onelora_diffusion.adapters.class_table import CLASS_TABLE
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.denoisers import TwoDenoisers
 from onelora_diffusion.files import digest, printable, write_tensors
 from onelora_diffusion.injection.attaching import PREFIX, state_dict_of
 from onelora_diffusion.injection.book import adapters_of
-from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole, sketch_of
+from onelora_diffusion.storage.attaching import AdapterFile, check_fits, check_whole, part_of, sketch_of
 from onelora_diffusion.storage.opening import MAX_TEXT, OpenFile, check_values, opened, strict_json
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def save_adapter(
     """Write an adapter as one self-contained file, and return its path.
 
     Keys are `transformer.<path of the layer>.onelora_b` (`_beta`, `_gamma`, …) and
-    `transformer.class_embedding.weight`. The file is written under a temporary name, flushed and renamed.
+    `transformer.class_embedding.weight`; those of the second of two transformers begin with `transformer_2.`. The file
+    is written under a temporary name, flushed and renamed.
 
     Args:
         path: a `.safetensors` file, or a folder that will hold `onelora_weights.safetensors`.
@@ -77,7 +79,8 @@ def save_adapter(
     if set(values) != set(own):
         raise ValueError(f"state_dict differs from the adapter in {sorted(set(values) ^ set(own))[0]}")
     check_whole(values)
-    tensors = {PREFIX + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in values.items()}
+    prefix = "" if isinstance(book.model, TwoDenoisers) else PREFIX
+    tensors = {prefix + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in values.items()}
     header = {
         "format": FORMAT,
         "config": dataclasses.asdict(book.configs[adapter_name]),
@@ -130,11 +133,15 @@ def describe_adapter(path: str | os.PathLike) -> AdapterFile:
         return _describe_opened(file)[0]
 
 
-def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
-    """Read the adapter in an open file; settings are checked against shapes, these against the model, values last."""
+def read_opened(file: OpenFile, model: nn.Module | None = None, component: str | None = None) -> AdapterFile:
+    """Read the adapter in an open file; settings are checked against shapes, these against the model, values last.
+
+    Args:
+        component: the one of a pipeline's two transformers that `model` is.
+    """
     adapter, header = _describe_opened(file)
     if model is not None:
-        check_fits(model, adapter, file.source)
+        check_fits(model, part_of(adapter, component), file.source)
     text, tensors = file.metadata["onelora"], file.tensors()
     for name, tensor in tensors.items():
         check_values(name, tensor, file.source)
@@ -147,7 +154,8 @@ def read_opened(file: OpenFile, model: nn.Module | None = None) -> AdapterFile:
             adapter.version,
             LIBRARY_VERSION,
         )
-    return dataclasses.replace(adapter, tensors=_without_prefix(tensors))
+    adapter = dataclasses.replace(adapter, tensors=_without_prefix(tensors, adapter.is_of_two))
+    return part_of(adapter, component)
 
 
 def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
@@ -156,13 +164,16 @@ def _describe_opened(file: OpenFile) -> tuple[AdapterFile, dict]:
         raise ValueError(f"{file.source}: is no onelora adapter, for its header has no settings; load a file of ours")
     header = strict_json(file.metadata["onelora"], file.source)
     try:
-        return dataclasses.replace(_described(header, _without_prefix(file.shapes)), digest=file.digest()), header
+        is_of_two = isinstance(header, dict) and "+" in str(header.get("fingerprint"))
+        described = _described(header, _without_prefix(file.shapes, is_of_two))
+        return dataclasses.replace(described, digest=file.digest()), header
     except ValueError as error:
         raise ValueError(f"{file.source}: {printable(str(error), 400)}; {_remedy(header)}") from error
 
 
-def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+def _without_prefix(tensors: dict[str, torch.Tensor], is_of_two: bool) -> dict[str, torch.Tensor]:
+    """The tensors by the paths of layers in the model, which of two denoisers begin with their components."""
+    return tensors if is_of_two else {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def file_of(path: str | os.PathLike) -> Path:

@@ -1,7 +1,7 @@
 """The content of an adapter file: check that it fits a model, and attach it."""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import torch
@@ -11,6 +11,7 @@ from onelora_diffusion.adapters.base_layer import weights_present
 from onelora_diffusion.adapters.compressions import compression_of, random_directions
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.denoisers import DENOISERS, TwoDenoisers
 from onelora_diffusion.injection.attaching import (
     attach_adapter,
     build_for_values,
@@ -21,6 +22,8 @@ from onelora_diffusion.injection.attaching import (
 from onelora_diffusion.injection.book import AdapterBook, adapters_of, disable_adapter, fingerprint, unwrapped
 from onelora_diffusion.injection.layers import untuned
 
+PAIR = DENOISERS[:2]
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -30,6 +33,7 @@ class AdapterFile:
         config: the adapter's settings.
         tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
         fingerprint: fingerprint of the base's parameter names and shapes; None if the file has none.
+            Of an adapter of two denoisers both's, joined by a plus sign; the names of its tensors begin with theirs.
         base: hub id or folder of the base model, if known.
         id2label: class names by label.
         training: the training summary.
@@ -49,6 +53,11 @@ class AdapterFile:
     digest: str | None = None
 
     @property
+    def is_of_two(self) -> bool:
+        """Whether it is an adapter of both denoisers of a pipeline."""
+        return "+" in (self.fingerprint or "")
+
+    @property
     def origin(self) -> dict:
         """What the model keeps about the file."""
         return {"id2label": self.id2label, "base": self.base, "training": self.training}
@@ -56,10 +65,37 @@ class AdapterFile:
 
 def check_fits(model: nn.Module, file: AdapterFile, source: str) -> None:
     """ValueError unless every key and shape of an adapter, and its base, fit a model; nothing is allocated."""
+    if file.is_of_two != isinstance(model, TwoDenoisers):
+        raise ValueError(
+            f"{source}: is for {' and '.join(PAIR)} of one pipeline: load it by the pipeline's load_lora_weights"
+            if file.is_of_two
+            else f"{source}: is for one of a pipeline's two transformers, and both are to be adapted"
+        )
     expected = build_for_values(model, file.config, file.tensors, source, as_shapes=True)
     if expected is not None:
         check_shapes(state_dict_of(expected), file.tensors, source)
         _check_base(model, file, source)
+
+
+def part_of(file: AdapterFile, component: str | None) -> AdapterFile:
+    """The adapter of one of two denoisers; the same if it is of one alone, or None is asked for."""
+    if not file.is_of_two or component is None:
+        return file
+    number = PAIR.index(component)
+    own = [{k: t for k, t in file.tensors.items() if k.startswith(f"{name}.")} for name in PAIR]
+    sketch, targets = file.sketch, file.config.targets
+    if sketch is not None:  # its numbers are in the order of the paths, and as many for each layer
+        middle = len(sketch) * len(own[0]) // len(file.tensors)
+        sketch = (sketch[:middle], sketch[middle:])[number]
+    if targets is not None:
+        targets = tuple(t.removeprefix(f"{component}.") for t in targets if not t.startswith(f"{PAIR[1 - number]}."))
+    return replace(
+        file,
+        config=replace(file.config, targets=targets),
+        tensors={name.removeprefix(f"{component}."): tensor for name, tensor in own[number].items()},
+        fingerprint=file.fingerprint.split("+")[number],
+        sketch=sketch,
+    )
 
 
 def check_whole(tensors: dict[str, torch.Tensor]) -> None:

@@ -13,11 +13,12 @@ from torch import nn
 from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.denoisers import TwoDenoisers
 from onelora_diffusion.files import printable, write_bytes, write_tensors
 from onelora_diffusion.injection.attaching import state_dict_of
-from onelora_diffusion.injection.book import adapters_of
+from onelora_diffusion.injection.book import AdapterBook, adapters_of
 from onelora_diffusion.injection.layers import FUSED, is_linear, target_layers
-from onelora_diffusion.storage.attaching import AdapterFile, check_whole
+from onelora_diffusion.storage.attaching import PAIR, AdapterFile, check_whole
 from onelora_diffusion.storage.lokr import read_lokr
 from onelora_diffusion.storage.naming import (
     ALL_NAMINGS,
@@ -85,6 +86,8 @@ def export_lora(
             reads β as well). Layers have that program's names and are fused as its layers are; a folder gets
             `kohya_lora.safetensors` or `comfyui_lora.safetensors`.
 
+    An adapter of two transformers is two LoRAs, in the folders `transformer` and `transformer_2` of `path`.
+
     Returns:
         `path`. Its attribute `left_out` names the layers that the program does not read; a warning names them too.
 
@@ -97,14 +100,32 @@ def export_lora(
     if naming not in ALL_NAMINGS:
         raise ValueError(f"unknown naming '{naming}': choose one of {', '.join(ALL_NAMINGS)}")
     adapter_name = book.choose(adapter_name)
-    tensors, left_out = renamed_lora(model, adapter_name, naming)
+    is_folder, is_of_two = path.suffix != ".safetensors", isinstance(book.model, TwoDenoisers)
+    if is_folder and path.is_file() or is_of_two and not is_folder:
+        raise ValueError(
+            f"'{path}' is a file: give a folder{', or a name that ends in .safetensors' * (not is_of_two)}"
+        )
+    parts = {name: path / name for name in PAIR} if is_of_two else {None: path}
+    left_out = [
+        layer
+        for part, folder in parts.items()
+        for layer in _write_named(book, folder, adapter_name, dtype, naming, part)
+    ]
+    exported = ExportedPath(path)
+    exported.left_out = tuple(left_out)
+    return exported
+
+
+def _write_named(
+    book: AdapterBook, path: Path, adapter_name: str, dtype: torch.dtype, naming: Naming, part: str | None
+) -> tuple[str, ...]:
+    """Write the LoRA of a model, or of a part of it; the layers that are left out."""
+    tensors, left_out = renamed_lora(book.model, adapter_name, naming, part)
     tensors = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
     is_folder = path.suffix != ".safetensors"
-    if is_folder and path.is_file():
-        raise ValueError(f"'{path}' is a file: give a folder, or a name that ends in .safetensors")
     if naming == "diffusers":
         component = "unet" if type(book.model).__name__.startswith("UNet") else "transformer"
-        rank, targets = len(next(iter(tensors.values()))), list(book.adapters[adapter_name])
+        rank, targets = len(next(iter(tensors.values()))), list(_paths_in(book.adapters[adapter_name], part))
         settings = {"r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
         settings |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers up to 0.39 fails without them
         write_lora(path / DIFFUSERS_LORA if is_folder else path, {component: tensors}, {component: settings})
@@ -121,26 +142,31 @@ def export_lora(
                 "%s: %s does not take %d of %d layers, which are left out: %s",
                 *(file, naming, len(left_out), len(book.adapters[adapter_name]), ", ".join(left_out)),
             )
-    exported = ExportedPath(path)
-    exported.left_out = left_out
-    return exported
+    return left_out
+
+
+def _paths_in(layers: dict, part: str | None) -> dict:
+    """What a part of a model has by the paths of its layers, by their paths in the part; all if it is None."""
+    prefix = "" if part is None else f"{part}."
+    return {path.removeprefix(prefix): value for path, value in layers.items() if path.startswith(prefix)}
 
 
 def check_export(model: nn.Module, adapter_name: str, naming: Naming) -> None:
     """ValueError if `export_lora` would raise one."""
-    renamed_lora(model, adapter_name, naming)
+    for part in PAIR if isinstance(adapters_of(model).model, TwoDenoisers) else (None,):
+        renamed_lora(model, adapter_name, naming, part)
 
 
 def renamed_lora(
-    model: nn.Module, adapter_name: str, naming: Naming
+    model: nn.Module, adapter_name: str, naming: Naming, part: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The tensors that `export_lora` writes, for diffusers without the component, and the layers left out.
 
     Raises:
         ValueError: as `export_lora`.
     """
-    pairs = lora_pairs(model, adapter_name, with_bias=naming == "comfyui")
-    return named_for(naming, adapters_of(model).model, pairs)
+    pairs = _paths_in(lora_pairs(model, adapter_name, with_bias=naming == "comfyui"), part)
+    return named_for(naming, adapters_of(model).model.get_submodule(part or ""), pairs)
 
 
 def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings: dict[str, dict | None]) -> None:

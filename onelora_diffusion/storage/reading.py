@@ -14,7 +14,7 @@ from onelora_diffusion.injection.attaching import PREFIX
 from onelora_diffusion.injection.book import check_name, unwrapped
 from onelora_diffusion.injection.layers import norm_layers, target_layers
 from onelora_diffusion.storage.adapter_file import read_opened
-from onelora_diffusion.storage.attaching import AdapterFile, attach_adapter_file
+from onelora_diffusion.storage.attaching import PAIR, AdapterFile, attach_adapter_file
 from onelora_diffusion.storage.finding import FileLocation, find_weights
 from onelora_diffusion.storage.lora import (
     PEFT_CONFIG,
@@ -56,19 +56,37 @@ def read_source(
     source: str | os.PathLike | dict[str, torch.Tensor],
     translate: Translate,
     location: FileLocation = ANYWHERE,
+    component: str | None = None,
 ) -> tuple[AdapterFile, str]:
-    """(the adapter in a file, a folder, a hub repository or a state dict; its name in errors)."""
+    """(the adapter in a file, a folder, a hub repository or a state dict; its name in errors).
+
+    Args:
+        component: the one of a pipeline's two transformers that `model` is, whose part is read of a file of both.
+    """
     if isinstance(source, dict):
+        if any(name.startswith(f"{PAIR[1]}.") and ".onelora_" in name for name in source) and component:
+            prefix = f"{component}."
+            source = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
         return read_dict(model, source, {}, "the state dict", translate), "the state dict"
     path = find_weights(source, location)
-    return read_file(model, path, translate), str(path)
+    return read_file(model, path, translate, component), str(path)
 
 
-def read_file(model: nn.Module, path: Path, translate: Translate) -> AdapterFile:
+def components_of(source: str | os.PathLike | dict[str, torch.Tensor], location: FileLocation) -> tuple[str, ...]:
+    """The two denoisers that an adapter of this library is for; () if it is for one."""
+    if isinstance(source, dict):
+        names = source
+    else:
+        with opened(find_weights(source, location)) as file:
+            names = file.shapes
+    return PAIR if any(name.startswith(f"{PAIR[1]}.") and ".onelora_" in name for name in names) else ()
+
+
+def read_file(model: nn.Module, path: Path, translate: Translate, component: str | None = None) -> AdapterFile:
     """Read the adapter in a file of any supported kind; `translate` is as in `read_dict`."""
     with opened(path) as file:
         if "onelora" in file.metadata:
-            return read_opened(file, model)
+            return read_opened(file, model, component)
         settings = {}
         config = path.with_name(PEFT_CONFIG)
         if "lora_adapter_metadata" in file.metadata:

@@ -40,7 +40,7 @@ class PromptSettings(RunSettings):
     --gradient-checkpointing alone. Trained values stay float32."""
     denoisers: Literal["transformer", "transformer_2", "both"] | None = None
     """Of a base with two transformers, each of which computes a share of the timesteps (Wan 2.2): the one to train. Or
-    both, one after the other, each with the whole budget, into folders of these names in --output-dir."""
+    both, into one file: each image trains the one that computes its timestep, and both are in memory."""
     output_dir: Path = Path("runs/text-to-image")
     """Where the adapter, checkpoints, metrics and samples go."""
 
@@ -141,6 +141,9 @@ class PromptSettings(RunSettings):
             raise ValueError("no base: give the folder or hub id of a text-to-image pipeline by --base")
         if self.images is None and self.subjects is None and not is_embedded:
             raise ValueError("nothing to learn: give a folder of images, or hf:NAME, by --images")
+        if self.denoisers == "both" and (self.subjects is not None or self.rates_by_sum):
+            with_them = "--subjects" if self.subjects is not None else "--rates-by-sum"
+            raise ValueError(f"--denoisers both trains no {with_them}: choose transformer or transformer_2")
         if self.frames < 1:
             raise ValueError(f"--frames must be at least 1, not {self.frames}")
         if self.frame_rate is not None and not (0 < self.frame_rate <= 1000 and self.frames > 1):

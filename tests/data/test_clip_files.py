@@ -160,7 +160,7 @@ def test_what_is_wrong_with_clips_is_one_line(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="4000001 frames of 32 by 32 pixels are over 4,294,967,296 bytes"):
         load(tmp_path, frames=4_000_001)
-    with pytest.raises(ValueError, match="clips of 5 frames are read from folders, and not from the digits"):
+    with pytest.raises(ValueError, match="clips of 5 frames are read from folders, and not from handwritten digits"):
         load(None)
     (tmp_path / "short" / "2.png").write_bytes(b"no picture")
     captioned = load(tmp_path, frames=3)

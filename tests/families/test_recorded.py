@@ -238,6 +238,36 @@ def test_of_two_denoisers_the_chosen_one_is_called_at_its_share_of_the_times(nam
     assert routed.tolist() == [own and row != 1 for row, own in enumerate(changed.tolist())]
 
 
+def test_two_denoisers_as_one_train_each_by_the_images_at_its_times():
+    apart, pipeline = make_pipeline("wan22"), make_pipeline("wan22")
+    choose_denoiser(apart, "transformer")
+    choose_denoiser(pipeline, "both")
+    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
+    assert family.timestep_range(pipeline.scheduler) == range(1000)
+    latents, times, conditions = inputs(family, pipeline)
+    with torch.no_grad():
+        expected = family_of(apart).predict(denoiser_of(apart), latents, times, conditions)
+        base = family.predict(model, latents, times, conditions)
+    assert torch.equal(base, expected)
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(vectors) == 2 * len(target_layers(pipeline.transformer, family.targets))
+    for rows, trained in (
+        (slice(0, 1), "transformer_2."),
+        (slice(1, 3), "transformer."),
+        (slice(0, 3), "transformer"),
+    ):
+        own = {name: condition[rows] for name, condition in conditions.items()}
+        family.predict(model, latents[rows], times[rows], own).square().sum().backward()
+        assert {name for name, v in vectors.items() if v.grad.any()} == {n for n in vectors if n.startswith(trained)}
+        for vector in vectors.values():
+            vector.grad = None
+    randomize(model, 0.2)
+    with torch.no_grad(), route_adapters(model, ["default", None, "default"]):
+        routed = (family.predict(model, latents, times, conditions) != base).flatten(1).any(1)
+    assert routed.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("name, time", [("z_image", {"t": (-1e-3, 1.0)}), ("ernie_image", {"timestep": (1.0, 0.0)})])
 def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time):
     whole, pipeline = stock(name)[1].place(64, 64), make_pipeline(name).to(dtype=torch.bfloat16)

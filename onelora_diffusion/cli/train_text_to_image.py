@@ -114,6 +114,7 @@ def captioned_data(
         | clips
         | ({"denoiser": settings.denoisers} if settings.denoisers else {})
         | ({"trigger": settings.trigger} if settings.trigger else {})
+        | ({"training_adapter": Path(settings.training_adapter).name} if settings.training_adapter else {})
         | ({"references": len(settings.reference_column)} if settings.reference_column else {}),
         buckets=captioned.buckets,
         frames=settings.frames,

@@ -22,7 +22,12 @@ from onelora_diffusion.training.checkpoints import Checkpoint
 from onelora_diffusion.training.metrics import NonFiniteError
 from onelora_diffusion.training.outputs import Outputs, diverged, no_update
 from onelora_diffusion.training.randomness import StepDraws, micro_batches
-from onelora_diffusion.training.resuming import agree_on_checkpoint, check_same_data, is_elsewhere
+from onelora_diffusion.training.resuming import (
+    agree_on_checkpoint,
+    check_same_data,
+    check_same_training_adapter,
+    is_elsewhere,
+)
 from onelora_diffusion.training.run import Run
 from onelora_diffusion.training.run_lock import RunLock
 from onelora_diffusion.training.settings import OF_A_MACHINE, RunSettings
@@ -118,12 +123,13 @@ class Job:
         trained = task.attach()
         if checkpoint:
             check_same_adapter(checkpoint.tensors, trained)
+            check_same_training_adapter(settings, checkpoint, task.training_adapter)
         if settings.eval_every:
             from onelora_diffusion.training.evaluating import Evaluation
 
             training.evaluation = Evaluation(settings, accelerator, task.pipeline, task.data.images)
         training.run = run = Run(settings, accelerator, trained, training.clock)
-        run.data = task.data.identity
+        run.data, run.training_adapter = task.data.identity, task.training_adapter
         if checkpoint:
             run.restore(checkpoint)
             say(accelerator, f"resuming {checkpoint.path} after {format_duration(run.clock.seconds)}")

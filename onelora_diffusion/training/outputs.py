@@ -77,6 +77,12 @@ class Outputs:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Context manager in which the transformer computes with this adapter alone, at its moving average."""
+        with self.task.drawing(), self.averaged_in_training():
+            yield
+
+    @contextmanager
+    def averaged_in_training(self) -> Iterator[None]:
+        """The same with the training adapter, if there is one."""
         self.task.activate()
         with self.run.averages[0].applied():
             yield
@@ -106,7 +112,7 @@ class Outputs:
         measured = None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
         with suppress(Interrupted), alone():
-            measured = self.validation.measure(self.averaged)
+            measured = self.validation.measure(self.averaged_in_training)
         if measured:
             self._keep({"step": self.run.step, **measured})
 

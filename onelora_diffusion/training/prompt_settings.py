@@ -38,6 +38,10 @@ class PromptSettings(RunSettings):
     base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     """Precision of the frozen transformer; int8 and nf4 compute in bf16, and int8 takes less memory than bf16 with
     --gradient-checkpointing alone. Trained values stay float32."""
+    training_adapter: str | None = None
+    """A LoRA or adapter of the base (a file, folder or hub id) that serves frozen in training and is left out of the
+    result, such as one that undoes the distillation of a base of few steps. Samples are drawn without it, and the
+    validation loss is measured with it."""
     denoisers: Literal["transformer", "transformer_2", "both"] | None = None
     """Of a base with two transformers, each of which computes a share of the timesteps (Wan 2.2): the one to train. Or
     both, into one file: each image trains the one that computes its timestep, and both are in memory."""
@@ -161,6 +165,7 @@ class PromptSettings(RunSettings):
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
         self._check_references()
+        self._check_training_adapter()
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
@@ -189,6 +194,17 @@ class PromptSettings(RunSettings):
         for flag, is_chosen in refused.items():
             if self.reference_column and is_chosen:
                 raise ValueError(f"{flag} does not go with --reference-column")
+
+    def _check_training_adapter(self) -> None:
+        refused = {
+            "--subjects": self.subjects is not None,
+            "--prior-weight": self.prior_weight,
+            "--engine fsdp2": self.engine == "fsdp2",
+            "--denoisers both": self.denoisers == "both",
+        }
+        for flag, is_chosen in refused.items():
+            if self.training_adapter is not None and is_chosen:
+                raise ValueError(f"{flag} does not go with --training-adapter")
 
     def as_launched(self) -> "PromptSettings":
         """These settings, updated with the options of accelerate's launcher."""

@@ -103,6 +103,18 @@ def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIde
     )
 
 
+def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, now: str | None) -> None:
+    """ValueError if another adapter, or none, served while the checkpoint was trained, unless changes are allowed."""
+    then = checkpoint.state.get("training_adapter")
+    if then != now and not settings.allow_changed_settings:
+        told = "with another --training-adapter" if then and now else f"{'with' if then else 'without'} one"
+        given = settings.training_adapter or "none"
+        raise ValueError(
+            f"{checkpoint.path} was trained {told}, and --training-adapter is {given}. Resume all the same with "
+            "--allow-changed-settings, start over with --fresh, or choose another --output-dir"
+        )
+
+
 def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
     """Whether the checkpoint is that of the last step and the adapters of that step are written.
 

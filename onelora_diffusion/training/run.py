@@ -39,6 +39,7 @@ class Run:
         best_values: the averages that were measured in `best`.
         clock: the seconds used, over all resumes.
         data: the identity of the training data, once it is known.
+        training_adapter: a hash of the adapter that serves in training, if there is one.
     """
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
@@ -53,6 +54,7 @@ class Run:
         self.best: dict | None = None
         self.best_values: dict[str, Tensor] = {}
         self.data: DataIdentity | None = None
+        self.training_adapter: str | None = None
 
     @property
     def num_trainable_params(self) -> int:
@@ -89,6 +91,7 @@ class Run:
             for name, value in {
                 "rate_factors": self.rate_factors,
                 "data": self.data and self.data._asdict(),
+                "training_adapter": self.training_adapter,
             }.items()
             if value is not None
         }

@@ -32,6 +32,7 @@ class RunSettings:
     class_learning_rate: ClassVar[float | None] = None  # of the class table, if the base has one
     eval_every: ClassVar[int] = 0  # updates between evaluations; 0 for none
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, for bases with prompts
+    training_adapter: ClassVar[str | None] = None  # a frozen adapter that serves in training, for bases with prompts
     prior_weight: ClassVar[float] = 0.0  # of prior preservation, for bases with prompts
     latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded again in each step
     export_lora: ClassVar[tuple | None] = None  # the namings of the LoRAs that are written at the end
@@ -273,13 +274,14 @@ FREE_SETTINGS = {
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
     *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
     *("allow_changed_settings", "fresh", "validation_prompt", "validation_reference", "export_lora", "push_to_hub"),
+    "training_adapter",  # whose values are compared
     *("subjects", "subjects_at_once"),
 }
 
 # Settings that may differ between the machines of one run: where things lie there, and how many processes load them.
 OF_A_MACHINE = {
     *("config", "output_dir", "subjects", "data_root", "images", "latent_cache", "eval_weights", "eval_reference"),
-    "validation_reference",
+    *("validation_reference", "training_adapter"),
     *("download", "num_workers"),
 }
 

@@ -39,6 +39,8 @@ from onelora_diffusion.training.randomness import HELD_OUT, StepDraws, keyed_gen
 from onelora_diffusion.training.samples import png_of
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Stop
+from onelora_diffusion.training.training_adapter import NAME as TRAINING_ADAPTER
+from onelora_diffusion.training.training_adapter import load_training_adapter, serving_alone
 from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 
@@ -103,6 +105,7 @@ class Task:
     Attributes:
         subject: the name of what it learns, if it is one of several tasks on one base.
         adapter_name: the name of the adapter in the transformer.
+        training_adapter: a hash of the frozen adapter that serves in training, if there is one.
         family: the family of the pipeline.
         condition_drop: share of samples that train without their condition.
         timesteps: those that are trained on.
@@ -124,6 +127,7 @@ class Task:
         self.config = config
         self.subject: str | None = None
         self.adapter_name = "default"
+        self.training_adapter: str | None = None
         self.family = family_of(pipeline)
         self.condition_drop = settings.condition_drop(self.family.is_guided)
         self.timesteps = self.family.timestep_range(pipeline.scheduler)
@@ -145,7 +149,12 @@ class Task:
             ValueError: the base has no such adapter, or the adapter is no LoRA of those that are to be written.
         """
         transformer, name = denoiser_of(self.pipeline), self.adapter_name
+        beside = self.settings.training_adapter
+        self.training_adapter = beside and load_training_adapter(self.pipeline, beside)
         inject_adapter(transformer, self.config, name)
+        if beside:
+            self.accelerator.print(f"{beside} serves in training; samples are drawn without it")
+            set_adapters(transformer, [TRAINING_ADAPTER, name])
         for naming in namings_of(self.settings.export_lora):
             check_export(transformer, name, naming)
         trained = adapter_state_dict(transformer, name)
@@ -174,6 +183,12 @@ class Task:
         """Let the transformer compute with this adapter alone."""
         if self.subject is not None:
             set_adapters(denoiser_of(self.pipeline), self.adapter_name)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Context manager in which the transformer computes as when images are drawn: without a training adapter."""
+        with serving_alone(denoiser_of(self.pipeline), self.adapter_name) if self.training_adapter else nullcontext():
+            yield
 
     def detach(self) -> None:
         """Remove the adapter from the transformer, if it was attached."""

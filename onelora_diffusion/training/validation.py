@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_of
-from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.pipelines.base import eval_mode
 from onelora_diffusion.training.randomness import VALIDATION, StepDraws, keyed_generator
 from onelora_diffusion.training.task import Task
+from onelora_diffusion.training.training_adapter import base_in_training
 
 TIMES = 4  # timesteps at which each image is measured, one in each quarter of the schedule
 
@@ -36,7 +36,7 @@ class Validation:
         """
         transformer = denoiser_of(self.task.pipeline)
         if self.of_base is None:
-            with disable_adapter(transformer):
+            with base_in_training(transformer):
                 self.of_base = self._mean_loss()
         with adapted():
             return {"validation_loss": self._mean_loss(), "base_validation_loss": self.of_base}

@@ -87,19 +87,20 @@ def captioned_data(
     digests = [[each.digest for each in own] for own in captioned.references]
     more = [each for each in (captioned.masks, captioned.repeats, digests) if each]
     prompts, each = trained_prompts(captioned.captions, settings), 1 + settings.caption_shuffles
-    shown = [filled(prompt, settings.trigger) for prompt in settings.validation_prompt]
+    named = [filled(prompt, settings.trigger) for prompt in settings.validation_prompt]
+    shown = named
     if captioned.references:
         images = [index for index in range(len(captioned)) for _ in range(each)]
         sides, references = captioned.dataset.size_of, captioned.references
         prompts = [Edit(prompt, references[i], sides(i)) for i, prompt in zip(images, prompts, strict=True)]
         number, files = len(settings.reference_column), settings.validation_reference
-        shown = edits_of(shown, files, number, resolution, "--validation-reference")
+        shown = edits_of(named, files, number, resolution, "--validation-reference")
     clips = {"frames": settings.frames, "frame_rate": family.frame_rate} if settings.frames > 1 else {}
     return TrainingData(
         images=captioned.dataset,
         conditions=prompts,
         conditions_each=each,
-        shown=list(zip(shown, settings.validation_prompt, strict=True)),
+        shown=list(zip(shown, named, strict=True)),
         identity=data_identity(captioned.dataset, captioned.captions, *more),
         resolution=resolution,
         described=f"{captioned.name}: {counted(captioned.dataset)}",

@@ -59,13 +59,14 @@ def test_prompts_are_sent_with_the_adapters_pictures(hub, tmp_path):
     (tmp_path / "signs").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "signs/0.png")
     settings = PromptSettings(
-        base="someone/sd3", base_precision="fp32", images="signs", prompt="a sks sign", resolution=16, max_steps=2,
-        batch_size=2, sample_every=2, sample_steps=1, validation_prompt=("night", "day"), push_to_hub="someone/signs",
+        base="someone/sd3", base_precision="fp32", images="signs", prompt="a [trigger] sign", resolution=16,
+        max_steps=2, batch_size=2, sample_every=2, sample_steps=1, validation_prompt=("{trigger} at night", "day"),
+        trigger="sks", push_to_hub="someone/signs",
     )  # fmt: skip
     assert train_text_to_image.main(settings) == 0
     card = pushed(hub)
-    assert card.data.pipeline_tag == "text-to-image" and card.data.instance_prompt == "a sks sign"
-    assert [item["text"] for item in card.data.widget] == ["night", "day"] and card.data.eval_results is None
+    assert card.data.pipeline_tag == "text-to-image" and card.data.instance_prompt == "sks"
+    assert [item["text"] for item in card.data.widget] == ["sks at night", "day"] and card.data.eval_results is None
     assert "pipe('a sks sign')" in card.text and {"lora", "sd3"} <= set(card.data.tags)
 
 

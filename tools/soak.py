@@ -1,63 +1,38 @@
-"""Kill a training run at random moments, train one for long, serve for long: all as if nothing had happened.
+"""Kill a training run at random moments, train one for long: all as if nothing had happened.
 
     python tools/soak.py kills                     # 20 kills, every second inside a save
     python tools/soak.py launchers                 # SIGTERM and SIGKILL of each launcher
     python tools/soak.py steps                     # 10,000 steps of the smallest model
-    python tools/soak.py serve --minutes 60        # serve.py with its queue full, killed three times
-    python tools/soak.py probes                    # how soon it answers probes while 500 pictures wait
 
 `kills` ends train_dit.py by SIGKILL after a random time, or while it writes a checkpoint, and starts it again, until
 it has been killed often enough; then it may finish. Its adapter, averages and optimiser must be those of a run that
 was left alone, bit for bit, and so must the losses; and its clock must have counted all the time that its processes
 were alive. `launchers` ends what started the processes: they must stop at one step, with a checkpoint. `steps` watches
 memory and open files all along, and resumes a copy of the run from the middle, which must end in the same adapter.
-`serve` has more clients than the queue has places, good requests, malformed ones and clients that hang up, more
-adapters than memory, adapters that are replaced by cp and by rename, SIGKILL with a new start, and SIGTERM at the end.
-Every picture must be that of its single run, every malformed request refused, and memory must not grow.
 """
 
-import base64
-import http.client
-import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import psutil
 import torch
 import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.injection.book import fingerprint
-from onelora_diffusion.injection.verbs import inject_adapter, unload_adapter
 from onelora_diffusion.launch import started
-from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.serving.adapter_cache import AdapterCache
-from onelora_diffusion.serving.batching import Batcher, BatchSettings
-from onelora_diffusion.serving.drawing import Drawing
-from onelora_diffusion.serving.library import AdapterLibrary
-from onelora_diffusion.serving.request import Request
-from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
+from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where train_dit.py is
@@ -96,33 +71,7 @@ class Steps:
     """By how much memory may grow from there on."""
 
 
-@dataclass
-class Serve:
-    """Serve for long with a full queue; every picture must be that of its single run."""
-
-    minutes: float = 60.0
-    """For how long."""
-    clients: int = 32
-    """Who ask at the same time; the queue has 16 places."""
-    kills: int = 3
-    """How often the server is ended by SIGKILL and started anew."""
-    growth_mb: float = 32.0
-    """By how much its memory may grow from the second quarter of its last life to the last."""
-    seed: int = 0
-    """Of the requests."""
-
-
-@dataclass
-class Probes:
-    """Time the server's probes while pictures wait."""
-
-    waiting: int = 500
-    """How many pictures wait."""
-    times: int = 100
-    """How often each probe is asked."""
-
-
-def main(settings: Kills | Launchers | Steps | Serve | Probes) -> int:
+def main(settings: Kills | Launchers | Steps) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_smallest_base(Path(folder) / "base")
         problems = RUNS[type(settings)](settings, Path(folder))
@@ -370,288 +319,12 @@ def train_long(settings: Steps, folder: Path) -> list[str]:
     return problems + differences(folder / "whole", folder / "resumed")
 
 
-# ---------------------------------------------------------------------------------------------------
-# serve
-
-ADAPTERS, QUEUE, BATCH = 12, 16, 8
-SAMPLES = 40  # of a life's memory
-MALFORMED = (None, 7, {}, {"prompt": 99}, {"prompt": 1, "seed": -1}, {"prompt": 1, "adapters": {"../base": 1}})
-
-
-def serve_long(settings: Serve, folder: Path) -> list[str]:
-    names, num_bytes = write_served_adapters(folder)
-    requests = served_requests(names, settings.seed)
-    expected = single_runs(folder, requests)
-    server = Server(folder, num_bytes * ADAPTERS // 3)
-    clients = Clients(server, requests, expected, settings)
-    lives = settings.kills + 1
-    seconds = 60 * settings.minutes / lives  # each, from when it serves
-    memory: list[float] = []
-    try:
-        for life in range(lives):
-            server.start()
-            if not life:
-                clients.start()
-            memory = []
-            for number in range(SAMPLES):
-                time.sleep(seconds / SAMPLES)
-                memory.append(server.memory_mb())
-                replace_adapter(folder / "adapters" / f"{names[number % ADAPTERS]}.safetensors", number % 2)
-            if life < lives - 1:
-                server.end(signal.SIGKILL)
-        clients.stop()
-        metrics = metrics_of(server.address)
-        began = time.monotonic()
-        code, seconds_to_end = server.end(signal.SIGTERM), time.monotonic() - began
-    finally:
-        clients.stop()
-        server.end(signal.SIGKILL)
-    first, last = (
-        sorted(part)[len(part) // 2] for part in (memory[SAMPLES // 4 : SAMPLES // 2], memory[-SAMPLES // 4 :])
-    )
-    counts, problems = clients.counts, clients.problems[:10]
-    print(", ".join(f"{counts[name]:,} {name}" for name in COUNTED) + f"; {settings.kills} kills")
-    print(f"memory of the last life: {first:.1f} to {last:.1f} MB; it ended {seconds_to_end:.1f} s after SIGTERM")
-    if last - first > settings.growth_mb:
-        problems.append(f"memory grew from {first:.1f} to {last:.1f} MB")
-    if code != 128 + signal.SIGTERM:
-        problems.append(f"serve.py ended with {code} after SIGTERM:\n{server.log.read_text()[-2000:]}")
-    if not counts["pictures"] or metrics["queue_length"] or metrics["resident_bytes"] > server.memory_bytes:
-        problems.append(f"the server ended in a state that cannot be: {metrics}")
-    return problems
-
-
-def replace_adapter(path: Path, in_place: bool) -> None:
-    """Write an adapter anew with the same content: into the file that is there, as cp, or beside it and renamed."""
-    content = path.read_bytes()
-    if in_place:
-        path.write_bytes(content)
-    else:
-        path.with_suffix(".new").write_bytes(content)
-        path.with_suffix(".new").replace(path)
-
-
-def write_served_adapters(folder: Path) -> tuple[list[str], int]:
-    """(names of random adapters, half of which bring classes; the bytes of the largest)."""
-    transformer = load_base(folder / "base").transformer
-    (folder / "adapters").mkdir()
-    names, largest = [f"adapter-{index}" for index in range(ADAPTERS)], 0
-    for index, name in enumerate(names):
-        inject_adapter(transformer, AdapterConfig(num_classes=4 if index % 2 else None))
-        torch.manual_seed(index)
-        trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        with torch.no_grad():
-            for parameter in trained:
-                parameter.normal_(std=0.3)
-        largest = max(largest, 4 * sum(parameter.numel() for parameter in trained))
-        save_adapter(transformer, folder / "adapters" / f"{name}.safetensors")
-        unload_adapter(transformer)
-    return names, largest
-
-
-def served_requests(names: list[str], seed: int) -> list[Request]:
-    draw = random.Random(seed)
-    requests = []
-    for number in range(64):
-        chosen = draw.sample(names, draw.randint(0, 2))
-        requests.append(
-            Request(
-                subject=draw.randrange(4),
-                adapters=tuple((name, draw.choice((0.5, 1.0, -0.3))) for name in chosen),
-                guidance="domain" if chosen and number % 3 == 0 else "cfg",
-                guidance_scale=draw.choice((1.0, 2.0, 4.5)),
-                sampler=draw.choice(("ddim", "dpm-solver++")),
-                num_inference_steps=draw.choice((4, 6)),
-                seed=number,
-            )
-        )
-    return requests
-
-
-def single_runs(folder: Path, requests: list[Request]) -> list[torch.Tensor]:
-    """Their pictures, each drawn alone."""
-    pipeline = load_base(folder / "base")
-    transformer = pipeline.transformer.requires_grad_(False)
-    library = AdapterLibrary([folder / "adapters"], fingerprint(transformer))
-    cache = AdapterCache(transformer, 10**9)
-    batcher = Batcher(Drawing(pipeline, 50), library, cache, BatchSettings(max_batch=1))
-    pictures = [batcher.submit(request).picture.result() for request in requests]
-    batcher.close()
-    return pictures
-
-
-# ---------------------------------------------------------------------------------------------------
-# probes
-
-
-def time_probes(settings: Probes, folder: Path) -> list[str]:
-    (folder / "adapters").mkdir()
-    server = Server(folder, 10**9, settings.waiting)
-    body = json.dumps({"pictures": [{"subject": 1, "num_inference_steps": 50}] * 50})
-    seconds: dict[str, list[float]] = {probe: [] for probe in PROBES}
-    try:
-        server.start()
-        clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(settings.waiting // 50)]
-        for client in clients:
-            client.request("POST", "/v1/pictures", body, TYPE)
-        while metrics_of(server.address)["queue_length"] < settings.waiting - 50:
-            time.sleep(0.1)
-        for _ in range(settings.times):
-            for probe in PROBES:
-                began = time.perf_counter()
-                ask(server.address, probe)
-                seconds[probe].append(time.perf_counter() - began)
-            time.sleep(0.05)
-        print(f"{metrics_of(server.address)['queue_length']:.0f} pictures wait at the end")
-    finally:
-        server.end(signal.SIGKILL)
-    print("| probe | median, ms | 95 %, ms | slowest, ms |\n|---|---:|---:|---:|")
-    for probe, took in seconds.items():
-        shown = " | ".join(f"{1e3 * np.quantile(took, share):.1f}" for share in (0.5, 0.95, 1))
-        print(f"| `{probe}` | {shown} |")
-    return []
-
-
-class Server:
-    """serve.py in a process of its own."""
-
-    def __init__(self, folder: Path, memory_bytes: int, places: int = QUEUE):
-        self.folder, self.memory_bytes, self.process, self.log = folder, memory_bytes, None, folder / "serve.txt"
-        self.places = places
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), "--port", str(self.port)]
-        command += ["--base", str(self.folder / "base"), "--adapters", str(self.folder / "adapters")]
-        command += ["--adapter-memory", str(self.memory_bytes / 1e6), "--max-batch", str(BATCH)]
-        command += ["--max-queue", str(self.places), "--max-queue-per-client", str(self.places)]
-        with self.log.open("w") as output:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        while "serving at" not in self.log.read_text():
-            if self.process.poll() is not None:
-                raise SystemExit(f"serve.py ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
-            time.sleep(0.1)
-
-    def end(self, how: signal.Signals) -> int | None:
-        """Send a signal, unless the process has ended already; its exit code."""
-        if self.process is None:
-            return None
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        return self.process.wait(timeout=120)
-
-    def memory_mb(self) -> float:
-        return psutil.Process(self.process.pid).memory_info().rss / 1e6
-
-
-COUNTED = ("pictures", "refusals", "busy", "given up", "cut off", "caught in a replacement")
-
-
-class Clients:
-    """Threads that ask, and look at what they get."""
-
-    def __init__(self, server: Server, requests: list[Request], expected: list[torch.Tensor], settings: Serve):
-        self.server, self.requests, self.expected = server, requests, expected
-        self.counts, self.problems, self.ended = Counter(), [], threading.Event()
-        self.threads = [
-            threading.Thread(target=self._repeat, args=(random.Random(1000 * settings.seed + number),))
-            for number in range(settings.clients)
-        ]
-
-    def start(self) -> None:
-        for thread in self.threads:
-            thread.start()
-
-    def stop(self) -> None:
-        self.ended.set()
-        for thread in self.threads:
-            if thread.is_alive():
-                thread.join()
-
-    def _repeat(self, draw: random.Random) -> None:
-        while not self.ended.is_set():
-            try:
-                self._ask(draw)
-            except (OSError, http.client.HTTPException):
-                self.counts["cut off"] += 1  # the server was killed meanwhile
-                time.sleep(0.2)
-
-    def _ask(self, draw: random.Random) -> None:
-        chance, index = draw.random(), draw.randrange(len(self.requests))
-        request = self.requests[index].as_json()
-        body = {"prompt": request.pop("subject"), "steps": request.pop("num_inference_steps")} | request
-        body["size"] = None
-        if chance < 0.1:
-            values = draw.choice(MALFORMED)
-            status, answer = ask(self.server.address, GENERATE, values)
-            if status not in (400, 404, 503):
-                self.problems.append(f"{values} was answered by {status}: {answer}")
-            self.counts["refusals" if status != 503 else "busy"] += 1
-        elif chance < 0.2:
-            hang_up(self.server, body, draw.uniform(0, 0.2))
-            self.counts["given up"] += 1
-        else:
-            status, answer = ask(self.server.address, GENERATE, body)
-            if status == 200:
-                self._compare(index, answer["data"][0]["b64_json"])
-            elif status in (429, 503):
-                self.counts["busy"] += 1
-                time.sleep(0.05)
-            elif status == 400 and "is damaged" in answer["error"]["message"]:
-                self.counts["caught in a replacement"] += 1  # by cp, which writes in place
-            else:
-                self.problems.append(f"request {index} was answered by {status}: {answer}")
-
-    def _compare(self, index: int, b64_json: str) -> None:
-        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json)))).astype(int)
-        off = np.abs(found - self.expected[index].numpy())
-        if off.max() > 1 or (off > 0).mean() > 0.02:  # rounding may reach the next grey level
-            self.problems.append(f"request {index} got another picture, off by up to {off.max()}")
-        self.counts["pictures"] += 1
-
-
-GENERATE = "/v1/images/generations"
-PROBES = ("/healthz", "/readyz", "/metrics")
-TYPE = {"Content-Type": "application/json"}
-
-
-def ask(address: str, path: str, body=None) -> tuple[int, dict]:
-    """(status, answer); a probe's text is not read."""
-    data = None if path in PROBES else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address + path, data, TYPE), timeout=120) as answer:
-            content = answer.read()
-            return answer.status, json.loads(content) if path == GENERATE else {}
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def hang_up(server: Server, body: dict, seconds: float) -> None:
-    """Ask for a picture, and hang up after so long."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", GENERATE, json.dumps(body), TYPE)
-    time.sleep(seconds)
-    connection.close()
-
-
-def metrics_of(address: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
-        lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
-    return {name.removeprefix("onelora_"): float(value) for name, _, value in lines}
-
-
-RUNS = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long, Serve: serve_long, Probes: time_probes}
+RUNS = {Kills: kill_often, Launchers: kill_launchers, Steps: train_long}
 
 if __name__ == "__main__":
     commands = (
         Annotated[Kills, tyro.conf.subcommand("kills")]
         | Annotated[Launchers, tyro.conf.subcommand("launchers")]
         | Annotated[Steps, tyro.conf.subcommand("steps")]
-        | Annotated[Serve, tyro.conf.subcommand("serve")]
-        | Annotated[Probes, tyro.conf.subcommand("probes")]
     )
     sys.exit(main(tyro.cli(commands, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))))

@@ -64,13 +64,15 @@ class Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":
+            scope = scope | {"method": "GET"}  # whose body the protocol leaves out
         headers, began, status = Headers(scope=scope), time.monotonic(), 499  # if the client is gone before an answer
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         given = headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex
         client = self._client(scope, headers)
         most = int(self.settings.max_upload * 1e6) if scope["method"] == "PUT" else MAX_JSON
-        received, is_whole = 0, False
+        received, is_whole, head = 0, False, []
 
         async def receive_limited():
             nonlocal received, is_whole
@@ -95,7 +97,14 @@ class Gate:
                 sent["x-request-id"] = request_id
                 if not is_whole and received < int(headers.get("content-length") or 0):
                     sent["connection"] = "close"  # the rest of the body is not wanted
-            await asyncio.wait_for(send(message), self.settings.receive_timeout)
+                head.append(message)
+            else:
+                await asyncio.wait_for(send_with_head(message), self.settings.receive_timeout)
+
+        async def send_with_head(message):  # in one turn of the event loop: see `Joined`
+            while head:
+                await send(head.pop())
+            await send(message)
 
         scope.setdefault("state", {})["client"] = client
         try:

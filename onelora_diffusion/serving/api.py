@@ -346,7 +346,7 @@ def requests_of(service: Service, body: ImagesRequest) -> list[Request]:
         adapters = service.weights(body.model)
     size = None
     if body.size not in (None, "auto"):
-        sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
+        sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", body.size)
         if sides is None or sides[1] != sides[2]:
             raise ValueError(f"size is '{body.size[:60]}'; give a square, such as '256x256', or 'auto'")
         size = int(sides[1])

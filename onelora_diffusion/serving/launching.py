@@ -13,6 +13,33 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from onelora_diffusion.serving.settings import PortSettings
 
 
+class Joined:
+    """A transport that sends what is written in one turn of the event loop together: head and body of an answer.
+
+    So a server that is killed has sent all of a small answer or nothing, and a proxy asks another server for it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport, self._loop, self._parts = transport, loop, []
+
+    def __getattr__(self, name: str):
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._parts:
+            self._transport.write(b"".join(self._parts))
+            self._parts.clear()
+
+
 def protocol(seconds: float) -> type[H11Protocol]:
     """uvicorn's protocol of a connection, which closes those without a whole head of a request in so many seconds."""
 
@@ -20,7 +47,7 @@ def protocol(seconds: float) -> type[H11Protocol]:
         timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport) -> None:
-            super().connection_made(transport)
+            super().connection_made(Joined(transport, self.loop))
             self._set_timer()
 
         def data_received(self, data: bytes) -> None:

@@ -16,7 +16,7 @@ SKIPPED = {"checkpoints", "latents"}  # folders of training runs that hold no ad
 RESCAN_S = 1.0  # the folders are listed again at most this often, as they may hold thousands of files
 
 
-Stamp = tuple[int, int, int] | None  # the inode, the time and the size of a file
+Stamp = tuple[int, ...] | None  # of a file: the inode, its times, of which a program may set the first, and the size
 FileKey = tuple[Path, Stamp]  # a path with its stamp: a changed file has another key
 
 
@@ -219,7 +219,7 @@ def _stamp(path: Path) -> Stamp:
         status = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def shipped_adapters() -> Path:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from onelora_diffusion.serving.batching import COUNTERS
+
 GAUGES = {
     "waiting": ("queue_length", "Pictures that wait."),
     "drawing": ("drawing", "Pictures that are drawn now."),
     "resident_adapters": ("resident_adapters", "Adapters in memory."),
     "resident_bytes": ("resident_bytes", "Memory of these adapters."),
 }
-ENDS = ("images", "failed", "refused", "busy", "cancelled")
 
 
 class Metrics:
@@ -46,7 +47,7 @@ class Metrics:
         for key, (name, said) in GAUGES.items():
             yield GaugeMetricFamily(f"onelora_{name}", said, state[key])
         pictures = CounterMetricFamily("onelora_pictures", "Requests for a picture, by their end.", labels=("end",))
-        for end in ENDS:
+        for end in COUNTERS:
             pictures.add_metric((end,), state[end])
         yield pictures
         yield CounterMetricFamily("onelora_adapter_reads", "Files of adapters that were read.", state["adapter_reads"])

@@ -9,22 +9,27 @@ Each replica is a whole server, which puts its own requests together into batche
 import dataclasses
 import logging
 
+import pydantic
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from onelora_diffusion.serving.loading import ServeSettings, load_batcher, make_service
+from onelora_diffusion.serving.request import problem
 
-REPLICAS = {"min_replicas": 1, "max_replicas": 8}
+SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
 REMEMBERED = 1000  # adapters that Ray knows to be with a replica; how many are in memory, its cache decides
 
 
 def application(arguments: dict[str, str]) -> serve.Application:
-    """The application of `onelora serve`'s settings by name, and of `min_replicas` and `max_replicas`.
+    """The application of `onelora serve`'s settings by name, and of those of Ray's `AutoscalingConfig` in `SCALING`.
 
     Raises:
         ValueError: a value is wrong, or none of the settings.
     """
-    replicas = {name: int(arguments.get(name, number)) for name, number in REPLICAS.items()}
-    settings = settings_of({name: value for name, value in arguments.items() if name not in REPLICAS})
+    settings = settings_of({name: value for name, value in arguments.items() if name not in SCALING})
+    # A batch that is drawn, and one that waits; more replicas are started while there are more requests.
+    scaling = {"max_replicas": 8, "target_ongoing_requests": 2 * settings.max_batch}
+    scaling |= {name: arguments[name] for name in SCALING if name in arguments}
 
     def build():  # on each replica
         logging.getLogger("onelora_diffusion.access").setLevel(logging.INFO)
@@ -33,8 +38,7 @@ def application(arguments: dict[str, str]) -> serve.Application:
     deployment = serve.deployment(
         serve.ingress(build)(Replica),
         name="onelora",
-        # A batch that is drawn, and one that waits; more replicas are started while there are more requests.
-        autoscaling_config={**replicas, "target_ongoing_requests": 2 * settings.max_batch},
+        autoscaling_config=checked(AutoscalingConfig, scaling),
         max_ongoing_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.drain_timeout,
     )
@@ -43,22 +47,24 @@ def application(arguments: dict[str, str]) -> serve.Application:
 
 def settings_of(arguments: dict) -> ServeSettings:
     """The settings of values by name, which may be texts; several of one setting are separated by commas."""
-    import pydantic
-
     fields = {field.name: field.default for field in dataclasses.fields(ServeSettings)}
     if unknown := [name for name in arguments if name not in fields]:
-        raise ValueError(f"unknown setting {unknown[0]}; there is {', '.join([*REPLICAS, *fields])}")
+        raise ValueError(f"unknown setting {unknown[0]}; there is {', '.join([*SCALING, *fields])}")
     values = {
         name: value.split(",") if isinstance(fields[name], tuple) and isinstance(value, str) else value
         for name, value in arguments.items()
     }
-    try:
-        settings = pydantic.TypeAdapter(ServeSettings).validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+    settings = checked(ServeSettings, values)
     settings.check()
     return settings
+
+
+def checked(kind, values: dict):
+    """An object of a class from values, which may be texts; ValueError in one line if one is wrong."""
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ValueError(problem(error.errors())) from error
 
 
 @serve.multiplexed(max_num_models_per_replica=REMEMBERED)

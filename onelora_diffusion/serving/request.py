@@ -121,6 +121,8 @@ def problem(errors: list[dict]) -> str:
     first = errors[0]
     said = first["msg"].removeprefix("Value error, ")
     field = printable(".".join(str(part) for part in first["loc"] if part != "body"), 60)
+    if isinstance(first["input"], bytes) or not field and first["type"] == "missing":
+        return "the request has no body of the type application/json"
     if not field:
         return said if first["type"] == "value_error" else f"{printable(repr(first['input']), 60)}: {said}"
     if first["type"] == "json_invalid":

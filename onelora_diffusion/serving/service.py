@@ -105,6 +105,8 @@ class Service:
             name, _, weight = part.rpartition(":")
             if library.find(part) or not re.fullmatch(r"-?\d{1,3}(\.\d{1,9})?", weight):
                 name, weight = part, "1"
+            if not name:
+                raise ValueError(f"model is '{model[:60]}'; give an adapter, or a mixture such as food:0.7+birds:0.3")
             if name in weights:
                 raise ValueError(f"model is '{model[:60]}': {name[:60]} is in it twice")
             weights[name] = float(weight)

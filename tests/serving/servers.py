@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tiny_models import make_dit, make_dit_pipeline, randomize
@@ -41,9 +42,13 @@ def write_adapter(transformer, path, config: AdapterConfig, seed: int, classes: 
     unload_adapter(transformer).requires_grad_(False)
 
 
-def write_adapters(folder, transformer, names=tuple(CONFIGS)) -> None:
+def write_adapters(folder: Path, transformer, names=tuple(CONFIGS), broken: bool = False) -> Path:
+    """Adapters in files, and one that is damaged; their folder."""
     for seed, name in enumerate(names):
         write_adapter(transformer, folder / f"{name}.safetensors", CONFIGS[name], seed, CLASSES.get(name, ()))
+    if broken:
+        (folder / "broken.safetensors").write_bytes((folder / f"{names[0]}.safetensors").read_bytes()[:500])
+    return folder
 
 
 @contextlib.contextmanager

@@ -43,10 +43,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    write_adapters(folder, pipeline.transformer)
-    (folder / "broken.safetensors").write_bytes((folder / "plain.safetensors").read_bytes()[:500])
-    return folder
+    return write_adapters(tmp_path_factory.mktemp("adapters"), pipeline.transformer, broken=True)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +124,9 @@ def test_openais_own_client_draws_lists_and_is_refused_by_its_own_errors(server)
         ({"adapters": {"../plain": 1}}, 404, "no adapter '../plain': there is birds, food, lora, plain"),
         ({"model": "birds:0.5+nobody:0.5"}, 404, "no adapter 'nobody'"),
         ({"model": "plain+plain"}, 400, "plain is in it twice"),
+        ({"model": "plain:0.5+"}, 400, "model is 'plain:0.5+'; give an adapter, or a mixture"),
+        ({"model": ""}, 400, "model is ''; give an adapter"),
+        ({"size": "१६x१६"}, 400, "give a square"),
         ({"model": "plain", "adapters": {"birds": 1}}, 400, "adapters are given as well: choose one"),
         ({"seed": -1}, 400, "seed is -1: input should be"),
         ({"steps": 51}, 400, "50 is the most here"),
@@ -152,6 +152,9 @@ def test_malformed_requests_are_refused_and_the_next_is_drawn(server, client):
     for content in (b"", b"{", b"[" * 100_000, b"\xff", b"null"):
         answer = client.post("/v1/pictures", content=content, headers={"content-type": "application/json"})
         assert error_of(answer)[0] == 400
+    for content, headers in ((b"{}", {"content-type": "text/plain"}), (b"{}", {}), (b"", {})):
+        answer = client.post("/v1/pictures", content=content, headers=headers)
+        assert error_of(answer)[0] == 400 and "no body of the type application/json" in answer.text
     assert server[1].state()["images"] == before["images"]
     assert client.post("/v1/images/generations", json=ASK).status_code == 200
 
@@ -213,6 +216,7 @@ def test_probes_are_answered_while_500_wait_and_nothing_is_drawn(held):
     wait_until(lambda: batcher.state()["waiting"] + batcher.state()["drawing"] == 500)
     for path in ("/healthz", "/readyz", "/metrics", "/", "/v1/models"):
         assert client.get(path, timeout=10).status_code == 200
+        assert client.head(path, timeout=10).status_code == 200
     assert f"onelora_queue_length {batcher.state()['waiting']}.0" in client.get("/metrics").text
     drawing.go.set()
     for thread in asking:
@@ -328,6 +332,17 @@ def test_slow_and_half_sent_requests_end(server, folder):
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(f"{HEAD.format('pictures')}9\r\n\r\n{{".encode())
             assert b" 408 " in connection.recv(4096).splitlines()[0]
+
+
+def test_the_head_of_an_answer_is_sent_with_its_body(server):
+    """A server that is killed between them would leave its proxy an answer that no other server may give."""
+    host, port = server[0].removeprefix("http://").split(":")
+    sent = f"{HEAD.format('images/generations')}4\r\n\r\nnull".encode()
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        for _ in range(20):
+            connection.sendall(sent)
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            assert f"content-length: {len(body)}".encode() in head.lower() and body
 
 
 @pytest.fixture

@@ -23,9 +23,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    write_adapters(folder, pipeline.transformer)
-    return folder
+    return write_adapters(tmp_path_factory.mktemp("adapters"), pipeline.transformer)
 
 
 def mixed_requests(number: int) -> list[Request]:

@@ -32,9 +32,8 @@ LABELS = [3, 4, 2, 2, 1, 9, 9, 2]  # of their subjects, each in the class table 
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
     """The small DiT with all its adapters in it."""
-    folder = tmp_path_factory.mktemp("adapters")
     pipeline = make_pipeline()
-    write_adapters(folder, pipeline.transformer)
+    folder = write_adapters(tmp_path_factory.mktemp("adapters"), pipeline.transformer)
     for path in sorted(folder.glob("*.safetensors")):
         load_adapter(pipeline.transformer, path, path.stem)
     return Drawing(pipeline, 50)

@@ -18,9 +18,8 @@ BYTES = 4 * 2000  # no adapter here takes more
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
     transformer = make_pipeline().transformer
-    write_adapters(folder, transformer)
+    folder = write_adapters(tmp_path_factory.mktemp("adapters"), transformer)
     write_adapter(transformer, folder / "many.safetensors", AdapterConfig(num_classes=40), 9)
     return folder
 

@@ -160,15 +160,16 @@ def test_a_folder_is_not_listed_for_every_request(tmp_path, transformer, monkeyp
 
 
 def test_a_changed_file_is_read_again_at_once_within_the_time_between_two_listings(tmp_path, transformer, monkeypatch):
-    """Also where both were written at one time, as far as the file system tells times apart, and have one size."""
+    """Also where it is written in place, has the old size and was given its old time, as by `rsync --inplace -t`."""
     monkeypatch.setattr(library_module, "RESCAN_S", 3600.0)
     path = tmp_path / "one.safetensors"
     write_adapter(transformer, path, CONFIGS["plain"], 0)
     library = AdapterLibrary([tmp_path], fingerprint(transformer))
     first, status = library.entry("one"), path.stat()
-    write_adapter(transformer, path, CONFIGS["plain"], 1)
+    write_adapter(transformer, tmp_path / "two.safetensors", CONFIGS["plain"], 1)
+    path.write_bytes((tmp_path / "two.safetensors").read_bytes())
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert path.stat().st_size == status.st_size
+    assert (path.stat().st_size, path.stat().st_ino) == (status.st_size, status.st_ino)
     second = library.entry("one")
     assert second.key != first.key and library.entry("one") is second
     path.unlink()

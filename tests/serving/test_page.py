@@ -33,10 +33,8 @@ WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(pipeline, folder) of some adapters, one of which is damaged."""
-    folder, pipeline = tmp_path_factory.mktemp("adapters"), make_pipeline()
-    write_adapters(folder, pipeline.transformer)
-    (folder / "broken.safetensors").write_bytes((folder / "plain.safetensors").read_bytes()[:500])
-    return pipeline, folder
+    pipeline = make_pipeline()
+    return pipeline, write_adapters(tmp_path_factory.mktemp("adapters"), pipeline.transformer, broken=True)
 
 
 @pytest.fixture(scope="module")

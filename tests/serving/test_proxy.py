@@ -2,12 +2,7 @@
 
 import contextlib
 import logging
-import re
 import shutil
-import socket
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
 
@@ -20,42 +15,9 @@ import openai
 from serving.servers import answering, make_pipeline, serving, wait_until, write_adapters
 
 from onelora_diffusion.serving.settings import PortSettings
+from tools.soak_serving import nginx
 
-CERTIFICATE = (
-    "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=draw.example.org -keyout draw.key -out draw.pem"
-)
 BEHIND = {"root_path": "/draw", "trusted_proxy": ("127.0.0.1",)}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextlib.contextmanager
-def nginx(folder: Path, servers: list[str]):
-    """nginx by the configuration in docs/serving.md, with its files in a folder; its port."""
-    guide = (Path(__file__).parents[2] / "docs/serving.md").read_text()
-    text, port = re.search(r"```nginx\n(.*?)```", guide, re.DOTALL)[1], free_port()
-    for number, server in zip((7861, 7862), servers, strict=True):
-        text = text.replace(f"127.0.0.1:{number}", re.search(r"127\.0\.0\.1:\d+", server)[0])
-    text = text.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/ssl", str(folder))
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    temporary = " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
-    own = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}"
-    (folder / "nginx.conf").write_text(f"{own}\nhttp {{ access_log off; {temporary}\n{text} }}")
-    subprocess.run(CERTIFICATE.split(), cwd=folder, check=True, capture_output=True)
-    process = subprocess.Popen(["nginx", "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
-    try:
-        end = time.monotonic() + 20
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert process.poll() is None and time.monotonic() < end, (folder / "error.log").read_text()
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def test_two_servers_behind_nginx_are_one(tmp_path, caplog):
@@ -70,11 +32,10 @@ def test_two_servers_behind_nginx_are_one(tmp_path, caplog):
             )
             for batcher in batchers
         ]
-        port = stack.enter_context(nginx(tmp_path, [address for address, _ in started]))
+        address = stack.enter_context(nginx(tmp_path, [address for address, _ in started]))
         transport = httpx.HTTPTransport(verify=False, local_address="127.0.0.2")
         host = {"host": "draw.example.org"}
         http = stack.enter_context(httpx.Client(transport=transport, headers=host, timeout=60))
-        address = f"https://127.0.0.1:{port}/draw"
         assert "<title>1LoRA" in http.get(f"{address}/").text and http.get(f"{address}/page.js").status_code == 200
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", http_client=http, max_retries=0)
         pictures = set()

@@ -1,10 +1,11 @@
-"""More clients than the queue has places, a kill, a new start, SIGTERM; `tools/soak.py serve` does it for longer."""
+"""More clients than the queue has places, a kill, a new start, SIGTERM; `tools/soak_serving.py` does it for longer."""
 
 import pytest
 
 pytest.importorskip("fastapi", reason="make test-serve installs it")
 
-from tools.soak import Serve, serve_long, write_smallest_base
+from tools.soak import write_smallest_base
+from tools.soak_serving import Serve, serve_long
 
 
 def test_a_full_queue_loses_and_mixes_up_nothing_and_survives_a_kill(tmp_path, capsys):

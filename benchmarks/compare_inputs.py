@@ -64,7 +64,7 @@ def prepare(settings) -> Inputs:
             f"autoencoder and {recipe.steps:,} of its transformer, seed {recipe.seed}."
         )
     if settings.features == "fashion-mnist" and weights is None:
-        from onelora_diffusion.evaluation.features.fashion import train_fashion_classifier
+        from benchmarks.fashion_classifier import train_fashion_classifier
 
         classifier = {"epochs": settings.classifier_epochs, "seed": 0}
         folder = made_once(

@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.features.inception import inception_random
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import open_images, to_uint8
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, RunningStatistics
+from tools.random_inception import inception_random
 
 try:
     import cleanfid.fid

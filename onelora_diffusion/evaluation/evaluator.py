@@ -53,10 +53,8 @@ def measure_images(
 
     Args:
         batches: (indices of the images in the set, uint8 (batch, 3, R, R)).
-        source: a description of the set; sets of `evaluation.images` have one.
         keep: keep all features in memory; otherwise memory does not grow with the number of images.
         spatial: also gather spatial features, from features that have them.
-        recognition: a classifier.
         labels: the labels of all images of the set, for the classifier; None for image i of class i mod their number.
     """
     running = [RunningStatistics(each, device, keep, spatial and each.num_spatial > 0) for each in features]
@@ -87,14 +85,8 @@ def measure_images(
 class Evaluator:
     """Compares generated images with real ones: all metrics and recognition, by the keys of their numbers.
 
-    Args:
-        features: modules of `evaluation.features`.
-        references: the real images, measured by each of them; or None, for metrics that need none.
-        settings: the metrics.
-        recognition: a classifier of the images, or None.
-
-    Raises:
-        ValueError: a metric is unknown, needs other features, or the images of references that are statistics.
+    `references` are the real images, measured by each module of features; or None, for metrics that need none.
+    ValueError if a metric is unknown, needs other features, or the images of references that are statistics.
     """
 
     def __init__(
@@ -168,11 +160,7 @@ def metrics_of_each(settings: MetricSettings, features: Sequence[Features | None
 
 
 def check_material(metrics: Sequence[str], measured: Measured | None, role: str) -> None:
-    """ValueError if a set of images, or there being none, lacks what a metric needs.
-
-    Args:
-        role: `images` or `reference`.
-    """
+    """ValueError if a set of images, `images` or `reference`, or there being none, lacks what a metric needs."""
     is_reference = role == "reference"
     for metric in metrics:
         needs = METRICS[metric].needs
@@ -207,11 +195,7 @@ def compare(
     drifted: tuple[Measured | None, Measured | None],
     settings: MetricSettings,
 ) -> dict:
-    """All metrics of a set of images, by the keys of their numbers.
-
-    Args:
-        drifted: images of unrelated prompts by the adapter and by the base.
-    """
+    """All metrics of a set of images, by their keys; `drifted` are those of unrelated prompts by adapter and base."""
     results = {}
     for metric in map(METRICS.get, metrics):
         pair = drifted if UNRELATED in metric.needs else (measured, reference)

@@ -54,11 +54,7 @@ def density_coverage(generated: Tensor, real: Tensor, neighborhood: int = 5) -> 
 def similarity(
     generated: Tensor, real: Tensor, groups: Sequence[str] | None = None, real_groups: Sequence[str] | None = None
 ) -> float:
-    """Mean cosine of each generated image with the real ones of its group (DreamBooth, Ruiz et al., CVPR 2023).
-
-    Args:
-        groups, real_groups: the group of each image; None makes all one group.
-    """
+    """Mean cosine of each image with the real ones of its group, or with all (DreamBooth, Ruiz et al., CVPR 2023)."""
     generated, real = _unit(generated), _unit(real)
     if groups is None:
         return (generated @ real.mean(0)).mean().item()
@@ -115,14 +111,9 @@ def inception_score(
 ) -> tuple[float, float, int]:
     """exp E KL(p(y|x) || p(y)), mean and spread over splits of the images, and the size of a split.
 
-    (Salimans et al., NeurIPS 2016.) p(y) is the mean over a split, so that the score depends on their size, and on
-    their order where the classes have one. ADM's evaluator takes 5,000 images as they follow each other, others ten
-    shuffled splits.
-
-    Args:
-        logits: (images, classes).
-        split_size: number of images in a split; the last one may have fewer. None makes ten splits.
-        order: `shuffled` or `given`.
+    (Salimans et al., NeurIPS 2016.) p(y) is the mean over a split, so that the score depends on their size (None makes
+    ten), and on their order, `shuffled` or `given`, where the classes have one. ADM's evaluator takes 5,000 images as
+    they follow each other, others ten shuffled splits. Logits are (images, classes).
     """
     if order == "shuffled":
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
@@ -146,12 +137,8 @@ class Extrapolation:
 def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequence[int] | None = None) -> Extrapolation:
     """The distance for several N, and its limit for N to infinity by least squares in 1/N (Chong & Forsyth, 2020).
 
-    Image i does not depend on the others, so the first N are a fair sample of N. The bias that remains is the
-    reference's own, from its own count.
-
-    Args:
-        generated: features (images, d).
-        counts: the values of N; None takes five, evenly spaced from half of the images to all.
+    Image i does not depend on the others, so the first N of the features (images, d) are a fair sample of N: five
+    values, evenly spaced from half of the images to all. The bias that remains is the reference's own, from its count.
     """
     counts = list(counts or np.linspace(len(generated) / 2, len(generated), 5).round().astype(int).tolist())
     distances = [frechet_distance(_statistics(generated[:count]), reference) for count in counts]

@@ -24,22 +24,14 @@ PIXELS_AT_ONCE = LARGEST**2  # most pixels of a batch: 50 MB
 
 @dataclass(frozen=True)
 class Source:
-    """Describes a set of images. The classes below have the same attributes.
-
-    Attributes:
-        name, resolution: the name of the set, and R of its images (3, R, R).
-        split, crop: the split of the data set, and how its images were cropped to R.
-        notes: sentences for the report.
-        groups: the group of each image, such as its class; images are compared with those of their own group.
-        prompts: the prompt of each image.
-    """
+    """Describes a set of images. The classes below have the same attributes."""
 
     name: str
-    resolution: int
+    resolution: int  # R of the images (3, R, R)
     split: str = ""
-    crop: str = "none"
-    notes: tuple[str, ...] = ()
-    groups: Sequence[str] | None = None
+    crop: str = "none"  # how the images were cropped to R
+    notes: tuple[str, ...] = ()  # sentences for the report
+    groups: Sequence[str] | None = None  # of each image, such as its class; images are compared within their group
     prompts: Sequence[str] | None = None
 
 
@@ -58,10 +50,8 @@ class ImageSet(Dataset):
 class FolderImages(ImageSet):
     """The PNG files of a folder, sorted by name, as uint8 (3, R, R), decoded in the same way as for training.
 
-    Other files in the folder are ignored, and `notes` counts them by suffix.
-
-    ValueError or FileNotFoundError, at once, if there are no images, or if one is unreadable, not square, or of
-    another size than the first.
+    Other files are ignored and counted in `notes`. ValueError or FileNotFoundError, at once, if there are no images,
+    or if one is unreadable, not square, or of another size than the first.
     """
 
     def __init__(self, folder: str | Path):
@@ -114,30 +104,20 @@ class NpzImages(ImageSet):
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield images of increasing indices; the others of the file are read and skipped."""
         frame, batch_size = self.resolution**2 * 3, _at_once(batch_size, self.resolution)
-        batch: list[int] = []
-        frames: list[bytes] = []
-        wanted = iter(indices)
-        following = next(wanted, None)
+        at = 0
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             read_header(member)
-            for index in range(len(self)):
-                if following is None:
-                    break
-                try:
-                    pixels = member.read(frame)
-                except (zipfile.BadZipFile, OSError) as error:
-                    raise ValueError(f"'{self.path}' is damaged at image {index}: {error}") from error
-                if index == following:
-                    batch.append(index)
+            for first in range(0, len(indices), batch_size):
+                batch, frames = list(indices[first : first + batch_size]), []
+                for index in batch:
+                    try:
+                        while at <= index:
+                            pixels, at = member.read(frame), at + 1
+                    except (zipfile.BadZipFile, OSError) as error:
+                        raise ValueError(f"'{self.path}' is damaged at image {at}: {error}") from error
                     frames.append(pixels)
-                    following = next(wanted, None)
-                if len(batch) == batch_size or (following is None and batch):
-                    yield batch, self._tensor(frames)
-                    batch, frames = [], []
-
-    def _tensor(self, frames: list[bytes]) -> Tensor:
-        array = np.frombuffer(b"".join(frames), dtype=np.uint8).reshape(-1, *self.shape[1:])
-        return torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
+                array = np.frombuffer(b"".join(frames), dtype=np.uint8).reshape(-1, *self.shape[1:])
+                yield batch, torch.from_numpy(array.copy()).permute(0, 3, 1, 2)
 
 
 class DatasetImages(ImageSet):
@@ -157,11 +137,7 @@ class DatasetImages(ImageSet):
 
 
 class CroppedImages(ImageSet):
-    """Image files of any kind and size, cropped to R by R as for training.
-
-    Args:
-        groups: the group of each image, or None.
-    """
+    """Image files of any kind and size, cropped to R by R as for training; `groups` has the group of each."""
 
     crop = "ADM centre crop"
 
@@ -173,9 +149,8 @@ class CroppedImages(ImageSet):
 
     def __getitem__(self, index: int) -> Tensor:
         with opened(self.files[index], printable(str(self.files[index]))) as image:
-            return torch.from_numpy(np.array(crop_to(decoded(image), self.resolution, self.resolution))).permute(
-                2, 0, 1
-            )
+            array = np.array(crop_to(decoded(image), self.resolution, self.resolution))
+            return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def open_images(path: str | Path) -> FolderImages | NpzImages:

@@ -17,9 +17,8 @@ def draw_labels(
 ) -> list[int]:
     """The label of each image; that of image i is a function of (seed, i), whatever the number of images.
 
-    Args:
-        order: `turns`: image i has class i mod `num_classes`; `random`: all classes are equally likely; `dataset`: the
-            probabilities are proportional to `frequencies`.
+    By `turns` image i has class i mod `num_classes`; `random`: all classes are equally likely; `dataset`: their
+    probabilities are proportional to `frequencies`.
     """
     if order == "turns":
         return [index % num_classes for index in range(num_images)]
@@ -31,18 +30,12 @@ def draw_labels(
 
 
 def class_frequencies(dataset: Dataset, names: Sequence[str]) -> list[int]:
-    """The number of images of each of these classes in a data set.
-
-    Raises:
-        ValueError: the data set does not list its labels, or does not have one of the classes.
-    """
+    """The number of images of each of these classes in a data set; ValueError if it lists no labels, or lacks one."""
     labels = labels_of(dataset)
     if labels is None:
         raise ValueError(f"{dataset.name} does not list its labels: choose --labels turns or random")
     counts = np.bincount(np.asarray(labels), minlength=dataset.num_classes)
     known = {name: int(count) for name, count in zip(dataset.id2label.values(), counts, strict=True)}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"'{unknown[0]}' is no class of {dataset.name}: --labels dataset draws the classes of --dataset"
-        )
+        raise ValueError(f"'{unknown[0]}' is no class of {dataset.name}: --labels dataset draws those of --dataset")
     return [known[name] for name in names]

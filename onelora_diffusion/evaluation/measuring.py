@@ -76,8 +76,7 @@ def references_of(
 ) -> list[Measured | None]:
     """Load the references for images of these origins: statistics, or images, which are measured; or None.
 
-    Raises:
-        ValueError, FileNotFoundError: a reference is missing, or cannot be compared with the images.
+    ValueError or FileNotFoundError if a reference is missing, or cannot be compared with the images.
     """
     if any(map(is_statistics, settings.reference)):
         filed = [statistics_in(path, features, settings, accelerator, REAL) for path in settings.reference]
@@ -101,8 +100,7 @@ def statistics_in(
 ) -> Measured:
     """Load the statistics of a file; if a metric needs single images, those in the same .npz are measured.
 
-    Args:
-        one_by_one: GENERATED or REAL, depending on the set that the file contains.
+    `one_by_one` is GENERATED or REAL, depending on the set that the file contains.
     """
     keep = one_by_one in settings.needs
     filed = load_statistics(path, keep)

@@ -38,19 +38,12 @@ FEATURES_WITH = {SPATIAL: "inception", LOGITS: "inception", TEXT: "clip"}
 
 @dataclass(frozen=True)
 class Shown:
-    """How a number is shown in a table.
+    """How a number is shown in a table."""
 
-    Attributes:
-        name: the name of the number, which is followed by that of its features if the two have no published name.
-        format: a template for `str.format` with all numbers of the metric by their keys.
-        more_is_better: whether the largest value is the best one.
-        is_of_features: whether the number depends on the features.
-    """
-
-    name: str
-    format: str
+    name: str  # followed by that of the features if the two have no published name
+    format: str  # a template for `str.format` with all numbers of the metric by their keys
     more_is_better: bool = False
-    is_of_features: bool = True
+    is_of_features: bool = True  # whether the number depends on the features
 
     def titled(self, features: str, extractor: str) -> str:
         return name_of(self.name, features, extractor) if self.is_of_features else self.name
@@ -60,21 +53,16 @@ class Shown:
 class Metric:
     """A row of `METRICS`.
 
-    Attributes:
-        needs: the needed ones of those above.
-        compute: function of the generated and real images (or, of unrelated prompts, those of the adapter and of the
-            base), the features' module and the settings; returns numbers by key.
-        shown: the numbers that tables and sweeps show, by key.
-        rows: function of the results of a table's columns and the distance's name; returns further rows of the table,
-            none if the results do not have this metric.
-        note_of: function of one result; returns a sentence for the report, or None.
+    `compute` takes the generated and real images (or, of unrelated prompts, those of the adapter and of the base), the
+    features' module and the settings, and returns numbers by key.
     """
 
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # of those above
     compute: "Callable[[Measured, Measured, Features | None, MetricSettings], dict]"
-    shown: Mapping[str, Shown]
+    shown: Mapping[str, Shown]  # the numbers that tables and sweeps show, by key
+    # Further rows of a table, of its columns' results and the distance's name; none without this metric's results.
     rows: Callable[[Sequence[dict], str], dict[str, list[str]]] = lambda results, distance_name: {}
-    note_of: Callable[[dict], str | None] = lambda result: None
+    note_of: Callable[[dict], str | None] = lambda result: None  # a sentence for the report, of one result
 
 
 def _of_kept(function: Callable, *keys: str) -> Callable[..., dict]:
@@ -235,10 +223,7 @@ class MetricSettings:
 
     @property
     def asked(self) -> list[tuple[str, str | None]]:
-        """(row of `METRICS`, the only features that it is measured by; None for all) of each metric.
-
-        ValueError for an unknown metric or empty splits.
-        """
+        """(row of `METRICS`, its only features or None) of each metric; ValueError if unknown, or for empty splits."""
         if self.inception_score_split is not None and self.inception_score_split < 1:
             raise ValueError(f"--inception-score-split is {self.inception_score_split}; it must be at least 1")
         return [_row_of(metric) for metric in self.metrics]

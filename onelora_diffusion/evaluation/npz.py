@@ -20,9 +20,7 @@ class Header:
 def read_headers(path: Path) -> dict[str, Header]:
     """The headers of all arrays in the file, by name.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no .npz, or an array is incomplete.
+    FileNotFoundError if there is no such file; ValueError if it is damaged, no .npz, or an array is incomplete.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}'")

@@ -32,50 +32,30 @@ from onelora_diffusion.sampling.adapted import AdaptedPipeline, load_adapted
 
 @dataclass(frozen=True)
 class Plan:
-    """What is generated and how it is measured.
+    """What is generated and how it is measured."""
 
-    Attributes:
-        settings: the settings with their defaults.
-        drawn: the base with its adapters and conditions, on its device.
-        columns: the name of each set of images in the report -> its adapter (None is the base) and its settings.
-        labels: for each image of all processes, the number of its condition.
-        unrelated: the prompts by which drift is measured.
-        source: a description of the generated images.
-        real: the real images, unless these are given as statistics, or not at all.
-        evaluator: measures the images.
-    """
-
-    settings: Generate
-    drawn: AdaptedPipeline
+    settings: Generate  # with their defaults
+    drawn: AdaptedPipeline  # on its device
+    # The name of each set of images in the report -> its adapter (None is the base) and its settings.
     columns: dict[str, tuple[str | None, Generate]]
-    labels: list[int]
-    unrelated: Sequence[str]
-    source: Source
-    real: ImageSet | None
+    labels: list[int]  # for each image of all processes, the number of its condition
+    unrelated: Sequence[str]  # the prompts by which drift is measured
+    source: Source  # describes the generated images
+    real: ImageSet | None  # unless the real images are given as statistics, or not at all
     evaluator: Evaluator
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for each column of a plan, on the main process.
+    """What was found for each column of a plan, on the main process."""
 
-    Attributes:
-        results: for each column, the numbers by each kind of features.
-        measured: the statistics of the last column's images, by each kind of features.
-        shown: the first images of each column, uint8 (3, R, R).
-    """
-
-    results: dict[str, list[dict]]
-    measured: list[Measured]
-    shown: dict[str, list[Tensor]]
+    results: dict[str, list[dict]]  # the numbers by each kind of features
+    measured: list[Measured]  # the statistics of the last column's images, by each kind of features
+    shown: dict[str, list[Tensor]]  # the first images of each column, uint8 (3, R, R)
 
 
 def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
-    """Load the models, the real images and the classifier of them.
-
-    Raises:
-        ValueError, FileNotFoundError: anything is wrong or missing.
-    """
+    """Load the models, the real images and the classifier of them; ValueError or FileNotFoundError if any is wrong."""
     if settings.num_images is not None and settings.num_images < 2:
         raise ValueError(f"--num-images {settings.num_images}: a distance between sets needs two or more")
     if settings.images_at_once is not None and settings.images_at_once < 1:
@@ -97,9 +77,7 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     is_embedded = drawn.dataset == CAPTIONED and prompts is None
     unrelated = unrelated or (UNRELATED if is_embedded else ())
     if "drift" in asked and not unrelated:
-        raise ValueError(
-            "--metrics drift needs prompts that have nothing to do with the training: --unrelated-prompts"
-        )
+        raise ValueError("--metrics drift needs prompts that have nothing to do with training: --unrelated-prompts")
 
     named = settings.dataset or (drawn.dataset if drawn.kind == "classes" or is_embedded else None)
     dataset = named or (EMBEDDED if drawn.kind == "classes" else None)

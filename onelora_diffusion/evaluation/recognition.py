@@ -16,11 +16,8 @@ from onelora_diffusion.evaluation.images import to_uint8
 class DigitClassifier:
     """scikit-learn's support vector classifier (RBF kernel) of all ten handwritten digits, at 8 by 8 grey pixels.
 
-    It is trained on the split `train`; `accuracy` is measured on the split `test`. Real images have the same
-    resolution and rounding as generated ones.
-
-    Args:
-        resolution: R of the images to classify.
+    It is trained on the split `train`; `accuracy` is measured on the split `test`. Real images have the resolution and
+    rounding of the generated ones.
     """
 
     def __init__(self, resolution: int):
@@ -51,11 +48,9 @@ def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
 
 
 class Recognition:
-    """Counts the images that a classifier assigns to the requested class.
+    """Counts the images that a classifier, which has `predict(images)`, `describe()` and `accuracy`, reads as asked.
 
-    Args:
-        classifier: `predict(images)` gives the class of each; it also has `describe()` and `accuracy`.
-        numbers: the classifier's class for each label.
+    `numbers` has the classifier's class for each label.
     """
 
     def __init__(self, classifier, numbers: Sequence[int]):
@@ -67,9 +62,9 @@ class Recognition:
 
 
 def recognition_of(dataset: str, names: Sequence[str], features, resolution: int) -> Recognition | None:
-    """The recognition for labels with these names; None if there is no classifier for them.
+    """The recognition for labels with these names, by the data set's classifier or that of the compared features.
 
-    The classifier is that of the data set, or the one whose features are compared.
+    None if there is no classifier for them.
     """
     numbers = class_numbers(dataset, names)
     if numbers and dataset in CLASSIFIERS:

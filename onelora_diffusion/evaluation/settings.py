@@ -17,7 +17,7 @@ from onelora_diffusion.evaluation.metrics import REAL, REFERENCE, MetricSettings
 from onelora_diffusion.launch import precision_asked_by_launcher
 from onelora_diffusion.sampling import SamplerSettings
 from onelora_diffusion.sampling.adapted import AdaptedPipeline
-from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
+from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, file_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +106,12 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
     report_name: ClassVar[str] = "evaluation.json"
 
     @property
+    @property
     def adapter_files(self) -> dict[str, Path]:
         """The adapters' files by their names; ValueError if two have one name."""
         files: dict[str, Path] = {}
         for path in self.adapter or ():
-            file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+            file = file_of(path)
             name = (file.parent if file.name == WEIGHTS_NAME else file.with_suffix("")).resolve().name
             if name in files or name == "base" and len(self.adapter) > 1:
                 other = files.get(name, "the base")
@@ -125,13 +126,9 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
         return self.output or folder / self.report_name
 
     def with_defaults(self, own: Defaults, drawn: AdaptedPipeline, has_real: bool, drifts: bool) -> "Generate":
-        """The same with the defaults of what is drawn where no values are given.
+        """The same with the defaults of what is drawn where no values are given; ValueError for nothing to measure.
 
-        Args:
-            has_real, drifts: whether there are real images, and unrelated prompts.
-
-        Raises:
-            ValueError: there is nothing to measure.
+        `has_real`, `drifts`: whether there are real images, and unrelated prompts.
         """
         pipeline, family, scale = drawn.pipeline, drawn.family, own.eval_guidance_scale
         values = {

@@ -28,11 +28,9 @@ def write_sheet(
 ) -> None:
     """Write a PNG with a row for each name, whatever the number of blocks; of clips an animated one.
 
-    Args:
-        blocks: images uint8 (3, R, R), or clips (3, frames, R, R), by the title of their block; image i is in row i
-            mod len(names). The titles of several blocks stand above them.
-        left: the block on the left of the names; all others are on their right.
-        frame_rate: frames of clips a second.
+    Image i, uint8 (3, R, R), or clip (3, frames, R, R) of so many frames a second, of a block is in row i mod
+    len(names). The titles of several blocks stand above them. The block `left` is on the left of the names, all others
+    are on their right.
     """
     (first, *_), *_ = blocks.values()
     frames = range(first.shape[1]) if first.ndim == 4 else [...]
@@ -68,9 +66,8 @@ def sheet_of(blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left:
     for title, grid in sorted(grids.items(), key=lambda item: item[0] != left):
         sheet.paste(grid, (x, top))
         if top:
-            draw.multiline_text(
-                (x + grid.width / 2, top / 2), "\n".join(lines[title]), fill="black", anchor="mm", align="center"
-            )
+            middle = x + grid.width / 2, top / 2
+            draw.multiline_text(middle, "\n".join(lines[title]), fill="black", anchor="mm", align="center")
         x += grid.width
         if title == left:
             x = put_names(x)

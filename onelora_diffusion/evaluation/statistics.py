@@ -17,33 +17,22 @@ from onelora_diffusion.evaluation.images import Source
 class Origin:
     """Describes a set of images and how its features were computed; it is saved with the statistics.
 
-    Attributes:
-        features, extractor, resize: those of the feature module; only sets for which they are equal can be compared.
-        dataset: name of the data set, or of the folder or file of images.
-        split, crop: the split of the data set, and how its images were cropped.
-        resolution: R of the images (3, R, R) before `resize`; None if a file does not contain it.
+    Only sets for which `extractor` and `resize` are equal can be compared.
     """
 
     features: str
     extractor: str
     resize: str
-    resolution: int | None
-    dataset: str
+    resolution: int | None  # R of the images (3, R, R) before `resize`; None if a file does not contain it
+    dataset: str  # or the folder or file of images
     split: str = ""
     crop: str = "none"
     version: str = __version__
 
     @classmethod
     def of(cls, features: Features, source: Source) -> "Origin":
-        return cls(
-            features.name,
-            features.extractor,
-            features.resize,
-            source.resolution,
-            source.name,
-            source.split,
-            source.crop,
-        )
+        made_by = features.name, features.extractor, features.resize
+        return cls(*made_by, source.resolution, source.name, source.split, source.crop)
 
     @property
     def distance_name(self) -> str:
@@ -73,14 +62,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Moments of the features of `count` images: mean (d,), unbiased covariance (d, d), float64, on the CPU.
+    """Moments of the features of a set of images, in float64 on the CPU."""
 
-    `count` is None if a file does not contain it.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    count: int | None
+    mean: Tensor  # (d,)
+    covariance: Tensor  # (d, d), unbiased
+    count: int | None  # of the images; None if a file does not contain it
 
     @property
     def num_features(self) -> int:
@@ -89,21 +75,14 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Measured:
-    """The statistics of a set of images by one kind of features.
-
-    Attributes:
-        kept: the features of all images, (images, d) float32, if a metric needs them.
-        spatial: statistics of the spatial features, if sFID needs them.
-        notes: sentences about the images for the report.
-        groups, prompts: those of each image, if they are known; see `images.Source`.
-    """
+    """The statistics of a set of images by one kind of features."""
 
     statistics: FeatureStatistics
     origin: Origin
-    kept: Tensor | None = None
-    spatial: FeatureStatistics | None = None
-    notes: tuple[str, ...] = ()
-    groups: Sequence[str] | None = None
+    kept: Tensor | None = None  # the features of all images, (images, d) float32, if a metric needs them
+    spatial: FeatureStatistics | None = None  # of the spatial features, if sFID needs them
+    notes: tuple[str, ...] = ()  # sentences about the images for the report
+    groups: Sequence[str] | None = None  # of each image; see `images.Source`
     prompts: Sequence[str] | None = None
 
 
@@ -119,14 +98,10 @@ class GivenFeatures(nn.Module):
 
 
 class RunningStatistics:
-    """The sums behind `FeatureStatistics`, in float64 by torchmetrics' FID metric.
+    """The sums behind `FeatureStatistics`, in float64 by torchmetrics' FID metric, on the device of the features.
 
-    It needs memory for two d by d matrices, whatever the number of images. With `keep` all features (float32) are kept
-    as well, for metrics that compare single images.
-
-    Args:
-        features: a module of `evaluation.features`; the sums are on its device.
-        spatial: also sum the spatial features, in two further matrices.
+    It needs memory for two d by d matrices, whatever the number of images, and for two further ones with `spatial`.
+    With `keep` all features (float32) are kept as well, for metrics that compare single images.
     """
 
     def __init__(

@@ -28,11 +28,7 @@ PICKLES = (".pkl", ".pickle")
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file contains statistics, by its suffix and, for an .npz, by its arrays.
-
-    Raises:
-        ValueError: the file is a pickle, which is never read, or a damaged .npz.
-    """
+    """Whether a file contains statistics, by its suffix and, for an .npz, by its arrays; ValueError for a pickle."""
     check_no_pickle(path)
     if path.suffix == ".npz" and path.is_file():
         return not read_headers(path).keys().isdisjoint(("mu", "reps"))
@@ -58,9 +54,7 @@ def save_statistics(path: str | Path, measured: Measured) -> Path:
 def load_statistics(path: str | Path, keep: bool = False) -> Measured:
     """Read statistics and their origin; with `keep` also the features of each image, if the file has them.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a file of statistics.
+    FileNotFoundError if there is no such file; ValueError if it is damaged, or not a file of statistics.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,8 +121,7 @@ def _from_npz(path: Path, keep: bool) -> Measured:
     else:
         mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
         count = int(_array(path, headers, "count")) if "count" in headers else None
-    statistics = FeatureStatistics(*_moments(path, mean, covariance), count)
-    spatial = None
+    statistics, spatial = FeatureStatistics(*_moments(path, mean, covariance), count), None
     if "mu_s" in headers:
         mean, covariance = (_array(path, headers, name) for name in ("mu_s", "sigma_s"))
         spatial = FeatureStatistics(*_moments(path, mean, covariance), count)

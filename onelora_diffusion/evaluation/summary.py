@@ -50,12 +50,9 @@ def in_sections(sections: Iterable[dict]) -> dict:
 
 def describe(origin: Origin, count: int | None) -> str:
     if not origin.is_told:
-        return (
-            f"{origin.dataset}, mean and covariance as another tool wrote them: images, crop and resize are not told"
-        )
-    split = f"{origin.split} split" if origin.split else "no split"
-    images = f"{count:,} images of {origin.resolution}x{origin.resolution}"
-    return f"{origin.dataset}, {split}, {images}, crop: {origin.crop}"
+        return f"{origin.dataset}, mean and covariance of another tool: images, crop and resize are not told"
+    split, side = f"{origin.split} split" if origin.split else "no split", origin.resolution
+    return f"{origin.dataset}, {split}, {count:,} images of {side}x{side}, crop: {origin.crop}"
 
 
 def print_report(report: dict) -> None:
@@ -73,11 +70,9 @@ def print_report(report: dict) -> None:
         blank = [""] * (len(results) - 1)
         rows["num_trainable_params"] = [*blank, f"{report['num_trainable_params']:,}"]
         rows["adapter file"] = [*blank, format_bytes(report["adapter_bytes"])]
-    adapters = report.get("adapters", {})
-    if adapters:
-        rows["trained"] = [
-            f"{adapters[name]['num_trainable_params']:,}" if name in adapters else "" for name in results
-        ]
+    if adapters := report.get("adapters", {}):
+        sizes = {name: f"{each['num_trainable_params']:,}" for name, each in adapters.items()}
+        rows["trained"] = [sizes.get(name, "") for name in results]
 
     notes = notes_of(report)
     if report.get("classifier"):
@@ -86,10 +81,8 @@ def print_report(report: dict) -> None:
         )
     if "images_at_once" in report:
         notes.append(f"Generated in {in_words(report)}, {report['images_at_once']} images at once.")
-    if len(results) > 1 and (base_classes := report.get("num_base_classes")):
-        notes.append(
-            f"The base knows its own {base_classes} classes: asked for class i, it draws i mod {base_classes}."
-        )
+    if len(results) > 1 and (num_base := report.get("num_base_classes")):
+        notes.append(f"The base knows its own {num_base} classes: asked for class i, it draws i mod {num_base}.")
     table = format_tables(title, list(results), rows) if adapters else format_table(title, list(results), rows)
     print(f"\n{table}")
     for note in notes + notes_on_worth(report):
@@ -105,13 +98,11 @@ def notes_of(report: dict) -> list[str]:
     """The reference and the settings of each kind of features."""
     notes = []
     for each in sections_of(report):
-        features, reference = each["features"], dict(each["reference"] or {})
+        kind, reference = each["features"], dict(each["reference"] or {})
         if reference:
             count = reference.pop("count")
             notes.append(f"Reference: {describe(Origin(**reference), count)}.")
-        notes.append(
-            f"Features: {features['name']}, {features['num_features']} of them, resize: {features['resize']}."
-        )
+        notes.append(f"Features: {kind['name']}, {kind['num_features']} of them, resize: {kind['resize']}.")
     return list(dict.fromkeys(notes))
 
 
@@ -136,10 +127,8 @@ def names_of(part: dict) -> dict[str, str]:
 
 def result_rows(part: dict) -> dict[str, list[str]]:
     """The table rows of a section, with a value for each set of images."""
-    results = list(part["results"].values())
-    rows = {
-        name: [all_shown()[key].format.format(**result) for result in results] for key, name in names_of(part).items()
-    }
+    results, shown = list(part["results"].values()), all_shown()
+    rows = {name: [shown[key].format.format(**result) for result in results] for key, name in names_of(part).items()}
     for metric in METRICS.values():
         rows |= metric.rows(results, part["distance_name"])
     return rows

@@ -110,7 +110,7 @@ def test_a_cut_raw_file_and_a_missing_one_are_named(fashion_root, tmp_path):
 
 
 def test_the_classifier_learns_squares_and_its_recipe_repeats(fashion_root, tmp_path):
-    from onelora_diffusion.evaluation.features.fashion import train_fashion_classifier
+    from benchmarks.fashion_classifier import train_fashion_classifier
 
     for name in ("one", "two"):
         train_fashion_classifier(tmp_path / name, fashion_root, epochs=60, batch_size=50)

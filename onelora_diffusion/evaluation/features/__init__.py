@@ -5,40 +5,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onelora_diffusion.evaluation.features.base import INCEPTION_SHA256, UNTOLD, Features
-from onelora_diffusion.evaluation.features.clip import CLIP, CLIP_LARGE, load_clip, load_clip_large
+from onelora_diffusion.evaluation.features.clip import CLIP, CLIP_LARGE, load_clip
 from onelora_diffusion.evaluation.features.dino import DINO, load_dino
 from onelora_diffusion.evaluation.features.dinov2 import DINOV2, load_dinov2
-from onelora_diffusion.evaluation.features.fashion import load_fashion
-from onelora_diffusion.evaluation.features.inception import load_inception
-from onelora_diffusion.evaluation.features.pixels import load_pixels
+from onelora_diffusion.evaluation.features.fashion import FashionFeatures
+from onelora_diffusion.evaluation.features.inception import inception_2015
+from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 
 
 @dataclass(frozen=True)
 class FeatureKind:
     """One kind of features: a row of `FEATURES`.
 
-    Attributes:
-        load: function from the resolution of the images to come and the path of the weights (or None) to the module.
-        weights: the field of eval_fid.py's settings that holds this path; None where there are no weights to give.
-        published: the extractors of the published weights.
-        names: what numbers of these are called, by the name of the number: FID for FD. All others are called by the
-            features: `FD(name)`.
-        width: how many features the published network has. A file of another tool, which does not say what its
-            numbers are of, is taken for the kind with as many.
+    `load` makes the module from the resolution of the images to come and the path of the weights, or None.
     """
 
     load: Callable[[int, str | Path | None], Features]
-    weights: str | None = None
-    published: tuple[str, ...] = ()
+    weights: str | None = None  # the field of eval_fid.py's settings with that path; None where none are to be given
+    published: tuple[str, ...] = ()  # the extractors of the published weights
+    # What numbers of these are called, by the name of the number: FID for FD. All others are called `FD(features)`.
     names: Mapping[str, str] = field(default_factory=dict)
+    # Of the published network: a file of another tool, which does not say, is taken for the kind of its width.
     width: int | None = None
 
 
 OF_INCEPTION = ("KID", "precision", "recall", "density", "coverage", "Inception Score")
 FEATURES = {
-    "pixels": FeatureKind(load_pixels),
+    "pixels": FeatureKind(lambda resolution, weights: PixelFeatures(resolution)),
     "inception": FeatureKind(
-        load_inception,
+        lambda resolution, weights: inception_2015(weights),
         "inception_weights",
         (INCEPTION_SHA256, UNTOLD),
         {"FD": "FID", "sFD": "sFID", **dict(zip(OF_INCEPTION, OF_INCEPTION, strict=True))},
@@ -47,26 +42,28 @@ FEATURES = {
     "dinov2": FeatureKind(load_dinov2, "dinov2_weights", (DINOV2.extractor,), {"FD": "FD-DINOv2"}, width=1024),
     "dino": FeatureKind(load_dino, "dino_weights", (DINO.extractor,), {"similarity": "DINO-I"}),
     "clip": FeatureKind(
-        load_clip, "clip_weights", (CLIP.extractor,), {"similarity": "CLIP-I", "prompt similarity": "CLIP-T"}
+        lambda resolution, weights: load_clip(CLIP, "clip", weights),
+        "clip_weights",
+        (CLIP.extractor,),
+        {"similarity": "CLIP-I", "prompt similarity": "CLIP-T"},
     ),
-    "clip-large": FeatureKind(load_clip_large, "clip_large_weights", (CLIP_LARGE.extractor,), {"MMD": "CMMD"}),
-    "fashion-mnist": FeatureKind(load_fashion, "fashion_weights"),
+    "clip-large": FeatureKind(
+        lambda resolution, weights: load_clip(CLIP_LARGE, "clip-large", weights),
+        "clip_large_weights",
+        (CLIP_LARGE.extractor,),
+        {"MMD": "CMMD"},
+    ),
+    "fashion-mnist": FeatureKind(lambda resolution, weights: FashionFeatures(weights), "fashion_weights"),
 }
 
 
 def load_features(name: str, resolution: int, weights: str | Path | None = None) -> Features:
     """A frozen module that turns uint8 images (batch, 3, R, R) into float64 features (batch, num_features).
 
-    Args:
-        name: one of `FEATURES`.
-        resolution: R, of the images to come.
-        weights: for `inception` the file of torch-fidelity's release (None: its cache, else its download); for
-            `fashion-mnist` the file of its classifier; for others a folder in the layout of transformers (None: the
-            published ones, from the hub's cache or the hub).
-
-    Raises:
-        ValueError: an unknown name; weights that are not what they should be, or cannot be fetched.
-        FileNotFoundError: there are no such weights.
+    `weights` is for `inception` the file of torch-fidelity's release (None: its cache, else its download); for
+    `fashion-mnist` the file of its classifier; for others a folder in the layout of transformers (None: the published
+    ones, from the hub's cache or the hub). ValueError for an unknown name or weights that are not what they should be
+    or cannot be fetched, FileNotFoundError if there are none.
     """
     if name.startswith(UNKNOWN_KIND):
         raise ValueError(

@@ -11,22 +11,15 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Features(nn.Module):
     """A frozen module: uint8 images (batch, 3, R, R) -> float64 features (batch, num_features).
 
-    Attributes:
-        name: what the distance is named after.
-        extractor: what identifies the weights, such as their hash.
-        resize: what is done to an image before it is looked at.
-        num_spatial: how many spatial features (sFID's) it gives as well; most give none.
-        kind: the row of `FEATURES` that it was loaded by.
-
     Some have `logits(features)`, or `embed_text(prompts)`, the features of texts.
     """
 
-    name: str
-    extractor: str
-    resize: str
+    name: str  # what the distance is named after
+    extractor: str  # what identifies the weights, such as their hash
+    resize: str  # what is done to an image before it is looked at
     num_features: int
-    num_spatial = 0
-    kind = ""
+    num_spatial = 0  # how many spatial features (sFID's) it gives as well
+    kind = ""  # the row of `FEATURES` that it was loaded by
 
     def train(self, mode: bool = True) -> "Features":
         return super().train(False)

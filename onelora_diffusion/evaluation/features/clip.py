@@ -17,11 +17,7 @@ COLOURS = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.275777
 
 
 class ClipFeatures(NetworkFeatures):
-    """CLIP's projected embeddings, not normalised; `embed_text` gives those of prompts, which lie in the same space.
-
-    Args:
-        network, tokenizer: transformers' `CLIPModel`, and its tokenizer.
-    """
+    """The projected embeddings of transformers' `CLIPModel`, not normalised; `embed_text` gives those of prompts."""
 
     def __init__(self, network: nn.Module, tokenizer, name: str, extractor: str):
         config = network.config
@@ -39,15 +35,7 @@ class ClipFeatures(NetworkFeatures):
         return self.network.text_projection(self.network.text_model(**inputs).pooler_output).double().cpu()
 
 
-def load_clip(resolution: int, weights: str | Path | None = None) -> ClipFeatures:
-    return _load(CLIP, "clip", weights)
-
-
-def load_clip_large(resolution: int, weights: str | Path | None = None) -> ClipFeatures:
-    return _load(CLIP_LARGE, "clip-large", weights)
-
-
-def _load(published: Published, name: str, weights: str | Path | None) -> ClipFeatures:
+def load_clip(published: Published, name: str, weights: str | Path | None) -> ClipFeatures:
     network, extractor = published.load("CLIPModel", weights)
     where = {"revision": published.revision} if weights is None else {}
     from transformers import AutoTokenizer

@@ -19,18 +19,15 @@ class InceptionFeatures(Features):
     Images are brought to 299 by 299 as TensorFlow 1 did it, bilinearly and without antialiasing, as in ADM's
     evaluator and torch-fidelity. A distance is called FID only on the 2048 last features of the released weights.
 
-    Args:
-        state_dict: the weights, by torch-fidelity's names.
-        extractor: what identifies the weights, such as the hash of their file.
-        name: `inception`, or another name where the weights are not the released ones.
-        layer: `2048`, or an earlier one: `64`, `192`, `768`.
+    `layer` is `2048`, or an earlier one: `64`, `192`, `768`; weights have torch-fidelity's names, and `extractor`
+    identifies them.
     """
 
     resize = "TF1 bilinear to 299x299, antialias=False"
 
     def __init__(self, state_dict: dict[str, Tensor], extractor: str, name: str = "inception", layer: str = "2048"):
         super().__init__()
-        self.network = _Network(layer)
+        self.network = InceptionNetwork(layer)
         nn.Module.load_state_dict(self.network, state_dict)
         self.network.requires_grad_(False).eval()
         self.num_features = int(layer)
@@ -61,7 +58,7 @@ class InceptionFeatures(Features):
         return features @ self.network.fc.weight.to(features).T
 
 
-class _Network(FeatureExtractorInceptionV3):
+class InceptionNetwork(FeatureExtractorInceptionV3):
     """torch-fidelity's network without the weights that its constructor would download or unpickle."""
 
     def __init__(self, layer: str):
@@ -77,11 +74,8 @@ class _Network(FeatureExtractorInceptionV3):
 def inception_2015(weights: str | Path | None = None) -> InceptionFeatures:
     """Inception-2015 with the weights of torch-fidelity's release: a file, else torch's cache, else the network.
 
-    The file's hash is checked before it is read, and it is read weights-only.
-
-    Raises:
-        FileNotFoundError: there is no such file, or no cached one and no network.
-        ValueError: the file is not the released one.
+    The file's hash is checked before it is read, and it is read weights-only. FileNotFoundError if there is no such
+    file, or no cached one and no network; ValueError if it is not the released one.
     """
     path = Path(weights) if weights is not None else _released_weights()
     if not path.is_file():
@@ -93,24 +87,6 @@ def inception_2015(weights: str | Path | None = None) -> InceptionFeatures:
             f"not {INCEPTION_SHA256[:8]}): get it from {URL_INCEPTION_V3}"
         )
     return InceptionFeatures(torch.load(path, map_location="cpu", weights_only=True), INCEPTION_SHA256)
-
-
-def load_inception(resolution: int, weights: str | Path | None = None) -> InceptionFeatures:
-    return inception_2015(weights)
-
-
-def inception_random(seed: int = 0, layer: str = "2048") -> InceptionFeatures:
-    """The same network with random weights, a function of `seed`: for tests and comparisons of tools, not for FID.
-
-    They are He-normal (He et al., ICCV 2015), so that the last layers' activations do not vanish.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _Network(layer)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return InceptionFeatures(network.state_dict(), f"random-{seed}", "inception-random", layer)
 
 
 def _released_weights() -> Path:

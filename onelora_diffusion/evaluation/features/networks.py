@@ -16,12 +16,9 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclass(frozen=True)
 class Published:
-    """The published weights of a network.
+    """The published weights of a network: a commit of a repository on the hub, and the flag that takes a copy.
 
-    Attributes:
-        hub_id, revision: the repository on the Hugging Face hub, and the commit.
-        flag: the flag that takes a folder with a copy.
-        is_safetensors: whether they are a `model.safetensors`; else `pytorch_model.bin`, read weights-only.
+    They are a `model.safetensors`, or a `pytorch_model.bin`, which is read weights-only.
     """
 
     hub_id: str
@@ -36,13 +33,8 @@ class Published:
     def load(self, class_name: str, folder: str | Path | None, **options):
         """(an object of this class of transformers, what identifies its weights).
 
-        Args:
-            folder: a folder with config.json and model.safetensors; None takes the published weights, from the hub's
-                cache or the hub.
-
-        Raises:
-            ValueError: `transformers` is not installed.
-            FileNotFoundError: there are no such weights.
+        `folder` has config.json and model.safetensors; None takes the published weights, from the hub's cache or the
+        hub. ValueError if `transformers` is not installed, FileNotFoundError if there are no such weights.
         """
         try:
             import transformers
@@ -75,10 +67,7 @@ class NetworkFeatures(Features):
     """A network's features of images that are resized as PIL does it: uint8 (batch, 3, R, R) -> float64 (batch, d).
 
     The bicubic filter is antialiased and works in bytes, like PIL's, from which it differs by a grey level at most.
-
-    Args:
-        side: side in pixels of the images for the network.
-        colours: (mean, deviation) of the three channels in [0, 1], by which they are normalised.
+    The network gets `side` by `side` pixels, normalised by (mean, deviation) of the three channels in [0, 1].
     """
 
     def __init__(self, network: nn.Module, name: str, extractor: str, num_features: int, side: int, colours=IMAGENET):

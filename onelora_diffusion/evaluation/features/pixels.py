@@ -26,7 +26,3 @@ class PixelFeatures(Features):
 
     def forward(self, images: Tensor) -> Tensor:
         return adaptive_avg_pool2d(images.double(), self.side).flatten(1) / 255
-
-
-def load_pixels(resolution: int, weights: None = None) -> PixelFeatures:
-    return PixelFeatures(resolution)

@@ -39,8 +39,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 def why_not_its_product(layer: nn.Module) -> str | None:
     """Why a layer does not compute W x + bias with its `weight` and `bias` read as floats, or None if it does.
 
-    PyTorch's own linear layer does. Any other layer, such as one with quantised codes and a scale or with a replaced
-    `forward`, is tried on one input.
+    PyTorch's own layers do. Any other, such as one with quantised codes and a scale, is tried on one input.
     """
     weight, kind = layer.weight, type(layer).__name__
     # These hooks wrap the forward and do not change its outputs.

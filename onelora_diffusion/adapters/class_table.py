@@ -10,13 +10,9 @@ CLASS_TABLE = "class_embedding"
 
 
 class ClassTable(LayerAdapter):
-    """A trained class table: N + 1 rows, the null row last.
+    """A trained class table, `weight`: (num_classes + 1, width) in fp32, the null row last.
 
-    The rows of new classes start as N(0, 0.02) (DiT's own initialisation). The null row starts as a copy of the base's
-    null row, with which classifier-free guidance already works.
-
-    Attributes:
-        weight: (num_classes + 1, width), fp32.
+    New rows start as N(0, 0.02), as DiT's did; the null row is the base's at first, with which guidance works already.
     """
 
     seat = AS_CLASS_TABLE
@@ -48,8 +44,7 @@ class ClassTable(LayerAdapter):
             )
         return {"weight": sum(weight * table for weight, table in zip(weights, tables, strict=True))}
 
-    def lora(self, with_bias=False):
-        raise ValueError("it trains a class table")
+    no_lora = "it trains a class table"
 
 
 def serving_table(tables: nn.ModuleDict, active: dict[str, float]) -> str | None:

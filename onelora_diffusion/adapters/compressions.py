@@ -12,31 +12,22 @@ from onelora_diffusion.config import COMPRESSIONS, AdapterConfig
 
 @dataclass(frozen=True)
 class Compression:
-    """C, of shape (rank, in_features) for a layer. Equal compressions of one layer are the same C.
-
-    Attributes:
-        reads_input: C depends on no tensor of the layer, so layers that read the same input share C x.
-        reads_bias, reads_weight: `compress` needs what `of_base` takes of the layer's bias or weight.
-    """
+    """C, of shape (rank, in_features) for a layer. Equal compressions of one layer are the same C."""
 
     rank: int = 1
 
-    reads_input = True
-    reads_bias = reads_weight = False
+    reads_input = True  # C depends on no tensor of the layer, so layers that read the same input share C x
+    reads_bias = reads_weight = False  # whether `compress` needs what `of_base` takes of the layer's bias or weight
 
     def compress(self, x: torch.Tensor, out: torch.Tensor, of_base: torch.Tensor | None = None) -> torch.Tensor:
-        """C x of shape (...), or (..., rank) for a rank above 1.
+        """C x, (...) or (..., rank) for a rank above 1, of a layer's input (..., in_features).
 
-        Args:
-            x: (..., in_features), the layer's input.
-            out: (..., out_features), the base layer's output for x.
-            of_base: the result of the method `of_base` for the base layer.
+        `out` is the base layer's output for x, (..., out_features), and `of_base` what that method returns for it.
         """
         raise NotImplementedError
 
     def of_base(self, layer: nn.Linear) -> torch.Tensor | None:
         """What `compress` needs of the base layer beside its input and output, in fp32; None if that is nothing."""
-        return None
 
     def matrix(self, weight: torch.Tensor, of_base: torch.Tensor | None = None) -> torch.Tensor:
         """C as (rank, in_features) in fp32, for a base layer's fp32 weight (out_features, in_features)."""
@@ -118,12 +109,7 @@ class RandomDirections(Compression):
         return random_directions(self.seed, self.rank, weight.shape[1], weight.device)
 
 
-COMPRESSIONS |= {
-    "sum": InputSums,
-    "random": RandomDirections,
-    "outputs": OutputSums,
-    "singular": LeadingDirections,
-}
+COMPRESSIONS |= {"sum": InputSums, "random": RandomDirections, "outputs": OutputSums, "singular": LeadingDirections}
 
 
 def compression_of(config: AdapterConfig) -> Compression:
@@ -162,15 +148,11 @@ ROUNDS = 6  # of subspace iteration; adapter files depend on it
 @torch.no_grad()
 @torch.inference_mode(False)  # autograd may have to keep them another time
 def leading_directions(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) -> torch.Tensor:
-    """Orthonormal directions of the input, (rank, in_features) in fp32, that a layer amplifies most.
+    """Orthonormal directions of the input, (rank, in_features), that a weight (out_features, in_features) amplifies.
 
     They approximate the span of the leading right singular vectors: a fixed number of rounds of subspace iteration
-    (Halko et al., 2011) that starts from the sums of groups of outputs, so that they are a smooth function of the
-    weight alone, without random numbers and without signs left to choice.
-
-    Args:
-        weight: (out_features, in_features) in fp32.
-        rank: at most the smaller number of features.
+    (Halko et al., 2011) that starts from the sums of groups of outputs. So they are a smooth function of the weight
+    alone, without random numbers or signs left to choice. All is fp32; the rank is at most the smaller width.
     """
     if weight.is_meta:  # which autocast does not know
         return weight.new_empty(rank, weight.shape[1])

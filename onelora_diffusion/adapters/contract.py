@@ -13,11 +13,13 @@ BESIDE_LINEAR, IN_PLACE, AS_CLASS_TABLE = "beside a linear layer", "in place of 
 class LayerAdapter(nn.Module):
     """The part of an adapter that serves one layer of the base.
 
-    A subclass sets `seat`. Beside a linear layer it defines `forward(x, out)`, the method's formula for the layer's
-    input (..., in_features) and output (..., out_features), and `merged(weight, bias)`.
+    Beside a linear layer it has `forward(x, out)`, the method's formula for the layer's input (..., in_features) and
+    output (..., out_features), and `merged(weight, bias)`.
     """
 
     seat: str = BESIDE_LINEAR
+    takes_directions = False  # whether it has `directions_of(layer)`, of the weight of the layer, which no file stores
+    no_lora = "it trains more than vectors"  # why it cannot be a LoRA
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
         """The trained tensors, by the names that follow the layer's path in an adapter file."""
@@ -29,8 +31,6 @@ class LayerAdapter(nn.Module):
     def vectors(self):
         """Its vectors (`adapters.vector.Vectors`), if these are all that it trains; else None."""
         return None
-
-    takes_directions = False  # whether it has `directions_of(layer)`, of the weight of the layer, which no file stores
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight (out, in) and bias (out,) with this adapter merged into them."""
@@ -44,20 +44,13 @@ class LayerAdapter(nn.Module):
     def lora(self, with_bias: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The adapter as a LoRA in fp32: A (r, in_features), B (out_features, r), and β (out_features,) or None.
 
-        Args:
-            with_bias: whether the LoRA can have β too. r is 0 for an adapter of β alone.
-
-        Raises:
-            ValueError: a LoRA cannot represent the adapter; the message says why.
+        With `with_bias` the LoRA can have β too; r is 0 for an adapter of β alone. ValueError says why there is none.
         """
-        raise ValueError("it trains more than vectors")
+        raise ValueError(self.no_lora)
 
     @torch.no_grad()
     def start(self) -> None:
-        """Initialise tensors that have just been moved from the meta device and have no values yet.
-
-        By default they are filled with NaN until values are loaded.
-        """
+        """Initialise tensors that have come from the meta device; by default with NaN, until values are loaded."""
         for parameter in self.parameters():
             parameter.fill_(torch.nan)
 

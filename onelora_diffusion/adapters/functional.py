@@ -5,31 +5,22 @@ from torch import nn
 from torch.autograd import forward_ad
 
 
-class _FeatureSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        return _sum(x)
-
-    @staticmethod
-    def backward(ctx, grad_s):
-        # ∂x = (∂s) 1ᵀ: expanded, so that the only tokens × d traffic is the add onto the linear's own ∂x.
-        return grad_s.to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
-
-
 class _GroupSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rank):
-        ctx.features, ctx.dtype = x.shape[-1], x.dtype
+        ctx.shape, ctx.dtype, ctx.rank = x.shape, x.dtype, rank
         return _sum_groups(x, rank)
 
     @staticmethod
     def backward(ctx, grad_s):
-        # ∂x = (∂s) G: feature i is in group i mod rank, so ∂s repeats along the features.
-        rank = grad_s.shape[-1]
-        repeats = -(-ctx.features // rank)
-        repeated = grad_s.to(ctx.dtype).unsqueeze(-2).expand(*grad_s.shape[:-1], repeats, rank)
-        return repeated.flatten(-2)[..., : ctx.features], None
+        # ∂x = (∂s) G: feature i is in group i mod rank, so ∂s repeats along the features. Of one group it is expanded,
+        # so that the only tokens × d traffic is the add onto the linear's own ∂x.
+        grad_s = grad_s.to(ctx.dtype)
+        if ctx.rank == 1:
+            return grad_s.unsqueeze(-1).expand(ctx.shape), None
+        repeats = -(-ctx.shape[-1] // ctx.rank)
+        repeated = grad_s.unsqueeze(-2).expand(*grad_s.shape[:-1], repeats, ctx.rank)
+        return repeated.flatten(-2)[..., : ctx.shape[-1]], None
 
 
 class _AddOuter(torch.autograd.Function):
@@ -41,7 +32,7 @@ class _AddOuter(torch.autograd.Function):
             result.add_(_outer(s, b))
         else:
             s, b = s.to(out.dtype), b.to(out.dtype)  # cast before saving, so that backward does not cast again
-            rank, features = _rank(b), b.shape[-1]
+            rank, features = 1 if b.ndim == 1 else len(b), b.shape[-1]
             result.view(-1, features).addmm_(s.reshape(-1, rank), b.view(rank, features))  # addr_ is slower in bf16
         ctx.save_for_backward(*inputs, s, b)
         return result
@@ -84,10 +75,6 @@ class _AddOuterRows(torch.autograd.Function):
         return grad, grad_s, grad_b
 
 
-def _rank(b: torch.Tensor) -> int:
-    return 1 if b.ndim == 1 else len(b)
-
-
 def _outer(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return s.unsqueeze(-1) * b if b.ndim == 1 else s @ b.to(s.dtype)
 
@@ -102,47 +89,31 @@ def _is_derived_elsewhere() -> bool:
 
 
 def feature_sum(x: torch.Tensor) -> torch.Tensor:
-    """Compress features to their sum, s = 1ᵀx = Σᵢ xᵢ (1LoRA, section 3.2).
+    """Compress features to their sum, s = 1ᵀx = Σᵢ xᵢ (1LoRA, section 3.2): (..., in_features) -> (...).
 
-    Args:
-        x: (..., in_features), any floating dtype.
-
-    Returns:
-        (...), accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones. The result
-        has x's dtype, except that it is fp32 for fp16.
+    It is accumulated in fp32, since a bf16 sum over thousands of features would lose the small ones, and has x's
+    dtype, or fp32 for fp16.
     """
-    if _is_derived_elsewhere():
-        return _sum(x)
-    return _FeatureSum.apply(x)
+    return group_sums(x, 1)
 
 
 def group_sums(x: torch.Tensor, rank: int) -> torch.Tensor:
     """Compress features to the sums of `rank` groups; feature i is in group i mod rank (MiSS, arXiv:2409.15371).
 
-    Args:
-        x: (..., features), any floating dtype.
-        rank: from 1 to the number of features.
-
-    Returns:
-        (..., rank), in the precision of `feature_sum`; for rank 1 that sum itself, of shape (...).
+    (..., features) -> (..., rank) in the precision of `feature_sum`; for rank 1 that sum itself, of shape (...).
     """
-    if rank == 1:
-        return feature_sum(x)
-    if _is_derived_elsewhere():
-        return _sum_groups(x, rank)
-    return _GroupSums.apply(x, rank)
+    return _sum_groups(x, rank) if _is_derived_elsewhere() else _GroupSums.apply(x, rank)
 
 
 def _sum_groups(x: torch.Tensor, rank: int) -> torch.Tensor:
+    # PyTorch accumulates a bf16 sum in fp32 by itself; told to return fp32, it converts all of x first.
+    dtype = torch.float32 if x.dtype == torch.float16 else None
+    if rank == 1:
+        return x.sum(-1, dtype=dtype)
     rest = x.shape[-1] % rank
     whole = x[..., : x.shape[-1] - rest].unflatten(-1, (-1, rank))
-    sums = whole.sum(-2, dtype=torch.float32 if x.dtype == torch.float16 else None)
+    sums = whole.sum(-2, dtype=dtype)
     return sums + nn.functional.pad(x[..., x.shape[-1] - rest :], (0, rank - rest)) if rest else sums
-
-
-def _sum(x: torch.Tensor) -> torch.Tensor:
-    # PyTorch accumulates a bf16 sum in fp32 by itself; told to return fp32, it converts all of x first.
-    return x.sum(-1, dtype=torch.float32 if x.dtype == torch.float16 else None)
 
 
 def _untracked(out: torch.Tensor) -> torch.Tensor:
@@ -178,18 +149,15 @@ def parts_of(product: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
 
 
 def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Decompress the sums of features onto a linear's output, out += s b (1LoRA, equation 3).
+    """Decompress the sums of features onto a linear's output, out += s b (1LoRA, equation 3), in its memory.
 
     Saves `s` (`rank` numbers a token) and `b` for backward, and never forms a second tokens × features tensor:
     ∂b = sᵀ ∂out and ∂s = ∂out bᵀ are products with a thin matrix. Nothing may have saved `out` for backward.
 
     Args:
-        out: (..., out_features), contiguous, changed in place.
+        out: (..., out_features), contiguous.
         s: (...), or (..., rank), as `group_sums` gives it.
         b: (out_features,), or (rank, out_features), any floating dtype.
-
-    Returns:
-        `out`'s memory, with the new term.
     """
     if _is_derived_elsewhere():
         return out + _outer(s, b).to(out.dtype)
@@ -197,10 +165,7 @@ def add_outer_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 
 def add_outer_rows_(out: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """As `add_outer_`, with one `b` for each sample: (batch, out_features) or (batch, rank, out_features).
-
-    `out` is (batch, ..., out_features), changed in place.
-    """
+    """As `add_outer_`, to `out` (batch, ..., out_features), with one `b` a sample: (batch, [rank,] out_features)."""
     if torch.is_grad_enabled() and not _is_derived_elsewhere():
         of_samples = b.reshape(len(b), -1, b.shape[-1])
         flat, sums = out.reshape(len(out), -1, out.shape[-1]), s.reshape(len(s), -1, of_samples.shape[1])
@@ -234,11 +199,9 @@ class _AddVector(torch.autograd.Function):
 
 
 def add_vector_(out: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Shift a linear's output by a trained bias, out += β (BitFit; 1LoRA, table 1).
+    """Shift a linear's output (..., out_features) by a trained bias (out_features,) in place, out += β (BitFit).
 
-    Args:
-        out: (..., out_features), changed in place; nothing may have saved it for backward.
-        beta: (out_features,), any floating dtype.
+    Nothing may have saved `out` for backward.
     """
     if _is_derived_elsewhere():
         return out + beta.to(out.dtype)

@@ -36,12 +36,13 @@ class PeftAdapter(LayerAdapter):
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """(..., in_features) and the base layer's (..., out_features) -> (..., out_features)."""
-        with self.tuner.base_layer.already_computed(x, out):
+        with self.tuner.base_layer.holding(given=(x, out)):
             return self.tuner(x)
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The base layer's fp32 weight and bias with this adapter merged into them by the tuner itself."""
-        with self.tuner.base_layer.replaced(weight, bias) as base:
+        own = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias)]
+        with self.tuner.base_layer.holding(own=own) as base:
             try:
                 self.tuner.merge()
             except (NotImplementedError, AttributeError) as error:
@@ -65,7 +66,7 @@ class BaseLinear(nn.Linear):
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = features_of(linear)
-        self.given = self.own = None
+        self.given = self.own = None  # what `forward` returns for one input; the weight and bias that the tuner reads
         self.is_read_rightly = False  # set once `why_not_its_product` has found no reason
         self.is_built = False  # until then weights are read in fp32, so that the tuner derives fp32 values from them
         self.serve(linear)
@@ -109,21 +110,15 @@ class BaseLinear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)  # the tuner has changed the input
 
     @contextlib.contextmanager
-    def already_computed(self, x: torch.Tensor, out: torch.Tensor):
-        self.given = x, out
+    def holding(self, **values):
+        """Context manager in which `given` or `own` has this value, and not the layer's."""
+        for name, value in values.items():
+            setattr(self, name, value)
         try:
             yield self
         finally:
-            self.given = None
-
-    @contextlib.contextmanager
-    def replaced(self, weight: torch.Tensor, bias: torch.Tensor):
-        """Context manager in which the tuner reads copies of these values instead of the layer's."""
-        self.own = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias)]
-        try:
-            yield self
-        finally:
-            self.own = None
+            for name in values:
+                setattr(self, name, None)
 
 
 def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[str, PeftAdapter]:
@@ -131,12 +126,12 @@ def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> 
 
     PEFT injects into a tree that holds only stand-ins for the layers, under their own paths. So PEFT itself sets up
     every tuner, including state that layers share, and the model is not touched. Random values come from
-    `config.seed`.
-
-    Raises:
-        ValueError: PEFT is not installed, or has no such tuner of linear layers, or the tuner no such setting.
+    `config.seed`. ValueError if PEFT is not installed, has no such tuner of linear layers, or that no such setting.
     """
-    peft = _import_peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("this method needs PEFT: pip install onelora-diffusion[peft]") from error
     tree = _tree_of({path: BaseLinear(linear) for path, linear in layers.items()})
     settings = _peft_config(peft, config, layers)
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
@@ -150,14 +145,6 @@ def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> 
         tuner.base_layer.is_built = True
         adapters[path] = PeftAdapter(tuner)
     return adapters
-
-
-def _import_peft():
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("this method needs PEFT: pip install onelora-diffusion[peft]") from error
-    return peft
 
 
 def _peft_config(peft, config: AdapterConfig, layers: dict[str, nn.Linear]):

@@ -10,9 +10,7 @@ from onelora_diffusion.config import AdapterConfig
 class SwapAdapter(LayerAdapter):
     """Trained fp32 copies of a module's own parameters, under their own names.
 
-    Args:
-        copies: the copies made so far, by the id of the base's parameter; new ones are added. Parameters that modules
-            of the base share stay shared in this way.
+    `copies` are those made so far, by the id of the base's parameter: parameters that modules share stay shared.
     """
 
     seat = IN_PLACE
@@ -46,8 +44,7 @@ class SwapAdapter(LayerAdapter):
         parameter = getattr(self, name)
         return parameter.view_as(parameter)
 
-    def lora(self, with_bias=False):
-        raise ValueError("it trains norms")
+    no_lora = "it trains norms"
 
 
 def build_copies(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, LayerAdapter]:

@@ -23,10 +23,8 @@ from onelora_diffusion.config import AdapterConfig
 class Vectors:
     """b, β and γ of one adapter, of a weighted sum of adapters, or of each sample of a batch; an absent part is None.
 
-    Attributes:
-        b: the trained decompression for each compression: (out_features,), or (rank, out_features) for a rank above 1.
-        of_base: for each compression, what it needs of the base layer's weight or bias.
-        per_sample: whether each trained part has a leading dimension for the samples of a batch.
+    `b` has for each compression a decompression (out_features,), or (rank, out_features) for a rank above 1; `of_base`
+    what it needs of the base layer. With `per_sample` each trained part has a leading dimension for the samples.
     """
 
     b: dict[Compression, torch.Tensor] = field(default_factory=dict)
@@ -62,14 +60,11 @@ class Vectors:
             out = add_vector(out, self.beta)
         return out if self.gamma is None else scale(out, self.gamma)
 
-    def merged(
-        self, weight: torch.Tensor, bias: torch.Tensor, base: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor, base: torch.Tensor):
         """W = γ ⊙ (weight + B C), bias = γ ⊙ (bias + β), in fp32; C is that of the base layer's weight `base`."""
         for compression, b in self.b.items():
-            weight = weight + torch.atleast_2d(b.to(weight)).T @ compression.matrix(
-                base, self.of_base.get(compression)
-            )
+            matrix = compression.matrix(base, self.of_base.get(compression))
+            weight = weight + torch.atleast_2d(b.to(weight)).T @ matrix
         if self.beta is not None:
             bias = bias + self.beta.to(bias)
         if self.gamma is not None:
@@ -100,10 +95,7 @@ class Vectors:
 
     @staticmethod
     def weighted_sum(group: list[tuple["Vectors", float]]) -> "Vectors":
-        """Σₖ wₖ vₖ, part by part; γ is weighted around 1.
-
-        The compression is fixed, so a weighted sum of adapters is an adapter of the same size.
-        """
+        """Σₖ wₖ vₖ, part by part, γ around 1: as the compression is fixed, an adapter of the same size."""
         if len(group) == 1 and group[0][1] == 1:
             return group[0][0]
         return Vectors.combined(group)
@@ -217,13 +209,9 @@ def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[s
         features = compression.max_rank(*features_of(linear))
         what = "bias" if compression.reads_bias else "weight"
         if not compression.reads_input and getattr(offload_group(linear), "offload_to_disk_path", None):
-            raise ValueError(
-                f"{path} is on the disk, and its {what} is read: attach adapters before enable_group_offload"
-            )
+            raise ValueError(f"{path} is on the disk, but its {what} is read: attach before enable_group_offload")
         if linear.weight.is_complex():
-            raise ValueError(
-                f"{path} computes with complex numbers, which these vectors do not: leave it out of targets"
-            )
+            raise ValueError(f"{path} computes with complex numbers, these vectors do not: leave it out of targets")
         if config.rank > features:
             raise ValueError(f"a rank of {config.rank} is above the {features} features of {path} that are compressed")
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}

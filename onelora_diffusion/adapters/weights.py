@@ -12,8 +12,8 @@ Weight = float | dict[str, float]  # an adapter's weight: one number, or one for
 def weight_at(weight: Weight, path: str) -> float:
     """An adapter's weight at one layer: that of the longest key that names the layer or a block around it, else 1.
 
-    `transformer_blocks.3` is the block with all its layers; `*` and `?` match as in a shell (`*.attn1`). If two keys
-    are equally long, the one with fewer wildcards counts: `transformer_blocks.3` before `transformer_blocks.*`.
+    `transformer_blocks.3` is the block with all its layers; `*` and `?` match as in a shell. Of equally long keys the
+    one with fewer wildcards counts: `transformer_blocks.3` before `transformer_blocks.*`.
     """
     if not isinstance(weight, dict):
         return weight

@@ -122,12 +122,9 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 
 
 def describe_adapter(path: str | os.PathLike) -> AdapterFile:
-    """Read the header of an adapter file and check it against the tensors' shapes.
+    """Read the header of an adapter file and check it against the tensors' shapes; these are on the meta device.
 
-    Values are not read: the tensors of the result are on the meta device.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_adapter`, except that values are not checked.
+    FileNotFoundError or ValueError as for `read_adapter`, except that values are not read.
     """
     with opened(file_of(path)) as file:
         return _describe_opened(file)[0]

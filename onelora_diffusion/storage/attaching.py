@@ -27,30 +27,18 @@ PAIR = DENOISERS[:2]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The content of an adapter file.
-
-    Attributes:
-        config: the adapter's settings.
-        tensors: name (without the file's prefix `transformer.`) -> values, fp32 or bf16.
-        fingerprint: fingerprint of the base's parameter names and shapes; None if the file has none.
-            Of an adapter of two denoisers both's, joined by a plus sign; the names of its tensors begin with theirs.
-        base: hub id or folder of the base model, if known.
-        id2label: class names by label.
-        training: the training summary.
-        version: the version of onelora-diffusion that wrote the file.
-        sketch: of the directions that the adapter was trained along (`sketch_of`); None if it takes none.
-        digest: SHA-256 of its settings and values, which tells files apart; None if it was not read from a file.
-    """
+    """The content of an adapter file, or of both denoisers' adapters, the names of whose tensors begin with theirs."""
 
     config: AdapterConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # name (without the file's prefix `transformer.`) -> values, fp32 or bf16
+    # Of the base's parameter names and shapes, of two denoisers joined by a plus sign; None if the file has none.
     fingerprint: str | None
-    base: str | None = None
+    base: str | None = None  # hub id or folder of the base model, if known
     id2label: dict[int, str] = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
-    version: str = field(default_factory=lambda: version("onelora-diffusion"))
-    sketch: list[float] | None = None
-    digest: str | None = None
+    training: dict = field(default_factory=dict)  # the training summary
+    version: str = field(default_factory=lambda: version("onelora-diffusion"))  # that wrote the file
+    sketch: list[float] | None = None  # of the directions that it was trained along (`sketch_of`); None if of none
+    digest: str | None = None  # SHA-256 of settings and values, which tells files apart; None if not read from a file
 
     @property
     def is_of_two(self) -> bool:

@@ -18,25 +18,17 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 @dataclass(frozen=True)
 class FileLocation:
-    """Where a file is in a folder or hub repository, under the names of diffusers' keyword arguments.
+    """Where a file is in a folder or hub repository, under the names of diffusers' keyword arguments."""
 
-    Attributes:
-        weight_name: name of the file.
-        subfolder, revision: subfolder and git revision of the repository.
-        token, cache_dir, force_download, local_files_only: as for `hf_hub_download`.
-        use_safetensors: True or None, since pickles are never read.
-        proxies: must be None, since the hub's client reads proxies from the environment.
-    """
-
-    weight_name: str | None = None
+    weight_name: str | None = None  # of the file
     subfolder: str | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | os.PathLike | None = None
     force_download: bool = False
     local_files_only: bool | None = None
-    use_safetensors: bool | None = None
-    proxies: dict[str, str] | None = None
+    use_safetensors: bool | None = None  # True or None, since pickles are never read
+    proxies: dict[str, str] | None = None  # must be None: the hub's client reads them from the environment
 
     def __post_init__(self):
         for name in ("weight_name", "subfolder"):
@@ -52,9 +44,7 @@ class FileLocation:
 def find_weights(source: str | os.PathLike, location: FileLocation = FileLocation()) -> Path:
     """Find the file of an adapter: `source` itself, or the file in that folder or hub repository.
 
-    Raises:
-        FileNotFoundError: there is no adapter file.
-        ValueError: the folder holds several, or the file is a pickle.
+    FileNotFoundError if there is none; ValueError if the folder holds several, or the file is a pickle.
     """
     local = Path(source).expanduser()
     folder = local / location.subfolder if location.subfolder else local
@@ -107,14 +97,8 @@ def _download(repo_id: str, names: Sequence[str], location: FileLocation) -> Pat
         is_online = not location.local_files_only and is_in_reach(repo_id, location.token)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no adapter: there is no folder '{repo_id}', and {error}") from error
-    settings = {
-        "subfolder": location.subfolder,
-        "revision": location.revision,
-        "token": location.token,
-        "cache_dir": location.cache_dir,
-        "force_download": location.force_download,
-        "local_files_only": not is_online,
-    }
+    names_of_hub = ("subfolder", "revision", "token", "cache_dir", "force_download")
+    settings = {name: getattr(location, name) for name in names_of_hub} | {"local_files_only": not is_online}
     failure = None
     for name in names:
         try:

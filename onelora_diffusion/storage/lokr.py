@@ -12,13 +12,9 @@ def read_lokr(
 
     Without settings, s is alpha / rank where W₁ or W₂ is a product of two matrices, and 1 elsewhere, as in LyCORIS.
 
-    Args:
-        layers: for each layer by its path, `lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, the same of `lokr_w2`, and
-            perhaps `alpha`, in fp32.
-        settings: PEFT's settings of the adapter, by which s is alpha / r; empty if it came without any.
-
-    Raises:
-        ValueError: a matrix is missing or has another shape, or PEFT has no setting for these sizes of W₁ and W₂.
+    `layers` has for each path `lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, the same of `lokr_w2`, and perhaps `alpha`, in
+    fp32; `settings` are PEFT's, by which s is alpha / r; empty if it came without any. ValueError if a matrix is
+    missing or misshapen, or PEFT has no setting for these sizes of W₁ and W₂.
     """
     try:
         from peft.tuners.lokr.layer import factorization
@@ -30,9 +26,7 @@ def read_lokr(
         values[path] = {"lokr_w1": _scale(path, parts, settings, source) * w1, "lokr_w2": w2}
         sizes |= dict.fromkeys(zip(w1.shape, w2.shape, strict=True))  # of the layer's outputs, and of its inputs
     factors = [-1, *sorted({first for first, _ in sizes})]
-    fitting = (
-        f for f in factors if all(factorization(first * second, f) == (first, second) for first, second in sizes)
-    )
+    fitting = (f for f in factors if all(factorization(a * b, f) == (a, b) for a, b in sizes))
     if (factor := next(fitting, None)) is None:
         raise ValueError(f"{source}: no decompose_factor of PEFT gives the sizes {sorted(sizes)} of this LoKr")
     rank = max(max(size) for size in sizes)  # so high that PEFT holds W₁ and W₂ as whole matrices

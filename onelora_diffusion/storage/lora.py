@@ -160,11 +160,7 @@ def check_export(model: nn.Module, adapter_name: str, naming: Naming) -> None:
 def renamed_lora(
     model: nn.Module, adapter_name: str, naming: Naming, part: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors that `export_lora` writes, for diffusers without the component, and the layers left out.
-
-    Raises:
-        ValueError: as `export_lora`.
-    """
+    """The tensors that `export_lora` writes, for diffusers without the component, and the layers left out."""
     pairs = _paths_in(lora_pairs(model, adapter_name, with_bias=naming == "comfyui"), part)
     return named_for(naming, adapters_of(model).model.get_submodule(part or ""), pairs)
 
@@ -173,10 +169,8 @@ def write_lora(path: Path, layers: dict[str, dict[str, torch.Tensor]], settings:
     """Write a LoRA as diffusers does: tensors by component, and PEFT's settings of each component in the header."""
     tensors = {f"{part}.{key}": tensor for part, own in layers.items() for key, tensor in own.items()}
     metadata = {f"{part}.{name}": value for part, own in settings.items() for name, value in (own or {}).items()}
-    header = {"format": "pt"}
-    if metadata:
-        header["lora_adapter_metadata"] = json.dumps(metadata, default=sorted)  # some settings of PEFT are sets
-    write_tensors(path, tensors, header)
+    of_peft = {"lora_adapter_metadata": json.dumps(metadata, default=sorted)}  # some settings of PEFT are sets
+    write_tensors(path, tensors, {"format": "pt"} | (of_peft if metadata else {}))
 
 
 def lora_pairs(model: nn.Module, adapter_name: str, with_bias: bool = False) -> dict[str, LoraLayer]:
@@ -237,12 +231,8 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     Any other LoRA, DoRA or LoKr becomes an adapter of that method, which needs PEFT. A convolution of 1 x 1 is read
     as the linear layer that it is.
 
-    Args:
-        settings: PEFT's settings of the adapter; empty if it came without any, in which case alpha is r.
-        source: the name of the file in errors.
-
-    Raises:
-        ValueError: a key is of another kind, A or B of a layer is missing, or a setting has no equivalent here.
+    `settings` are PEFT's; empty if the adapter came without any, in which case alpha is r. ValueError if a key is of
+    another kind, A or B of a layer is missing, or a setting has no equivalent here.
     """
     check_settings(settings, source)
     layers = _by_layer(model, tensors, source)
@@ -256,9 +246,7 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
     elif kinds <= {frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})}:
         values = _lora(model, layers, settings, source)
     else:
-        odd = next(
-            (path for path, p in layers.items() if not {"lora_A", "lora_B"} <= set(p)), next(iter(layers), None)
-        )
+        odd = next((path for path, p in layers.items() if not {"lora_A", "lora_B"} <= {*p}), next(iter(layers), None))
         raise ValueError(
             f"{source}: {odd} has {', '.join(layers.get(odd, ()))}; every layer needs lora_A and lora_B, or "
             "miss_block alone"

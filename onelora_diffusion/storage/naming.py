@@ -195,17 +195,11 @@ class LoraLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class NativeLayer:
-    """A layer of a model in its native form, in which the model was published.
+    """A layer of a model in its native form, in which the model was published."""
 
-    Attributes:
-        paths: the layers of diffusers whose rows, in this order, are its rows.
-        rows: the number of rows of each of them.
-        is_swapped: whether its two halves are in the other order: diffusers has scale before shift, others after it.
-    """
-
-    paths: tuple[str, ...]
-    rows: tuple[int, ...]
-    is_swapped: bool = False
+    paths: tuple[str, ...]  # the layers of diffusers whose rows, in this order, are its rows
+    rows: tuple[int, ...]  # the number of rows of each of them
+    is_swapped: bool = False  # whether its halves are in the other order: diffusers has scale before shift
 
     def joined(self, layers: dict[str, LoraLayer]) -> LoraLayer:
         """Join the changes of its paths, some may be absent; if all have the same A, the rank does not grow."""
@@ -315,13 +309,9 @@ OF_ROWS = re.compile(r"\.(lora_B|lora[._]up|lora_magnitude_vector|dora_scale|dif
 
 
 class ExportedPath(type(Path())):
-    """The path of a LoRA that was written.
+    """The path of a LoRA that was written."""
 
-    Attributes:
-        left_out: paths of the adapter's layers that the file does not have, since the program does not read them.
-    """
-
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # the adapter's layers that the file does not have: the program does not read them
 
 
 def named_for(
@@ -329,12 +319,8 @@ def named_for(
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Name the tensors of a LoRA as a program reads them; also the paths of the layers that it does not read.
 
-    Args:
-        layers: the layers by their paths. If layers that are fused natively have the same A, the rank does not grow.
-
-    Raises:
-        ValueError: the program's names for this class are not known, it takes none of the layers, or it does not
-            read changes of a bias.
+    Of layers that are fused natively and have the same A, the rank does not grow. ValueError if the program's names
+    for this class are not known, it takes none of the layers, or it reads no changes of a bias.
     """
     if naming == "diffusers":
         return dict(_tensors(layers, "", ("lora_A", "lora_B"))), ()

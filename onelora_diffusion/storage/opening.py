@@ -43,16 +43,11 @@ class OpenFile:
 
     The file is read and never mapped: a process that uses a mapped file is ended by SIGBUS when another one, such as
     `cp`, cuts the file short.
-
-    Attributes:
-        source: the path, for errors.
-        metadata: the texts in the header.
-        shapes: the tensors by name without their values, on the meta device.
     """
 
-    source: str
+    source: str  # the path, for errors
     metadata: dict[str, str]
-    shapes: dict[str, torch.Tensor]
+    shapes: dict[str, torch.Tensor]  # the tensors by name without their values, on the meta device
     file: BinaryIO = field(repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -71,14 +66,9 @@ class OpenFile:
 
 @contextlib.contextmanager
 def opened(path: Path, content: bytes | None = None) -> Iterator[OpenFile]:
-    """Context manager that opens a safetensors file and checks its header.
+    """Context manager that opens a safetensors file, or the `content` that it will have, and checks its header.
 
-    Args:
-        content: what the file will have; None reads it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, no safetensors file, or its header is not that of a file of weights.
+    FileNotFoundError if there is no such file; ValueError if it is damaged, or its header is not that of weights.
     """
     source = str(path)
     if content is None and not path.is_file():
@@ -114,8 +104,7 @@ def check_values(name: str, tensor: torch.Tensor, source: str) -> None:
 def strict_json(text: str | bytes, source: str):
     """Parse a JSON text and remove control characters from its strings.
 
-    Raises:
-        ValueError: the text is no JSON, gives a key twice, has NaN or infinity, or is nested too deeply.
+    ValueError if it is no JSON, gives a key twice, has NaN or infinity, or is nested too deeply.
     """
     try:
         return printable(json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number))

@@ -72,8 +72,7 @@ def alpha_among(tensors: dict[str, torch.Tensor], path: str, source: str) -> flo
 def of_layer(path: str, settings: dict, name: str, patterns: str, default: float, source: str) -> float:
     """The number `name` among the settings, or that of the first pattern in `patterns` which names the layer.
 
-    Raises:
-        ValueError: it is no finite number, or a pattern is a regular expression, which is never compiled here.
+    ValueError if it is no finite number, or a pattern is a regular expression, which is never compiled here.
     """
     value = settings.get(name, default)
     if not isinstance(by_pattern := settings.get(patterns) or {}, dict):

@@ -38,9 +38,7 @@ def build_adapter(
 ) -> dict[str, LayerAdapter]:
     """Build the layer adapters of a new adapter, by the path of the layer that each adapts; the model is not changed.
 
-    Args:
-        as_shapes: build on the meta device, where tensors take no memory.
-        named: as in `target_layers`.
+    `as_shapes` builds on the meta device, where tensors take no memory; `named` is as in `target_layers`.
     """
     served = stand_ins if as_shapes else dict
     if config.fuse_qkv and not is_dit(model):
@@ -89,10 +87,9 @@ def attach_adapter(
     adapter: dict[str, LayerAdapter],
     is_to_train: bool = True,
 ) -> None:
-    """Attach the layer adapters of `build_adapter` as the only active adapter.
+    """Attach the layer adapters of `build_adapter` as the only active adapter, and as the only one that trains.
 
-    Args:
-        is_to_train: make it the only adapter that trains, too. Otherwise the adapters that train stay the same.
+    Without `is_to_train` the adapters that train stay the same.
     """
     is_first = not hasattr(model, "_onelora")
     if is_first:

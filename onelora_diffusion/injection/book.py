@@ -28,40 +28,22 @@ from onelora_diffusion.injection.watch import Watch
 
 
 class AdapterBook:
-    """The adapters of a model, the seats at which they are attached, and which of them are active.
-
-    Attributes:
-        model: the base, whose attribute `_onelora` this is.
-        fingerprint: fingerprint of the base before the first adapter.
-        adapters: name -> path of the layer -> its layer adapter.
-        configs: name -> the adapter's settings.
-        origins: name -> entries of its file's header (`id2label`, `base`, `training`).
-        seats: (kind, path) -> the seat in the model.
-        weights: name -> weight of the active adapters; after a pause or a merge they are active again.
-        is_paused: whether the base computes alone.
-        merged: name -> weight of the adapters that are merged into the base's weights; None if none are.
-        chosen: names of the adapters that train; None until they are chosen, while the newest one trains.
-        verbs: the methods that replace the model's own, by name.
-        watch: the hooks on every forward of the model.
-        parts: the parts that all adapters of a DiT share.
-        open_route: the route inside `routed`, which assigns adapters to samples.
-        lock: held by the thread that changes or runs the model.
-    """
+    """The adapters of a model, the seats at which they are attached, and which of them are active."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.fingerprint = fingerprint(model)
-        self.adapters: dict[str, dict[str, LayerAdapter]] = {}
+        self.model = model  # the base, whose attribute `_onelora` this is
+        self.fingerprint = fingerprint(model)  # of the base before the first adapter
+        self.adapters: dict[str, dict[str, LayerAdapter]] = {}  # name -> path of the layer -> its layer adapter
         self.configs: dict[str, AdapterConfig] = {}
-        self.origins: dict[str, dict] = {}
-        self.seats: dict[tuple[str, str], Seat] = {}
-        self.weights: dict[str, Weight] = {}
-        self.is_paused = False
-        self.merged: dict[str, Weight] | None = None
-        self.chosen: tuple[str, ...] | None = None
-        self.verbs: tuple[str, ...] = ()
-        self.lock = ModelLock()
-        self.open_route: Route | None = None
+        self.origins: dict[str, dict] = {}  # name -> entries of its file's header (`id2label`, `base`, `training`)
+        self.seats: dict[tuple[str, str], Seat] = {}  # (kind, path) -> the seat in the model
+        self.weights: dict[str, Weight] = {}  # of the active adapters, which are so again after a pause or a merge
+        self.is_paused = False  # whether the base computes alone
+        self.merged: dict[str, Weight] | None = None  # weights of the adapters that are merged into the base's weights
+        self.chosen: tuple[str, ...] | None = None  # adapters that train; None until chosen, while the newest one does
+        self.verbs: tuple[str, ...] = ()  # the methods that replace the model's own
+        self.lock = ModelLock()  # held by the thread that changes or runs the model
+        self.open_route: Route | None = None  # inside `routed`, the adapters of each sample
         self.watch, self.parts = Watch(self), DiTParts(model)
         if self.parts.conditioning is not None:
             self.seats[AS_CLASS_TABLE, CLASS_TABLE] = self.parts.conditioning.table_seat
@@ -111,9 +93,8 @@ class AdapterBook:
     ) -> dict[str, Weight]:
         """Assign weights to names: (names as for `choose_all`, one weight for all or one for each) -> name -> weight.
 
-        Raises:
-            ValueError: a name is unknown, `check_weight` refuses a weight, the numbers of names and weights differ, or
-                a name is given twice with two weights.
+        ValueError if a name is unknown, or is given twice with two weights, `check_weight` refuses a weight, or the
+        numbers of names and weights differ.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         given = self.choose_all(None) if names is None else [self.check_present(name) for name in names]
@@ -130,9 +111,7 @@ class AdapterBook:
         if isinstance(weight, dict):
             for block in weight:
                 if not any(weight_at({block: 0.0}, path) == 0 for path in self.adapters[adapter_name]):
-                    raise ValueError(
-                        f"adapter '{adapter_name}' serves no layer in '{block}', which was given a weight"
-                    )
+                    raise ValueError(f"adapter '{adapter_name}' serves no layer in '{block}', which has a weight")
             return {block: self.check_weight(value, adapter_name) for block, value in weight.items()}
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter '{adapter_name}' is {weight}; it must be a finite number")
@@ -270,14 +249,9 @@ class AdapterBook:
     def merge(self, adapter_names: str | Iterable[str] | None, scale: float = 1.0, check_finite: bool = True) -> None:
         """Merge adapters, with their weights times `scale`, into the base's weights.
 
-        Those that are active now are active again after `unmerge`.
-
-        Args:
-            adapter_names: None takes the active ones. One that is not active has the weight 1.
-
-        Raises:
-            ValueError: adapters are merged already, there are none to merge, an adapter cannot be merged into a layer,
-                or a weight would become NaN or infinite. Nothing is changed then.
+        Those that are active now are active again after `unmerge`. None takes the active ones; one that is not active
+        has the weight 1. ValueError, and nothing is changed, if adapters are merged already, there are none to merge,
+        an adapter cannot be merged into a layer, or a weight would become NaN or infinite.
         """
         with self.lock:
             self.require_unmerged("others are merged")

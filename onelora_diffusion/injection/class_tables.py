@@ -19,8 +19,7 @@ class TableSeat(Seat):
     base's too, select its null row. If a module around the table drops labels by itself, as Meta's `LabelEmbedder`
     does, its `num_classes`, which is its null label, is set to that of the active table.
 
-    Args:
-        model: the model. Its base table is at `paths`: one path, or those of the copies in all blocks of a DiT.
+    Its base table is at `paths` of the model: one path, or those of the copies in all blocks of a DiT.
     """
 
     def __init__(self, model: nn.Module, paths: list[str]):

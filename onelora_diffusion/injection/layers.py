@@ -35,11 +35,8 @@ def is_modulated(model: nn.Module) -> bool:
 def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
     """The paths of a model's class table, whose last row is the null row; a DiT has one table in each block.
 
-    Args:
-        name: the table's path, or its last components; None takes `embedding_table`, as in Meta's `y_embedder`.
-
-    Raises:
-        ValueError: there is no such table, or it has no null row.
+    `name` is its path or the last components of it; None takes `embedding_table`, as in Meta's `y_embedder`.
+    ValueError if there is no such table, or it has no null row.
     """
     kind = type(model).__name__
     tables = {path: m for path, m in base_modules(model, remove_duplicate=False) if isinstance(m, nn.Embedding)}
@@ -76,9 +73,8 @@ def target_layers(
     which can be routed; on any other model, or where no blocks are repeated, every one but the output head; and none
     of an IP-Adapter. A convolution of 1 x 1 is taken if its whole path is a target.
 
-    Args:
-        named: the tensors of an adapter that exists. If they are of layers outside the blocks, as in files that were
-            written when those belonged to the default, it has every layer but the output head.
+    `named` are the tensors of an adapter that exists. If they are of layers outside the blocks, as in files that were
+    written when those belonged to the default, it has every layer but the output head.
     """
     unused = unused_layers(model)
     linears = {

@@ -25,21 +25,13 @@ from onelora_diffusion.injection.seat import Seat
 
 
 class Reached(set):
-    """The paths of the adapted layers that a model's forward has called.
+    """The paths of the adapted layers that a model's forward has called."""
 
-    Attributes:
-        takes_gradients: whether gradients were enabled at the start of the forward.
-    """
-
-    takes_gradients = False
+    takes_gradients = False  # whether gradients were enabled at the start of the forward
 
 
 class LinearSeat(Seat):
-    """The adapters of one linear layer, its child module `onelora`.
-
-    Args:
-        reached: the paths of the layers that the model's forward has called; each call adds its own.
-    """
+    """The adapters of one linear layer, its child module `onelora`; each call adds its path to `reached`."""
 
     def __init__(self, layer: nn.Linear, places: list[str], reached: Reached):
         super().__init__(layer, places)
@@ -52,12 +44,10 @@ class LinearSeat(Seat):
         self.hook()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, sums: dict | None = None) -> torch.Tensor:
-        """The base layer's output with the active adapters' terms.
+        """The base layer's output (..., out_features) for x (..., in_features), with the active adapters' terms.
 
-        Args:
-            x: (..., in_features), the base layer's input.
-            out: (..., out_features), the base layer's output; changed in place if no other code can have kept it.
-            sums: the feature sums of x by compression; new ones are added. Layers with the same x share it.
+        `out` is changed in place if no other code can have kept it. `sums` are the feature sums of x by compression;
+        new ones are added, so that layers with the same x share them.
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)
@@ -86,8 +76,7 @@ class LinearSeat(Seat):
     def of_bias(self, compression: Compression, kept: torch.Tensor) -> torch.Tensor:
         """`compression.of_bias` for the bias with which the layer computes now.
 
-        Args:
-            kept: the result for the layer's own bias, from when it could be read: an offloaded one cannot.
+        `kept` is that for the layer's own bias, from when it could be read: an offloaded one cannot.
         """
         if not self.layer.bias.is_meta and offload_group(self.layer) is None:
             return compression.of_bias(self.layer.bias)
@@ -235,9 +224,7 @@ class _LinearRoute:
         self.parts = {key: self.parts.get(key) or self._parts(mix) for key, mix in self.route.mixtures.items()}
         mixtures = list(self.parts.values())
         self.adapters = [adapter for parts in mixtures for adapter, _, _ in parts]
-        self.vectors = [
-            [(vectors, weight) for _, vectors, weight in parts if vectors is not None] for parts in mixtures
-        ]
+        self.vectors = [[(v, weight) for _, v, weight in parts if v is not None] for parts in mixtures]
         # The weights in each mixture of the adapters that are not vectors.
         others = dict.fromkeys(adapter for parts in mixtures for adapter, vectors, _ in parts if vectors is None)
         self.others = {other: [sum(w for a, _, w in parts if a is other) for parts in mixtures] for other in others}

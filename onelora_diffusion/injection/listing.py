@@ -15,23 +15,14 @@ MAX_WIDTH = 18  # longest name or method in the table, so that lines have at mos
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of a model.
-
-    Attributes:
-        method: the method with the parts that its settings add or leave out: `1lora`, `1lora +bias`, `lora rank 4`.
-        num_classes: the number of classes of its class table, or None.
-        size: the number of its trained weights.
-        weight: its weight if it is active, else None.
-        is_merged: whether it is merged into the base's weights.
-        trains: whether it trains.
-    """
+    """One adapter of a model."""
 
     name: str
-    method: str
-    num_classes: int | None
-    size: int
-    weight: Weight | None
-    is_merged: bool
+    method: str  # with the parts that its settings add or leave out: `1lora`, `1lora +bias`, `lora rank 4`
+    num_classes: int | None  # of its class table, or None
+    size: int  # the number of its trained weights
+    weight: Weight | None  # if it is active
+    is_merged: bool  # whether it is merged into the base's weights
     trains: bool
 
     def cells(self) -> tuple[str, ...]:
@@ -50,16 +41,9 @@ class AdapterTable(tuple[AdapterRow, ...]):
             return "no adapters"
         lines = [COLUMNS, *(row.cells() for row in self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts, numbers = widths[:2], widths[2:]
-        return "\n".join(
-            "  ".join(
-                [
-                    *(cell.ljust(width) for cell, width in zip(line[:2], texts, strict=True)),
-                    *(cell.rjust(width) for cell, width in zip(line[2:], numbers, strict=True)),
-                ]
-            )
-            for line in lines
-        )
+        sides = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust]  # texts, then numbers
+        rows = ([side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)] for line in lines)
+        return "\n".join(map("  ".join, rows))
 
 
 def list_adapters(model: nn.Module) -> AdapterTable:

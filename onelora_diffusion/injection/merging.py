@@ -70,9 +70,7 @@ def stock_state_dict(
         with _base_in_place(book):
             state_dict = book.model.state_dict()
     if new := [path for (_, path), seat in book.seats.items() if seat.has_new_bias]:
-        raise ValueError(
-            f"merging gave {new[0]} a bias, which its own class has no place for: serve the adapter unmerged there"
-        )
+        raise ValueError(f"merging gave {new[0]} a bias, which its class has not: serve the adapter unmerged there")
     added = {"onelora", "onelora_swap"}
     made = tuple(f"{path}." for path, module in book.model.named_modules() if is_made_here(module))
     stock = {
@@ -83,11 +81,9 @@ def stock_state_dict(
     if book.merged is not None and (seat := book.class_tables) is not None:
         room = table_rows or seat.num_rows
         for key in (f"{path}.weight" for path in seat.places):
-            if len(stock[key]) > room:
-                raise ValueError(
-                    f"the adapter has {len(stock[key]) - 1} classes, but the base's class table only has room for "
-                    f"{room - 1}"
-                )
+            new, most = len(stock[key]) - 1, room - 1
+            if new > most:
+                raise ValueError(f"the adapter has {new} classes, but the base's class table only has room for {most}")
             stock[key] = torch.cat([stock[key], stock[key][-1:].expand(room - len(stock[key]), -1)])
 
     seen = set()

@@ -4,22 +4,18 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 RETRY_SECONDS = 0.1  # a waiting thread checks this often whether the lock is still held
 
 
+@dataclass(eq=False)
 class Hold:
-    """One acquisition of the lock, by a with statement or a call of the model.
+    """One acquisition of the lock, by a with statement or a call of the model."""
 
-    Attributes:
-        frame: the frame of the running call; None for a with statement.
-        undo: called when the call has ended or was interrupted.
-    """
-
-    def __init__(self, frame: FrameType | None = None):
-        self.frame = frame
-        self.undo: Callable[[], None] = _nothing
+    frame: FrameType | None = None  # of the running call; None for a with statement
+    undo: Callable[[], None] = lambda: None  # called when the call has ended or was interrupted
 
 
 class ModelLock:
@@ -95,10 +91,6 @@ class ModelLock:
 
     def __reduce__(self):
         return ModelLock, ()  # a copy of a model has a lock of its own
-
-
-def _nothing() -> None:
-    pass
 
 
 def _task():

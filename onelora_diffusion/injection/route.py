@@ -9,13 +9,7 @@ from onelora_diffusion.adapters.weights import Weight
 
 
 class Route:
-    """The distinct weighted sums of adapters (mixtures) that a batch needs, and the one that each sample uses.
-
-    Attributes:
-        mixtures: K dicts of weights by adapter name, each by a key; an empty one stands for the base alone.
-        samples: the index of the mixture of each sample that was given.
-        batch: the index of the mixture of each sample in the current batch.
-    """
+    """The distinct weighted sums of adapters (mixtures) that a batch needs, and the one that each sample uses."""
 
     def __init__(self, samples: Sequence[Mapping[str, Weight]]):
         self.assign(samples)
@@ -23,10 +17,11 @@ class Route:
     def assign(self, samples: Sequence[Mapping[str, Weight]]) -> None:
         """Set the mixture of each sample; seats that have the route read it again when it is given to them."""
         keys = [repr(mixture) for mixture in samples]
+        # K dicts of weights by adapter name, each by a key; an empty one stands for the base alone.
         self.mixtures: dict[str, Mapping[str, Weight]] = dict(zip(keys, samples, strict=True))
         numbers = {key: number for number, key in enumerate(self.mixtures)}
-        self.samples = [numbers[key] for key in keys]
-        self.batch = self.samples
+        # The index of the mixture of each sample that was given, and of each in the current batch.
+        self.samples = self.batch = [numbers[key] for key in keys]
         self._index = torch.tensor(self.batch)
         self._copied: dict[tuple, torch.Tensor] = {}
 

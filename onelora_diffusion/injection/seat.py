@@ -14,23 +14,17 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class Seat(nn.ModuleDict):
     """The adapters attached at one place of a model; it is a child module of the layer that they adapt.
 
-    Args:
-        layer: the adapted module of the base; adapters that are added take over its train or eval mode.
-        places: the paths of the layer in the model.
-
-    Attributes:
-        active: the adapters in use, by name, with their weights; inside a route those of each sample are used instead.
-        has_new_bias: whether `merge` has added a bias to a layer without one.
+    `places` are the paths of the layer in the model; adapters that are added take over its train or eval mode.
     """
 
-    has_new_bias = False
+    has_new_bias = False  # whether `merge` has added a bias to a layer without one
     _is_replica = False  # torch sets it on the copies that DataParallel makes for devices, which have other children
     __setattr__ = object.__setattr__  # adapters are its only children, and their names may equal those of attributes
 
     def __init__(self, layer: nn.Module, places: list[str]):
         super().__init__()
         self.layer, self.places, self.path = layer, places, places[0]
-        self.active: dict[str, float] = {}
+        self.active: dict[str, float] = {}  # name -> weight; inside a route those of each sample are used instead
         # The active adapters as compiled code reads them: it would treat names and numbers as constants.
         self._alone: LayerAdapter | None = None
         self._weighted: list[tuple[LayerAdapter, torch.Tensor]] = []
@@ -101,9 +95,8 @@ class Seat(nn.ModuleDict):
     def why_not_mergeable(self, users: dict[tuple, list[str]]) -> str | None:
         """Why the active adapters cannot be merged here, or None if they can.
 
-        Args:
-            users: `memory_of` each parameter of the base -> paths of the modules that have it. The fused layer of q, k
-                and v does not count.
+        `users` has for `memory_of` each parameter of the base the paths of the modules that have it, without the fused
+        layer of q, k and v.
         """
         return None
 

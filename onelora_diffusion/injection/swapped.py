@@ -16,11 +16,8 @@ class SwapSeat(Seat):
     """The `SwapAdapter`s of one module, its child module `onelora_swap`, whose tensors it reads during its forward.
 
     The module keeps the base's parameters, so that code which moves, casts, offloads, loads or saves a model handles
-    those alone. While its forward runs, the module's class returns the adapters' tensors under the same names.
-
-    Args:
-        model: the model that has the module at the first of `places`.
-        reached: the paths of the layers that the model's forward has called; each call adds its own.
+    those alone. While its forward runs, the module's class returns the adapters' tensors under the same names. Each
+    call adds the module's path to `reached`.
     """
 
     def __init__(self, model: nn.Module, places: list[str], reached: set[str]):
@@ -37,11 +34,9 @@ class SwapSeat(Seat):
         return self._alone is not None or bool(self._weighted)
 
     def lend(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """p0 + Σₖ wₖ (pₖ − p0) in the base's dtype and on its device; for one adapter of weight 1, its tensor itself.
+        """p0 + Σₖ wₖ (pₖ − p0), p0 the base's parameter of this name, in its dtype and on its device.
 
-        Args:
-            name: the parameter's name.
-            base: p0, the base's parameter.
+        For one adapter of weight 1 it is the adapter's tensor itself.
         """
         if not torch.compiler.is_compiling():
             self.reached.add(self.path)

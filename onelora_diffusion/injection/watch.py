@@ -18,17 +18,10 @@ CALL_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kw
 
 
 class Watch:
-    """The hooks on every forward of a model.
-
-    Args:
-        book: the book of the model's adapters.
-
-    Attributes:
-        reached: paths of the adapted layers that were called in the current or last forward.
-    """
+    """The hooks on every forward of a model with this book of adapters."""
 
     def __init__(self, book):
-        self.book, self.reached = book, Reached()
+        self.book, self.reached = book, Reached()  # the adapted layers that the current or last forward has called
         self._unreached: set[str] = set()  # layers that were reported
         self._hooks: list = []
 

@@ -220,7 +220,7 @@ def test_save_load_merge_and_unmerge(name, method, tmp_path):
         merge_adapter(loaded)
         assert_rounded(output_of(loaded, inputs), expected, loaded)
         if (name, method) == ("DDT", "difffit"):
-            with pytest.raises(ValueError, match="merging gave blocks.0.attn.qkv a bias, which its own class has no"):
+            with pytest.raises(ValueError, match="merging gave blocks.0.attn.qkv a bias, which its class has not"):
                 stock_state_dict(loaded)
             return
         plain = make_model(name, seed=1)  # without this library, from the merged weights alone

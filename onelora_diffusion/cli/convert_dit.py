@@ -86,11 +86,7 @@ def is_qkv(metas_name: str) -> bool:
 
 
 def to_diffusers(meta: dict[str, Tensor], heads: int | None = None, exact: bool = False) -> DiTTransformer2DModel:
-    """Meta's state dict -> diffusers' model with these weights, in float32.
-
-    Raises:
-        ValueError: it is no DiT's, or of a width whose number of heads is not known.
-    """
+    """Meta's state dict -> diffusers' model in float32; ValueError for no DiT's, or an unknown number of heads."""
     depth = len({name.split(".")[1] for name in meta if name.startswith("blocks.")})
     names = names_of(depth)
     if different := sorted(set(meta) ^ {"pos_embed", *names}):
@@ -120,11 +116,7 @@ def to_diffusers(meta: dict[str, Tensor], heads: int | None = None, exact: bool 
 
 
 def to_meta(model: DiTTransformer2DModel) -> dict[str, Tensor]:
-    """diffusers' model -> the state dict of Meta's.
-
-    Raises:
-        ValueError: its blocks have different timestep or class embeddings, of which Meta's model has one.
-    """
+    """diffusers' model -> the state dict of Meta's; ValueError if its blocks have different embeddings."""
     weights, meta = model.state_dict(), {"pos_embed": model.pos_embed.pos_embed}
     for metas, ours in names_of(len(model.transformer_blocks)).items():
         parts = [weights[name] for name in ours]

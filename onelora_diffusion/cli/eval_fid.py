@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import peak_memory_bytes
-from onelora_diffusion.evaluation.evaluator import check_material, compare, metrics_of_each
+from onelora_diffusion.evaluation.evaluator import Evaluator, MeasuredImages, check_material
 from onelora_diffusion.evaluation.images import open_images
 from onelora_diffusion.evaluation.measuring import (
     default_for,
@@ -167,21 +167,19 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
         if path or not settings.reference:
             real = real_images(settings, path, settings.dataset, origins[0].resolution)
         references = references_of(settings, real, origins, features, accelerator)
-        metrics = metrics_of_each(settings, features)
-        for asked, reference in zip(metrics, references, strict=True):
-            check_material(asked, reference, "reference")
+        evaluator = Evaluator(features, references, settings, device=accelerator.device)
         if not is_filed:
             keep, spatial = GENERATED in needs, SPATIAL in needs
             measured = measure(images, features, settings.batch_size, accelerator, keep, spatial)
-        for asked, each in zip(metrics, measured, strict=True):
+        for asked, each in zip(evaluator.metrics, measured, strict=True):
             check_material(asked, each, "images")
 
     if accelerator.is_main_process:
-        name = Path(measured[0].origin.dataset).name
+        name, results = Path(measured[0].origin.dataset).name, evaluator.compare(MeasuredImages(measured))
         report = {
             **in_sections(
-                section(one, other, {name: compare(one, other, asked, each, (None, None), settings)})
-                for one, other, asked, each in zip(measured, references, metrics, features, strict=True)
+                section(one, other, {name: numbers})
+                for one, other, numbers in zip(measured, references, results, strict=True)
             ),
             "num_images": measured[0].statistics.count,
             "seconds": time.monotonic() - start,
@@ -207,9 +205,7 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
             raise ValueError(f"{len(features)} --features need as many files, not {len(settings.output)} --output")
         keep = settings.keep_features
         if keep and any(output.suffix == ".npz" for output in settings.output):
-            raise ValueError(
-                "--keep-features needs a .safetensors file: the .npz of ADM's evaluator has no place for them"
-            )
+            raise ValueError("--keep-features needs a .safetensors file: ADM's .npz has no place for them")
         measured = measure(images, features, settings.batch_size, accelerator, keep=keep, spatial=True)
     if accelerator.is_main_process:
         for output, each in zip(settings.output, measured, strict=True):

@@ -163,16 +163,12 @@ class Pictures:
     It is --output itself, where that is a folder; for a file it lies beside, until all images are in the file. Each
     image is whole or not there. A run that ends early leaves its images, and the same command goes on from them.
 
-    Attributes:
-        described: what is drawn, in a few words.
-
-    Raises:
-        OSError, ValueError: the folder has something else in it, another process writes there, it cannot be written,
-            or not all processes see it; on every process.
+    OSError or ValueError, on every process, if the folder has something else in it, another process writes there, it
+    cannot be written, or not all processes see it.
     """
 
     def __init__(self, output: Path, settings: Settings, adapter: AdapterFile, accelerator: Accelerator):
-        self.output, self.accelerator, self.described = output, accelerator, "images"
+        self.output, self.accelerator, self.described = output, accelerator, "images"  # in a few words, what is drawn
         self.is_beside = output.suffix in (".png", ".npz")
         self.folder = output.with_name(f".{output.name}.part") if self.is_beside else output
         self.record, self.lock = self.folder / ".sampling.json", FileLock(self.folder / ".lock", timeout=0)

@@ -48,9 +48,7 @@ def main(settings: ServeSettings) -> None:
 def run(arguments: list[str]) -> None:
     """What the command does, with the words that follow it."""
     if any(word.startswith("--max-wait-ms") for word in arguments):
-        sys.exit(
-            "serve.py: --max-wait-ms is gone, since a request joins the running batch at its next step: leave it out"
-        )
+        sys.exit("serve.py: --max-wait-ms is gone, since a request joins the running batch at its next step: drop it")
     quieten()
     main(tyro.cli(ServeSettings, args=arguments, description=__doc__, prog=typed_as("serve.py")))
 

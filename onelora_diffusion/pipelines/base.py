@@ -44,9 +44,8 @@ def load_base(
         precision: `fp32` or `bf16` for all models; or `int8` (torchao) or `nf4` (bitsandbytes) for the denoiser,
             which is quantised while it is loaded, with bf16 for all else.
 
-    Raises:
-        FileNotFoundError: `base` is neither a pipeline folder nor shaped like a hub id.
-        ValueError: loading fails: it is damaged, of another kind, not on the hub, or there is no network.
+    FileNotFoundError if `base` is neither a pipeline folder nor shaped like a hub id; ValueError if it is damaged, of
+    another kind, not on the hub, or there is no network.
     """
     import diffusers
 
@@ -91,11 +90,7 @@ def _packed(precision: str):
 
 
 def model_index(base: str | Path | None) -> dict:
-    """Read a pipeline's `model_index.json`; None is the miniature.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_base`.
-    """
+    """Read a pipeline's `model_index.json`; None is the miniature. Errors are those of `load_base`."""
     return _read_index(base)[1]
 
 
@@ -152,9 +147,7 @@ def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
             f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like {example}"
         )
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"base model '{folder}': the folder has no model_index.json, so it is no diffusers pipeline"
-        )
+        raise FileNotFoundError(f"base model '{folder}' has no model_index.json, so it is no diffusers pipeline")
     return folder
 
 

@@ -70,14 +70,10 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         self.__dict__["labels"] = base_labels
 
     def get_label_ids(self, label: str | list[str], adapter_names: str | Sequence[Entry] | None = None) -> list[int]:
-        """Labels of class names.
+        """Labels of class names, one or several; ValueError if there is no such class.
 
         Args:
-            label: one or several names.
             adapter_names: the adapter of each class, as in the call; None takes the active adapter.
-
-        Raises:
-            ValueError: there is no such class.
         """
         names = [label] if isinstance(label, str) else list(label)
         return self._resolve(names, _entries(adapter_names, len(names)))

@@ -45,24 +45,19 @@ def denoiser_tensors(
 
 
 def _converted(pipeline_class, model, tensors, source) -> dict[str, torch.Tensor]:
-    # The converters drop unknown tensors, some of them silently.
-    for key in tensors:
+    name = pipeline_class.__name__
+    for key in tensors:  # the converters drop unknown tensors, some of them silently
         if not LORA_PART.fullmatch(key):
-            raise ValueError(
-                f"{source}: {key} is no part of a LoRA that can be converted for {pipeline_class.__name__}"
-            )
+            raise ValueError(f"{source}: {key} is no part of a LoRA that can be converted for {name}")
     try:
         converted, *rest = pipeline_class.lora_state_dict(
             dict(tensors), unet_config=model.config, return_alphas=True, return_lora_metadata=True
         )
     except Exception as error:  # converters raise KeyError, AssertionError and others for unknown names
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{source}: its names ({next(iter(tensors))}) cannot be converted for {pipeline_class.__name__}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+        names, reason = next(iter(tensors)), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{source}: its names ({names}) cannot be converted for {name}: {reason}") from error
     if _rows(converted) != _rows(tensors):
-        raise ValueError(f"{source}: not all of it can be converted for {pipeline_class.__name__}")
+        raise ValueError(f"{source}: not all of it can be converted for {name}")
     alphas = rest[0] if len(rest) == 2 else None
     alphas = {key: torch.as_tensor(alpha) for key, alpha in (alphas or {}).items()}
     renamed = convert_unet_state_dict_to_peft(converted | alphas)

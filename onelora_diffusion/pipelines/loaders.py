@@ -48,8 +48,7 @@ class OneLoRALoaderMixin:
     def from_pipe(cls, pipeline: DiffusionPipeline):
         """A pipeline with these methods that shares everything with `pipeline`, weights and offloading included.
 
-        Raises:
-            ValueError: `pipeline` is of another class than this one is for.
+        ValueError if `pipeline` is of another class than this one is for.
         """
         if cls is OneLoRALoaderMixin and isinstance(pipeline, OneLoRALoaderMixin):
             cls = type(pipeline)
@@ -60,10 +59,8 @@ class OneLoRALoaderMixin:
 
             cls = OneLoRAPipeline
             cls.__name__ = type(pipeline).__name__  # diffusers' AutoPipelines recognise a pipeline by this name
-        if not isinstance(pipeline, cls.stock_class()):
-            raise ValueError(
-                f"{cls.__name__} is made from a {cls.stock_class().__name__}, not {type(pipeline).__name__}"
-            )
+        if not isinstance(pipeline, stock := cls.stock_class()):
+            raise ValueError(f"{cls.__name__} is made from a {stock.__name__}, not {type(pipeline).__name__}")
         adapted = copy.copy(pipeline)
         adapted.__class__ = cls
         adapted._adapted_model()
@@ -150,11 +147,7 @@ class OneLoRALoaderMixin:
         return_lora_metadata: bool = False,
         **location,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict]:
-        """The tensors of an adapter file by their keys, and on request the metadata of its header.
-
-        Args:
-            **location (Any): as for `load_lora_weights`.
-        """
+        """The tensors of an adapter file by their keys, and on request the metadata of its header."""
         source, location = pretrained_model_name_or_path_or_dict, FileLocation(**location)
         if isinstance(source, dict):
             tensors, metadata = dict(source), {}
@@ -381,8 +374,7 @@ class OneLoRALoaderMixin:
     ) -> None:
         """Write a plain pipeline, which loads without this library: the base, with fused adapters if there are any.
 
-        Raises:
-            ValueError: active adapters are not fused and would be lost.
+        ValueError if active adapters are not fused and would be lost.
         """
         if serving := dict.fromkeys(name for book in self._books().values() for name in book.serving):
             raise ValueError(

@@ -20,7 +20,7 @@ from onelora_diffusion.families.family import Condition
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.verbs import set_adapters
 from onelora_diffusion.pipelines.base import load_base
-from onelora_diffusion.sampling.drawing import IMAGES_AT_ONCE, adapters_merged, generate_images
+from onelora_diffusion.sampling.drawing import adapters_merged, generate_images
 from onelora_diffusion.sampling.settings import SamplerSettings
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.storage.attaching import AdapterFile
@@ -31,26 +31,16 @@ PRECISIONS = {"no": "fp32", "bf16": "bf16"}  # in which a base of prompts can be
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedPipeline:
-    """A base with its adapters, and what it draws.
+    """A base with its adapters, and what it draws."""
 
-    Attributes:
-        pipeline: the base; the adapters in its denoiser are active.
-        adapters: the content of each adapter's file, by the adapter's name.
-        kind: `classes` or `prompts`.
-        conditions, names: the labels, prompts or edits that are drawn in turns, and their names.
-        size: side of the images in pixels; None takes the pipeline's default.
-        frames: number of frames of what is drawn.
-        max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
-    """
-
-    pipeline: object
-    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
-    kind: str
-    conditions: Sequence[Condition]
-    names: Sequence[str]
-    size: int | None = None
-    frames: int = 1
-    max_sequence_length: int | None = None
+    pipeline: object  # the base; the adapters in its denoiser are active
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)  # the content of their files, by their names
+    kind: str  # `classes` or `prompts`
+    conditions: Sequence[Condition]  # the labels, prompts or edits that are drawn in turns
+    names: Sequence[str]  # of these
+    size: int | None = None  # side of the images in pixels; None takes the pipeline's default
+    frames: int = 1  # number of frames of what is drawn
+    max_sequence_length: int | None = None  # number of tokens of a prompt; None takes the pipeline's default
 
     @property
     def family(self) -> Family:
@@ -92,13 +82,11 @@ class AdaptedPipeline:
         settings: SamplerSettings,
         *,
         of_base: bool = False,
-        images_at_once: int | None = IMAGES_AT_ONCE,
         **options,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Generate images of conditions, one for each index, with the active adapters; see `generate_images`.
 
-        Args:
-            of_base: let the base draw alone, from the same noise: the same prompts, or classes of its own.
+        With `of_base` the base draws alone, from the same noise: the same prompts, or classes of its own.
         """
         family, denoiser = self.family, self.denoiser
         if of_base:  # it draws without an adapter, to which domain guidance would lead
@@ -107,19 +95,9 @@ class AdaptedPipeline:
             serving = disable_adapter(denoiser) if self.adapters else nullcontext()
         else:
             serving = adapters_merged(denoiser, settings) if family.merges_adapters else nullcontext()
+        sizes = {"size": self.size, "frames": self.frames, "max_sequence_length": self.max_sequence_length}
         with serving:
-            yield from generate_images(
-                self.pipeline,
-                conditions,
-                seed,
-                indices,
-                settings,
-                size=self.size,
-                frames=self.frames,
-                max_sequence_length=self.max_sequence_length,
-                images_at_once=images_at_once,
-                **options,
-            )
+            yield from generate_images(self.pipeline, conditions, seed, indices, settings, **sizes, **options)
 
     def choose(self, adapter_name: str) -> None:
         """Make one of the adapters the active one."""
@@ -149,9 +127,8 @@ def load_adapted(
         resolution: side of the images of prompts; None takes that of training.
         frames: number of frames of what is drawn of prompts; None takes that of training.
 
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, an adapter does not fit the base, or the base does
-            not draw such classes or prompts.
+    FileNotFoundError or ValueError if a file is missing or damaged, an adapter does not fit the base, or the base does
+    not draw such classes or prompts.
     """
     adapters = {name: read_adapter(path) for name, path in files.items()}
     bases = {file.base or "miniature": name for name, file in adapters.items()}
@@ -228,17 +205,10 @@ def _load_prompts(
     if frames > 1:
         rates = [rate for training in facts if isinstance(rate := training.get("frame_rate"), int | float)]
         family.frame_rate = max(rates, default=family.frame_rate)
-    length = _largest(facts, "max_sequence_length")
-    return AdaptedPipeline(
-        pipeline=pipeline,
-        adapters=adapters,
-        kind="prompts",
-        conditions=edits_of(prompts, references, each or 1, size, "--reference") if references else prompts,
-        names=prompts,
-        size=size,
-        frames=frames,
-        max_sequence_length=length,
-    )
+    conditions = edits_of(prompts, references, each or 1, size, "--reference") if references else prompts
+    drawn = {"conditions": conditions, "names": prompts, "size": size, "frames": frames}
+    drawn["max_sequence_length"] = _largest(facts, "max_sequence_length")
+    return AdaptedPipeline(pipeline=pipeline, adapters=adapters, kind="prompts", **drawn)
 
 
 def _largest(facts: Sequence[Mapping], name: str) -> int | None:

@@ -75,11 +75,9 @@ def draw(
     The first noise and that of every step come from each image's own generator, so an image does not depend on the
     other images of its batch. Their number affects only rounding, which `generate_images` avoids.
 
-    Args:
-        pipeline: the pipeline, with its transformer in eval mode.
-        settings: the sampler, its steps, and the channels and interval of guidance; requests have all other settings.
-        size: side of the images in pixels; None takes the pipeline's default.
-        on_step: called after every step with its share of the work; an exception from it ends the drawing.
+    The pipeline's transformer is in eval mode. The settings give the sampler, its steps, and the channels and interval
+    of guidance; requests have all others. `on_step` is called after every step with its share of the work, and ends
+    the drawing by an exception.
     """
     family = family_of(pipeline)
     size = size or family.resolution(pipeline)
@@ -132,12 +130,11 @@ def generate_images(
     CPU threads: see docs/evaluation.md.)
 
     Args:
-        pipeline: a pipeline of one of the families. Its transformer runs in eval mode, which is restored afterwards,
-            and under the caller's autocast.
+        pipeline: of one of the families. Its transformer runs in eval mode, which is restored afterwards, and under
+            the caller's autocast.
         conditions: labels, prompts, or edits.
-        size: side of the images in pixels; None takes the pipeline's default.
+        size: side of the images in pixels; None takes the pipeline's default, as for `max_sequence_length`.
         frames: number of frames; of more than one, clips are drawn.
-        max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
         images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
             there are, up to the family's default, without padding.
         batch_size: number of images that the iterator yields at a time.
@@ -193,13 +190,7 @@ def draw_in_chunks(
     progress: Callable[[float], object] = lambda images: None,
     frames: int = 1,
 ) -> Iterator[Tensor]:
-    """Draw `request(k)` for every k of `wanted`, in chunks of uint8 as `draw` gives them.
-
-    The transformer runs in eval mode, which is restored afterwards.
-
-    Args:
-        images_at_once, progress: as in `generate_images`.
-    """
+    """Draw `request(k)` for every k of `wanted`, in chunks of uint8 as `draw` gives them; see `generate_images`."""
     at_once = images_at_once or family_of(pipeline).images_at_once
     for first in range(0, len(wanted), at_once):
         chunk = list(wanted[first : first + at_once])

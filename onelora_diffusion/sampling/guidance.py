@@ -15,23 +15,15 @@ from onelora_diffusion.injection.routing import Entry, Guidance
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageRequest:
-    """An image to draw.
+    """An image to draw."""
 
-    Attributes:
-        condition: its encoded condition, a row of a family's `encode_conditions`.
-        empty: the encoded empty condition, which guidance uses.
-        generator: the CPU generator of its noise.
-        guidance_scale: w; 1 or less turns guidance off. For a family without such guidance, an input of its
-            transformer.
-        guidance: `cfg`, or `domain`, guidance from the base without condition.
-        adapters: the weights of its adapters by name; {} for the base alone, None for the active adapters.
-    """
-
-    condition: Conditions
-    empty: Conditions
-    generator: torch.Generator
+    condition: Conditions  # encoded, a row of a family's `encode_conditions`
+    empty: Conditions  # the encoded empty condition, which guidance uses
+    generator: torch.Generator  # of its noise, on the CPU
+    # w; 1 or less turns guidance off. For a family without such guidance, an input of its transformer.
     guidance_scale: float
-    guidance: Guidance = "cfg"
+    guidance: Guidance = "cfg"  # or `domain`, from the base without condition
+    # The weights of its adapters by name; {} for the base alone, None for the active adapters.
     adapters: Mapping[str, Weight] | None = None
 
 
@@ -44,9 +36,7 @@ class GuidedDenoiser:
     condition: with their own adapters, or for domain guidance (Zhong et al., ICLR 2025) with the base alone. A learned
     variance is that of the prediction with condition. It is called inside a route of its `entries`, if it has any.
 
-    Args:
-        channels: number of the first latent channels that are guided; None guides all.
-        interval: the two times, the lower first, between which images are guided; None guides always.
+    The first `channels` of the latents are guided (None: all), at times in `interval`, the lower first (None: always).
     """
 
     def __init__(
@@ -81,17 +71,15 @@ class GuidedDenoiser:
         return own + [None if base else own[image] for image, base in zip(self.guided, is_domain, strict=True)]
 
     def __call__(self, latents: Tensor, times: Tensor) -> Tensor:
-        """
-        Args:
-            latents: (batch, C, ...) in float32, on the transformer's device.
-            times: each image's own, (batch,), on the CPU, so that no step waits for the device.
+        """Of latents (batch, C, ...) in float32 on the transformer's device, each with its own time (batch,).
+
+        Times are on the CPU, so that no step waits for the device.
         """
         lowest, highest = self.interval
         is_inside = ((times >= lowest) & (times <= highest))[self.guided]
         if not is_inside.any() and self.entries is None:
-            return self._predict(
-                latents, times, {name: rows[: len(latents)] for name, rows in self.conditions.items()}
-            )
+            alone = {name: rows[: len(latents)] for name, rows in self.conditions.items()}
+            return self._predict(latents, times, alone)
         both = torch.cat([latents, latents[self.index]]), torch.cat([times, times[self.guided]])
         output = self._predict(*both, self.conditions)
         channels = self.channels or latents.shape[1]

@@ -21,16 +21,13 @@ from onelora_diffusion.families.family import dynamic_shift
 class Sampler:
     """A sampler: how its scheduler is made from the config of the model's own scheduler.
 
-    Attributes:
-        of_noise: `of_noise(config, num_inference_steps, learned_variance)`, of a model that predicts noise or a
-            velocity; None where the sampler does not fit one.
-        of_flow: `of_flow(config, num_inference_steps, num_tokens)`, of a model of flow matching; None likewise.
-        shifts_by_size: whether it can shift the time of flow matching by the number of an image's tokens.
+    `of_noise(config, num_inference_steps, learned_variance)` is for a model that predicts noise or a velocity,
+    `of_flow(config, num_inference_steps, num_tokens)` for one of flow matching; None where the sampler does not fit.
     """
 
     of_noise: Callable | None = None
     of_flow: Callable | None = None
-    shifts_by_size: bool = False
+    shifts_by_size: bool = False  # whether it can shift the time of flow matching by the number of an image's tokens
 
 
 def ddim(config: Mapping, num_inference_steps: int, learned_variance: bool) -> DDIMScheduler:
@@ -118,13 +115,10 @@ def fitting_samplers(scheduler_config: Mapping) -> list[str]:
 def make_scheduler(
     sampler: str, scheduler_config: Mapping, num_inference_steps: int, num_tokens: int, learned_variance: bool
 ):
-    """diffusers' scheduler of a sampler, with its timesteps set.
+    """diffusers' scheduler of one of the `fitting_samplers`, with its timesteps set, for images of so many tokens.
 
-    Args:
-        sampler: one of `fitting_samplers`.
-        scheduler_config: the config of the model's own scheduler.
-        num_tokens: the number of tokens of an image.
-        learned_variance: whether the scheduler gets the variance that the model predicts.
+    `scheduler_config` is that of the model's own scheduler; with `learned_variance` the scheduler gets the variance
+    that the model predicts.
     """
     if prediction_of(scheduler_config) == "flow":
         return SAMPLERS[sampler].of_flow(scheduler_config, num_inference_steps, num_tokens)

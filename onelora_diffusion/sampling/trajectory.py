@@ -22,16 +22,9 @@ from onelora_diffusion.sampling.settings import SamplerSettings
 class Trajectory:
     """Images that take the steps of one sampler together, from the noise of each one's own generator.
 
-    Args:
-        scheduler: a scheduler of diffusers with its timesteps set, which keeps what its sampler remembers of a step.
-        shape: (C, ...), the shape of the latents of an image.
-        learned_variance: whether the scheduler gets the variance that the model predicts.
-
-    Attributes:
-        requests: the request of each image.
-        latents: (images, C, ...) in float32, as the steps that were taken have left them.
-        num_steps: number of times that the networks run.
-        step: number of steps that were taken.
+    `scheduler` has its timesteps set, and keeps what its sampler remembers of a step. Latents are (images, *shape) in
+    float32, as the steps that were taken have left them. `learned_variance`: whether the scheduler gets the variance
+    that the model predicts.
     """
 
     def __init__(
@@ -42,7 +35,8 @@ class Trajectory:
         device: torch.device,
         learned_variance: bool = False,
     ):
-        self.requests, self.scheduler, self.step = list(requests), scheduler, 0
+        self.requests, self.scheduler = list(requests), scheduler
+        self.step = 0  # number of steps that were taken
         self._channels = None if learned_variance else shape[0]
         generators = [request.generator for request in requests]
         takes_noise = "generator" in inspect.signature(scheduler.step).parameters
@@ -50,7 +44,7 @@ class Trajectory:
         latents = randn_tensor((len(requests), *shape), generators, device=device, dtype=torch.float32)
         self.latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         self._scaled = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-        self.num_steps = len(scheduler.timesteps)
+        self.num_steps = len(scheduler.timesteps)  # number of times that the networks run
 
     @property
     def is_done(self) -> bool:
@@ -67,9 +61,8 @@ class Trajectory:
 
     def advance(self, prediction: Tensor) -> None:
         """Take a step by the networks' prediction (images, C, ...), of 2C channels if that has a variance."""
-        self.latents = self.scheduler.step(
-            prediction[:, : self._channels], self.timestep, self.latents, **self._noise
-        ).prev_sample
+        own = prediction[:, : self._channels]
+        self.latents = self.scheduler.step(own, self.timestep, self.latents, **self._noise).prev_sample
         self.step += 1
 
 
@@ -79,9 +72,7 @@ class RunningBatch:
     It is a context manager, or `close` has to be called: as long as it is open, the transformer uses the adapters of
     the last step's images.
 
-    Args:
-        pipeline: a pipeline with its transformer in eval mode.
-        channels, interval: those of guidance, as for `GuidedDenoiser`.
+    The pipeline's transformer is in eval mode; `channels` and `interval` are as for `GuidedDenoiser`.
     """
 
     def __init__(self, pipeline, family: Family, channels: int | None = None, interval: tuple[int, int] | None = None):

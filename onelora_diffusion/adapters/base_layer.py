@@ -31,7 +31,6 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer's forward is that of `nn.Linear`."""
     return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
 
 

@@ -113,7 +113,6 @@ COMPRESSIONS |= {"sum": InputSums, "random": RandomDirections, "outputs": Output
 
 
 def compression_of(config: AdapterConfig) -> Compression:
-    """The compression that an adapter's settings name."""
     options = {"seed": config.seed} if config.compression == "random" else {}
     return COMPRESSIONS[config.compression](config.rank, **options)
 

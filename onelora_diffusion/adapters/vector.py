@@ -73,7 +73,6 @@ class Vectors:
 
     @property
     def require_grad(self) -> bool:
-        """Whether any part requires gradients."""
         return any(part is not None and part.requires_grad for part in (*self.b.values(), self.beta, self.gamma))
 
     def map(self, change) -> "Vectors":

@@ -181,7 +181,6 @@ def main(settings: Settings) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """What the command does, with the words that follow it."""
     quieten()
     main(tyro.cli(Settings, args=arguments, description=__doc__, prog=typed_as("convert_dit.py")))
 

@@ -24,17 +24,9 @@ from accelerate import Accelerator
 from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.devices import peak_memory_bytes
+from onelora_diffusion.evaluation import measuring
 from onelora_diffusion.evaluation.evaluator import Evaluator, MeasuredImages, check_material
 from onelora_diffusion.evaluation.images import open_images
-from onelora_diffusion.evaluation.measuring import (
-    default_for,
-    features_of,
-    measure,
-    real_images,
-    reference_images,
-    references_of,
-    statistics_in,
-)
 from onelora_diffusion.evaluation.metrics import GENERATED, REAL, SPATIAL
 from onelora_diffusion.evaluation.planning import Found, Plan, draw_and_measure, make_plan
 from onelora_diffusion.evaluation.report import format_note, write_json
@@ -80,7 +72,6 @@ def generate(settings: Generate, accelerator: Accelerator) -> None:
 
 
 def make_report(plan: Plan, found: Found, accelerator: Accelerator) -> dict:
-    """All that was found, and all that it depends on."""
     settings, drawn, recognition = plan.settings, plan.drawn, plan.evaluator.recognition
     adapters = {
         name: {
@@ -114,7 +105,6 @@ def make_report(plan: Plan, found: Found, accelerator: Accelerator) -> dict:
 
 
 def write_report(plan: Plan, found: Found, report: dict) -> None:
-    """Print the table, and write the JSON and the pictures."""
     output = plan.settings.report_path
     if isinstance(plan.settings, Sweep):
         report["best"] = best_scales(report)
@@ -152,25 +142,25 @@ def calculate(settings: Calculate, accelerator: Accelerator) -> None:
             raise ValueError("calc compares images with others: give them by --reference, or a data set by --dataset")
         is_filed = is_statistics(settings.images)
         images = load_statistics(settings.images).origin if is_filed else open_images(settings.images)
-        default = default_for(defaults_of(settings.dataset), (settings.images, *settings.reference))
+        default = measuring.default_for(defaults_of(settings.dataset), (settings.images, *settings.reference))
         if is_filed and set(settings.features) - {default}:
             raise ValueError(f"'{settings.images}' is statistics of {images.features}: leave --features out")
         both_filed = is_filed and settings.reference and all(map(is_statistics, settings.reference))
-        measures_images = not both_filed or {GENERATED, REAL} & needs  # at real images, or at those beside statistics
-        features = features_of(settings, default, images.resolution, accelerator) if measures_images else [None]
+        reads_images = not both_filed or {GENERATED, REAL} & needs  # at real images, or at those beside statistics
+        features = measuring.features_of(settings, default, images.resolution, accelerator) if reads_images else [None]
         if is_filed:
-            measured = [statistics_in(settings.images, features, settings, accelerator, GENERATED)]
+            measured = [measuring.statistics_in(settings.images, features, settings, accelerator, GENERATED)]
             origins = [each.origin for each in measured]
         else:
             origins = [Origin.of(each, images) for each in features]
-        path, real = reference_images(settings), None
+        path, real = measuring.reference_images(settings), None
         if path or not settings.reference:
-            real = real_images(settings, path, settings.dataset, origins[0].resolution)
-        references = references_of(settings, real, origins, features, accelerator)
+            real = measuring.real_images(settings, path, settings.dataset, origins[0].resolution)
+        references = measuring.references_of(settings, real, origins, features, accelerator)
         evaluator = Evaluator(features, references, settings, device=accelerator.device)
         if not is_filed:
             keep, spatial = GENERATED in needs, SPATIAL in needs
-            measured = measure(images, features, settings.batch_size, accelerator, keep, spatial)
+            measured = measuring.measure(images, features, settings.batch_size, accelerator, keep, spatial)
         for asked, each in zip(evaluator.metrics, measured, strict=True):
             check_material(asked, each, "images")
 
@@ -199,14 +189,15 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
                 raise ValueError(f"--output {output}: statistics are a .safetensors file, or an .npz in ADM's layout")
         dataset = settings.dataset or EMBEDDED
         resolution = settings.resolution or defaults_of(dataset).resolution
-        images = real_images(settings, settings.images, dataset, resolution)
-        features = features_of(settings, default_for(defaults_of(dataset), ()), images.resolution, accelerator)
+        images = measuring.real_images(settings, settings.images, dataset, resolution)
+        default = measuring.default_for(defaults_of(dataset), ())
+        features = measuring.features_of(settings, default, images.resolution, accelerator)
         if len(features) != len(settings.output):
             raise ValueError(f"{len(features)} --features need as many files, not {len(settings.output)} --output")
         keep = settings.keep_features
         if keep and any(output.suffix == ".npz" for output in settings.output):
             raise ValueError("--keep-features needs a .safetensors file: ADM's .npz has no place for them")
-        measured = measure(images, features, settings.batch_size, accelerator, keep=keep, spatial=True)
+        measured = measuring.measure(images, features, settings.batch_size, accelerator, keep=keep, spatial=True)
     if accelerator.is_main_process:
         for output, each in zip(settings.output, measured, strict=True):
             save_statistics(output, each)
@@ -217,7 +208,6 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """What the command does, with the words that follow it."""
     start_all_processes()
     quieten()
     with one_line_errors("eval_fid.py", same_everywhere=True):

@@ -338,7 +338,6 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def run(arguments: list[str]) -> None:
-    """What the command does, with the words that follow it."""
     start_all_processes()
     quieten()
     with one_line_errors("sample.py", same_everywhere=True):

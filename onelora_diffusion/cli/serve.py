@@ -46,7 +46,6 @@ def main(settings: ServeSettings) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """What the command does, with the words that follow it."""
     if any(word.startswith("--max-wait-ms") for word in arguments):
         sys.exit("serve.py: --max-wait-ms is gone, since a request joins the running batch at its next step: drop it")
     quieten()

@@ -81,7 +81,6 @@ def main(settings: Settings, since: float | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """What the command does, with the words that follow it; returns the exit code."""
     start_all_processes()
     quieten()
     with one_line_errors("train_dit.py", same_everywhere=True):

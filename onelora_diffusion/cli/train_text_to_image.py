@@ -143,7 +143,6 @@ def main(settings: PromptSettings, since: float | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """What the command does, with the words that follow it; returns the exit code."""
     start_all_processes()
     quieten()
     with one_line_errors("train_text_to_image.py", same_everywhere=True):

@@ -118,7 +118,6 @@ class Evaluator:
         )
 
     def measure_unrelated(self, batches: Batches, source: Source) -> list[Measured]:
-        """Measure images of unrelated prompts, for drift."""
         return measure_images(batches, source, self.features, keep=True, device=self.device).measured
 
     def compare(
@@ -204,7 +203,6 @@ def compare(
 
 
 def with_progress(batches: Batches, total: int, name: str, show: bool, leave: bool = True) -> Iterator:
-    """Yield the batches with a progress bar that counts images."""
     with tqdm(total=total, desc=name, unit="image", disable=not show, leave=leave) as progress:
         for indices, images in batches:
             yield indices, images

@@ -154,7 +154,6 @@ class CroppedImages(ImageSet):
 
 
 def open_images(path: str | Path) -> FolderImages | NpzImages:
-    """The images of a folder or of an .npz file."""
     path = Path(path)
     if path.is_dir():
         return FolderImages(path)
@@ -193,7 +192,6 @@ def _check_size(path: str | Path, width: int, height: int) -> None:
 
 
 def _png_size(file: Path) -> int:
-    """The side of a square PNG in pixels, from its header."""
     try:
         with Image.open(file) as image:
             width, height = image.size

@@ -6,20 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from onelora_diffusion.evaluation import formulas
 from onelora_diffusion.evaluation.features import FEATURES, name_of
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.formulas import (
-    authenticity,
-    density_coverage,
-    extrapolate,
-    gaussian_mmd,
-    inception_score,
-    kernel_distance,
-    nearest,
-    paired_similarity,
-    precision_recall,
-    similarity,
-)
 from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import Measured
 
@@ -62,32 +51,26 @@ class Metric:
     shown: Mapping[str, Shown]  # the numbers that tables and sweeps show, by key
     # Further rows of a table, of its columns' results and the distance's name; none without this metric's results.
     rows: Callable[[Sequence[dict], str], dict[str, list[str]]] = lambda results, distance_name: {}
-    note_of: Callable[[dict], str | None] = lambda result: None  # a sentence for the report, of one result
+    note_of: Callable[[dict], str | None] = lambda result: None  # a sentence for the report, of one of its results
 
 
-def _of_kept(function: Callable, *keys: str) -> Callable[..., dict]:
-    """A function of the features of generated and real images, one by one, whose results get these keys."""
+def _of(part: str, function: Callable, *keys: str) -> Callable[..., dict]:
+    """A function of this part of what was measured of generated and real images; its results get these keys."""
 
     def compute(generated: Measured, real: Measured, features, settings) -> dict:
-        found = function(generated.kept, real.kept)
+        found = function(getattr(generated, part), getattr(real, part))
         return dict(zip(keys, found if isinstance(found, tuple) else (found,), strict=True))
 
     return compute
 
 
-def _distance(generated: Measured, real: Measured, features, settings) -> dict:
-    return {"distance": frechet_distance(generated.statistics, real.statistics)}
-
-
 def _similarity(generated: Measured, real: Measured, features, settings) -> dict:
     grouped = generated.groups is not None and real.groups is not None and set(generated.groups) <= set(real.groups)
     groups = (generated.groups, real.groups) if grouped else (None, None)
-    return {"similarity": similarity(generated.kept, real.kept, *groups), "similarity_by_group": grouped}
+    return {"similarity": formulas.similarity(generated.kept, real.kept, *groups), "similarity_by_group": grouped}
 
 
-def _compared_with(result: dict) -> str | None:
-    if "similarity" not in result:
-        return None
+def _compared_with(result: dict) -> str:
     which = "the real images of its own group" if result["similarity_by_group"] else "all real images"
     return f"Similarity: mean cosine of each image with {which}."
 
@@ -95,50 +78,33 @@ def _compared_with(result: dict) -> str | None:
 def _prompt_similarity(generated: Measured, real, features, settings) -> dict:
     prompts = list(dict.fromkeys(generated.prompts))
     texts = features.embed_text(prompts)[[prompts.index(prompt) for prompt in generated.prompts]]
-    return {"prompt_similarity": paired_similarity(generated.kept, texts)}
+    return {"prompt_similarity": formulas.paired_similarity(generated.kept, texts)}
 
 
 def _drift(adapted: Measured, base: Measured, features, settings) -> dict:
     change = (adapted.kept - base.kept).double().square().mean().sqrt().item()
-    return {"drift": 1 - paired_similarity(adapted.kept, base.kept), "drift_rms": change}
-
-
-def _drift_note(result: dict) -> str | None:
-    if "drift" not in result:
-        return None
-    return "Drift: 1 - mean cosine of images of unrelated prompts, by the base and by the adapter from the same noise."
+    return {"drift": 1 - formulas.paired_similarity(adapted.kept, base.kept), "drift_rms": change}
 
 
 def _nearest(generated: Measured, real: Measured, features, settings) -> dict:
-    cosines, indices = nearest(generated.kept, real.kept)
+    cosines, indices = formulas.nearest(generated.kept, real.kept)
     return {"nearest": cosines.mean().item(), "nearest_images": indices[:SHEET_ROWS].tolist()}
 
 
-def _sfid(generated: Measured, real: Measured, features, settings) -> dict:
-    return {"sfid": frechet_distance(generated.spatial, real.spatial)}
-
-
 def _inception_score(generated: Measured, real: Measured, features, settings: "MetricSettings") -> dict:
-    score, spread, size = inception_score(
-        features.logits(generated.kept), settings.inception_score_split, settings.inception_score_order
-    )
-    return {
-        "inception_score": score,
-        "inception_score_spread": spread,
-        "inception_score_split": size,
-        "inception_score_order": settings.inception_score_order,
-    }
+    size, order = settings.inception_score_split, settings.inception_score_order
+    found = formulas.inception_score(features.logits(generated.kept), size, order)
+    keys = "inception_score", "inception_score_spread", "inception_score_split"
+    return {**dict(zip(keys, found, strict=True)), "inception_score_order": order}
 
 
-def _splits(result: dict) -> str | None:
-    if "inception_score" not in result:
-        return None
+def _splits(result: dict) -> str:
     order = "in the order of the images" if result["inception_score_order"] == "given" else "shuffled"
     return f"Inception Score: mean and spread over splits of {result['inception_score_split']:,} images, {order}."
 
 
 def _limit(generated: Measured, real: Measured, features, settings) -> dict:
-    return {"limit": asdict(extrapolate(generated.kept, real.statistics))}
+    return {"limit": asdict(formulas.extrapolate(generated.kept, real.statistics))}
 
 
 def _limit_rows(results: Sequence[dict], distance_name: str) -> dict[str, list[str]]:
@@ -158,20 +124,25 @@ def _shares(*keys: str) -> dict[str, Shown]:
 
 
 ONE_BY_ONE = (GENERATED, REAL)
+DRIFT = "Drift: 1 - mean cosine of images of unrelated prompts, by the base and by the adapter from the same noise."
 METRICS = {
-    "fd": Metric((REFERENCE,), _distance, {"distance": Shown("FD", "{distance:.4f}")}),
-    "sfid": Metric((REFERENCE, SPATIAL), _sfid, {"sfid": Shown("sFD", "{sfid:.4f}")}),
+    "fd": Metric(
+        (REFERENCE,), _of("statistics", frechet_distance, "distance"), {"distance": Shown("FD", "{distance:.4f}")}
+    ),
+    "sfid": Metric(
+        (REFERENCE, SPATIAL), _of("spatial", frechet_distance, "sfid"), {"sfid": Shown("sFD", "{sfid:.4f}")}
+    ),
     "kid": Metric(
         ONE_BY_ONE,
-        _of_kept(kernel_distance, "kid", "kid_spread"),
+        _of("kept", formulas.kernel_distance, "kid", "kid_spread"),
         {"kid": Shown("KID", "{kid:.5f} ± {kid_spread:.5f}")},
     ),
-    "mmd": Metric(ONE_BY_ONE, _of_kept(gaussian_mmd, "mmd"), {"mmd": Shown("MMD", "{mmd:.4f}")}),
+    "mmd": Metric(ONE_BY_ONE, _of("kept", formulas.gaussian_mmd, "mmd"), {"mmd": Shown("MMD", "{mmd:.4f}")}),
     "precision-recall": Metric(
-        ONE_BY_ONE, _of_kept(precision_recall, "precision", "recall"), _shares("precision", "recall")
+        ONE_BY_ONE, _of("kept", formulas.precision_recall, "precision", "recall"), _shares("precision", "recall")
     ),
     "density-coverage": Metric(
-        ONE_BY_ONE, _of_kept(density_coverage, "density", "coverage"), _shares("density", "coverage")
+        ONE_BY_ONE, _of("kept", formulas.density_coverage, "density", "coverage"), _shares("density", "coverage")
     ),
     "inception-score": Metric(
         (GENERATED, LOGITS),
@@ -191,12 +162,12 @@ METRICS = {
         {"prompt_similarity": Shown("prompt similarity", "{prompt_similarity:.3f}", more_is_better=True)},
     ),
     "nearest": Metric(ONE_BY_ONE, _nearest, {"nearest": Shown("nearest real image", "{nearest:.3f}")}),
-    "authenticity": Metric(ONE_BY_ONE, _of_kept(authenticity, "authenticity"), _shares("authenticity")),
+    "authenticity": Metric(ONE_BY_ONE, _of("kept", formulas.authenticity, "authenticity"), _shares("authenticity")),
     "drift": Metric(
         (UNRELATED,),
         _drift,
         {"drift": Shown("drift", "{drift:.4f}"), "drift_rms": Shown("rms drift", "{drift_rms:.4f}")},
-        note_of=_drift_note,
+        note_of=lambda result: DRIFT,
     ),
 }
 # Published names, in lower case -> (metric, the only features that it is measured by): dino-i -> (similarity, dino).
@@ -230,7 +201,6 @@ class MetricSettings:
 
     @property
     def needs(self) -> set[str]:
-        """The union of the needs of these metrics."""
         return needed([metric for metric, _ in self.asked])
 
 

@@ -11,17 +11,10 @@ from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
 from onelora_diffusion.data.prompts import PromptFile, read_prompts
 from onelora_diffusion.data.table import classes_of
+from onelora_diffusion.evaluation import measuring
 from onelora_diffusion.evaluation.evaluator import Evaluator
 from onelora_diffusion.evaluation.images import CroppedImages, ImageSet, Source, share
 from onelora_diffusion.evaluation.labels import class_frequencies, draw_labels
-from onelora_diffusion.evaluation.measuring import (
-    default_for,
-    features_of,
-    pictures,
-    real_images,
-    reference_images,
-    references_of,
-)
 from onelora_diffusion.evaluation.metrics import SHEET_ROWS
 from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
 from onelora_diffusion.evaluation.settings import Generate, Sweep
@@ -92,7 +85,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
         sampler.check(drawn.denoiser, drawn.pipeline.scheduler.config)
     drawn.place(settings, accelerator.device)
 
-    features = features_of(settings, default_for(own, settings.reference), drawn.resolution, accelerator)
+    default = measuring.default_for(own, settings.reference)
+    features = measuring.features_of(settings, default, drawn.resolution, accelerator)
     numbers = class_numbers(dataset, drawn.names)
     if classes_of(dataset) and drawn.kind == "classes" and not (numbers or settings.reference):
         raise ValueError(f"'{drawn.names[-1]}' is no class of --dataset {dataset}: give a --reference")
@@ -102,7 +96,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     labels = draw_labels(settings.labels, settings.num_images, len(drawn.names), settings.seed, frequencies)
     source = source_of(drawn, labels, prompts)
     real = real_images_of(settings, drawn, prompts, dataset, numbers)
-    references = references_of(settings, real, [Origin.of(each, source) for each in features], features, accelerator)
+    origins = [Origin.of(each, source) for each in features]
+    references = measuring.references_of(settings, real, origins, features, accelerator)
     reader = next((each for each in features if each.name == dataset), features[0])
     recognition = recognition_of(dataset, drawn.names, reader, drawn.resolution)
     evaluator = Evaluator(features, references, settings, recognition, accelerator.device)
@@ -123,7 +118,6 @@ def columns_of(settings: Generate, names: Sequence[str]) -> dict[str, tuple[str 
 
 
 def source_of(drawn: AdaptedPipeline, labels: Sequence[int], prompts: PromptFile | None) -> Source:
-    """A description of the generated images."""
     groups = prompts.groups if prompts else drawn.names
     texts = [drawn.conditions[label] for label in labels] if drawn.kind == "prompts" else None
     name = "adapted" if drawn.adapters else "base"
@@ -138,15 +132,15 @@ def real_images_of(
     classes: tuple[int, ...] | None,
 ) -> ImageSet | None:
     """The real images, unless they are given as statistics, or not at all."""
-    path = reference_images(settings)
+    path = measuring.reference_images(settings)
     if settings.reference and path is None:
         return None
     if path and drawn.kind == "prompts":
-        return pictures(path, drawn.resolution)
+        return measuring.pictures(path, drawn.resolution)
     if prompts and prompts.images and path is None:
         files, groups = zip(*prompts.images, strict=True)
         return CroppedImages(str(settings.prompts), files, drawn.resolution, groups)
-    return real_images(settings, path, dataset, drawn.resolution, classes) if path or dataset else None
+    return measuring.real_images(settings, path, dataset, drawn.resolution, classes) if path or dataset else None
 
 
 def draw_and_measure(plan: Plan, accelerator: Accelerator) -> Found:

@@ -52,6 +52,5 @@ def format_bytes(size: int) -> str:
 
 
 def write_json(path: Path, results: Mapping) -> None:
-    """Write results as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(results, indent=2) + "\n").encode())

@@ -57,7 +57,6 @@ class DatasetSettings:
     """Column of labels (classes, texts or integers), for hf:NAME. Default: its only column of class labels."""
 
     def load(self, dataset: str, resolution: int, classes: tuple[int, ...] | None = None) -> Dataset:
-        """The data set of a name, some classes of it: see `data.load_dataset`."""
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         return load_dataset(dataset, self.data_root, self.split, resolution, classes=classes, **columns)
 
@@ -121,7 +120,6 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
 
     @property
     def report_path(self) -> Path:
-        """Where the report is written."""
         folder = next((file.parent for file in self.adapter_files.values()), Path())
         return self.output or folder / self.report_name
 

@@ -1,5 +1,6 @@
 """The report of eval_fid.py: each number with its features, reference and sampler, and notes on its reliability."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -16,7 +17,9 @@ def section(measured: Measured, reference: Measured | None, results: dict[str, d
     origin, compared = measured.origin, {"generated": measured, "reference": reference}
     sets = {name: each for name, each in compared.items() if each}
     notes = [note for each in sets.values() for note in each.notes]
-    notes += [note for metric in METRICS.values() for result in results.values() if (note := metric.note_of(result))]
+    for metric, result in itertools.product(METRICS.values(), results.values()):
+        if metric.shown.keys() <= result.keys() and (note := metric.note_of(result)):
+            notes.append(note)
     sizes = [each.origin.resolution for each in sets.values() if each.origin.resolution]
     if len(set(sizes)) > 1:
         notes.append(

@@ -2,30 +2,22 @@
 
 from pathlib import Path
 
+from onelora_diffusion.evaluation import summary
 from onelora_diffusion.evaluation.metrics import all_shown
 from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.evaluation.summary import (
-    LABELS,
-    names_of,
-    notes_of,
-    notes_on_worth,
-    result_rows,
-    sections_of,
-)
 from onelora_diffusion.files import write_bytes
 
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
     """(key, value at each strength) of each metric, by its name in tables."""
     found = {}
-    for each in sections_of(report):
+    for each in summary.sections_of(report):
         results = list(each["results"].values())
-        found |= {name: (key, [result[key] for result in results]) for key, name in names_of(each).items()}
+        found |= {name: (key, [result[key] for result in results]) for key, name in summary.names_of(each).items()}
     return found
 
 
 def best_scales(report: dict) -> dict[str, float]:
-    """The strength at which each metric is best, by the metric's name."""
     scales = list(map(float, report["results"]))
     return {
         name: scales[values.index(max(values) if all_shown()[key].more_is_better else min(values))]
@@ -36,13 +28,13 @@ def best_scales(report: dict) -> dict[str, float]:
 def print_sweep(report: dict) -> None:
     """Print a column for each strength, and the best strength for each metric."""
     rows = {}
-    for each in sections_of(report):
-        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in result_rows(each).items()}
+    for each in summary.sections_of(report):
+        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in summary.result_rows(each).items()}
     title = f"{report['num_images']:,} images at each guidance, {report['sampler'] or 'own sampler'}, "
-    title += f"{report['num_inference_steps']} steps, seed {report['seed']}{LABELS[report['labels']]}"
+    title += f"{report['num_inference_steps']} steps, seed {report['seed']}{summary.LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
-    for note in [f"Best: {best}.", *notes_of(report), *notes_on_worth(report)]:
+    for note in [f"Best: {best}.", *summary.notes_of(report), *summary.notes_on_worth(report)]:
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
 

@@ -69,7 +69,6 @@ def _base_table(model: nn.Module, config: AdapterConfig) -> nn.Embedding:
 
 
 def _layers_of(model: nn.Module, config: AdapterConfig, named: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers that the method of `config` adapts, by path."""
     if config.recipe.is_whole:
         return full_layers(model, config)
     if config.recipe.parts and not (config.sum or config.bias or config.scale):

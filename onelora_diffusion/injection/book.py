@@ -50,7 +50,6 @@ class AdapterBook:
 
     @property
     def class_tables(self) -> TableSeat | None:
-        """The seat of the class tables, or None."""
         return self.seats.get((AS_CLASS_TABLE, CLASS_TABLE))
 
     @property
@@ -60,7 +59,6 @@ class AdapterBook:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The names of the adapters that train."""
         return tuple(self.adapters)[-1:] if self.chosen is None else self.chosen
 
     def check_present(self, adapter_name: str) -> str:
@@ -184,12 +182,10 @@ class AdapterBook:
         return self.seats[kind, path]
 
     def train(self, adapter_names: Iterable[str]) -> None:
-        """Make these adapters, and no others, trainable."""
         self.chosen = tuple(adapter_names)
         self._let_train(self.adapters)
 
     def _let_train(self, adapter_names: Iterable[str]) -> None:
-        """Set which trained tensors require gradients: those of these adapters."""
         for name in adapter_names:
             for module in self.adapters[name].values():
                 for parameter in module.trained_tensors().values():
@@ -241,7 +237,6 @@ class AdapterBook:
             self.activate(self.weights)
 
     def _activate_as(self, weights: dict[str, Weight], is_paused: bool) -> None:
-        """Return to a former state."""
         self.activate(weights)
         if is_paused:
             self.pause()

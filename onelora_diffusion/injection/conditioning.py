@@ -90,7 +90,6 @@ class DiTConditioning:
         self.hook = None  # there is one if the blocks share an embedding
 
     def install(self) -> "DiTConditioning":
-        """Replace the blocks' embeddings in the model."""
         name_repeated_blocks(self.transformer)
         first, last = self.stock[0], self.stock[-1]
         if equal_copies(self.stock):

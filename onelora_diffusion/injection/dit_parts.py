@@ -13,7 +13,6 @@ def is_dit(model: nn.Module) -> bool:
 
 
 def embeddings_of(dit: nn.Module) -> list[nn.Module]:
-    """The timestep and class embedding of each block."""
     return [block.norm1.emb for block in dit.transformer_blocks]
 
 
@@ -35,5 +34,4 @@ def paths_in_blocks(dit: nn.Module, path: str) -> list[str]:
 
 
 def attentions_of(dit: nn.Module) -> dict[str, nn.Module]:
-    """The self-attentions by path."""
     return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in enumerate(dit.transformer_blocks)}

@@ -284,7 +284,6 @@ def equal_copies(embeddings: list[nn.Module]) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether any weight of a module is quantised."""
     return any(type(parameter) is not nn.Parameter for parameter in module.parameters())
 
 

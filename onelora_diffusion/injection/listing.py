@@ -15,8 +15,6 @@ MAX_WIDTH = 18  # longest name or method in the table, so that lines have at mos
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of a model."""
-
     name: str
     method: str  # with the parts that its settings add or leave out: `1lora`, `1lora +bias`, `lora rank 4`
     num_classes: int | None  # of its class table, or None
@@ -26,7 +24,6 @@ class AdapterRow:
     trains: bool
 
     def cells(self) -> tuple[str, ...]:
-        """The texts of the row, in the order of `COLUMNS`."""
         weight = "-" if self.weight is None else "blocks" if isinstance(self.weight, dict) else f"{self.weight:.3g}"
         classes = "-" if self.num_classes is None else str(self.num_classes)
         weight += ", merged" if self.is_merged else ""

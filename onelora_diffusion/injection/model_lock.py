@@ -34,7 +34,6 @@ class ModelLock:
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread holds the lock."""
         return bool(self._holds) and self._owner == threading.get_ident()
 
     def __enter__(self) -> "ModelLock":

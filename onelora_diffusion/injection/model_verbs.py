@@ -129,7 +129,6 @@ def take_over(model: nn.Module) -> None:
 
 
 def _has_peft(model: nn.Module) -> bool:
-    """Whether the model has adapters of PEFT as well."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

@@ -26,7 +26,6 @@ class Watch:
         self._hooks: list = []
 
     def start(self) -> None:
-        """Install the hooks."""
         model = self.book.model
         self._hooks = self._hooks or [
             model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
@@ -43,7 +42,6 @@ class Watch:
         ]
 
     def stop(self) -> None:
-        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
 

@@ -62,7 +62,6 @@ class AdaptedPipeline:
 
     @property
     def defaults(self) -> Defaults:
-        """The default settings for what is drawn."""
         return defaults_of(self.dataset, self.kind)
 
     @property
@@ -100,7 +99,6 @@ class AdaptedPipeline:
             yield from generate_images(self.pipeline, conditions, seed, indices, settings, **sizes, **options)
 
     def choose(self, adapter_name: str) -> None:
-        """Make one of the adapters the active one."""
         if len(self.adapters) > 1:
             set_adapters(self.denoiser, adapter_name)
 

@@ -117,7 +117,6 @@ class RunningBatch:
             trajectory.advance(own)
 
     def _compose(self, requests: list[ImageRequest]) -> None:
-        """Prepare the conditions and adapters of these images."""
         transformer, before = denoiser_of(self.pipeline), self._denoise
         denoise = GuidedDenoiser(self.family, transformer, requests, *self.guidance)
         if before is None or before.entries is None or denoise.entries is None:

@@ -23,13 +23,8 @@ class Stopped(SystemExit):
 def one_line_errors(script: str, *, same_everywhere: bool = False) -> Iterator[None]:
     """Context manager or decorator: ends the script with one line for a wrong value, a full disk, Ctrl-C or SIGTERM.
 
-    Args:
-        script: the file name of the script; the line begins with the command as it was typed.
-        same_everywhere: whether every process has these errors (such as wrong flags), so that only the first one of
-            each machine prints them.
-
-    Raises:
-        SystemExit: its code is the error's line, or 128 + signal.
+    The line, or 128 + signal, is the code of a SystemExit, and begins with the command as it was typed. Errors that
+    are `same_everywhere`, such as wrong flags, are printed by the first process of each machine alone.
     """
     process, script = int(os.environ.get("RANK", "0")), typed_as(script)
     on_machine = int(os.environ.get("LOCAL_RANK", process))

@@ -13,21 +13,13 @@ PARTS = ("sum", "bias", "scale", "norms")
 
 @dataclass(frozen=True)
 class Method:
-    """A method: a way to adapt layers.
+    """A method: a way to adapt layers."""
 
-    Attributes:
-        build: function from (layers by path, `AdapterConfig`) to the adapter's modules by path.
-        parts: default of each of `PARTS`; None if the method has no such parts.
-        serves_fused: whether q, k and v have one adapter together under `fuse_qkv`.
-        is_peft: whether the method takes `peft_config`.
-        is_whole: whether it trains the tensors of modules themselves instead of adding to linear layers.
-    """
-
-    build: Callable
-    parts: dict[str, bool] | None = None
-    serves_fused: bool = False
-    is_peft: bool = False
-    is_whole: bool = False
+    build: Callable  # from (layers by path, `AdapterConfig`) to the adapter's modules by path
+    parts: dict[str, bool] | None = None  # default of each of `PARTS`; None if the method has no such parts
+    serves_fused: bool = False  # whether q, k and v have one adapter together under `fuse_qkv`
+    is_peft: bool = False  # whether it takes `peft_config`
+    is_whole: bool = False  # whether it trains the tensors of modules themselves instead of adding to linear layers
 
 
 METHODS: dict[str, Method] = {}  # filled by adapters/methods.py, which has the table
@@ -169,5 +161,5 @@ def _check_peft_config(settings: dict) -> None:
             is_number = isinstance(part, bool | int | float) and math.isfinite(part) and abs(part) < limit
             if not (part is None or is_name or is_number):
                 raise ValueError(
-                    f"peft_config has {name}={str(part)[:40]!r}; it takes numbers below {limit}, and names"
+                    f"peft_config has {name}={str(part)[:40]!r}; it takes numbers below {limit}, or names"
                 )

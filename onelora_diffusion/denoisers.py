@@ -36,8 +36,7 @@ def denoisers_in(pipeline) -> dict[str, nn.Module]:
 def choose_denoiser(pipeline, name: str | None) -> None:
     """Let `denoiser_of` answer the component `name` of a pipeline with two denoisers, or both; None for one of one.
 
-    Raises:
-        ValueError: the pipeline has no such component, or has two and none is named.
+    ValueError if the pipeline has no such component, or has two and none is named.
     """
     there = denoisers_in(pipeline)
     if name is None and len(there) > 1:
@@ -50,11 +49,7 @@ def choose_denoiser(pipeline, name: str | None) -> None:
 
 
 def denoiser_name(pipeline) -> str:
-    """The component of a pipeline that denoises: the chosen one of two, or the first.
-
-    Raises:
-        ValueError: the pipeline has none.
-    """
+    """The component of a pipeline that denoises: the chosen one of two, or the first; ValueError if it has none."""
     name = vars(pipeline).get("_onelora_denoiser")
     if name in (None, BOTH):
         name = next(iter(denoisers_in(pipeline)), None)

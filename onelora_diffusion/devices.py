@@ -29,8 +29,7 @@ class ComputeSettings:
     def place(self, pipeline, device: torch.device) -> None:
         """Move a pipeline to `device` in this precision; adapters keep theirs. Blocks are compiled at their first run.
 
-        Raises:
-            ValueError: the precision is fp16 and the device a CPU, which cannot compute in it.
+        ValueError if the precision is fp16 and the device a CPU, which cannot compute in it.
         """
         if self.mixed_precision == "fp16" and device.type == "cpu":
             raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")

@@ -31,10 +31,8 @@ def prediction_of(scheduler_config: Mapping) -> Prediction:
 def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, or of flow matching (1-σ_t) x_0 + σ_t ε: (batch, C, H, W).
 
-    Args:
-        timesteps: (batch,) int64 in [0, number of training steps); larger ones are noisier.
-        scheduler: a diffusers scheduler that `prediction_of` knows. Its training schedule is used, not the one set by
-            `set_timesteps`.
+    `timesteps` (batch,) int64 are in [0, number of training steps); larger ones are noisier. The training schedule of
+    a diffusers scheduler that `prediction_of` knows is used, not the one set by `set_timesteps`.
     """
     signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start)
     return signal * x_start + sigma * noise

@@ -22,10 +22,8 @@ from torch import Tensor
 def written_beside(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary file to write; at the end it is flushed and renamed to `path`.
 
-    A link is followed. A file that is a mount point cannot be replaced, and is overwritten instead.
-
-    Raises:
-        OSError: the disk is full; the message names `path`. An older file is kept, and the temporary one is removed.
+    A link is followed. A file that is a mount point cannot be replaced, and is overwritten instead. OSError names
+    `path` if the disk is full; an older file is kept, and the temporary one is removed.
     """
     path = path.resolve() if path.is_symlink() else path
     with beside(path) as part:
@@ -44,11 +42,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Check, before long work, that `written_beside` will be able to write this file, as far as that can be known.
-
-    Raises:
-        OSError: the path is a folder or a device, or its folder cannot be written or created.
-    """
+    """OSError, before long work, if `written_beside` will not be able to write this file, as far as can be known."""
     if path.exists() and not path.is_file():
         raise OSError(f"'{path}' is no file that can be replaced: give another name")
     folder = next(each for each in path.resolve().parents if each.exists())

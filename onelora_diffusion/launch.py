@@ -118,10 +118,8 @@ def asked_by_launcher() -> dict[str, object]:
     """The options of accelerate's launcher, its config file or ACCELERATE_* variables, by the names of settings here.
 
     They are mixed_precision, compile, gradient_accumulation_steps and max_grad_norm. A launcher's mixed precision "no"
-    cannot be told from an absent option, and is taken for that.
-
-    Raises:
-        ValueError: there is another option, which may be one of a later accelerate.
+    cannot be told from an absent option, and is taken for that. ValueError for another one, perhaps of a later
+    accelerate.
     """
     asked: dict[str, object] = {}
     flags = next(filter(None, map(launch_flags, map(_command_line, launchers()))), Namespace())
@@ -137,9 +135,7 @@ def asked_by_launcher() -> dict[str, object]:
                 raise ValueError(f"accelerate's launcher asks for {name} {value}, which is no number") from None
 
     # Engines come first, since options of an engine mean nothing without it.
-    names = sorted(
-        (name for name in os.environ if name.startswith("ACCELERATE_")), key=lambda n: ("_USE_" not in n, n)
-    )
+    names = sorted((n for n in os.environ if n.startswith("ACCELERATE_")), key=lambda n: ("_USE_" not in n, n))
     for variable in names:
         name, value = variable.removeprefix("ACCELERATE_"), os.environ[variable].lower()
         if value in NOTHING or name in ACCELERATES_OWN or name in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):

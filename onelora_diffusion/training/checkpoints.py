@@ -38,9 +38,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write `folder/step-<step>.safetensors`, then remove all but the `keep` newest up to it; return its path.
 
-    Raises:
-        OSError: writing failed, for example because the disk is full. Earlier checkpoints are kept, and no part of
-            this one.
+    OSError if writing failed, as on a full disk; earlier checkpoints are kept, and no part of this one.
     """
     path = checkpoint_path(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +66,8 @@ def load_newest_checkpoint(
 ) -> Checkpoint | None:
     """Read the newest undamaged checkpoint, or None if there are no checkpoints; damaged ones are reported.
 
-    The state must have values of the types in `kinds`, since version 0.1 has no checksum of the state.
-
-    ValueError if there are checkpoints and all are damaged.
+    The state must have values of the types in `kinds`, since version 0.1 has no checksum of the state. ValueError if
+    all are damaged.
     """
     paths = checkpoint_paths(folder)
     for path in reversed(paths):

@@ -45,32 +45,22 @@ MakeTask = Callable[[RunSettings, Accelerator, object | None], Task]
 
 @dataclass(eq=False)
 class Training:
-    """The training of one adapter: all that it does not share with others of its job.
+    """The training of one adapter: all that it does not share with others of its job."""
 
-    Attributes:
-        settings: the settings, for a subject those of a run of its own.
-        rows: the rows of its global batch that this process takes, one slice for each pass.
-        run: the record, which updates change.
-        batches: for each pass, images or the moments of their latents, and the numbers of their conditions.
-        drawn: the random values of its current update.
-        first: the number of updates at the start of this process.
-        measures_rates: whether learning rates are measured in its first update.
-        held: the lock of a subject's folder.
-    """
-
-    settings: RunSettings
-    rows: list[slice]
+    settings: RunSettings  # for a subject those of a run of its own
+    rows: list[slice]  # the rows of its global batch that this process takes, one slice for each pass
     task: Task
     clock: Clock
-    run: Run | None = None
+    run: Run | None = None  # the record, which updates change
     evaluation: object | None = None
     optimizer: AcceleratedOptimizer | Optimizer | None = None
+    # For each pass, images or the moments of their latents, and the numbers of their conditions.
     batches: Iterator[tuple[Tensor, Tensor]] | None = None
     outputs: Outputs | None = None
-    drawn: StepDraws | None = None
-    first: int = 0
-    measures_rates: bool = False
-    held: ExitStack = field(default_factory=ExitStack)
+    drawn: StepDraws | None = None  # the random values of its current update
+    first: int = 0  # the number of updates at the start of this process
+    measures_rates: bool = False  # whether learning rates are measured in its first update
+    held: ExitStack = field(default_factory=ExitStack)  # the lock of a subject's folder
 
     @property
     def is_done(self) -> bool:
@@ -80,29 +70,18 @@ class Training:
 
 @dataclass
 class Job:
-    """The trainings of a command.
-
-    Attributes:
-        clock: the time of the command over all its resumes, with its budget.
-        held: what is released at the end: locks of folders.
-        trainings: those in the batch now.
-        waiting: subjects whose training has not begun in this process.
-        model: the transformer as it was prepared for several processes.
-        ended: the number of those that have ended.
-        last: the outputs of the last one.
-        failed: the number of subjects whose training has ended with an error.
-    """
+    """The trainings of a command."""
 
     settings: RunSettings
     accelerator: Accelerator
-    clock: Clock
-    held: ExitStack
-    trainings: list[Training] = field(default_factory=list)
-    waiting: deque[Training] = field(default_factory=deque)
-    model: nn.Module | None = None
-    ended: int = 0
-    last: Outputs | None = None
-    failed: int = 0
+    clock: Clock  # the time of the command over all its resumes, with its budget
+    held: ExitStack  # what is released at the end: locks of folders
+    trainings: list[Training] = field(default_factory=list)  # those in the batch now
+    waiting: deque[Training] = field(default_factory=deque)  # subjects that have not begun in this process
+    model: nn.Module | None = None  # the transformer as it was prepared for several processes
+    ended: int = 0  # the number of trainings that have ended
+    last: Outputs | None = None  # of the last one that has ended
+    failed: int = 0  # the number of subjects whose training has ended with an error
 
     @property
     def all_trainings(self) -> list[Training]:
@@ -114,11 +93,7 @@ class Job:
         return bool(self.waiting) and len(self.trainings) < self.settings.subjects_at_once
 
     def add(self, training: Training, checkpoint: Checkpoint | None) -> None:
-        """Attach an adapter and restore its record from a checkpoint, or begin one.
-
-        Raises:
-            ValueError: the base has no such adapter, or the checkpoint is of another one.
-        """
+        """Attach an adapter and restore its record from a checkpoint, or begin one; ValueError if it does not fit."""
         settings, accelerator, task = training.settings, self.accelerator, training.task
         trained = task.attach()
         if checkpoint:
@@ -140,11 +115,7 @@ class Job:
             train_adapters(denoiser_of(task.pipeline), [each.task.adapter_name for each in self.trainings])
 
     def add_subject(self) -> Training:
-        """Begin the training of the next subject, or resume it.
-
-        Raises:
-            OSError, ValueError: another process has the subject's folder, or as for `add`.
-        """
+        """Begin the training of the next subject, or resume it; OSError if another process has its folder."""
         training = self.waiting.popleft()
         settings = training.settings
         self.held.enter_context(training.held)
@@ -209,7 +180,7 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
         if finished and checkpoint.step == 0:
             raise ValueError(no_update(settings))
         # A finished run checks its data only if they are in another folder.
-        if told_by_main(accelerator, partial(needs_data, own, checkpoint, finished)):
+        if not finished or told_by_main(accelerator, partial(is_elsewhere, own, checkpoint)):
             if pipeline is None:
                 held.enter_context(lock.counting(clock))
             task = on_every_process(accelerator, partial(make_task, own, accelerator, pipeline))
@@ -254,16 +225,11 @@ def check_processes(settings: RunSettings, accelerator: Accelerator) -> None:
     if settings.engine == "fsdp2" and accelerator.num_processes == 1:
         raise ValueError("--engine fsdp2 shares the base out over several processes: start more, or choose ddp")
     if settings.subjects is not None and accelerator.num_processes > 1:
-        raise ValueError(
-            f"--subjects trains in one process, not in {accelerator.num_processes}: start one for each part of them"
-        )
+        number = accelerator.num_processes
+        raise ValueError(f"--subjects trains in one process, not in {number}: start one for each part of them")
 
 
 def rows_of(settings: RunSettings, accelerator: Accelerator) -> list[slice]:
     """The rows of a training's global batch that this process takes, one slice for each pass."""
     number, index = accelerator.num_processes, accelerator.process_index
     return micro_batches(settings.batch_size, number, index, settings.gradient_accumulation_steps)
-
-
-def needs_data(settings: RunSettings, checkpoint: Checkpoint | None, finished: bool) -> bool:
-    return not finished or is_elsewhere(settings, checkpoint)

@@ -88,11 +88,7 @@ class LossWatch:
 
 
 class MetricsFile:
-    """The file metrics.jsonl, with lines of losses and lines of evaluations.
-
-    Args:
-        prefix: the start of the names under which trackers get the values.
-    """
+    """The file metrics.jsonl, with lines of losses and of evaluations; trackers get the values under a prefix."""
 
     def __init__(self, path: Path, accelerator, batch_size: int, step: int, clock: Clock, prefix: str = ""):
         self.path, self.accelerator, self.batch_size, self.clock = path, accelerator, batch_size, clock
@@ -112,10 +108,8 @@ class MetricsFile:
         speed = (step - self.last_step) * self.batch_size / (seconds - self.last_seconds)
         rise = self.watch.add(line["loss"], len(losses))
         if rise and self.accelerator.is_main_process:
-            tqdm.write(
-                f"the loss is {rise:.1f} times its lowest, at step {step}: where it stays there, start over with a "
-                "lower --learning-rate"
-            )
+            risen = f"the loss is {rise:.1f} times its lowest, at step {step}"
+            tqdm.write(f"{risen}: where it stays there, start over with a lower --learning-rate")
         line |= {"lr": learning_rate, "seconds": seconds, "images_per_second": speed}
         self.last_step, self.last_seconds = step, seconds
         window.clear()

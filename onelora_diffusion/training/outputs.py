@@ -33,16 +33,12 @@ from onelora_diffusion.training.validation import Validation
 
 
 class Outputs:
-    """The output folder of a run. Creating it discards outputs of later steps; every process calls every method.
-
-    Attributes:
-        num_broken: the number of unreadable images, for the headers of adapters.
-    """
+    """The output folder of a run. Creating it discards outputs of later steps; every process calls every method."""
 
     def __init__(self, run: Run, accelerator: Accelerator, task, evaluation, stop: Stop):
         self.run, self.settings, self.accelerator = run, run.settings, accelerator
         self.task, self.evaluation, self.stop = task, evaluation, stop
-        self.folder, self.num_broken = self.settings.output_dir, 0
+        self.folder, self.num_broken = self.settings.output_dir, 0  # unreadable images, for the headers of adapters
         self.validation = Validation(task) if self.settings.validation_images else None
         self.prefix = "" if task.subject is None else f"{task.subject}/"
         if accelerator.is_main_process:
@@ -137,11 +133,7 @@ class Outputs:
                 show_picture(self.accelerator, f"{self.prefix}distance", plot.read_bytes(), run.step)
 
     def write_checkpoint(self) -> None:
-        """Write a checkpoint of this step, or print in one line why it could not be written.
-
-        Raises:
-            NonFiniteError: a value is infinite or NaN; nothing is written.
-        """
+        """Write a checkpoint of this step, or print in one line why not; NonFiniteError if a value is not finite."""
         run = self.run
         tensors, state = run.state()
         check_finite(tensors, run.step)
@@ -163,11 +155,11 @@ class Outputs:
         names = adapter_names(self.settings, is_measured=run.best is not None)
         for name, (facts, tensors) in zip(names, values, strict=True):
             self._write_adapter(name, tensors, **facts)
-        if self.accelerator.is_main_process:
-            if namings := namings_of(self.settings.export_lora):
-                with self.averaged():
-                    for naming in namings:
-                        export_lora(denoiser_of(self.task.pipeline), self.folder / "lora", naming=naming)
+        namings = namings_of(self.settings.export_lora)
+        if namings and self.accelerator.is_main_process:
+            with self.averaged():
+                for naming in namings:
+                    export_lora(denoiser_of(self.task.pipeline), self.folder / "lora", naming=naming)
 
     def _write_adapter(self, name: str, values: dict[str, Tensor], **facts) -> None:
         settings, run = self.settings, self.run

@@ -14,10 +14,7 @@ def publish(settings: RunSettings) -> str:
     """Upload the adapter in the run's folder to `push_to_hub`, and return the repository's address.
 
     The model card has the distance of the best evaluation and the newest samples up to the adapter's step, if there
-    are any.
-
-    Raises:
-        ValueError: the hub refuses; the run's folder is not changed.
+    are any. ValueError if the hub refuses; the run's folder is not changed.
     """
     folder = settings.output_dir
     training = read_adapter(folder).training

@@ -33,10 +33,8 @@ def agree_on_checkpoint(
 ) -> tuple[Checkpoint | None, bool]:
     """(the checkpoint that the main process finds, sent to all processes; whether the run is finished).
 
-    Only the main process needs access to the folder. The clock is set to the checkpoint's seconds.
-
-    Raises:
-        OSError, ValueError: as `find_checkpoint`, on every process.
+    Only the main process needs access to the folder. The clock is set to the checkpoint's seconds. Errors are those of
+    `find_checkpoint`, on every process.
     """
     found: list[Checkpoint | None] = [None]
 

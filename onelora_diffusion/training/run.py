@@ -26,35 +26,21 @@ STATE = {
 
 
 class Run:
-    """The state that training changes.
-
-    Attributes:
-        step: the number of updates so far.
-        trained: the trained tensors of the model, by name.
-        optimizer: the optimiser of the trained tensors.
-        averages: moving averages of the trained tensors; the first one is the adapter that is saved.
-        losses: the losses since the last line of metrics.
-        rate_factors: factors on the learning rates of the vectors b, by name; None if there are none.
-        best: the line of metrics that is best by the measure in the settings, or None before the first.
-        best_values: the averages that were measured in `best`.
-        clock: the seconds used, over all resumes.
-        data: the identity of the training data, once it is known.
-        training_adapter: a hash of the adapter that serves in training, if there is one.
-    """
+    """The state that training changes; `trained` are the trained tensors of the model, by name."""
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator, trained: dict[str, Tensor], clock: Clock):
         self.settings, self.accelerator, self.trained, self.clock = settings, accelerator, trained, clock
-        self.optimizer = make_optimizer(
-            settings.optimizer, trained, settings.learning_rate, settings.class_learning_rate
-        )
+        rates = settings.learning_rate, settings.class_learning_rate
+        self.optimizer = make_optimizer(settings.optimizer, trained, *rates)
+        # Moving averages of the trained tensors; the first one is the adapter that is saved.
         self.averages = [ExponentialMovingAverage(trained, decay) for decay in settings.ema_decay]
-        self.losses = LossWindow()
-        self.step = 0
-        self.rate_factors: dict[str, float] | None = None
-        self.best: dict | None = None
-        self.best_values: dict[str, Tensor] = {}
-        self.data: DataIdentity | None = None
-        self.training_adapter: str | None = None
+        self.losses = LossWindow()  # since the last line of metrics
+        self.step = 0  # the number of updates so far
+        self.rate_factors: dict[str, float] | None = None  # on the learning rates of the vectors b, by name
+        self.best: dict | None = None  # the line of metrics that is best by the measure in the settings
+        self.best_values: dict[str, Tensor] = {}  # the averages that were measured in `best`
+        self.data: DataIdentity | None = None  # of the training data, once it is known
+        self.training_adapter: str | None = None  # a hash of the adapter that serves in training, if there is one
 
     @property
     def num_trainable_params(self) -> int:
@@ -72,12 +58,10 @@ class Run:
         divide_groups(self.optimizer, self.trained, factors)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(tensors by name, all other values for JSON); every process must call it.
-
-        Raises:
-            NonFiniteError: a loss is infinite or NaN.
-        """
+        """(tensors by name, other values for JSON), on every process; NonFiniteError if a loss is infinite or NaN."""
         losses = self.losses.read(self.accelerator, self.step)
+        data = self.data and self.data._asdict()
+        known = {"rate_factors": self.rate_factors, "data": data, "training_adapter": self.training_adapter}
         tensors = training_tensors(self.trained, self.averages, self.optimizer, self.best_values)
         return tensors, {
             "seconds": self.clock.seconds,
@@ -86,29 +70,15 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "best": self.best,
             "settings": self.settings.as_json(),
-        } | {
-            name: value
-            for name, value in {
-                "rate_factors": self.rate_factors,
-                "data": self.data and self.data._asdict(),
-                "training_adapter": self.training_adapter,
-            }.items()
-            if value is not None
-        }
+        } | {name: value for name, value in known.items() if value is not None}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The inverse of `state`.
-
-        Raises:
-            ValueError: the checkpoint is undamaged but does not contain the state of such a run.
-        """
+        """The inverse of `state`; ValueError if an undamaged checkpoint has not the state of such a run."""
         try:
             self._restore(checkpoint)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = printable(str(error), 200)
-            raise ValueError(
-                f"{checkpoint.path} is no record of a run ({reason}): remove it, or use --fresh"
-            ) from error
+            path, reason = checkpoint.path, printable(str(error), 200)
+            raise ValueError(f"{path} is no record of a run ({reason}): remove it, or use --fresh") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state

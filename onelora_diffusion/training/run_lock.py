@@ -27,19 +27,14 @@ SIZE = 512  # bytes of the file; a single write of a fixed size can be neither i
 class RunLock:
     """Context manager that locks the folder of a run, so that no other run writes into it.
 
-    The main process holds the lock. A new folder into which nothing was written is removed at the end.
-
-    Attributes:
-        seconds: the seconds that earlier starts of the run have used, 0 for a new run.
-
-    Raises:
-        OSError: the folder cannot be written, or another process has locked it; raised on every process.
+    The main process holds the lock. A new folder into which nothing was written is removed at the end. OSError, on
+    every process, if the folder cannot be written, or another process has locked it.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.path = folder / CLOCK
         self.lock = FileLock(folder / LOCK, timeout=0)
-        self.seconds: float = told_by_main(accelerator, self._take)
+        self.seconds: float = told_by_main(accelerator, self._take)  # that earlier starts of the run have used
 
     def _take(self) -> float:
         folder = self.path.parent

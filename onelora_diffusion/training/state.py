@@ -42,10 +42,8 @@ def restore_training_tensors(
 ) -> dict[str, Tensor]:
     """The inverse of `training_tensors`; returns the best values, if there are any.
 
-    An average that the tensors do not contain starts from the trained values.
-
-    Raises:
-        ValueError: the optimiser's state has other names or shapes; its kernels would read outside such tensors.
+    An average that the tensors do not contain starts from the trained values. ValueError if the optimiser's state has
+    other names or shapes: its kernels would read outside such tensors.
     """
     parts: dict[str, dict[str, Tensor]] = {}  # "trained", "ema", "exp_avg", ... -> name -> tensor
     for key, tensor in tensors.items():
@@ -53,9 +51,8 @@ def restore_training_tensors(
         parts.setdefault(part, {})[name] = tensor
     stored, best = parts.pop("trained"), parts.pop("best", {})
     averages = {key: parts.pop(key, stored) for key in _keyed(emas)}
-    parts = {
-        key: values for key, values in parts.items() if not key.startswith("ema")
-    }  # averages that the settings no longer ask for
+    # Averages that the settings no longer ask for are left out.
+    parts = {key: values for key, values in parts.items() if not key.startswith("ema")}
 
     for key, values in (averages | ({"best": best} if best else {})).items():
         _check_same_shapes(key, values, trained)

@@ -21,12 +21,7 @@ SUM = "onelora_b"
 
 
 class SumScales:
-    """The mean square of each layer's sum, over the forward passes inside `watching`.
-
-    Args:
-        trained: the trained tensors of an adapter, by name; those named `<path>.onelora_b` multiply a sum.
-        adapter_name: the name of the adapter in the transformer.
-    """
+    """The mean square of each layer's sum that a trained `<path>.onelora_b` multiplies, over the passes `watching`."""
 
     def __init__(self, transformer: nn.Module, trained: dict[str, Tensor], adapter_name: str = "default"):
         self.adapter_name = adapter_name
@@ -38,10 +33,7 @@ class SumScales:
 
     @contextmanager
     def watching(self, samples: slice = slice(None)) -> Iterator[None]:
-        """Context manager that measures the sums of these samples of a batch.
-
-        Blocks run uncompiled in it, as compiled code skips these hooks.
-        """
+        """Context manager that measures the sums of these samples; compiled code, which skips hooks, is not run."""
         handles = [seat.register_forward_pre_hook(self._look(name, samples)) for name, seat in self.seats.items()]
         try:
             with torch.compiler.set_stance("force_eager"):

@@ -41,8 +41,7 @@ def wandb_id(path: Path, is_new: bool) -> str:
 def show_picture(accelerator: Accelerator, name: str, png: bytes, step: int) -> None:
     """Send a PNG to all trackers."""
     for tracker in accelerator.trackers:
-        layout = (
-            {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        )  # other trackers accept only their default layout
+        # Other trackers accept only their default layout.
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         tracker.log_images({name: picture[None]}, step, **layout)

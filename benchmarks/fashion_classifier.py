@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from onelora_diffusion.data.fashion import FashionMNIST
 from onelora_diffusion.evaluation.features.fashion import SIDE, FashionNetwork, grey_images
-from onelora_diffusion.evaluation.images import to_uint8
 from onelora_diffusion.files import write_bytes
+from onelora_diffusion.sampling import as_uint8
 
 
 def train_fashion_classifier(
@@ -38,7 +38,7 @@ def train_fashion_classifier(
             if step % (len(images) // batch_size) == 0:
                 batches = torch.randperm(len(images)).split(batch_size)
             chosen = batches[step % (len(images) // batch_size)]
-            batch = grey_images(to_uint8(images[chosen]))
+            batch = grey_images(as_uint8(images[chosen]))
             batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(-1), batch)
             loss = cross_entropy(network(batch), labels[chosen])
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -50,7 +50,7 @@ def train_fashion_classifier(
 
     network.eval()
     with torch.no_grad():
-        predicted = torch.cat([network(grey_images(to_uint8(batch))).argmax(1) for batch in held_out.split(1000)])
+        predicted = torch.cat([network(grey_images(as_uint8(batch))).argmax(1) for batch in held_out.split(1000)])
     facts = {
         "accuracy": (predicted == held_out_labels).double().mean().item(),
         "epochs": epochs,

@@ -116,9 +116,6 @@ def quieten() -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("diffusers.models.modeling_utils").addFilter(names_modules)
-
-
-def names_modules(record: logging.LogRecord) -> bool:
-    """False for diffusers' warning that lists modules to be kept in float32 if its list is empty."""
-    return "should be kept in float32: []" not in record.getMessage()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(
+        lambda record: "should be kept in float32: []" not in record.getMessage()
+    )

@@ -161,5 +161,5 @@ def _check_peft_config(settings: dict) -> None:
             is_number = isinstance(part, bool | int | float) and math.isfinite(part) and abs(part) < limit
             if not (part is None or is_name or is_number):
                 raise ValueError(
-                    f"peft_config has {name}={str(part)[:40]!r}; it takes numbers below {limit}, or names"
+                    f"peft_config has {name}={str(part)[:40]!r}; it takes numbers below {limit}, and names"
                 )

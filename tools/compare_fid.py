@@ -31,8 +31,9 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.evaluation.frechet import frechet_distance
-from onelora_diffusion.evaluation.images import open_images, to_uint8
+from onelora_diffusion.evaluation.images import open_images
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, RunningStatistics
+from onelora_diffusion.sampling import as_uint8
 from tools.random_inception import inception_random
 
 try:
@@ -124,7 +125,7 @@ def write_images(folder: Path, digits: tuple[int, ...], settings: Settings) -> N
         image = interpolate(dataset[index % len(dataset)][0][None], size=(settings.resolution,) * 2)
         tint = torch.rand(1, 3, 1, 1, generator=generator)
         grain = 0.2 * torch.randn(image.shape, generator=generator)
-        pixels = to_uint8((image + 1) * tint - 1 + grain)[0].permute(1, 2, 0)
+        pixels = as_uint8((image + 1) * tint - 1 + grain)[0].permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
 
 

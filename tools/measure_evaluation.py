@@ -21,8 +21,8 @@ import torch
 import tyro
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.images import to_uint8
 from onelora_diffusion.evaluation.report import format_table
+from onelora_diffusion.sampling import as_uint8
 
 EVAL_FID = Path(__file__).parents[1] / "eval_fid.py"
 
@@ -81,7 +81,7 @@ def write_digits(path: Path, count: int, seed: int = 0) -> None:
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         bright = 0.5 + 0.5 * torch.rand((), generator=generator)
         image = torch.roll((dataset[chosen][0] + 1) * bright - 1, shift, dims=(1, 2))
-        images[index] = to_uint8(image).permute(1, 2, 0).numpy()
+        images[index] = as_uint8(image).permute(1, 2, 0).numpy()
     np.savez(path, images)
 
 

@@ -72,7 +72,7 @@ def measure_images(
             each.reduce(),
             Origin.of(each.features, source),
             each.gather_kept() if keep else None,
-            each.reduce_spatial() if each.spatial_sums else None,
+            each.reduce(spatial=True) if each.spatial_sums else None,
             source.notes,
             source.groups,
             source.prompts,
@@ -106,16 +106,8 @@ class Evaluator:
     def measure(self, batches: Batches, source: Source, labels: Sequence[int] | None = None) -> MeasuredImages:
         """Measure the images of all processes; `labels` are those of all images, or None if the classes alternate."""
         needs = self.settings.needs
-        return measure_images(
-            batches,
-            source,
-            self.features,
-            keep=GENERATED in needs,
-            spatial=SPATIAL in needs,
-            recognition=self.recognition,
-            labels=labels,
-            device=self.device,
-        )
+        kept = {"keep": GENERATED in needs, "spatial": SPATIAL in needs, "device": self.device}
+        return measure_images(batches, source, self.features, recognition=self.recognition, labels=labels, **kept)
 
     def measure_unrelated(self, batches: Batches, source: Source) -> list[Measured]:
         return measure_images(batches, source, self.features, keep=True, device=self.device).measured

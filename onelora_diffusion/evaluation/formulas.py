@@ -141,18 +141,15 @@ def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequenc
     values, evenly spaced from half of the images to all. The bias that remains is the reference's own, from its count.
     """
     counts = list(counts or np.linspace(len(generated) / 2, len(generated), 5).round().astype(int).tolist())
-    distances = [frechet_distance(_statistics(generated[:count]), reference) for count in counts]
+    firsts = (generated[:count].double() for count in counts)
+    statistics = (FeatureStatistics(first.mean(0), torch.cov(first.T), len(first)) for first in firsts)
+    distances = [frechet_distance(each, reference) for each in statistics]
     inverse = 1 / np.array(counts)
     slope, limit = np.polyfit(inverse, distances, 1)
     residual = np.array(distances) - (limit + slope * inverse)
     spread = np.var(distances)
     r_squared = 1 - np.mean(residual**2) / spread if spread > 0 else 1.0
     return Extrapolation(counts, distances, float(limit), float(slope), float(r_squared))
-
-
-def _statistics(features: Tensor) -> FeatureStatistics:
-    features = features.double()
-    return FeatureStatistics(features.mean(0), torch.cov(features.T), len(features))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from onelora_diffusion.data.images import crop_to
 from onelora_diffusion.data.listing import Listing, labels_of, list_images
 from onelora_diffusion.evaluation.npz import read_header, read_headers
 from onelora_diffusion.files import first_line, printable
+from onelora_diffusion.sampling import as_uint8
 
 LARGEST = 4096  # most pixels along a side: no model here draws larger images, and damaged files may claim any size
 PIXELS_AT_ONCE = LARGEST**2  # most pixels of a batch: 50 MB
@@ -133,7 +134,7 @@ class DatasetImages(ImageSet):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_uint8(self.dataset[index][0])
+        return as_uint8(self.dataset[index][0])
 
 
 class CroppedImages(ImageSet):
@@ -165,11 +166,6 @@ def open_images(path: str | Path) -> FolderImages | NpzImages:
 def share(num_images: int, process_index: int, num_processes: int) -> range:
     """The indices of the images that a process measures; each image belongs to exactly one process."""
     return range(process_index, num_images, num_processes)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert from [-1, 1] to 0..255 with rounding."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _at_once(batch_size: int, resolution: int) -> int:

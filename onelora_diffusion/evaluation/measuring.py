@@ -6,12 +6,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.data.prompts import files_of
 from onelora_diffusion.data.table import Defaults
 from onelora_diffusion.evaluation.evaluator import measure_images, with_progress
 from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.images import CroppedImages, DatasetImages, ImageSet, NpzImages, open_images, share
+from onelora_diffusion.evaluation.images import DatasetImages, ImageSet, NpzImages, open_images, share
 from onelora_diffusion.evaluation.metrics import REAL, SPATIAL
 from onelora_diffusion.evaluation.npz import read_headers
 from onelora_diffusion.evaluation.settings import FeatureSettings
@@ -60,11 +59,6 @@ def real_images(
         return open_images(images)
     real = settings.load(dataset, resolution, classes)
     return DatasetImages(real, resolution)
-
-
-def pictures(path: Path, resolution: int) -> ImageSet:
-    """The reference images of prompts: an .npz, or image files of any kind and size, which are cropped."""
-    return CroppedImages(str(path), files_of(path), resolution) if path.is_dir() else open_images(path)
 
 
 def references_of(

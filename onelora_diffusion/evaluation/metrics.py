@@ -197,19 +197,14 @@ class MetricSettings:
         """(row of `METRICS`, its only features or None) of each metric; ValueError if unknown, or for empty splits."""
         if self.inception_score_split is not None and self.inception_score_split < 1:
             raise ValueError(f"--inception-score-split is {self.inception_score_split}; it must be at least 1")
-        return [_row_of(metric) for metric in self.metrics]
+        known = {**PUBLISHED, **{name: (name, None) for name in METRICS}}
+        if unknown := [metric for metric in self.metrics if metric.lower() not in known]:
+            raise ValueError(f"--metrics {unknown[0]} is unknown: choose from {', '.join([*METRICS, *PUBLISHED])}")
+        return [known[metric.lower()] for metric in self.metrics]
 
     @property
     def needs(self) -> set[str]:
         return needed([metric for metric, _ in self.asked])
-
-
-def _row_of(metric: str) -> tuple[str, str | None]:
-    if metric in METRICS:
-        return metric, None
-    if metric.lower() not in PUBLISHED:
-        raise ValueError(f"--metrics {metric} is unknown: choose from {', '.join([*METRICS, *PUBLISHED])}")
-    return PUBLISHED[metric.lower()]
 
 
 def needed(metrics: Sequence[str]) -> set[str]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
-from onelora_diffusion.data.prompts import PromptFile, read_prompts
+from onelora_diffusion.data.prompts import PromptFile, files_of, read_prompts
 from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.evaluation import measuring
 from onelora_diffusion.evaluation.evaluator import Evaluator
-from onelora_diffusion.evaluation.images import CroppedImages, ImageSet, Source, share
+from onelora_diffusion.evaluation.images import CroppedImages, ImageSet, Source, open_images, share
 from onelora_diffusion.evaluation.labels import class_frequencies, draw_labels
 from onelora_diffusion.evaluation.metrics import SHEET_ROWS
 from onelora_diffusion.evaluation.recognition import class_numbers, recognition_of
@@ -136,7 +136,8 @@ def real_images_of(
     if settings.reference and path is None:
         return None
     if path and drawn.kind == "prompts":
-        return measuring.pictures(path, drawn.resolution)
+        # Image files of any kind and size are cropped.
+        return CroppedImages(str(path), files_of(path), drawn.resolution) if path.is_dir() else open_images(path)
     if prompts and prompts.images and path is None:
         files, groups = zip(*prompts.images, strict=True)
         return CroppedImages(str(settings.prompts), files, drawn.resolution, groups)
@@ -176,17 +177,10 @@ def drawn_images(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """This process's share of one image for each condition, batch by batch, with a progress bar."""
     indices = share(len(conditions), accelerator.process_index, accelerator.num_processes)
+    own = [conditions[index] for index in indices]
+    options = {"of_base": of_base, "images_at_once": sampler.images_at_once, "batch_size": sampler.batch_size}
     with progress_bar(len(indices), name, disable=not accelerator.is_main_process) as progress:
-        yield from plan.drawn.draw(
-            [conditions[index] for index in indices],
-            sampler.seed,
-            indices,
-            sampler,
-            of_base=of_base,
-            images_at_once=sampler.images_at_once,
-            batch_size=sampler.batch_size,
-            progress=progress.update,
-        )
+        yield from plan.drawn.draw(own, sampler.seed, indices, sampler, progress=progress.update, **options)
 
 
 def keeping(first: dict[int, Tensor], batches) -> Iterator[tuple[list[int], Tensor]]:

@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.digits import CAPTIONED
 from onelora_diffusion.data.table import classes_of
-from onelora_diffusion.evaluation.images import to_uint8
+from onelora_diffusion.sampling import as_uint8
 
 
 class DigitClassifier:
@@ -77,7 +77,7 @@ def recognition_of(dataset: str, names: Sequence[str], features, resolution: int
 def _digits(split: str, resolution: int) -> tuple[Tensor, list[int]]:
     dataset = load_dataset("digits", split=split, resolution=resolution)
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-    return to_uint8(torch.stack(images)), list(labels)
+    return as_uint8(torch.stack(images)), list(labels)
 
 
 def _grey_pixels(images: Tensor):

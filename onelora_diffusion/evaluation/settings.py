@@ -105,7 +105,6 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
     report_name: ClassVar[str] = "evaluation.json"
 
     @property
-    @property
     def adapter_files(self) -> dict[str, Path]:
         """The adapters' files by their names; ValueError if two have one name."""
         files: dict[str, Path] = {}

@@ -86,17 +86,6 @@ class Measured:
     prompts: Sequence[str] | None = None
 
 
-class GivenFeatures(nn.Module):
-    """The feature module of a torchmetrics metric that is updated with features instead of images."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 class RunningStatistics:
     """The sums behind `FeatureStatistics`, in float64 by torchmetrics' FID metric, on the device of the features.
 
@@ -126,12 +115,9 @@ class RunningStatistics:
         if self.kept is not None:
             self.kept += zip(indices, features.float().cpu(), strict=True)
 
-    def reduce(self) -> FeatureStatistics:
+    def reduce(self, spatial: bool = False) -> FeatureStatistics:
         """The statistics of the images of all processes; the covariance of one image is not a number."""
-        return _reduced(self.sums)
-
-    def reduce_spatial(self) -> FeatureStatistics:
-        return _reduced(self.spatial_sums)
+        return _reduced(self.spatial_sums if spatial else self.sums)
 
     def gather_kept(self) -> Tensor:
         """The kept features (images, d) of all processes, in the order of the images."""
@@ -144,7 +130,9 @@ class RunningStatistics:
 
 
 def _sums(num_features: int, device: torch.device | str) -> FrechetInceptionDistance:
-    return FrechetInceptionDistance(GivenFeatures(num_features)).to(device)
+    given = nn.Identity()  # it is updated with features instead of images
+    given.num_features = num_features
+    return FrechetInceptionDistance(given).to(device)
 
 
 def _reduced(sums: FrechetInceptionDistance) -> FeatureStatistics:

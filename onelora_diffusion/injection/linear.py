@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -292,13 +293,8 @@ def makes_new_memory(layer: nn.Module) -> bool:
         and not torch_module._global_forward_hooks
         and next(iter(layer._forward_hooks.values()), adapter_hook) is adapter_hook
         and torch._C._len_torch_dispatch_stack() == 0
-        and (torch._C._len_torch_function_stack() == 0 or _only_devices_are_set())
+        and (torch._C._len_torch_function_stack() == 0 or all(isinstance(m, DeviceContext) for m in function_modes()))
     )
-
-
-def _only_devices_are_set() -> bool:
-    """Whether `torch.set_default_device` is the only active function mode."""
-    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def has_foreign_hooks(layer: nn.Module) -> bool:

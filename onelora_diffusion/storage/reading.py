@@ -90,16 +90,12 @@ def read_file(model: nn.Module, path: Path, translate: Translate, component: str
         settings = {}
         config = path.with_name(PEFT_CONFIG)
         if "lora_adapter_metadata" in file.metadata:
-            settings = _of_denoiser(_settings(file.metadata["lora_adapter_metadata"], file.source))
+            given = _settings(file.metadata["lora_adapter_metadata"], file.source)
+            # Pipelines write the denoiser's as `transformer.lora_alpha`, models as `lora_alpha`.
+            settings = {k.split(".", 1)[-1]: v for k, v in given.items() if not TEXT_ENCODER_KEY.fullmatch(k)}
         elif config.is_file():
             settings = _settings(read_bytes(config), str(config))
         return read_dict(model, file.tensors(), settings, file.source, translate)
-
-
-def _of_denoiser(settings: dict) -> dict:
-    """PEFT's settings of the denoiser: pipelines write them as `transformer.lora_alpha`, models as `lora_alpha`."""
-    own = {name: value for name, value in settings.items() if not TEXT_ENCODER_KEY.fullmatch(name)}
-    return {name.split(".", 1)[-1]: value for name, value in own.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

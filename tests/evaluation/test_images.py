@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.images import DatasetImages, FolderImages, NpzImages, open_images, to_uint8
+from onelora_diffusion.evaluation.images import DatasetImages, FolderImages, NpzImages, open_images
+from onelora_diffusion.sampling import as_uint8
 
 
 def write_images(folder, count=5, size=8, mode="RGB"):
@@ -46,7 +47,7 @@ def test_dataset_is_rounded_to_bytes():
 
 
 def test_to_uint8_rounds():
-    assert to_uint8(torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0])).tolist() == [0, 0, 128, 255, 255]
+    assert as_uint8(torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0])).tolist() == [0, 0, 128, 255, 255]
 
 
 def test_empty_folder_and_no_folder(tmp_path):

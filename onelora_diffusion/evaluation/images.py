@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from onelora_diffusion.data.decoding import UNREADABLE, decoded, opened
 from onelora_diffusion.data.images import crop_to
@@ -77,7 +78,7 @@ class FolderImages(ImageSet):
     def __getitem__(self, index: int) -> Tensor:
         try:
             with Image.open(self.files[index]) as image:
-                return torch.from_numpy(np.array(decoded(image))).permute(2, 0, 1)
+                return pil_to_tensor(decoded(image))
         except UNREADABLE as error:
             raise ValueError(_unreadable(self.files[index], error)) from error
 
@@ -150,8 +151,7 @@ class CroppedImages(ImageSet):
 
     def __getitem__(self, index: int) -> Tensor:
         with opened(self.files[index], printable(str(self.files[index]))) as image:
-            array = np.array(crop_to(decoded(image), self.resolution, self.resolution))
-            return torch.from_numpy(array).permute(2, 0, 1)
+            return pil_to_tensor(crop_to(decoded(image), self.resolution, self.resolution))
 
 
 def open_images(path: str | Path) -> FolderImages | NpzImages:

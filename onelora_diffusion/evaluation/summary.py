@@ -53,7 +53,7 @@ def in_sections(sections: Iterable[dict]) -> dict:
 
 def describe(origin: Origin, count: int | None) -> str:
     if not origin.is_told:
-        return f"{origin.dataset}, mean and covariance of another tool: images, crop and resize are not told"
+        return f"{origin.dataset}, mean and covariance as another tool wrote them: images, crop, resize are not told"
     split, side = f"{origin.split} split" if origin.split else "no split", origin.resolution
     return f"{origin.dataset}, {split}, {count:,} images of {side}x{side}, crop: {origin.crop}"
 

@@ -124,7 +124,7 @@ def groups(rank: int, features: int, device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache
-@torch.inference_mode(False)  # autograd may have to keep them another time
+@torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
 def random_directions(seed: int, rank: int, in_features: int, device: torch.device) -> torch.Tensor:
     """Draw (rank, in_features) of N(0, 1) in fp32 from the seed; adapter files store the seed alone."""
     generator = torch.Generator().manual_seed(seed)
@@ -141,11 +141,11 @@ def plain_weight(linear: nn.Linear) -> torch.Tensor:
     return (rows if linear.bias is None else rows - linear.bias.float()).T
 
 
-ROUNDS = 6  # of subspace iteration; adapter files depend on it
+ROUNDS = 6  # of subspace iteration; with other directions, the adapters in files would be wrong
 
 
 @torch.no_grad()
-@torch.inference_mode(False)  # autograd may have to keep them another time
+@torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
 def leading_directions(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Orthonormal directions of the input, (rank, in_features), that a weight (out_features, in_features) amplifies.
 
@@ -153,7 +153,7 @@ def leading_directions(weight: torch.Tensor, rank: int, rounds: int = ROUNDS) ->
     (Halko et al., 2011) that starts from the sums of groups of outputs. So they are a smooth function of the weight
     alone, without random numbers or signs left to choice. All is fp32; the rank is at most the smaller width.
     """
-    if weight.is_meta:  # which autocast does not know
+    if weight.is_meta:  # autocast has no such device type
         return weight.new_empty(rank, weight.shape[1])
     with torch.autocast(weight.device.type, enabled=False):
         basis = groups(rank, len(weight), weight.device) @ weight

@@ -41,7 +41,7 @@ def scaled(weight: Weight, scale: float) -> Weight:
 
 def as_tensor(weight: float) -> torch.Tensor:
     """The weight as a new tensor; shared tensors would make compiled code assume that two weights stay equal."""
-    with torch.inference_mode(False):  # it may be saved for backward
+    with torch.inference_mode(False):  # a tensor of inference mode cannot be saved for backward
         return torch.tensor(weight, dtype=torch.float32, device="cpu")
 
 

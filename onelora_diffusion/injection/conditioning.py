@@ -87,7 +87,7 @@ class DiTConditioning:
         self.transformer = transformer
         self.stock = embeddings_of(transformer)
         self.stock_class_embedders = [embedding.class_embedder for embedding in self.stock]
-        self.hook = None  # there is one if the blocks share an embedding
+        self.hook = None  # that of `compute_once`, if the blocks share an embedding
 
     def install(self) -> "DiTConditioning":
         name_repeated_blocks(self.transformer)

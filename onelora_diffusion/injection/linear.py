@@ -276,7 +276,7 @@ class _LinearRoute:
 def adapter_hook(linear: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted linear layer."""
     x = args[0] if args else next(iter(kwargs.values()))
-    if isinstance(linear, nn.Conv2d):  # of 1 x 1
+    if isinstance(linear, nn.Conv2d):  # of 1 x 1: its channels are the features of each position
         return linear.onelora(x.movedim(-3, -1), out.movedim(-3, -1)).movedim(-1, -3)
     return linear.onelora(x, out)
 

@@ -22,7 +22,7 @@ class Watch:
 
     def __init__(self, book):
         self.book, self.reached = book, Reached()  # the adapted layers that the current or last forward has called
-        self._unreached: set[str] = set()  # layers that were reported
+        self._unreached: set[str] = set()  # layers of which a warning was given
         self._hooks: list = []
 
     def start(self) -> None:

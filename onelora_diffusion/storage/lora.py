@@ -59,7 +59,7 @@ OTHER_KINDS = {
     r"(emb_params|clip_[lg]|string_to_param.*)": "a textual inversion",
 }
 PARTS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
-PARTS["dora_scale"] = "lora_magnitude_vector"  # as LyCORIS writes it, a column
+PARTS["dora_scale"] = "lora_magnitude_vector"  # the name of LyCORIS, which writes a column
 
 
 def export_lora(

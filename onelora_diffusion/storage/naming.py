@@ -18,8 +18,8 @@ from onelora_diffusion.injection.layers import is_linear
 Naming = Literal["diffusers", "kohya", "comfyui"]
 
 ALL_NAMINGS = get_args(Naming)
-COMFYUI = "diffusion_model."  # before a model's native names in ComfyUI
-KOHYA = "lora_unet_"  # before a layer's name with underscores for dots
+COMFYUI = "diffusion_model."  # the prefix of native names in ComfyUI's files
+KOHYA = "lora_unet_"  # the prefix of names in kohya's files, which have underscores for dots
 
 # For each class, lines of `native name = diffusers' path`. `*` is the number of a block. Braces on both sides stand
 # for several lines; braces on the right alone for a native layer that has the rows of those layers, in that order.

@@ -41,7 +41,7 @@ def why_not_its_product(layer: nn.Module) -> str | None:
     PyTorch's own layers do. Any other, such as one with quantised codes and a scale, is tried on one input.
     """
     weight, kind = layer.weight, type(layer).__name__
-    # Offloading and step caches of diffusers and accelerate wrap `forward`, and do not change its outputs.
+    # Hooks of diffusers and accelerate wrap `forward`, and do not change its outputs.
     hooked = not {"_diffusers_hook", "_hf_hook"}.isdisjoint(layer.__dict__)
     forward = type(layer).forward.__get__(layer) if hooked else layer.forward
     if getattr(forward, "__func__", None) in OWN_FORWARDS:

@@ -133,7 +133,7 @@ class VectorAdapter(LayerAdapter):
     def serve(self, layer: nn.Module) -> None:
         object.__setattr__(self, "layer", layer)  # no child module: the base's layer is not part of the adapter
         if self.b is not None and not self.compression.reads_weight:
-            self.of_base = self.compression.of_base(layer)  # now, as it cannot be computed while the layer is offloaded
+            self.of_base = self.compression.of_base(layer)  # now, as it cannot be while the layer is offloaded
         if self.takes_directions:
             self.directions_of(layer)
 

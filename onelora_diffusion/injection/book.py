@@ -270,7 +270,7 @@ class AdapterBook:
                 raise ValueError(f"{error}: nothing was merged") from None
             self._step_aside()
             self.watch.guard_merged()
-            for seat in () if anything_is_compiled() else self.seats.values():  # which compiled code would go on calling
+            for seat in () if anything_is_compiled() else self.seats.values():  # compiled code goes on calling them
                 seat.unhook()
             (self.weights, self.is_paused), self.merged = before, weights
 

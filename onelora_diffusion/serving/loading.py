@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.denoisers import BOTH, choose_denoiser, denoisers_in
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of
 from onelora_diffusion.injection.book import fingerprint
@@ -72,6 +73,8 @@ def _load_drawing(settings: ServeSettings, device: torch.device):
 
     precision = "bf16" if settings.mixed_precision == "bf16" else "fp32"
     pipeline = load_base(settings.base, condition=object, precision=precision)
+    if len(denoisers_in(pipeline)) > 1:  # adapters of one of them would fit the other as well, and are left out
+        choose_denoiser(pipeline, BOTH)
     if settings.mixed_precision == "fp16" and family_of(pipeline).condition is str:
         raise ValueError("--mixed-precision fp16 is for classes: choose bf16 or no")
     settings.place(pipeline.to(device), device)

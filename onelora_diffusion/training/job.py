@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -160,6 +160,8 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
         # The settings include the launcher's options, so accelerate must not apply these again.
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Frozen buffers are the same everywhere, and a batch that is computed in groups calls the model several times.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=None if settings.track == "none" else settings.track,
         project_dir=settings.output_dir,
     )

@@ -12,6 +12,7 @@
     python benchmark.py compare                                 # train every method for an equal time: digits
     python benchmark.py compare --preset fashion-mnist          # the same on clothes; food101: days on a GPU
     python benchmark.py subjects                                # many subjects in one run, and in runs of their own
+    python benchmark.py guidance                                # guidance that is trained in, beside others
     python benchmark.py compression                             # along which direction a layer's input is read
 
 `benchmark.py speed --help` shows the settings of one.
@@ -28,6 +29,7 @@ from benchmarks.compare import CompareSettings, compare, preset_asked_for
 from benchmarks.compression import CompressionSettings, compression
 from benchmarks.families import MemorySettings, memory
 from benchmarks.generate import GenerateSettings, generate
+from benchmarks.guidance import GuidanceSettings, guidance
 from benchmarks.scale import ScaleSettings, scale
 from benchmarks.serve import ServeSettings, serve
 from benchmarks.speed import SpeedSettings, speed
@@ -46,6 +48,7 @@ SUBCOMMANDS = {
     CompareSettings: compare,
     CompressionSettings: compression,
     SubjectsSettings: subjects,
+    GuidanceSettings: guidance,
 }
 
 

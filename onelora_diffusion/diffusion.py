@@ -47,7 +47,13 @@ def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
 
 
 def training_losses(
-    model_output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler, mask: Tensor | None = None
+    model_output: Tensor,
+    x_start: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    scheduler,
+    mask: Tensor | None = None,
+    target_offset: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The training loss of a prediction and, if the model learns it, of the variance between its two bounds.
 
@@ -77,6 +83,7 @@ def training_losses(
         scheduler (SchedulerMixin): a scheduler of diffusers, which tells the prediction type. `vb` is computed in
             float64 from its float32 betas.
         mask: (batch, 1, H, W) from 0 to 1, some of it not 0 in each sample; None is 1 everywhere.
+        target_offset: (batch, C, H, W) that is added to the target of `mse`; `vb` is that of the noise itself.
 
     Returns:
         `loss`, `mse` and `vb`, each (batch,), in float32 also under autocast (float64 for float64 tensors).
@@ -93,7 +100,7 @@ def training_losses(
     dtype = torch.promote_types(x_start.dtype, torch.float32)
     target = _target(x_start.to(dtype), noise.to(dtype), timesteps, scheduler)
     error = model_output[:, :channels].to(dtype) - target
-    mse = _mean_flat(error**2, mask)
+    mse = _mean_flat((error if target_offset is None else error - target_offset.to(dtype)) ** 2, mask)
     if model_output.shape[1] == channels or prediction_of(scheduler.config) == "flow":
         return {"loss": mse, "mse": mse}
 

@@ -77,8 +77,8 @@ class Settings(SamplerSettings, ComputeSettings):
     num_images: int | None = None
     """Images in total, classes taking turns; replaces --per-class."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. Default: 2 for an adapter of digits, the pipeline's own for other prompts,
-    or 4."""
+    """Strength of the guidance; 1 is none. Default: 1 if guidance is trained into the adapter, 2 for one of digits,
+    the pipeline's own for other prompts, or 4."""
     seed: int = 0
     """Seed of all noise."""
     batch_size: int = 32
@@ -279,9 +279,7 @@ def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settin
     if drawn.frames > 1 and output.suffix == ".npz":
         raise ValueError(f"--output '{output}' has images: give a .png or a folder for clips, or --frames 1")
     if settings.guidance_scale is None:
-        own = drawn.defaults.guidance_scale
-        scale = drawn.family.guidance_scale(drawn.pipeline) if own is None else own
-        settings = replace(settings, guidance_scale=scale)
+        settings = replace(settings, guidance_scale=drawn.default_guidance(drawn.defaults.guidance_scale))
     settings.check_family(drawn.family)
     settings.check(drawn.denoiser, drawn.pipeline.scheduler.config)
     drawn.place(settings, device)

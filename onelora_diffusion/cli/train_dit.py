@@ -66,7 +66,7 @@ def prepare_task(settings: Settings, accelerator: Accelerator, pipeline=None) ->
             identity=data_identity(each),
             resolution=resolution,
             described=f"{settings.dataset}: {len(each):,} images of {each.num_classes} classes",
-            facts={"dataset": settings.dataset},
+            facts={"dataset": settings.dataset} | settings.guidance_facts,
             id2label=each.id2label,
         )
         for each in (dataset, *held)

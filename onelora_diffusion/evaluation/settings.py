@@ -91,8 +91,8 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
     num_inference_steps: int | None = None
     """Steps of the sampler. Default: 25 for digits, 28 for prompts, else 50."""
     guidance_scale: float | None = None
-    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. Default: 2 for digits, the
-    pipeline's own for prompts, else 1.5."""
+    """Strength of the guidance; 1 is none. Pictures like more of it (4) than distances do. Default: 1 if guidance
+    is trained into the adapters, 2 for digits, the pipeline's own for prompts, else 1.5."""
     seed: int = 0
     """Seed of all noise."""
     images_at_once: int | None = None
@@ -127,13 +127,12 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
 
         `has_real`, `drifts`: whether there are real images, and unrelated prompts.
         """
-        pipeline, family, scale = drawn.pipeline, drawn.family, own.eval_guidance_scale
         values = {
             "num_images": own.eval_images or 4 * len(drawn.conditions),
             "num_inference_steps": own.eval_steps,
-            "guidance_scale": family.guidance_scale(pipeline) if scale is None else scale,
+            "guidance_scale": drawn.default_guidance(own.eval_guidance_scale),
             "compare_base": own.compares_base,
-            "images_at_once": own.images_at_once or family.images_at_once,
+            "images_at_once": own.images_at_once or drawn.family.images_at_once,
         }
         given = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
         default = replace(self, metrics=("fd",) * own.has_distance + own.metrics * (not self.metrics))
@@ -146,7 +145,7 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
                 "--unrelated-prompts or --metrics clip-t"
             )
         given = replace(given, metrics=metrics)
-        return given.for_scheduler(pipeline.scheduler.config) if family.takes_samplers else given
+        return given.for_scheduler(drawn.pipeline.scheduler.config) if drawn.family.takes_samplers else given
 
 
 @dataclass(frozen=True, kw_only=True)

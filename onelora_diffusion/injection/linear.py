@@ -303,7 +303,10 @@ def has_foreign_hooks(layer: nn.Module) -> bool:
         layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or torch_module._has_any_global_hook()
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
         or any(hook is not adapter_hook for hook in layer._forward_hooks.values())
     )
 

@@ -1,7 +1,9 @@
 """Use different adapters for the samples of one batch, by one gather of stacked vectors in each layer."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Literal, get_args
 
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.injection.book import AdapterBook, adapters_of
 from onelora_diffusion.injection.route import Route
+
+logger = logging.getLogger(__name__)
 
 Entry = str | Mapping[str, Weight] | None
 # Classifier-free guidance, or guidance from the base without a condition towards the adapters.
@@ -71,6 +75,22 @@ def route_beside_base(model: nn.Module, batch_size: int, adapter_names: Sequence
     """
     entries = [adapters_of(model).serving] * batch_size if adapter_names is None else list(adapter_names)
     return route_adapters(model, entries + [None] * batch_size)
+
+
+def warn_of_trained_guidance(model: nn.Module, adapter_names: Iterable[str], guidance_scale: float) -> None:
+    """Log, once, that guidance is put on top of guidance that was trained into adapters of these names."""
+    for name in adapter_names:
+        trained = adapters_of(model).origins.get(name, {}).get("training", {}).get("trained_guidance")
+        if trained is not None and guidance_scale > 1:
+            _warn_once(
+                f"guidance {guidance_scale:g} is put on top of guidance {trained} that was trained into adapter "
+                f"'{name}': 1 draws with that alone, in half the time"
+            )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _mixture(book: AdapterBook, entry: Entry) -> dict[str, Weight]:

@@ -17,7 +17,13 @@ from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.conditioning import name_repeated_blocks
 from onelora_diffusion.injection.merging import stock_state_dict
-from onelora_diffusion.injection.routing import GUIDANCES, Entry, route_adapters, route_beside_base
+from onelora_diffusion.injection.routing import (
+    GUIDANCES,
+    Entry,
+    route_adapters,
+    route_beside_base,
+    warn_of_trained_guidance,
+)
 from onelora_diffusion.pipelines.base import class_names, eval_mode, miniature_path
 from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
 
@@ -120,6 +126,9 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         if entries is not None and scale != 1:
             entries = [{name: scaled(weight, scale) for name, weight in _mixture(e).items()} for e in entries]
+        if (book := self._book()) is not None:
+            for mixture in [book.merged or book.serving] if entries is None else map(_mixture, entries):
+                warn_of_trained_guidance(self._adapted_model(), mixture, guidance_scale)
         is_domain = guidance == "domain" and guidance_scale > 1
         with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
             return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)

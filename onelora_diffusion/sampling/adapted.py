@@ -64,6 +64,12 @@ class AdaptedPipeline:
     def defaults(self) -> Defaults:
         return defaults_of(self.dataset, self.kind)
 
+    def default_guidance(self, own: float | None) -> float:
+        """The default strength of the guidance: 1 if it is trained into all adapters, or `own`, or the family's."""
+        if self.adapters and all("trained_guidance" in file.training for file in self.adapters.values()):
+            return 1.0
+        return self.family.guidance_scale(self.pipeline) if own is None else own
+
     @property
     def num_base_classes(self) -> int | None:
         """The number of classes of the base; None for prompts."""

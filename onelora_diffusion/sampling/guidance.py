@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.families import Conditions, Family
 from onelora_diffusion.families.family import joined
-from onelora_diffusion.injection.routing import Entry, Guidance
+from onelora_diffusion.injection.routing import Entry, Guidance, warn_of_trained_guidance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +64,12 @@ class GuidedDenoiser:
         is_domain = [requests[image].guidance == "domain" for image in self.guided]
         if not hasattr(self.transformer, "_onelora"):
             return None
+        book = self.transformer._onelora
+        own = [book.serving if request.adapters is None else request.adapters for request in requests]
+        for image in self.guided:
+            warn_of_trained_guidance(self.transformer, own[image] or book.merged or (), requests[image].guidance_scale)
         if not any(is_domain) and all(request.adapters is None for request in requests):
             return None
-        serving = self.transformer._onelora.serving
-        own = [serving if request.adapters is None else request.adapters for request in requests]
         return own + [None if base else own[image] for image, base in zip(self.guided, is_domain, strict=True)]
 
     def __call__(self, latents: Tensor, times: Tensor) -> Tensor:

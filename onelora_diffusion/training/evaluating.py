@@ -57,7 +57,8 @@ class Evaluation:
         # All processes generate equally many images, so that they meet at every batch; surplus images are not counted.
         padded = -(-settings.eval_images // accelerator.num_processes) * accelerator.num_processes
         indices = share(padded, accelerator.process_index, accelerator.num_processes)
-        sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=settings.eval_guidance_scale)
+        scale = settings.drawn_at(settings.eval_guidance_scale)
+        sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=scale)
         with (
             adapters_merged(denoiser_of(self.pipeline), sampler),
             progress_bar(len(indices), "evaluate", leave=False, disable=not accelerator.is_main_process) as progress,

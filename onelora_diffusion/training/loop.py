@@ -39,6 +39,7 @@ from onelora_diffusion.training.stopping import Stop, format_duration
 from onelora_diffusion.training.sum_rates import SumScales
 from onelora_diffusion.training.task import encode
 from onelora_diffusion.training.trackers import start_trackers
+from onelora_diffusion.training.trained_guidance import guidance_excess
 
 
 def start(settings: RunSettings, make_task: MakeTask, since: float | None = None) -> int:
@@ -190,11 +191,12 @@ def finish(job: Job, training: Training, progress: tqdm, ended: int = 0) -> None
 @dataclass
 class Part:
     """The samples of a pass: moments (samples, 2, C, H, W) of their latents, their conditions and random values, and
-    their masks (samples, 1, H, W), if there are any."""
+    how much guidance their targets have, (samples,), on the CPU; and their masks (samples, 1, H, W), if any."""
 
     moments: Tensor
     conditions: Conditions
     draws: StepDraws
+    guidance: Tensor
     masks: Tensor | None = None
 
 
@@ -268,7 +270,9 @@ def next_part(job: Job, training: Training, number: int) -> Part:
     if each > 1:
         numbers = numbers * each + caption_choices(settings.seed, step, size, each)[rows]
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])
-    return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device), masks)
+    num_timesteps = task.pipeline.scheduler.config.num_train_timesteps
+    guidance = guidance_excess(settings, step, training.drawn, num_timesteps)[rows]
+    return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device), guidance, masks)
 
 
 def of_equal_shape(parts: list[tuple[Training, Part]]) -> list[list[tuple[Training, Part]]]:
@@ -298,9 +302,9 @@ def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Trainin
 def losses_of(job: Job, group: list[tuple[Training, Part]]) -> list[dict[str, Tensor]]:
     """The losses by name of each part of a group, (samples,), computed in one batch."""
     together = joined_parts([part for _, part in group])
-    keeps_prior = bool(job.settings.prior_weight)
+    keeps_prior, guidance = bool(job.settings.prior_weight), together.guidance if together.guidance.any() else None
     parts = together.moments, together.conditions, together.draws, together.masks
-    losses = group[0][0].task.losses(job.model, *parts, keeps_prior)
+    losses = group[0][0].task.losses(job.model, *parts, keeps_prior, guidance)
     sizes = [len(part.moments) for _, part in group]
     split = {name: loss.split(sizes) for name, loss in losses.items()}
     return [{name: split[name][number] for name in split} for number in range(len(group))]
@@ -316,6 +320,7 @@ def joined_parts(parts: list[Part]) -> Part:
         torch.cat([part.moments for part in parts]),
         joined([part.conditions for part in parts]),
         StepDraws(*map(torch.cat, draws)),
+        torch.cat([part.guidance for part in parts]),
         torch.cat(masks) if is_masked else None,
     )
 

@@ -34,6 +34,9 @@ class RunSettings:
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, for bases with prompts
     training_adapter: ClassVar[str | None] = None  # a frozen adapter that serves in training, for bases with prompts
     prior_weight: ClassVar[float] = 0.0  # of prior preservation, for bases with prompts
+    trained_guidance: ClassVar[float] = 1.0  # strength of guidance that is trained in, for bases with classes
+    guidance_start: ClassVar[int] = 0  # number of updates before it begins
+    guidance_cutoff: ClassVar[float] = 1.0  # share of the timesteps below which it is used
     latent_cache_gb: ClassVar[float] = float("inf")  # larger latents are encoded again in each step
     export_lora: ClassVar[tuple | None] = None  # the namings of the LoRAs that are written at the end
     sample_rows: ClassVar[int] = 1  # rows in a grid of samples
@@ -174,6 +177,10 @@ class RunSettings:
             peft_config=peft_config,
         )
 
+    def drawn_at(self, guidance_scale: float | None) -> float | None:
+        """The guidance with which the run draws: none on top of one that is trained in."""
+        return 1.0 if self.trained_guidance > 1 else guidance_scale
+
     def density(self) -> TimestepDensity:
         return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
 
@@ -226,6 +233,13 @@ class Settings(RunSettings):
     """Learning rate of the class table. Default: --learning-rate."""
     label_drop: float = 0.1
     """Share of samples that train the null label, for classifier-free guidance."""
+    trained_guidance: float = 1.0
+    """Train domain guidance of this strength in (DogFit, 2026), so that one pass draws what guidance draws in two; 1:
+    none. A step then takes the base's prediction, too, and samples and evaluations of the run have no guidance."""
+    guidance_start: int = 0
+    """Number of updates before --trained-guidance begins; the paper takes a quarter to a half of all."""
+    guidance_cutoff: float = 1.0
+    """Use --trained-guidance below this share of the timesteps alone: with 0.5 not in the noisier half."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the frozen base and of its products; trained values stay float32."""
     eval_every: int = 0
@@ -253,6 +267,12 @@ class Settings(RunSettings):
         """Share of samples that train without their condition."""
         return self.label_drop
 
+    @property
+    def guidance_facts(self) -> dict:
+        """Entries for the adapter's header, if guidance is trained in."""
+        names = ("trained_guidance", "guidance_start", "guidance_cutoff") if self.trained_guidance > 1 else ()
+        return {name: getattr(self, name) for name in names}
+
     def check(self) -> None:
         """ValueError for settings that are known to be wrong before any file is read."""
         kind_of(self.dataset)
@@ -260,6 +280,7 @@ class Settings(RunSettings):
         check_settings(self)
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")
+        check_trained_guidance(self)
 
     def next_steps(self) -> list[str]:
         """Commands to run with the adapter of a finished run."""
@@ -292,7 +313,7 @@ AT_LEAST = {
     **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
     **dict.fromkeys(("subjects_at_once", "keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
-    **dict.fromkeys(("caption_shuffles", "keep_tags"), 0),
+    **dict.fromkeys(("caption_shuffles", "keep_tags", "guidance_start"), 0),
     "eval_images": 2,
 }
 POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
@@ -488,6 +509,16 @@ def check_settings(settings: RunSettings) -> None:
         if package and importlib.util.find_spec(package) is None:
             extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
             raise ValueError(f"--{flag} {value} needs a package that is missing: pip install {extra}")
+
+
+def check_trained_guidance(settings: Settings) -> None:
+    """ValueError for settings of guidance that is trained in which are wrong, or without it."""
+    if not 1 <= settings.trained_guidance < float("inf"):
+        raise ValueError(f"--trained-guidance must be at least 1 and finite, not {settings.trained_guidance}")
+    if not 0 < settings.guidance_cutoff <= 1:
+        raise ValueError(f"--guidance-cutoff is a share above 0, at most 1, not {settings.guidance_cutoff}")
+    if settings.trained_guidance == 1 and (settings.guidance_start or settings.guidance_cutoff < 1):
+        raise ValueError("--guidance-start and --guidance-cutoff are not used: give --trained-guidance")
 
 
 def check_subjects(settings: RunSettings) -> None:

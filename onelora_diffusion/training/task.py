@@ -239,12 +239,13 @@ class Task:
         draws: StepDraws,
         masks: Tensor | None = None,
         keeps_prior: bool = False,
+        guidance: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch by name, each (batch,).
 
         With `keeps_prior` the batch is computed again with the prompt of prior preservation, p, by the adapter and by
         the base alone, and the loss gains w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))², `prior` by itself, without
-        the masks.
+        the masks. With `guidance` the target of the loss is that of guidance, as in `trained_guidance`.
 
         Args:
             model: the transformer, possibly wrapped for several processes.
@@ -252,31 +253,40 @@ class Task:
             conditions: as `conditions` returns them, of this task or, if the base is the same, of several.
             draws: the random values of the samples.
             masks: (batch, 1, H, W), what of each sample is learned (see `training_losses`).
+            guidance: w − 1 of each sample, (batch,).
         """
         settings, scheduler = self.settings, self.pipeline.scheduler
         x_start = sample_moments(moments, draws.posterior_noise)
         latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
         times = model_timesteps(draws.timesteps, scheduler)
-        predict = self.family.predict
+        predict, offset = self.family.predict, None
+        first = torch.zeros(len(latents), dtype=torch.long)
         with self.accelerator.autocast():
             if keeps_prior:
-                size = len(latents)
-                first, kept = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
-                prior = self.on_device(self.prior.embeddings(first, kept))
-                base = denoiser_of(self.pipeline)
-                with torch.no_grad(), route_adapters(base, [None] * size):
-                    of_base = predict(base, latents, times, prior)
+                prior = self.on_device(self.prior.embeddings(first, first.bool()))
+                of_base = self._of_base(latents, times, prior)
                 both = predict(model, torch.cat([latents, latents]), times.repeat(2), joined([conditions, prior]))
                 output, of_prior = both.chunk(2)
             else:
                 output = predict(model, latents, times, conditions)
-        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks)
+            if guidance is not None:
+                empty = self.on_device(self.learned.embeddings(first, ~first.bool()))
+                away = (output.detach().float() - self._of_base(latents, times, empty).float())[:, : x_start.shape[1]]
+                offset = guidance.to(away).view(-1, 1, 1, 1) * away
+        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks, offset)
         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
         losses |= {"loss": weighted_loss(losses, weights)}
         if keeps_prior:
             losses["prior"] = (of_prior.float() - of_base.float()).square().flatten(1).mean(1)
             losses["loss"] = losses["loss"] + settings.prior_weight * losses["prior"]
         return losses
+
+    @torch.no_grad()
+    def _of_base(self, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        """What the base alone predicts."""
+        base = denoiser_of(self.pipeline)
+        with route_adapters(base, [None] * len(latents)):
+            return self.family.predict(base, latents, times, conditions)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -312,7 +322,7 @@ class Task:
 
     def _samples(self, is_stopped: Callable[[], object]) -> Tensor | None:
         settings, columns = self.settings, len(self.data.shown)
-        scale = settings.guidance_scale
+        scale = settings.drawn_at(settings.guidance_scale)
         scale = self.family.guidance_scale(self.pipeline) if scale is None else scale
         kept, dropped = torch.tensor([False]), torch.tensor([True])
 

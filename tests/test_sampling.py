@@ -557,7 +557,7 @@ def test_adapters_are_merged_unless_the_base_is_beside_them(guidance):
         return sample_latents(model, SCHEDULER.config, torch.tensor([0, 2]), image_generators(0, [0, 1]), settings)
 
     before, base = draw(), weight.clone()
-    with adapters_merged(model, settings):
+    with adapters_merged(SimpleNamespace(transformer=model), settings):
         assert torch.equal(weight, base) == (guidance == "domain")
         torch.testing.assert_close(draw(), before, rtol=1e-4, atol=1e-4)
     assert torch.equal(weight, base) and torch.equal(draw(), before)

@@ -166,6 +166,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(untuned(module), nn.Linear)
 
 
+def is_servable(module: nn.Module) -> bool:
+    """Whether an adapter can serve this module: a linear layer, or a convolution of 1 x 1."""
+    return is_linear(module) or is_pointwise(module)
+
+
 # The fused copies that diffusers' `fuse_projections` makes of an attention's layers.
 FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),

@@ -99,7 +99,7 @@ class AdaptedPipeline:
             conditions = [family.of_base(self.pipeline, condition) for condition in conditions]
             serving = disable_adapter(denoiser) if self.adapters else nullcontext()
         else:
-            serving = adapters_merged(denoiser, settings) if family.merges_adapters else nullcontext()
+            serving = adapters_merged(self.pipeline, settings)
         sizes = {"size": self.size, "frames": self.frames, "max_sequence_length": self.max_sequence_length}
         with serving:
             yield from generate_images(self.pipeline, conditions, seed, indices, settings, **sizes, **options)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from onelora_diffusion.denoisers import denoiser_of
@@ -204,9 +204,10 @@ def draw_in_chunks(
         yield as_uint8(images)[: len(chunk)]
 
 
-def adapters_merged(transformer: nn.Module, settings: SamplerSettings) -> AbstractContextManager:
-    """Context manager that merges adapters during sampling, unless the base is used in addition to them."""
-    return nullcontext() if settings.is_beside_base else merged(transformer)
+def adapters_merged(pipeline, settings: SamplerSettings) -> AbstractContextManager:
+    """Context manager that merges adapters during sampling, if the family does so and the base is not used, too."""
+    merges = family_of(pipeline).merges_adapters and not settings.is_beside_base
+    return merged(denoiser_of(pipeline)) if merges else nullcontext()
 
 
 class ImageBar(tqdm):

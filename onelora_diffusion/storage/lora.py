@@ -17,7 +17,7 @@ from onelora_diffusion.denoisers import TwoDenoisers
 from onelora_diffusion.files import printable, write_bytes, write_tensors
 from onelora_diffusion.injection.attaching import state_dict_of
 from onelora_diffusion.injection.book import AdapterBook, adapters_of
-from onelora_diffusion.injection.layers import FUSED, is_linear, target_layers
+from onelora_diffusion.injection.layers import FUSED, is_servable, target_layers
 from onelora_diffusion.storage.attaching import PAIR, AdapterFile, check_whole
 from onelora_diffusion.storage.lokr import read_lokr
 from onelora_diffusion.storage.naming import (
@@ -303,7 +303,7 @@ def _by_layer(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -
             )
         path = paths.get(match["name"])
         layer = None if path is None else model.get_submodule(path)
-        if layer is None or not (is_linear(layer) or is_pointwise(layer)):
+        if layer is None or not is_servable(layer):
             found = "" if layer is None else f", but {path}, a {type(layer).__name__}, which no adapter here serves"
             if match["name"].rpartition(".")[2] in FUSED:
                 found = "; it is for fused projections: call fuse_qkv_projections() first"

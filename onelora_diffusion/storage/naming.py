@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
-from onelora_diffusion.injection.layers import is_linear
+from onelora_diffusion.adapters.base_layer import features_of
+from onelora_diffusion.injection.layers import is_servable
 
 Naming = Literal["diffusers", "kohya", "comfyui"]
 
@@ -237,7 +237,7 @@ def namings_of(flag: tuple[Naming, ...] | None) -> tuple[Naming, ...]:
 def native_layers(model: nn.Module) -> dict[str, NativeLayer] | None:
     """The linear layers of a model by their native names, of a UNet by diffusers'; None for an unknown class."""
     kind = type(model).__name__
-    linears = {path: layer for path, layer in model.named_modules() if is_linear(layer) or is_pointwise(layer)}
+    linears = {path: layer for path, layer in model.named_modules() if is_servable(layer)}
     if kind == UNET:
         return {path: NativeLayer((path,), (features_of(layer)[1],)) for path, layer in linears.items()}
     if kind not in TABLES:

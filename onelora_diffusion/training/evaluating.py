@@ -7,7 +7,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from onelora_diffusion.data.defaults import defaults_of
-from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.evaluation.evaluator import Batches, Evaluator, measure_images, with_progress
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
@@ -60,7 +59,7 @@ class Evaluation:
         scale = settings.drawn_at(settings.eval_guidance_scale)
         sampler = SamplerSettings(num_inference_steps=settings.eval_steps, guidance_scale=scale)
         with (
-            adapters_merged(denoiser_of(self.pipeline), sampler),
+            adapters_merged(self.pipeline, sampler),
             progress_bar(len(indices), "evaluate", leave=False, disable=not accelerator.is_main_process) as progress,
         ):
             batches = generate_images(

@@ -312,8 +312,7 @@ class Task:
                     self._base_images = self._samples(is_stopped)
                 if self._base_images is None:
                     return None
-            merges = self.family.merges_adapters
-            with adapters_merged(transformer, SamplerSettings()) if merges else nullcontext():
+            with adapters_merged(self.pipeline, SamplerSettings()):
                 images = self._samples(is_stopped)
         if images is None:
             return None

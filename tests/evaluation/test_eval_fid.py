@@ -73,7 +73,7 @@ def test_gen_ref_and_calc_agree(run_folder, tmp_path):
     load_adapter(pipeline.transformer, run_folder)
     labels = [index % 10 for index in range(23)]
     settings = SamplerSettings(num_inference_steps=2, guidance_scale=1.5)
-    with adapters_merged(pipeline.transformer, settings):  # as gen draws
+    with adapters_merged(pipeline, settings):  # as gen draws
         batches = generate_images(pipeline, labels, 0, range(23), settings, batch_size=64)
         images = torch.cat([images for _, images in batches])
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import make_dit
 
 from onelora_diffusion import OneLoRADiTPipeline, adapter_state_dict, inject_adapter, read_adapter
 from onelora_diffusion.cli import sample

@@ -343,7 +343,17 @@ def nginx(folder: Path, servers: Sequence[str]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------
 # clients
 
-COUNTED = ("pictures", "refusals", "busy", "given up", "cut off", "caught in a replacement")
+OTHER_PICTURE, OTHER_ANSWER = "other pictures than may be", "other answers than may be"
+COUNTED = (
+    "pictures",
+    "refusals",
+    "busy",
+    "given up",
+    "cut off",
+    "caught in a replacement",
+    OTHER_PICTURE,
+    OTHER_ANSWER,
+)
 
 
 class Clients:
@@ -395,7 +405,7 @@ class Clients:
             values = draw.choice(MALFORMED)
             status, answer = ask(self.address, GENERATE, values)
             if status not in (400, 404, 503):
-                self.problems.append(f"{values} was answered by {status}: {answer}")
+                self._note(OTHER_ANSWER, f"{values} was answered by {status}: {answer}")
             self.counts["refusals" if status != 503 else "busy"] += 1
         elif chance < 0.2:
             with contextlib.suppress(OSError):
@@ -411,14 +421,18 @@ class Clients:
             elif status == 400 and "is damaged" in answer["error"]["message"]:
                 self.counts["caught in a replacement"] += 1  # by cp, which writes in place
             else:
-                self.problems.append(f"request {index} was answered by {status}: {answer}")
+                self._note(OTHER_ANSWER, f"request {index} was answered by {status}: {answer}")
+
+    def _note(self, kind: str, problem: str) -> None:
+        self.counts[kind] += 1
+        self.problems.append(problem)
 
     def _compare(self, index: int, image: dict) -> None:
         digest = image["settings"]["digests"]["adapters"].get("adapter-0", next(iter(self.expected)))
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))).astype(int)
         off = np.abs(found - self.expected[digest][index])
         if off.max() > 1 or (off > 0).mean() > 0.02:  # rounding may reach the next grey level
-            self.problems.append(f"request {index} got another picture, off by up to {off.max()}")
+            self._note(OTHER_PICTURE, f"request {index} got another picture, off by up to {off.max()}")
         self.counts["pictures"] += 1
 
 

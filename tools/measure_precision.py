@@ -22,6 +22,7 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages, Source
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import format_table
+from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.merging import merge_adapter
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
@@ -79,7 +80,8 @@ def make(
 def pack(transformer: torch.nn.Module) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(transformer, Int8WeightOnlyConfig())
+    layers = set(target_layers(transformer, None).values())
+    quantize_(transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, path: module in layers)
 
 
 if __name__ == "__main__":

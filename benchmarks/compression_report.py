@@ -102,13 +102,16 @@ def plot(results: dict, picture: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     left.set_yticks(list(places), names)
     left.invert_yaxis()
-    figure.legend(handles=_legend([results]), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(
+        handles=_legend([results], set(KINDS)), loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
     figure.suptitle("What a layer's input is read along: a dot a seed, a bar at their mean", fontsize=11)
     _write(figure, picture)
 
 
 def plot_against_numbers(reports: list[dict], picture: Path) -> None:
-    """Distance against trained numbers, both in those of the sum; a panel a report, a line a rule, a dot a count."""
+    """Distance against trained numbers, both in those of the sum: a panel a report, a line a rule, a dot a count, a
+    square another method."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(reports) / 2)
@@ -116,7 +119,13 @@ def plot_against_numbers(reports: list[dict], picture: Path) -> None:
     panels = figure.subplots(rows, min(2, len(reports)), squeeze=False, sharey=True).flat
     for axes, report in itertools.zip_longest(panels, reports):
         _plot_report(axes, report) if report else axes.set_axis_off()
-    figure.legend(handles=_legend(reports), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(
+        handles=_legend(reports, {*LINES.values(), "tuner"}),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+        frameon=False,
+    )
     figure.suptitle(
         "Further down is closer to the real images, further left is smaller.\n"
         "In a dot: how many directions a layer's input is read along"
@@ -126,7 +135,7 @@ def plot_against_numbers(reports: list[dict], picture: Path) -> None:
 
 
 def _plot_report(axes, report: dict) -> None:
-    variants, joined, labels = report["variants"], set(), []
+    variants, labels = report["variants"], []
     first = _first(variants)
 
     def numbers(variant: dict) -> float:
@@ -141,9 +150,8 @@ def _plot_report(axes, report: dict) -> None:
             axes.errorbar(x, y, deviation, color=colour, marker="o", ms=12, capsize=3)
             axes.annotate(str(n), (x, y), ha="center", va="center", color="white", fontsize=8, weight="bold", zorder=9)
         axes.plot(*zip(*[point[:2] for point in points], strict=True), color=colour, lw=1.8)
-        joined |= set(counts)
-    for name in [name for name in variants if name not in joined]:
-        colour = KINDS[variants[name]["kind"]][0]
+    for name in [name for name, variant in variants.items() if variant["kind"] == "tuner"]:
+        colour = KINDS["tuner"][0]
         at = numbers(variants[name]), _ratio(variants[name], first)[0]
         axes.plot(*at, "s", color=colour, ms=5)
         labels.append((*reversed(at), variants[name]["label"], colour))
@@ -162,14 +170,14 @@ def _plot_report(axes, report: dict) -> None:
     axes.grid(alpha=0.3)
 
 
-def _legend(reports: list[dict]) -> list:
+def _legend(reports: list[dict], drawn: set[str]) -> list:
     from matplotlib.lines import Line2D
 
     shown = {variant["kind"] for report in reports for variant in report["variants"].values()}
     return [
         Line2D([], [], color=colour, marker="o", lw=2.5, label=label)
         for kind, (colour, label) in KINDS.items()
-        if kind in shown
+        if kind in shown & drawn
     ]
 
 

@@ -288,7 +288,7 @@ def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settin
 
 def check_settings(settings: Settings) -> Path:
     """Where the images go; an error for what can be known to be wrong before a model is loaded."""
-    for name in ("per_class", "num_images", "batch_size", "images_at_once", "frames"):
+    for name in ("per_class", "num_images", "batch_size", "images_at_once", "frames", "resolution"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -28,6 +28,7 @@ from onelora_diffusion.data.masks import Masks, masks_beside
 from onelora_diffusion.data.metadata import FILE_COLUMN, METADATA, Table
 from onelora_diffusion.data.references import ReferenceImage, reference_image
 from onelora_diffusion.data.repeats import checked_repeats, numbered_folder, repeats_by_folder
+from onelora_diffusion.families.family import check_multiple
 from onelora_diffusion.files import printable
 
 DIGITS = digits.CAPTIONED
@@ -159,8 +160,7 @@ def load_captioned(
             is none, `resolution` is no multiple of `multiple`, or a clip is too short.
         BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
-    if resolution < 1 or resolution % multiple:
-        raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
+    check_multiple(resolution, multiple)
     check_bytes(resolution, frames)
     if prompt is not None:
         prompt = checked(prompt, "the prompt")

@@ -139,9 +139,7 @@ class Family:
 
     def check_resolution(self, pipeline, resolution: int) -> None:
         """ValueError for an image size that the transformer does not support."""
-        multiple = self.multiple(pipeline)
-        if resolution < 1 or resolution % multiple:
-            raise ValueError(f"a resolution of {resolution} is no multiple of {multiple}, which the model needs")
+        check_multiple(resolution, self.multiple(pipeline))
 
     def check_frames(self, frames: int) -> None:
         """ValueError for a number of frames of a clip that the pipeline does not draw."""
@@ -178,6 +176,16 @@ class Family:
     def guidance_scale(self, pipeline) -> float:
         """The pipeline's default strength of guidance."""
         return inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+
+
+def check_multiple(resolution: int, multiple: int) -> None:
+    """ValueError, which names the nearest ones, for a resolution that is no multiple."""
+    if resolution < 1 or resolution % multiple:
+        below = max(resolution, 0) // multiple * multiple
+        near = " or ".join(str(each) for each in (below, below + multiple) if each)
+        raise ValueError(
+            f"a resolution of {resolution} is no multiple of {multiple}, which the model needs: give {near}"
+        )
 
 
 def joined(rows: Sequence[Conditions]) -> Conditions:

@@ -190,7 +190,7 @@ class PromptSettings(RunSettings):
     def _check_references(self) -> None:
         if self.validation_reference and not (self.reference_column and self.validation_prompt):
             raise ValueError("--validation-reference is not used: give --reference-column and --validation-prompt")
-        refused = {"--flip": self.flip, "--prior-weight": self.prior_weight}
+        refused = {"--flip": self.flip, "--prior-weight": self.prior_weight, "--frames": self.frames > 1}
         for flag, is_chosen in refused.items():
             if self.reference_column and is_chosen:
                 raise ValueError(f"{flag} does not go with --reference-column")

@@ -315,6 +315,7 @@ AT_LEAST = {
     **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
     **dict.fromkeys(("caption_shuffles", "keep_tags", "guidance_start"), 0),
     "eval_images": 2,
+    "resolution": 1,
 }
 POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
 

@@ -57,7 +57,8 @@ def guidance(settings: GuidanceSettings) -> dict[str, list[tuple[float, float]]]
 
 def measured(settings: GuidanceSettings, seed: int, flags: list[str], scale: float, kind: str) -> tuple[float, float]:
     """(distance, recognition in percent) of an adapter that is trained with flags, and draws with this guidance."""
-    run = settings.output_dir / "-".join([*(flag.strip("-") for flag in flags), "seed", str(seed)])
+    name = "-".join([*(flag.strip("-") for flag in flags), "seed", str(seed)])
+    run = settings.output_dir / name.replace(".", "_")  # an adapter has the name of its folder, without dots
     common = f"--output-dir {run} --max-steps {settings.steps} --seed {seed} --sample-every 0 --max-train-time None"
     report = run / f"{kind}-{scale:g}.json"
     count = {"num_images": settings.num_images, "num_inference_steps": settings.num_inference_steps, "seed": seed}

@@ -234,8 +234,9 @@ class Settings(RunSettings):
     label_drop: float = 0.1
     """Share of samples that train the null label, for classifier-free guidance."""
     trained_guidance: float = 1.0
-    """Train domain guidance of this strength in (DogFit, 2026), so that one pass draws what guidance draws in two; 1:
-    none. A step then takes the base's prediction, too, and samples and evaluations of the run have no guidance."""
+    """Train domain guidance in (DogFit, 2026), so that one pass draws what guidance draws in two. Of w, below 2, it
+    becomes that of 1 / (2 - w); 1: none. A step then takes the base's prediction, too, and samples and evaluations of
+    the run have no guidance."""
     guidance_start: int = 0
     """Number of updates before --trained-guidance begins; the paper takes a quarter to a half of all."""
     guidance_cutoff: float = 1.0
@@ -514,8 +515,8 @@ def check_settings(settings: RunSettings) -> None:
 
 def check_trained_guidance(settings: Settings) -> None:
     """ValueError for settings of guidance that is trained in which are wrong, or without it."""
-    if not 1 <= settings.trained_guidance < float("inf"):
-        raise ValueError(f"--trained-guidance must be at least 1 and finite, not {settings.trained_guidance}")
+    if not 1 <= settings.trained_guidance < 2:  # at 2 the target runs away from the prediction
+        raise ValueError(f"--trained-guidance must be at least 1 and below 2, not {settings.trained_guidance}")
     if not 0 < settings.guidance_cutoff <= 1:
         raise ValueError(f"--guidance-cutoff is a share above 0, at most 1, not {settings.guidance_cutoff}")
     if settings.trained_guidance == 1 and (settings.guidance_start or settings.guidance_cutoff < 1):

@@ -24,8 +24,8 @@ def test_each_kind_is_trained_and_drawn_as_it_says(tmp_path, monkeypatch, capsys
         ("seed-0", "cfg", 1.0),
         ("seed-0", "cfg", 2.0),
         ("seed-0", "domain", 2.0),
-        ("trained-guidance-2.0-label-drop-0-seed-0", "cfg", 1.0),
-        ("trained-guidance-2.0-label-drop-0-guidance-start-4-guidance-cutoff-0.5-seed-0", "cfg", 1.0),
+        ("trained-guidance-2_0-label-drop-0-seed-0", "cfg", 1.0),
+        ("trained-guidance-2_0-label-drop-0-guidance-start-4-guidance-cutoff-0_5-seed-0", "cfg", 1.0),
     ]
     asked = [(each.trained_guidance, each.guidance_start, each.guidance_cutoff, each.label_drop) for each in trained]
     assert asked[::2] == [(1.0, 0, 1.0, 0.1)] * 3 + [(2.0, 0, 1.0, 0.0), (2.0, 4, 0.5, 0.0)]

@@ -105,7 +105,7 @@ def test_guidance_begins_late_and_is_cut_off_at_high_noise():
 
 
 def test_a_run_is_the_plain_one_until_guidance_begins_and_resumes_bit_for_bit(settings):
-    late = dict(trained_guidance=2.5, guidance_start=2)
+    late = dict(trained_guidance=1.75, guidance_start=2)
     assert main(settings("plain")) == 0 and main(settings("whole", **late)) == 0
     for steps in (2, 4):
         assert main(settings("halves", **late, max_steps=steps)) == 0
@@ -113,8 +113,8 @@ def test_a_run_is_the_plain_one_until_guidance_begins_and_resumes_bit_for_bit(se
     assert losses_of(plain)[:2] == losses_of(whole)[:2] and losses_of(plain)[2] != losses_of(whole)[2]
     tensors = [load_file(run / "onelora_weights.safetensors") for run in (whole, halves)]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
-    with pytest.raises(SystemExit, match="trained_guidance was 2.5 and is 3"):
-        main(settings("halves", trained_guidance=3.0, guidance_start=2))
+    with pytest.raises(SystemExit, match="trained_guidance was 1.75 and is 1.25"):
+        main(settings("halves", trained_guidance=1.25, guidance_start=2))
 
 
 def test_subjects_that_are_at_different_steps_have_the_guidance_of_their_own(settings, tmp_path):
@@ -124,7 +124,7 @@ def test_subjects_that_are_at_different_steps_have_the_guidance_of_their_own(set
             (tmp_path / "sets" / subject / label).mkdir(parents=True)
             pixels = random.integers(0, 255, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "sets" / subject / label / "0.png")
-    late = dict(trained_guidance=2.0, guidance_start=2, batch_size=2, max_steps=3, learning_rate=1e-3)
+    late = dict(trained_guidance=1.5, guidance_start=2, batch_size=2, max_steps=3, learning_rate=1e-3)
     table = {name: {"data_root": str(tmp_path / "sets" / name)} for name in ("a", "b", "c")}
     table["a"]["max_steps"] = "1"  # the third begins as the second has made one update
     (tmp_path / "sets.yaml").write_text(json.dumps(table))
@@ -172,10 +172,10 @@ def test_an_adapter_with_guidance_says_so_and_is_drawn_without(settings, tmp_pat
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(trained_guidance=0.5), "--trained-guidance must be at least 1 and finite, not 0.5"),
-        (dict(trained_guidance=float("inf")), "--trained-guidance must be at least 1 and finite, not inf"),
-        (dict(trained_guidance=2.0, guidance_cutoff=0.0), "--guidance-cutoff is a share above 0, at most 1, not 0.0"),
-        (dict(trained_guidance=2.0, guidance_start=-1), "--guidance-start must be at least 0, not -1"),
+        (dict(trained_guidance=0.5), "--trained-guidance must be at least 1 and below 2, not 0.5"),
+        (dict(trained_guidance=2.0), "--trained-guidance must be at least 1 and below 2, not 2.0"),
+        (dict(trained_guidance=1.5, guidance_cutoff=0.0), "--guidance-cutoff is a share above 0, at most 1, not 0.0"),
+        (dict(trained_guidance=1.5, guidance_start=-1), "--guidance-start must be at least 0, not -1"),
         (dict(guidance_start=3), "are not used: give --trained-guidance"),
     ],
 )

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -577,11 +578,11 @@ def test_evaluations_are_logged_and_plotted_and_the_best_adapter_is_kept(train, 
 
     distances, measured = iter([3.0, 1.0, 2.0]), []
 
-    def distance(generated, real):
-        measured.append((generated.count, real.count))
-        return next(distances)
+    def distance(generated, real, features, settings):
+        measured.append((generated.statistics.count, real.statistics.count))
+        return {"distance": next(distances)}
 
-    monkeypatch.setattr(metrics, "frechet_distance", distance)
+    monkeypatch.setitem(metrics.METRICS, "fd", replace(metrics.METRICS["fd"], compute=distance))
     run = train(**EVALUATED)
     assert measured == [(7, 1442)] * 3 and distances_of(run) == {2: 3.0, 4: 1.0, 6: 2.0}
     adapter, last = read_adapter(run), read_adapter(run / "onelora_weights_last.safetensors")

@@ -20,7 +20,7 @@ class GuidanceSettings:
     """Distance and recognition of digits without guidance, with it, and with guidance that is trained in."""
 
     strength: float = 1.5
-    """w of every kind of guidance."""
+    """w of guidance that is trained in; the others are drawn with what it becomes, 1 / (2 - w)."""
     steps: int = 400
     """Updates of each adapter."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -35,7 +35,7 @@ class GuidanceSettings:
 
 def guidance(settings: GuidanceSettings) -> dict[str, list[tuple[float, float]]]:
     """Print a table, and return (distance, recognition in percent) of each seed by the kind of guidance."""
-    w, trained = settings.strength, ["--trained-guidance", str(settings.strength), "--label-drop", "0"]
+    w, trained = 1 / (2 - settings.strength), ["--trained-guidance", str(settings.strength), "--label-drop", "0"]
     late = [*trained, "--guidance-start", str(settings.steps // 2), "--guidance-cutoff", "0.5"]
     # The kind -> flags of training, strength and kind of the guidance that is drawn with.
     kinds = {

@@ -597,7 +597,14 @@ RESOLUTION = dict.fromkeys(PIPELINES, 16) | {"sana": 32}  # SANA's pipeline take
 
 def make_pipeline(name: str, seed: int = 0):
     torch.manual_seed(seed)
-    pipeline = PIPELINES[name]()
+    try:
+        pipeline = PIPELINES[name]()
+    except AttributeError as error:  # the oldest diffusers that is promised does not have all of them
+        if not str(error).startswith("module diffusers has no attribute"):
+            raise
+        import pytest
+
+        pytest.skip(str(error))
     for denoiser in denoisers_in(pipeline).values():
         for parameter in denoiser.eval().parameters():
             if not parameter.any():  # as gates and outputs are made, through which nothing would be seen

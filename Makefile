@@ -33,9 +33,10 @@ adapter: .venv/installed
 check-gpu: .venv/installed
 	$(BIN)/python -m tools.check_gpu
 
-# After an update of diffusers: what is recorded of small pipelines of its classes, the table of docs/text_to_image.md.
+# After an update of diffusers: what is recorded of small pipelines of its classes, the table of docs/text_to_image.md;
+# with DIFFUSERS=FOLDER, a checkout of its repository, also of every other class that its tests make.
 families: .venv/installed
-	$(BIN)/python -m tools.try_families
+	$(BIN)/python -m tools.try_families $(if $(DIFFUSERS),--diffusers-tests $(DIFFUSERS))
 
 # Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed

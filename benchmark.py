@@ -4,6 +4,7 @@
     python benchmark.py speed --layers 28 --peers 1LoRA BitFit "PEFT LoRA r=1"
     python benchmark.py speed --family flux --precisions fp32   # a few blocks of FLUX.1 at its full width
     python benchmark.py memory                                  # on paper: SD3.5-Large, FLUX.1-dev and SANA
+    python benchmark.py examples                                # beside diffusers' own training examples
     python benchmark.py scale                                   # against tokens, layers and resident adapters
     python benchmark.py adapters                                # load and switch; many adapters in one batch
     python benchmark.py generate --layers 4                     # images a second, beside the stock pipeline
@@ -27,6 +28,7 @@ from benchmarks.adapters import AdaptersSettings, adapters
 from benchmarks.cache import CacheSettings, measure_cache
 from benchmarks.compare import CompareSettings, compare, preset_asked_for
 from benchmarks.compression import CompressionSettings, compression
+from benchmarks.examples import ExamplesSettings, examples
 from benchmarks.families import MemorySettings, memory
 from benchmarks.generate import GenerateSettings, generate
 from benchmarks.guidance import GuidanceSettings, guidance
@@ -40,6 +42,7 @@ from onelora_diffusion.command_line import one_line_errors, quieten
 SUBCOMMANDS = {
     SpeedSettings: speed,
     MemorySettings: memory,
+    ExamplesSettings: examples,
     ScaleSettings: scale,
     AdaptersSettings: adapters,
     GenerateSettings: generate,

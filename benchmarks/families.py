@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from benchmarks.measure import interleave, ratio, resident_bytes, saved_bytes, table
 from benchmarks.peers import twin
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.families import Family, family_named
+from onelora_diffusion.denoisers import DENOISERS, blocks_of
+from onelora_diffusion.families import Family, family_named, family_of
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.verbs import inject_adapter
+from onelora_diffusion.pipelines.base import model_index
 
 TEXT_TOKENS = 128
+PROMPT = "a photo of a dog in a bucket"
 REFERENCE = "PEFT LoRA r=16"
 
 
@@ -110,6 +114,56 @@ def family_batch(name: str, family: Family, model: nn.Module, batch: int, height
     return latents, torch.linspace(100, 900, batch), prompts, target
 
 
+def recorded_base(folder: str, layers: int) -> tuple[nn.Module, Family, object]:
+    """A random denoiser of the width of a pipeline's, its family, which is recorded, and the pipeline.
+
+    Args:
+        folder: a pipeline of diffusers; the weights of its denoiser are not read.
+        layers: blocks of each of the denoiser's lists, as far as its settings say their number.
+    """
+    import diffusers
+
+    index = model_index(folder)
+    name = next((part for part in DENOISERS if index.get(part, [None])[0]), None)
+    if name is None:
+        raise ValueError(f"'{folder}' has neither a transformer nor a unet")
+    cls = getattr(diffusers, index[name][1])
+    torch.manual_seed(0)
+    model = cls.from_config(shallow(cls, cls.load_config(folder, subfolder=name), layers)).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # as gates and outputs are made, through which no probe would see
+                parameter.normal_(std=0.02)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **{name: model})
+    pipeline.set_progress_bar_config(disable=True)
+    return model, family_of(pipeline), pipeline
+
+
+def shallow(cls: type, config: dict, layers: int) -> dict:
+    """A denoiser's settings with so many blocks in each list, where one of them is a number of blocks."""
+
+    def blocks(settings: dict) -> int:
+        with torch.device("meta"):
+            return len(blocks_of(cls.from_config(settings)))
+
+    numbers = [key for key, value in config.items() if key.startswith(("num_", "n_")) and type(value) is int]
+    for key in (key for key in numbers if config[key] > layers and ("layers" in key or "blocks" in key)):
+        fewer = config | {key: layers}
+        with suppress(Exception):  # a number of something else, of which so few make no denoiser
+            config = fewer if blocks(fewer) < blocks(config) else config
+    return config
+
+
+def recorded_batch(family: Family, pipeline, batch: int, side: int) -> tuple:
+    """Latents (batch, C, ...) of images of this side, in latents, with times, prompts, and a target."""
+    torch.manual_seed(0)
+    pixels = side * family.pixels_of_latent(pipeline)
+    latents, target = torch.randn(2, batch, *family.latent_shape(pipeline, pixels, pixels))
+    with torch.no_grad():
+        prompts = family.encode_conditions(pipeline, [PROMPT] * batch)
+    return latents, torch.linspace(100, 900, batch), prompts, target
+
+
 # ---------------------------------------------------------------------------------------------------
 # The peers, on the family's targets.
 
@@ -192,9 +246,13 @@ def family_speed(settings) -> dict:
     """
     torch.set_num_threads(settings.threads)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    base, family = family_base(settings.family, **BASES[settings.family].depths)
-    height, width = settings.sample_size, settings.sample_size
-    batch = family_batch(settings.family, family, base, settings.batch, height, width)
+    if settings.family in BASES:
+        base, family = family_base(settings.family, **BASES[settings.family].depths)
+        side = settings.sample_size
+        batch = family_batch(settings.family, family, base, settings.batch, side, side)
+    else:
+        base, family, pipeline = recorded_base(settings.family, settings.layers)
+        batch = recorded_batch(family, pipeline, settings.batch, settings.sample_size)
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     rows = []
     for precision in settings.precisions:
@@ -219,10 +277,11 @@ def family_speed(settings) -> dict:
                 | {"saved_bytes": saved_bytes(step.model, step.loss), "base_bytes": resident_bytes(held)}
             )
     results = {"settings": dataclasses.asdict(settings) | {"output_dir": str(settings.output_dir)}, "train": rows}
-    report = family_markdown(results)
+    results["base"] = titled(settings.family, base)
+    report, name = family_markdown(results), Path(settings.family).name
     print(report)
-    (settings.output_dir / f"{settings.family}.md").write_text(report)
-    (settings.output_dir / f"{settings.family}.json").write_text(json.dumps(results, indent=1))
+    (settings.output_dir / f"{name}.md").write_text(report)
+    (settings.output_dir / f"{name}.json").write_text(json.dumps(results, indent=1))
     plot_families(settings.output_dir)
     return results
 
@@ -256,13 +315,20 @@ def plot_families(folder: Path) -> None:
     figure.savefig(folder / "families.png", dpi=120)
 
 
+def titled(name: str, model: nn.Module) -> str:
+    """The base in words, with its depth."""
+    if name not in BASES:
+        return f"{type(model).__name__} of {Path(name).name} at its full width, {len(blocks_of(model))} blocks"
+    depths = " and ".join(f"{key} {value}" for key, value in BASES[name].depths.items())
+    return f"{BASES[name].title} at its full width, {depths}"
+
+
 def family_markdown(results: dict) -> str:
     settings = results["settings"]
-    name = settings["family"]
-    blocks = " and ".join(f"{key} {value}" for key, value in BASES[name].depths.items())
+    tokens = f" and {TEXT_TOKENS} tokens of text" if settings["family"] in BASES else ""
     lines = [
-        f"{BASES[name].title} at its full width, {blocks}, batch {settings['batch']} of "
-        f"{settings['sample_size']} x {settings['sample_size']} latents and {TEXT_TOKENS} tokens of text,",
+        f"{results['base']}, batch {settings['batch']} of "
+        f"{settings['sample_size']} x {settings['sample_size']} latents{tokens},",
         f"{settings['threads']} threads, {settings['clock']} time, median over {settings['rounds']} rounds "
         "(± half the distance of the quartiles).",
     ]

@@ -32,8 +32,9 @@ class SpeedSettings:
 
     peers: tuple[str, ...] = tuple(PEERS)
     """Which methods. 1LoRA and BitFit are always among them."""
-    family: Literal["dit", "pixart", "sd3", "flux", "sana"] = "dit"
-    """dit; or a few blocks of a text-to-image transformer at its full width, with its own peers."""
+    family: str = "dit"
+    """dit; or few blocks of a text-to-image transformer at its full width, with its own peers: pixart, sd3, flux or
+    sana; or the folder of a pipeline, recorded, the denoiser of random weights and --layers blocks a list."""
     precisions: tuple[Literal["fp32", "bf16", "bf16-base", "int8"], ...] = PRECISIONS
     """fp32; bf16: autocast over an fp32 base; bf16-base: autocast over a base held in bf16; int8: the same over one
     whose weights torchao has packed, of text-to-image alone."""

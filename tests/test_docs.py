@@ -256,7 +256,7 @@ FIELD = re.compile(r"^    (\w+): ", re.MULTILINE)
 SCRIPTS = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("tools/*.py"), *REPOSITORY.glob("benchmarks/*.py")]
 SETTINGS = [*SCRIPTS, *(REPOSITORY / "onelora_diffusion").rglob("*.py")]
 FLAGS = {name.replace("_", "-") for path in SETTINGS for name in FIELD.findall(path.read_text())}
-THEIRS = {"num_processes", "cpu", "help", "lora_alpha", "lora_rank", "network_module"}
+THEIRS = {"cache_latents", "num_processes", "cpu", "help", "lora_alpha", "lora_rank", "network_module"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -296,6 +296,48 @@ def flow_prediction(kind: str):
     return getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
+def make_hunyuan_video15():
+    from transformers import ByT5Tokenizer
+
+    rope = {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+    return diffusers.HunyuanVideo15Pipeline(
+        text_encoder=make_encoder("Qwen2_5_VLTextModel", **TOKENS, hidden_size=16, **LAYERS, **rope),
+        tokenizer=make_tokenizer(512, CHAT),
+        text_encoder_2=make_encoder(
+            "T5EncoderModel", vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+        ),
+        tokenizer_2=ByT5Tokenizer(),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ).eval(),
+        scheduler=flow_matching(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=16,
+            text_embed_2_dim=8,
+            image_embed_dim=12,
+            rope_axes_dim=(4, 6, 6),
+            target_size=16,
+            task_type="t2v",
+        ).eval(),
+    )
+
+
 def make_wan(**changes):
     return diffusers.WanPipeline(
         tokenizer=make_tokenizer(512),
@@ -533,6 +575,7 @@ PIPELINES = {
     "wan": make_wan,
     "wan22": lambda: make_wan(transformer_2=wan_transformer(), boundary_ratio=0.5),
     "wan_ti2v": lambda: make_wan(expand_timesteps=True),
+    "hunyuan_video15": make_hunyuan_video15,
     "ltx": lambda: diffusers.LTXPipeline(
         scheduler=flow_matching(use_dynamic_shifting=True),
         vae=make_ltx_vae(),

@@ -2,16 +2,21 @@
 
     python -m tools.try_families              # the table of docs/text_to_image.md; a minute on one core
     python -m tools.try_families z_image wan  # of these alone
+    python -m tools.try_families --diffusers-tests ../diffusers  # and every other class of which its tests make one
 
 A pipeline is the real class with random parts a few numbers wide, of `tests/tiny_models.py`.
 `replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step and what the
 recording predicts of the same noise, over the largest number in it; `batch` is that between three images of a batch,
 each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding. Without names,
-the other classes of diffusers that draw from a prompt are listed at the end.
+the other classes of diffusers that draw from a prompt are tried as its tests make them, if there is a checkout of its
+repository, and those that nothing makes are listed.
 """
 
+import argparse
 import inspect
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -26,8 +31,11 @@ from onelora_diffusion.files import first_line
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
 from tiny_models import PIPELINES, make_pipeline
 
+from tools.diffusers_tests import pipelines_in
+
 ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
 MORE = {"image", "video", "images", "mask_image", "control_image", "control_video", "strength", "audio"}
+MORE |= {"conditioning_frames"}
 PROMPTS = ["a bold Q", "", "a violet triangle"]
 
 
@@ -47,6 +55,8 @@ def replayed(pipeline, family: Recorded) -> float:
     side, place = family.record.side, family.place(*family.recorder.square)
     settings = {name: value for name, value in ASKED.items() if name in family.recorder.parameters}
     encoded = family.encode_conditions(pipeline, PROMPTS[:1])
+    for name, guider in family.recorder.guiders.items():
+        pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
     pipeline.scheduler.step = step
     pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings | family.record.off)
     pipeline.scheduler.step = own_step
@@ -72,13 +82,13 @@ def batched(pipeline, family: Recorded) -> float:
 
 
 @torch.no_grad()
-def row_of(pipeline, title: str) -> tuple[str, bool]:
-    """The row of a pipeline, and whether it was refused or its differences are rounding."""
+def row_of(pipeline, title: str) -> tuple[str, str]:
+    """The row of a pipeline, and whether those work, are refused, or are wrong by more than rounding."""
     try:
         family = Recorded(pipeline)
     except ValueError as error:
         reason = first_line(error).partition("cannot be recorded: ")[2]
-        return f"| {title} | refused: {reason} | | | | | |", True
+        return f"| {title} | refused: {reason} | | | | | |", "refused"
     record = family.record
     times = ", ".join(f"`{name}` {line_in_words(*line)}" for name, line in record.times.items())
     sign = "−" if family.place(*family.recorder.square).sign < 0 else "+"
@@ -97,15 +107,20 @@ def row_of(pipeline, title: str) -> tuple[str, bool]:
         guidance,
         " / ".join(f"{d:.0e}" for d in differences),
     )
-    return f"| {' | '.join(cells)} |", is_rounding
+    return f"| {' | '.join(cells)} |", "work" if is_rounding else "wrong"
 
 
-def untried(tried: set[type]) -> list[str]:
+def untried(tried: set[str]) -> list[str]:
     """Other classes of the installed diffusers that draw images or clips of a prompt alone, of the size asked for."""
     found = []
     for name in dir(diffusers):
         cls = getattr(diffusers, name, None)
-        if not name.endswith("Pipeline") or not isinstance(cls, type) or cls in tried:
+        if (
+            not name.endswith("Pipeline")
+            or not isinstance(cls, type)
+            or name in tried
+            or ".deprecated." in cls.__module__
+        ):
             continue
         given, parts = inspect.signature(cls.__call__).parameters, inspect.signature(cls.__init__).parameters
         if ASKED_FOR <= given.keys() and not MORE & given.keys() and {"transformer", "unet"} & parts.keys():
@@ -113,22 +128,43 @@ def untried(tried: set[type]) -> list[str]:
     return found
 
 
-def main(names: list[str]) -> int:
+def pipelines_of(names: list[str], folder: Path | None) -> Iterator[tuple[str, Callable]]:
+    """The title of each row, and what makes its pipeline: ours, then of other classes those of diffusers' tests."""
+    tried = set()
+    for name in names or PIPELINES:
+        pipeline = make_pipeline(name)
+        cls = type(pipeline).__name__
+        yield f"`{cls}`{f', {name}' if cls in tried else ''}", lambda pipeline=pipeline: pipeline
+        tried.add(cls)
+    if names:
+        return
+    for name, make in pipelines_in(folder) if folder else ():
+        if name not in tried and name in untried(tried):
+            yield f"`{name}`", make
+            tried.add(name)
+    if others := untried(tried):
+        print(f"\nNot tried, for nothing here makes small ones of them: {', '.join(others)}.")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(PIPELINES)}")
+    parser.add_argument("--diffusers-tests", type=Path, help="a checkout of diffusers' repository")
+    asked = parser.parse_args(arguments)
     print(
         "| pipeline | noise, sign of the output | time | of the prompt | of the size | guidance | replayed / batch |"
     )
     print("|---|---|---|---|---|---|---|")
-    is_good, tried = True, set()
-    for name in names or PIPELINES:
-        pipeline = make_pipeline(name)
-        title = f"`{type(pipeline).__name__}`{f', {name}' if type(pipeline) in tried else ''}"
-        row, is_rounding = row_of(pipeline, title)
+    verdicts = Counter()
+    for title, make in pipelines_of(asked.names, asked.diffusers_tests):
+        try:
+            row, verdict = row_of(make(), title)
+        except Exception as error:  # whatever a denoiser does to what it has not been tried with
+            row, verdict = f"| {title} | fails: {type(error).__name__}: {first_line(error)} | | | | | |", "wrong"
         print(row, flush=True)
-        is_good &= is_rounding
-        tried.add(type(pipeline))
-    if not names and (others := untried(tried)):
-        print(f"\nNot tried, for nothing here makes small ones of them: {', '.join(others)}.")
-    return 0 if is_good else 1
+        verdicts[verdict] += 1
+    print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
+    return 1 if verdicts["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -100,16 +100,16 @@ def batch_kind(one, two) -> str | None:
     return "shared" if same(one, two) else None
 
 
-def is_permuted(value, sample: Tensor, with_more: bool = False) -> bool:
-    """Whether an argument for one image is the sample in another order, or that and more."""
+def is_permuted(value, sample: Tensor) -> bool:
+    """Whether an argument for one image is the sample in another order, or has it beside other values."""
     is_of_one = isinstance(value, list) or isinstance(value, Tensor) and value.ndim
     if not is_of_one or len(value) != 1 or not isinstance(value[0], Tensor):
         return False
     (entry,) = value
-    if with_more and entry.is_floating_point() and entry.numel() > sample.numel():
-        return bool(torch.isin(sample.to(entry), entry).all())
-    if not entry.is_floating_point() or entry.numel() != sample.numel():
+    if not entry.is_floating_point() or entry.numel() < sample.numel():
         return False
+    if entry.numel() > sample.numel():
+        return bool(torch.isin(sample.to(entry), entry).all())
     return torch.equal(entry.flatten().sort().values, sample.to(entry.dtype).flatten().sort().values)
 
 

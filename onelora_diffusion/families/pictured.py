@@ -25,6 +25,8 @@ def find_pictured(recorder: Recorder, place: Place) -> None:
     if drawn := [name for name in first if not same(first[name], again.get(name))]:
         raise recorder.refusal(f"{drawn[0]} is drawn at random in each of its calls")
     if not record.references:
+        if not same(first[record.noisy], called(prompt=LONG)[record.noisy]):
+            raise recorder.refusal(f"what {record.noisy} has beside the noise follows the prompt")
         return
     picture = Image.linear_gradient("L").resize(BLANK).convert("RGB")
     own, other = called(), called(references=[picture] * record.references)

@@ -22,7 +22,7 @@ from onelora_diffusion.families.references import blank
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.files import first_line
 
-SIDES = (64, 128, 256, 512, 1024)  # pixels: the first that a pipeline takes is what it is recorded at
+SIDES = (64, 128, 256, 512, 1024, 32, 16)  # pixels: the first that a pipeline takes is what it is recorded at
 # Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
 BASE, DIGITS = 128, 4
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
@@ -80,17 +80,18 @@ def _probed(recorder: Recorder) -> Place:
 
 def find_noise(recorder: Recorder) -> None:
     """The smallest size that is taken, the setting without guidance, and the argument that has the noise."""
+    failures = []
     for side in SIDES:
         recorder.record.side = side
         try:
             return find_noise_at(recorder)
         except NotTakenError as error:
-            failure = error
-    raise failure
+            failures.append(error)
+    raise failures[0]
 
 
 def find_noise_at(recorder: Recorder) -> None:
-    record, outputs = recorder.record, []
+    record, outputs, run, failure = recorder.record, [], None, None
 
     def real(number, arguments):
         outputs.append(output_of(recorder.denoiser(**arguments)))
@@ -100,23 +101,29 @@ def find_noise_at(recorder: Recorder) -> None:
         if not off.keys() <= recorder.parameters.keys():
             continue
         outputs.clear()
-        run = recorder.run(SHORT, recorder.square, answer=real, **off)
+        try:
+            run = recorder.run(SHORT, recorder.square, answer=real, **off)
+        except NotTakenError as error:  # guided by default, some need a prompt to guide from
+            failure = error
+            continue
         record.arrangement.lists |= {n for n, value in run.calls[0].items() if "." not in n and _is_of_layers(value)}
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
-        sample, has_more = run.samples[0], bool(record.references)
-        found = [name for name, value in run.calls[0].items() if is_permuted(value, sample, has_more)]
+        found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
         if len(run.calls) == 1 and len(found) == 1:
             break
     else:
+        if run is None:
+            raise failure
         raise recorder.refusal(
             f"with {off or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
-            f"arguments {', '.join(found) or 'none'} is the scheduler's sample in another order"
+            f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
         )
     (name,) = found
     given, output = run.calls[0][name], outputs[0]
     before, after = given[0].shape, output[0].shape
-    if len(before) != len(after) or any(a % b and b % a for a, b in zip(after, before, strict=True)):
+    uneven = [1 for a, b in zip(after, before, strict=False) if a % b and b % a]
+    if len(before) != len(after) or len(uneven) > 1:  # one: of channels, of which some are no noise
         raise recorder.refusal(f"{name} is {tuple(before)}, and the output {tuple(after)}")
     record.factors = tuple(a / b for a, b in zip(after, before, strict=True))
     record.off, record.noisy, record.encoded = off, name, send_to_device(run.encoded, "cpu")
@@ -153,10 +160,10 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         raise recorder.refusal(f"in {len(run.times)} steps its denoiser is called {len(run.calls)} times")
     count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
     values = torch.stack([value[0].flatten().cpu() for value in given[:steps]])
-    moves = (values != values[0]).any(0)  # all others are of reference images
+    moves = (values != values[0]).any(0)  # all others are constant, or of reference images
     packed = torch.empty(len(moves), dtype=torch.long)
     packed[moves] = _from_digits(list(values[1:, moves]))
-    if not _is_permutation(packed[moves], count) or not record.references and not moves.all():
+    if not _is_permutation(packed[moves], count):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
     signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in run.outputs}
     sign = signs.pop()
@@ -341,7 +348,13 @@ def drawn_side(recorder: Recorder, place: Place) -> int:
     """Side in pixels of the images that the pipeline draws when asked for the recorded size; it sets `pixels`."""
     record, vae, side = recorder.record, recorder.pipeline.vae, recorder.record.side
     image = torch.zeros(1, 3, *[1] * place.frames, side, side, device=vae.device, dtype=vae.dtype)
-    encoded = moments_of(vae, image)[0]
+    try:
+        encoded = moments_of(vae, image)[0]
+    except Exception as error:  # whatever an autoencoder refuses an image by
+        raise recorder.refusal(
+            f"its autoencoder does not take an image of {side} by {side} pixels: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
     record.pixels = max(1, side // encoded.shape[-1])
     return place.shape[-1] * record.pixels
 
@@ -390,16 +403,24 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
     """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
     record, parameters = recorder.record, recorder.parameters
     # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
-    for name in ("true_cfg_scale", "guidance_scale"):
-        if name in parameters and (parameters[name].default or 0) > 1:
-            for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
+    names = [n for n in ("true_cfg_scale", "guidance_scale") if n in parameters and (parameters[n].default or 0) > 1]
+    own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
+    for name in ["guider"] if own else names:
+        for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
+            try:
                 run, answers = guided_run(recorder, **guided)
-                rows = sum(len(call[record.noisy]) for call in run.calls)
-                if rows == 2:
-                    record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
-                    return
-                if rows != 1:
-                    raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
+            except NotTakenError:
+                if len(guided) > 1:
+                    raise
+                continue
+            rows = sum(len(call[record.noisy]) for call in run.calls)
+            if rows == 2:
+                record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
+                if own and type(own[0]).__name__ != "ClassifierFreeGuidance":
+                    record.offset = None
+                return
+            if rows != 1:
+                raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
     if "guidance_scale" in parameters:
         first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
         changed = [name for name in first if not same(first[name], second[name])]

@@ -169,7 +169,7 @@ class Recorded(Family):
             value = call[name][None] if how.kind == "shared" else call[name][0][None]
             if how.ragged is not None:
                 own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged + 1]
-                most = length if record.references else max_length or (own.default if own else ROOM)
+                most = length if record.references else max_length or own and own.default or ROOM
                 if length > most:
                     raise ValueError(
                         f"{self.name} has {length} tokens of a prompt in {name}, more than the {most} asked for"
@@ -287,6 +287,9 @@ class Recorded(Family):
         if record.references:
             place, references = self._referred(conditions, self._size_of(latents)[:2])
             values = torch.cat([values, references.to(values.dtype)], dim=1)
+        elif len(place.packed) > values.shape[1]:
+            constant = on(place.constants[record.noisy][0].flatten()[place.packed >= values.shape[1]], device)
+            values = torch.cat([values, constant.to(values.dtype).expand(batch, -1)], dim=1)
         noisy = place.constants[record.noisy]
         packed = values[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
         given = self._of_prompts(conditions, self._size_of(latents))
@@ -338,7 +341,8 @@ class Recorded(Family):
         """A constant argument for so many images."""
         if isinstance(value, Tensor):
             value = on(value, device)
-            return value.expand(batch, *value.shape[1:]) if self.record.batched.get(name) else value
+            # As a pipeline gives it: one row after the other in memory, which some denoisers count on.
+            return value.expand(batch, *value.shape[1:]).contiguous() if self.record.batched.get(name) else value
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
 
     def timestep_range(self, scheduler) -> range:
@@ -359,6 +363,8 @@ class Recorded(Family):
         return run.schedule
 
     def guidance_scale(self, pipeline) -> float:
+        if self.record.guide == "guider":
+            return next(iter(self.recorder.guiders.values())).guidance_scale + (self.record.offset or 0)
         named = self.recorder.parameters.get(self.record.guide or "guidance_scale")
         return (named.default if named and named.default is not None else 1.0) + (self.record.offset or 0)
 

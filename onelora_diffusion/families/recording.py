@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.utils import send_to_device
+from diffusers.guiders import BaseGuidance
 from PIL import Image
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
 
 SHORT, LONG = "dog", "violet triangle"  # two prompts of different length and beginning
-# Images are encoded to exactly the size that is asked for, and captions are encoded as they are written.
-ASKED = {"use_resolution_binning": False, "clean_caption": False, "num_frames": 1, "output_type": "pt"}
+# Images are encoded to exactly the size that is asked for, captions as they are written; no attention is perturbed.
+ASKED = {"use_resolution_binning": False, "clean_caption": False, "output_type": "pt", "pag_scale": 0.0}
+ASKED |= dict.fromkeys(("num_frames", "frames", "video_length"), 1)
 
 
 class _Stop(Exception):
@@ -99,7 +101,7 @@ class Place:
         argument: the shape of the noisy argument, without the batch.
         order: for each latent, its place in the scheduler's sample.
         packed: for each place of the noisy argument, the number of the latent that stands there; where reference
-            images do, numbers from that of latents on, in the order of the places.
+            images or constants do, numbers from that of latents on, in the order of the places.
         unpacked: for each latent, its place in the denoiser's output.
         sign: of the output, by which it is a prediction.
         scale, shift: latents of the autoencoder are `scale · latents + shift`, of `shape`.
@@ -193,6 +195,7 @@ class Recorder:
         blocks: paths of the lists of the denoiser's blocks.
         parameters: of the pipeline's call, by name.
         takes: the one that is the reference images; None: there is none.
+        guiders: the components that guide, by name, where the call takes no scale.
         record: what is known of it so far.
         frame_rate: of clips, which some pipelines are told; None: this one does not say.
     """
@@ -208,6 +211,7 @@ class Recorder:
         self._blank: dict[tuple[int, ...], object] = {}
         own_rate = self.parameters.get("frame_rate")
         self.frame_rate: float | None = own_rate.default if own_rate else None
+        self.guiders = {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
 
     def refusal(self, what: str) -> ValueError:
         return ValueError(f"{type(self.pipeline).__name__} cannot be recorded: {what}")
@@ -222,6 +226,7 @@ class Recorder:
         encoded: list | None = None,
         references: Sequence[Image.Image] | None = None,
         frames: int = 1,
+        guider: float = 1.0,
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -233,6 +238,7 @@ class Recorder:
             encoded: what `encode_prompt` returned before, in place of its own.
             references: the reference images. None: blank ones, where there are any.
             frames: the number of frames of the clip that is drawn.
+            guider: the scale of guidance by the component that guides, where there is one; 1: none.
 
         Raises:
             NotTakenError: the call fails.
@@ -252,6 +258,7 @@ class Recorder:
             "encode_prompt": self._encoder(run, encoded),
             "_progress_bar_config": {"disable": True},
         }
+        replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         for name, part in denoisers_in(pipeline).items():
             replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device)
         with _replaced(pipeline, replaced), _silence():
@@ -366,7 +373,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
         after = step(len(run.times) - 1, sample)
         if after is None:
             raise _Stop
-        return _Answer((after,))
+        return _Answer((after, after))  # some read what is denoised as well
 
     scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step
     scheduler.scale_model_input = lambda sample, timestep=None: sample

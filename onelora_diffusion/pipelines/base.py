@@ -147,6 +147,11 @@ def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
             f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like {example}"
         )
     if not (folder / "model_index.json").is_file():
+        if (folder / "modular_model_index.json").is_file():
+            raise ValueError(
+                f"base model '{folder}' is a modular pipeline of diffusers, whose blocks are not recorded: give the "
+                "folder of a pipeline with a model_index.json"
+            )
         raise FileNotFoundError(f"base model '{folder}' has no model_index.json, so it is no diffusers pipeline")
     return folder
 

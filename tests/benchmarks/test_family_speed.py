@@ -2,8 +2,10 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
+from tiny_models import make_pipeline
 
 from benchmarks import families
 from benchmarks.families import BASES, PEERS, MemorySettings, counted, family_base, family_peer, memory
@@ -81,6 +83,29 @@ def test_memory_on_paper_is_what_the_tensors_hold(tmp_path, capsys):
     assert 0 < found["saved_checkpointed"] < found["saved"] < counted("flux", 64, "PEFT LoRA r=16")["saved"]
     memory(MemorySettings(bases=("sana",), resolutions=(64,), output_dir=tmp_path))
     assert "SANA 1.6B, 64, 1LoRA" in capsys.readouterr().out
+
+
+def test_the_folder_of_any_pipeline_is_measured(tmp_path, capsys):
+    make_pipeline("krea2").save_pretrained(tmp_path / "krea")
+    settings = SpeedSettings(family=str(tmp_path / "krea"), precisions=("fp32",), sample_size=8, batch=2, rounds=1)
+    settings.layers, settings.threads, settings.output_dir = 1, torch.get_num_threads(), tmp_path
+    rows = speed(settings)["train"]
+    assert [row["peer"] for row in rows] == list(PEERS)
+    # one of two blocks, of a layer of queries and of outputs each (32), of keys and values (16), a gate, and an MLP
+    layers = dict(diffusers.Krea2Pipeline.from_pretrained(tmp_path / "krea").transformer.named_modules())
+    one = [layer for name, layer in layers.items() if name.startswith("transformer_blocks.0.")]
+    outputs = sum(layer.out_features for layer in one if isinstance(layer, torch.nn.Linear))
+    assert rows[0]["num_trainable_params"] == outputs
+    assert "Krea2Transformer2DModel of krea at its full width, 1 blocks" in capsys.readouterr().out
+    assert (tmp_path / "krea.json").is_file()
+
+
+def test_a_family_that_is_neither_known_nor_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="base model 'nowhere at all': no such folder"):
+        speed(SpeedSettings(family="nowhere at all", output_dir=tmp_path))
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a modular pipeline of diffusers, whose blocks are not recorded"):
+        speed(SpeedSettings(family=str(tmp_path), output_dir=tmp_path))
 
 
 def test_int8_is_for_text_to_image():

@@ -1,0 +1,120 @@
+"""Small pipelines as diffusers' own tests make them, of a checkout of its repository; what those load, is made here.
+
+The components of a test (`get_dummy_components`) are random, but for tokenizers and some text encoders, which it would
+load: there ours of the same width take their place, and nothing is downloaded.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from tiny_models import CHAT, LAYERS, TOKENS, make_encoder, make_qwen_vl, make_t5, make_tokenizer, make_vae
+from torch import nn
+
+from onelora_diffusion.denoisers import DENOISERS
+
+WIDTH = 32  # of the tests' own small text encoders
+DEVELOPERS = ("parameterized", "requests_mock")  # which tests import, and making components does not need
+
+
+def pipelines_in(folder: Path) -> Iterator[tuple[str, Callable]]:
+    """The name of each pipeline class that has a test in a checkout of diffusers, and what makes a small one."""
+    sys.path.insert(0, str(folder))
+    for name in DEVELOPERS:
+        sys.modules.setdefault(name, mock.MagicMock())
+    for path in sorted((folder / "tests" / "pipelines").glob("*/test_*.py")):
+        if "def get_dummy_components" not in path.read_text() or "onnx" in path.name:
+            continue
+        module = importlib.import_module(".".join(path.relative_to(folder).with_suffix("").parts))
+        for case in vars(module).values():
+            is_own = isinstance(case, type) and case.__module__ == module.__name__
+            is_made = is_own and hasattr(case, "get_dummy_components")
+            if is_made and isinstance(getattr(case, "pipeline_class", None), type):
+                yield case.pipeline_class.__name__.removesuffix("Wrapper"), lambda case=case: made(case)
+
+
+def made(case: type):
+    """The pipeline of a test case, with our own tokenizers."""
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        for cls in (transformers.PreTrainedTokenizerBase, transformers.AutoTokenizer):
+            stack.enter_context(mock.patch.object(cls, "from_pretrained", classmethod(_tokenizer)))
+        stack.enter_context(mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(_model)))
+        stack.enter_context(mock.patch.object(transformers.AutoConfig, "from_pretrained", classmethod(_config)))
+        for cls in (transformers.AutoProcessor, transformers.ProcessorMixin):
+            stack.enter_context(mock.patch.object(cls, "from_pretrained", classmethod(_processor)))
+        test = case()
+        pipeline = _asked_as(case, test)(**test.get_dummy_components())
+    scheduler = pipeline.scheduler
+    if getattr(scheduler.config, "use_flow_sigmas", False):  # what such sigmas are for, and tests of shapes do not say
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type="flow_prediction")
+    vae = getattr(pipeline, "vae", None)
+    if isinstance(vae, AutoencoderKL) and len(vae.config.block_out_channels) == 1 and pipeline.vae_scale_factor == 8:
+        pipeline.vae = make_vae(
+            vae.config.latent_channels, levels=4
+        )  # the pipeline counts on its eight pixels a latent
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.eval()
+            for parameter in part.parameters() if name in DENOISERS else ():
+                if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
+                    nn.init.normal_(parameter, std=0.1)
+            for embedding in part.modules() if name.startswith("text_encoder") else ():
+                if isinstance(embedding, nn.Embedding):  # of fewer tokens than our tokenizers have
+                    embedding.register_forward_pre_hook(lambda own, args: (args[0] % own.num_embeddings,))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _asked_as(case: type, test) -> type:
+    """The pipeline's class with the test's length of prompts, which small transformers have no more places than."""
+    cls, takes_device = case.pipeline_class, inspect.signature(test.get_dummy_inputs).parameters
+    length = test.get_dummy_inputs(*["cpu"] * bool(takes_device)).get("max_sequence_length")
+    signature = inspect.signature(cls.__call__)
+    if length is None or "max_sequence_length" not in signature.parameters:
+        return cls
+
+    def call(self, *args, **kwargs):
+        return cls.__call__(self, *args, **{"max_sequence_length": length} | kwargs)
+
+    own = [p.replace(default=length) if p.name == "max_sequence_length" else p for p in signature.parameters.values()]
+    call.__signature__ = signature.replace(parameters=own)
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def _tokenizer(cls, *args, **kwargs):
+    return make_tokenizer(77 if "CLIP" in cls.__name__ else 512, CHAT)
+
+
+def _config(cls, *args, **kwargs):
+    return make_t5(WIDTH).config
+
+
+def _model(cls, name: str, *args, **kwargs):
+    kind = cls.__name__
+    small = {**TOKENS, "hidden_size": WIDTH, **LAYERS}
+    if kind in ("T5EncoderModel", "UMT5EncoderModel"):
+        return make_t5(WIDTH, kind)
+    if kind == "BertModel":
+        return make_encoder(kind, **small)
+    if kind == "LlamaForCausalLM":
+        return make_encoder(kind, **small | {"hidden_size": WIDTH // 2})
+    if kind == "Qwen2VLForConditionalGeneration":
+        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+        return make_qwen_vl(kind, WIDTH // 2, rope, {})
+    if kind == "Gemma3ForConditionalGeneration":
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return make_encoder(kind, text_config=small | {"head_dim": 16}, vision_config=sizes)
+    raise LookupError(f"{name} is not there, and nothing here stands in for a {kind}")
+
+
+def _processor(cls, *args, **kwargs):
+    """A processor that is given text alone is its tokenizer."""
+    return make_tokenizer(512, CHAT)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.utils import send_to_device
-from diffusers.guiders import BaseGuidance
 from PIL import Image
 from torch import Tensor
 
@@ -201,6 +200,8 @@ class Recorder:
     """
 
     def __init__(self, pipeline):
+        from diffusers.guiders import BaseGuidance
+
         self.pipeline = pipeline
         self.component = denoiser_name(pipeline)
         self.denoiser = unwrapped(getattr(pipeline, self.component))

@@ -9,63 +9,34 @@ from tiny_models import (
     HEADS,
     PIPELINES,
     flow_matching,
-    make_clip,
+    make_flux,
     make_pipeline,
     make_qwen_vae,
-    make_t5,
     make_tokenizer,
-    make_vae,
 )
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
+def make_flux_transformer(**settings):
+    from diffusers import FluxTransformer2DModel
+
+    layers = {"num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8}
+    return FluxTransformer2DModel(**layers, **settings, **HEADS, **AXES)
+
+
 def make_kontext():
-    from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+    from diffusers import FluxKontextPipeline
     from diffusers.pipelines.flux import pipeline_flux_kontext
 
     pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64), (96, 64)]  # megapixels otherwise
-    return FluxKontextPipeline(
-        scheduler=flow_matching(use_dynamic_shifting=True),
-        vae=make_vae(1),
-        text_encoder=make_clip(),
-        tokenizer=make_tokenizer(24),
-        text_encoder_2=make_t5(8),
-        tokenizer_2=make_tokenizer(24),
-        transformer=FluxTransformer2DModel(
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=2,
-            joint_attention_dim=8,
-            pooled_projection_dim=8,
-            guidance_embeds=True,
-            **HEADS,
-            **AXES,
-        ),
-    )
+    return make_flux(FluxKontextPipeline, partial(make_flux_transformer, in_channels=4, guidance_embeds=True))
 
 
 def make_flux_control():
-    from diffusers import FluxControlPipeline, FluxTransformer2DModel
+    from diffusers import FluxControlPipeline
 
-    return FluxControlPipeline(
-        scheduler=flow_matching(use_dynamic_shifting=True),
-        vae=make_vae(1),
-        text_encoder=make_clip(),
-        tokenizer=make_tokenizer(24),
-        text_encoder_2=make_t5(8),
-        tokenizer_2=make_tokenizer(24),
-        transformer=FluxTransformer2DModel(
-            in_channels=8,
-            out_channels=4,
-            num_layers=1,
-            num_single_layers=2,
-            joint_attention_dim=8,
-            pooled_projection_dim=8,
-            **HEADS,
-            **AXES,
-        ),
-    )
+    return make_flux(FluxControlPipeline, partial(make_flux_transformer, in_channels=8, out_channels=4))
 
 
 def make_qwen_processor():

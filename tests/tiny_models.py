@@ -349,6 +349,19 @@ def make_wan(**changes):
     )
 
 
+def make_flux(kind, make_transformer):
+    """A pipeline of FLUX.1's components and of its class `kind`; the transformer is made last."""
+    return kind(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_vae(1),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        text_encoder_2=make_t5(8),
+        tokenizer_2=make_tokenizer(24),
+        transformer=make_transformer(),
+    )
+
+
 def make_hunyuan_video():
     return diffusers.HunyuanVideoPipeline(
         text_encoder=make_encoder("LlamaModel", **TOKENS, hidden_size=8, **LAYERS),
@@ -425,15 +438,7 @@ PIPELINES = {
         text_encoder_3=make_t5(16),
         tokenizer_3=make_tokenizer(24),
     ),
-    "flux": lambda: diffusers.FluxPipeline(
-        scheduler=flow_matching(use_dynamic_shifting=True),
-        vae=make_vae(1),
-        text_encoder=make_clip(),
-        tokenizer=make_tokenizer(24),
-        text_encoder_2=make_t5(8),
-        tokenizer_2=make_tokenizer(24),
-        transformer=flux()[0],
-    ),
+    "flux": lambda: make_flux(diffusers.FluxPipeline, lambda: flux()[0]),
     "sana": lambda: diffusers.SanaPipeline(
         tokenizer=make_tokenizer(24),
         text_encoder=make_gemma(),

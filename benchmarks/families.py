@@ -19,7 +19,7 @@ from benchmarks.measure import interleave, ratio, resident_bytes, saved_bytes, t
 from benchmarks.peers import twin
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.denoisers import DENOISERS, blocks_of
-from onelora_diffusion.families import Family, family_named, family_of
+from onelora_diffusion.families import WRITTEN, Family, family_of
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.verbs import inject_adapter
 from onelora_diffusion.pipelines.base import model_index
@@ -97,7 +97,7 @@ def family_base(name: str, **depths: int) -> tuple[nn.Module, Family]:
     base = BASES[name]
     torch.manual_seed(0)
     model = getattr(diffusers, base.transformer_class)(**(base.config | depths))
-    return model.requires_grad_(False), family_named(base.transformer_class)
+    return model.requires_grad_(False), WRITTEN[base.transformer_class]
 
 
 def family_batch(name: str, family: Family, model: nn.Module, batch: int, height: int, width: int) -> tuple:

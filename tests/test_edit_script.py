@@ -112,6 +112,7 @@ def test_what_references_cannot_be_is_one_line(base, pairs, tmp_path):
             main(settings_of(base, pairs, run, **changes))
         assert message in ended.value.code and "\n" not in ended.value.code
         assert not run.exists() or not [*run.glob("*.safetensors"), *run.glob("metrics*")]
+        assert not (tmp_path / "latents").exists()
 
     refused("line 1 of", reference_column=("after",))
     refused("--flip does not go with --reference-column", flip=True)

@@ -13,9 +13,11 @@ from onelora_diffusion.families.sana import Sana
 from onelora_diffusion.families.sd3 import StableDiffusion3
 from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Conditions", "Edit", "Family", "Recorded", "choose_references", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Conditions", "Edit", "Family", "Recorded", "WRITTEN", "choose_references", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (DiT(), PixArt(), StableDiffusion3(), Flux(), Sana())
+WRITTEN = {family.transformer_class: family for family in FAMILIES}
+"""The families that have a file here; every other one is recorded."""
 
 
 def family_of(pipeline, records: Path | None = None) -> Family:
@@ -25,14 +27,17 @@ def family_of(pipeline, records: Path | None = None) -> Family:
         records: the folder in which what is recorded is kept.
 
     Raises:
-        ValueError: the pipeline cannot be recorded, or is none.
+        ValueError: it cannot be recorded, with the reason.
     """
     # Sharding or wrapping a model may give it a subclass of its class.
     classes = [each.__name__ for each in type(unwrapped(denoiser_of(pipeline))).__mro__]
-    known = {family.transformer_class for family in FAMILIES}
-    if references_of(pipeline) or not known & set(classes) and hasattr(pipeline, "scheduler"):
+    family = next((WRITTEN[name] for name in classes if name in WRITTEN), None)
+    if family is None and not hasattr(pipeline, "scheduler"):
+        raise ValueError(
+            f"{type(pipeline).__name__} has a {classes[0]} and no scheduler: give a pipeline of diffusers"
+        )
+    if references_of(pipeline) or family is None:
         return recorded_of(pipeline, records)
-    family = family_named(next((name for name in classes if name in known), classes[0]))
     family.check(pipeline)
     return family
 
@@ -44,13 +49,3 @@ def recorded_of(pipeline, records: Path | None = None) -> Recorded:
     if is_other or family.record.references != references_of(pipeline):
         family = vars(pipeline)["_onelora_family"] = Recorded(pipeline, records)
     return family
-
-
-def family_named(transformer_class: str) -> Family:
-    """The family that has transformers of this class; ValueError if it is none of those that are known here."""
-    for family in FAMILIES:
-        if family.transformer_class == transformer_class:
-            return family
-    known = ", ".join(f"{family.name} ({family.transformer_class})" for family in FAMILIES)
-    what = "no transformer" if transformer_class == "NoneType" else f"a {transformer_class}"
-    raise ValueError(f"the pipeline has {what}, of no family that is known here: {known}")

@@ -32,7 +32,7 @@ class Recorded(Family):
     """The family of one pipeline, whose call is recorded some twenty times, its denoiser running in a few of them.
 
     Args:
-        records: the folder in which the record is kept, and read from the next time.
+        records: the folder in which `keep` keeps the record, and from which it is read the next time.
 
     Raises:
         ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
@@ -44,13 +44,12 @@ class Recorded(Family):
         self.denoiser = unwrapped(denoiser_of(pipeline))
         self.transformer_class = type(self.recorder.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
-        path = path_of(records, self.recorder) if records else None
-        if path and (found := kept(path)):
+        self.path = path_of(records, self.recorder) if records else None
+        self.is_kept = self.path is not None and (found := kept(self.path)) is not None
+        if self.is_kept:
             self.recorder.record, place = found
         else:
             place = probed(self.recorder)
-            if path:
-                keep(path, self.recorder.record, place)
         self.record = self.recorder.record
         self._places: dict[tuple, Place] = {(*self.recorder.square, 1): place}
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
@@ -79,6 +78,12 @@ class Recorded(Family):
             f"adapters in {', '.join(f'{path}.*' for path in blocks)}",
         )
         return "\n".join(f"{self.name}: {line}" for line in lines)
+
+    def keep(self) -> None:
+        """Write the record into its folder, if it has one and is not from there."""
+        if self.path and not self.is_kept:
+            keep(self.path, self.record, self.place(*self.recorder.square))
+        self.is_kept = True
 
     def place(self, height: int, width: int, frames: int = 1, sizes: Sequence[tuple[int, int]] = ()) -> Place:
         """What the pipeline says of images of this size, or of clips of so many frames, recorded once.

@@ -284,7 +284,9 @@ def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, 
     def recorded():
         pipeline, calls = make_pipeline(name), []
         with denoiser_of(pipeline).register_forward_pre_hook(lambda *args: calls.append(args)):
-            return Recorded(pipeline, tmp_path), len(calls)
+            family = Recorded(pipeline, tmp_path)
+        family.keep()
+        return family, len(calls)
 
     (first, probes), (second, none) = recorded(), recorded()
     assert 0 < probes < 10 and none == 0

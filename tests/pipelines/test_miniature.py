@@ -136,6 +136,16 @@ def test_a_damaged_folder_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_pipeline_without_a_denoiser_is_one_line(tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "AudioPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
+    )
+    with pytest.raises(
+        ValueError, match=f"'{tmp_path}' has no transformer or transformer_2 or unet, and adapters are"
+    ):
+        load_base(tmp_path)
+
+
 def test_a_hub_id_without_a_network_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="base model 'nobody/no-such-dit'") as error:

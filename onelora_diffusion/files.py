@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 def first_line(error: Exception, limit: int = 400) -> str:
     """The first line of an error's message, made `printable`; its type if the message is empty."""
     return printable(str(error).strip().split("\n")[0], limit) or type(error).__name__
+
+
+def keys_once(pairs: list[tuple[str, object]]) -> dict:
+    """The `object_pairs_hook` of `json.loads` that refuses a key which is there twice; ValueError names it."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"'{printable(key, 60)}' is there twice")
+    return values
 
 
 def printable(value, limit: int | None = None):

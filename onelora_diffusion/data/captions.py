@@ -32,6 +32,7 @@ from onelora_diffusion.families.family import check_multiple
 from onelora_diffusion.files import printable
 
 DIGITS = digits.CAPTIONED
+CAPTION_ENDINGS = (".caption", ".txt")  # the former is kohya's; where both are beside an image, the latter is read
 MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the longest text encoder reads
 
 
@@ -136,7 +137,8 @@ def load_captioned(
         source: a folder of images, which are also looked for in its subfolders; or `hf:NAME`, see `data.from_hub`.
             None takes the handwritten digits with captions.
         prompt: a caption for all images, instead of those in the data. None reads captions from `metadata.jsonl` or
-            `metadata.csv`, as Hugging Face's image folders have them, or from a text file beside each image.
+            `metadata.csv`, as Hugging Face's image folders have them, or from a text file beside each image: NAME.txt,
+            or the first line of kohya's NAME.caption.
         image_column: the column of the metadata with the paths of images (None: `file_name`), or the column of the hub
             data set with the images (None: its only column of images).
         caption_column: the column of the metadata or hub data set with the captions.
@@ -349,9 +351,14 @@ def _of_folder(
         captions = dict.fromkeys(items, prompt)
     if without := sorted(items.keys() - captions.keys()):
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
-        raise ValueError(
-            f"{printable(str(folder / without[0]))} has no caption{more}: write one, or take the image out"
-        )
+        remedy = "write one, or take the image out"
+        if table and (column := table.column_of(without[0])):
+            column = printable(column, 60)
+            remedy = (
+                f"{table.path.name} names it in {column!r}, which is not read: give --mask-column {column} if it is a "
+                f"mask, --reference-column {column} if it is what is edited"
+            )
+        raise ValueError(f"{printable(str(folder / without[0]))} has no caption{more}: {remedy}")
     names = sorted(captions)
     pictures = clips(listing, {name: items.get(name, [name]) for name in names}) if clips else Files(listing, names)
     found = Found(pictures, [captions[name] for name in names])
@@ -411,9 +418,12 @@ def _captions_of(
 ) -> dict[str, str]:
     """The captions by the names of images and clips, of which `stems` are without their endings; {} with a prompt."""
     folder = listing.root
-    texts = {name.removesuffix(".txt") for name in listing.others if name.endswith(".txt")}
-    texts &= {*stems.values()}
-    listing.used.update(f"{name}.txt" for name in texts)
+    stems_there, texts = {*stems.values()}, {}
+    for name in sorted(listing.others, key=str.lower):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in CAPTION_ENDINGS and stem in stems_there:
+            texts[stem] = name
+    listing.used.update(texts.values())
     if prompt is not None:
         return {}
     if len(tables) + bool(texts) > 1:
@@ -427,14 +437,17 @@ def _captions_of(
     if not texts:
         raise ValueError(
             f"{folder} has no captions: put metadata.jsonl or metadata.csv there, with the columns "
-            f"{columns.image or FILE_COLUMN} and {columns.caption}, or a .txt beside each image, or give one --prompt "
-            "for all"
+            f"{columns.image or FILE_COLUMN} and {columns.caption}, or a .txt or .caption beside each image, or give "
+            "one --prompt for all"
         )
-    return {name: _text_in(folder / f"{stem}.txt") for name, stem in stems.items() if stem in texts}
+    return {name: _text_in(folder / texts[stem]) for name, stem in stems.items() if stem in texts}
 
 
 def _text_in(path: Path) -> str:
     try:
-        return checked(path.read_text(encoding="utf-8-sig"), f"the caption in {printable(str(path))}")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(str(path))} is no text in UTF-8: {error.reason}") from None
+    if path.suffix.lower() == CAPTION_ENDINGS[0]:
+        text = text.partition("\n")[0]
+    return checked(text, f"the caption in {printable(str(path))}")

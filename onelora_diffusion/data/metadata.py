@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from onelora_diffusion.data.listing import is_mask
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import keys_once, printable
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
@@ -56,6 +56,14 @@ class Table:
             if row[column] not in (None, "")
         }
 
+    def column_of(self, file: str) -> str | None:
+        """The first column that names a file, given by its path in the data set; None if there is none."""
+        for row, _ in self.rows.values():
+            for column, value in row.items():
+                if isinstance(value, str) and os.path.join(self.inside, os.path.normpath(value)) == file:
+                    return column
+        return None
+
     def _file(self, file, column: str, named: str) -> str:
         if not isinstance(file, str) or not file:
             raise ValueError(f"{named} names no file: {column} is {printable(repr(file), 40)}")
@@ -82,7 +90,7 @@ def _rows_of_json(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=keys_once)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} of {path} is no JSON: {error}") from None
         if not isinstance(row, dict):

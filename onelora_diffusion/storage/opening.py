@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from onelora_diffusion.files import printable
+from onelora_diffusion.files import keys_once, printable
 
 MAX_HEADER_BYTES = 4 << 20  # enough for 20,000 tensors or class names
 MAX_DIMENSIONS = 8
@@ -107,7 +106,7 @@ def strict_json(text: str | bytes, source: str):
     ValueError if it is no JSON, gives a key twice, has NaN or infinity, or is nested too deeply.
     """
     try:
-        return printable(json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number))
+        return printable(json.loads(text, object_pairs_hook=keys_once, parse_constant=_number, parse_float=_number))
     except (ValueError, RecursionError) as error:
         raise _damaged(source, error) from error
 
@@ -117,14 +116,6 @@ def read_bytes(path: Path) -> bytes:
     if (size := path.stat().st_size) > MAX_HEADER_BYTES:
         raise ValueError(f"{path}: has {size:,} bytes, and settings have at most {MAX_HEADER_BYTES:,}; remove it")
     return path.read_bytes()
-
-
-def _once(pairs: list[tuple]) -> dict:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"'{key}' is there twice")
-    return values
 
 
 def _number(text: str) -> float:

@@ -18,6 +18,7 @@ from onelora_diffusion.command_line import check_flags, command, typed_as, with_
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import check_columns, kind_of
+from onelora_diffusion.files import keys_once
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity
 from onelora_diffusion.training.stopping import parse_duration
@@ -159,9 +160,9 @@ class RunSettings:
     def adapter_config(self, num_classes: int | None = None, targets: tuple[str, ...] | None = None) -> AdapterConfig:
         """The settings of the adapter; `targets` are used if none are chosen. ValueError for a wrong setting."""
         try:
-            peft_config = self.peft_config and json.loads(self.peft_config)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--peft-config {self.peft_config} is no JSON: {error}") from None
+            peft_config = self.peft_config and json.loads(self.peft_config, object_pairs_hook=keys_once)
+        except ValueError as error:
+            raise ValueError(f"--peft-config {self.peft_config} is no JSON of settings: {error}") from None
         return AdapterConfig(
             method=self.method,
             rank=self.rank,

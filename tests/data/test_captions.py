@@ -137,6 +137,11 @@ def test_what_is_wrong_with_metadata_is_one_clear_line(folder, rows, error, mess
     ("name", "content", "message"),
     [
         ("metadata.jsonl", b'{"file_name": "a.png"', "line 1 of .*jsonl is no JSON"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "text": "a", "text": "b"}',
+            "line 1 of .* no JSON: 'text' is there tw",
+        ),
         ("metadata.jsonl", b"[" * 100_000, "line 1 of .*jsonl is no JSON"),
         ("metadata.jsonl", b"\xff\xfe{\0}", "metadata.jsonl is no text in UTF-8"),
         (
@@ -159,7 +164,7 @@ def test_what_is_wrong_with_metadata_is_one_clear_line(folder, rows, error, mess
         (
             "c.txt",
             b"green",
-            "has no captions: put metadata.jsonl or metadata.csv .*, or a .txt beside .*or give one --pro",
+            "has no captions: put metadata.jsonl or metadata.csv .*, or a .txt or .caption beside .*or give one --pro",
         ),
     ],
 )
@@ -168,6 +173,19 @@ def test_files_that_cannot_be_read_are_one_clear_line(folder, name, content, mes
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_captions_of_kohyas_scripts_are_their_first_lines_and_leave_a_txt_the_last_word(folder):
+    (folder / "a.caption").write_text("\ufeffa red sign\r\nof no use\r\n", encoding="utf-8", newline="")
+    (folder / "b.TXT").write_text("a blue\nsign\n")
+    (folder / "b.caption").write_text("another sign")
+    (folder / "more/c.Caption").write_text("“green”", encoding="utf-8")
+    dataset = load(folder)
+    assert dataset.captions == ["a red sign", "a blue\nsign", "“green”"]
+    assert dataset.dataset.source.listing.describe_left_out() == "files of other kinds (.caption 1)"
+    (folder / "a.caption").write_text("\na red sign")
+    with pytest.raises(ValueError, match=r"the caption in .*a.caption is '': write some words"):
+        load(folder)
 
 
 def test_captions_in_two_places_are_refused(folder):

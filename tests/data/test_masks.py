@@ -124,8 +124,13 @@ def test_a_column_names_masks_which_are_no_images(folder):
         captioned = load(folder, prompt, mask_column="m")
         assert captioned.captions == captions and [*on_grid(captioned)] == [0] and len(captioned.notes) == 1
     write_table(folder, {"file_name": "a.jpg", "text": "a", "m": None}, rows[1])
-    with pytest.raises(ValueError, match="masks/a.png has no caption"):
+    with pytest.raises(ValueError, match="masks/a.png has no caption: write one"):
         load(folder, None, mask_column="m")
+    write_table(folder, {"file_name": "a.jpg", "text": "a", "m": "masks/../masks/a.png"}, rows[1])
+    named = "masks/a.png has no caption: metadata.jsonl names it in 'm', which is not read: give --mask-column m if it"
+    with pytest.raises(ValueError, match=named):
+        load(folder, None)
+    write_table(folder, {"file_name": "a.jpg", "text": "a", "m": None}, rows[1])
     (folder / "masks/a.png").unlink()
     assert load(folder, None, mask_column="m").notes == ["0 of 2 images have masks"]
 

@@ -150,6 +150,8 @@ def test_settings_of_peft_are_taken_as_json(tmp_path):
     assert read_recipe(path).adapter_config(3).peft_config == {"n_frequency": 50}
     with pytest.raises(ValueError, match="--peft-config n_frequency=50 is no JSON"):
         Settings(method="peft:fourierft", peft_config="n_frequency=50").check()
+    with pytest.raises(ValueError, match="is no JSON of settings: 'n_frequency' is there twice"):
+        Settings(method="peft:fourierft", peft_config='{"n_frequency": 1, "n_frequency": 2}').check()
     with pytest.raises(ValueError, match="peft_config goes with"):
         Settings(peft_config='{"r": 2}').check()
 

@@ -1,6 +1,7 @@
 """What is done to captions before they are encoded: the trigger word, and other orders of tags."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +19,22 @@ def filled(text: str, trigger: str | None) -> str:
     if trigger is None and (place := PLACES.search(text)):
         raise ValueError(f"{printable(repr(text), 100)} has {place[0]}: give the word by --trigger")
     return PLACES.sub(lambda place: trigger, text)
+
+
+def filled_by(prompts: Sequence[str], triggers: Iterable[str | None]) -> list[str]:
+    """Prompts with the trigger word of the adapters that draw them, as their files have it, in its places.
+
+    Raises:
+        ValueError: a prompt has such a place, and the adapters have no trigger word, or several.
+    """
+    words = sorted({str(word) for word in triggers if word})
+    there = (
+        f"the adapters have {printable(' and '.join(words), 200)}" if words else "no adapter here has a trigger word"
+    )
+    for prompt in prompts if len(words) != 1 else ():
+        if place := PLACES.search(prompt):
+            raise ValueError(f"{printable(repr(prompt), 100)} has {place[0]}, and {there}: write the word")
+    return [filled(prompt, "".join(words)) for prompt in prompts]
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:

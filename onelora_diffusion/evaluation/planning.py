@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from onelora_diffusion.data.caption_texts import filled_by
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
 from onelora_diffusion.data.prompts import PromptFile, files_of, read_prompts
@@ -68,7 +69,8 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
             f"--unrelated-prompts {settings.unrelated_prompts}: {', '.join(drawn.adapters)} draws classes"
         )
     is_embedded = drawn.dataset == CAPTIONED and prompts is None
-    unrelated = unrelated or (UNRELATED if is_embedded else ())
+    triggers = [file.training.get("trigger") for file in drawn.adapters.values()]
+    unrelated = filled_by(unrelated, triggers) or (UNRELATED if is_embedded else ())
     if "drift" in asked and not unrelated:
         raise ValueError("--metrics drift needs prompts that have nothing to do with training: --unrelated-prompts")
 

@@ -16,7 +16,7 @@ from onelora_diffusion.evaluation.labels import LabelOrder
 from onelora_diffusion.evaluation.metrics import REAL, REFERENCE, MetricSettings, needed
 from onelora_diffusion.launch import precision_asked_by_launcher
 from onelora_diffusion.sampling import SamplerSettings
-from onelora_diffusion.sampling.adapted import AdaptedPipeline
+from onelora_diffusion.sampling.adapted import AdaptedPipeline, in_model
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME, file_of
 
 
@@ -108,11 +108,12 @@ class Generate(SamplerSettings, ComputeSettings, FeatureSettings, MetricSettings
     def adapter_files(self) -> dict[str, Path]:
         """The adapters' files by their names; ValueError if two have one name."""
         files: dict[str, Path] = {}
+        base = {"base": "the base"} if len(self.adapter or ()) > 1 else {}
         for path in self.adapter or ():
             file = file_of(path)
             name = (file.parent if file.name == WEIGHTS_NAME else file.with_suffix("")).resolve().name
-            if name in files or name == "base" and len(self.adapter) > 1:
-                other = files.get(name, "the base")
+            others = base | {in_model(other): file for other, file in files.items()}
+            if other := others.get(in_model(name)):
                 raise ValueError(f"--adapter {path} has the name '{name}', as has {other}: rename its folder or file")
             files[name] = file
         return files

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onelora_diffusion.data.caption_texts import filled_by
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS
 from onelora_diffusion.data.references import edits_of
@@ -106,7 +107,7 @@ class AdaptedPipeline:
 
     def choose(self, adapter_name: str) -> None:
         if len(self.adapters) > 1:
-            set_adapters(self.denoiser, adapter_name)
+            set_adapters(self.denoiser, in_model(adapter_name))
 
 
 def load_adapted(
@@ -126,7 +127,8 @@ def load_adapted(
         base: a folder or hub id; None takes the one that the adapters name.
         files: the file or folder of each adapter, by the name that it gets.
         classes: names or numbers of the classes to draw; () takes all, of a base that draws classes.
-        prompts: prompts to draw; () takes the captions of the embedded job, for its adapters.
+        prompts: prompts to draw, with the adapters' trigger word in place of `{trigger}`; () takes the captions of the
+            embedded job, for its adapters.
         references: reference images that the prompts edit: those of all prompts, or of each in turn.
         resolution: side of the images of prompts; None takes that of training.
         frames: number of frames of what is drawn of prompts; None takes that of training.
@@ -152,8 +154,13 @@ def load_adapted(
     else:
         loaded = _load_classes(base, named_by, adapters, classes)
     for name, path in files.items():
-        load_adapter(loaded.denoiser, path, name)
+        load_adapter(loaded.denoiser, path, in_model(name))
     return loaded
+
+
+def in_model(name: str) -> str:
+    """The name in the denoiser of an adapter whose folder or file has this name, where a dot has no place."""
+    return name.replace(".", "_")
 
 
 def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: Sequence[str]) -> AdaptedPipeline:
@@ -192,6 +199,7 @@ def _load_prompts(
         raise ValueError(f"the adapter in {where} draws prompts: give --prompts, and no --classes")
     if mixed_precision not in PRECISIONS:
         raise ValueError(f"--mixed-precision {mixed_precision} is for classes: choose bf16 or no")
+    prompts = filled_by(prompts, [training.get("trigger") for training in facts])
     each = _largest(facts, "references")
     if each and not references:
         where = " and ".join(map(str, files.values()))

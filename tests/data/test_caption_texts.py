@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
+from onelora_diffusion.data.caption_texts import filled, filled_by, tag_orders, with_trigger
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,19 @@ def test_a_place_without_a_word_is_one_line(place):
     with pytest.raises(ValueError) as caught:
         filled(f"a {place} dog", None)
     assert str(caught.value) == f"'a {place} dog' has {place}: give the word by --trigger"
+
+
+def test_prompts_have_the_one_trigger_word_of_their_adapters():
+    prompts = ["a {trigger} dog", "[trigger]", "a cat"]
+    assert filled_by(prompts, ["sks", None, "sks"]) == ["a sks dog", "sks", "a cat"]
+    assert filled_by(["a cat"], []) == filled_by(["a cat"], ["sks", "zwx"]) == ["a cat"]
+    for words, said in (
+        ([None], "no adapter here has a trigger word"),
+        (["zwx", "sks"], "the adapters have sks and zwx"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            filled_by(prompts, words)
+        assert str(caught.value) == f"'a {{trigger}} dog' has {{trigger}}, and {said}: write the word"
 
 
 def test_tags_take_all_orders_equally_often_and_the_first_stay():

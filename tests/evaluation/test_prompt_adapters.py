@@ -31,15 +31,20 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     pipeline = make_pipeline("pixart")
     pipeline.save_pretrained(folder / "base")
-    training = {"family": "pixart", "dataset": "signs", "resolution": 16, "max_sequence_length": 24}
-    for seed, name in enumerate(("one", "two")):
+    training = {"family": "pixart", "dataset": "signs", "resolution": 16, "max_sequence_length": 24, "trigger": "red"}
+    for seed, name in enumerate(("one", "lr0.01")):
         config = AdapterConfig(targets=family_of(pipeline).targets)
         model = randomize(inject_adapter(make_pipeline("pixart").transformer, config), scale=0.2, seed=seed)
         save_adapter(model, folder / name, base=str(folder / "base"), training=training)
     (folder / "red").mkdir()
     for (name, colour), size in zip(COLOURS.items(), [(16, 16), (40, 30), (20, 64)], strict=True):
         Image.new("RGB", size, colour).save(folder / name, quality=95)
-    rows = zip(PROMPTS, ["red", "red", ""], ["red", "red/1.png", "blue.png"], strict=True)
+    rows = zip(
+        ["a {trigger} sign", "a [trigger] sign at night", "a blue sign"],
+        ["red", "red", ""],
+        ["red", "red/1.png", "blue.png"],
+        strict=True,
+    )
     (folder / "signs.csv").write_text("prompt,group,image\n" + "\n".join(map(",".join, rows)))
     (folder / "unrelated.txt").write_text("\n\n".join(UNRELATED))
     return folder
@@ -78,17 +83,17 @@ def pixels(images):
 
 
 def test_two_adapters_are_measured_beside_their_base(folder, capsys):
-    given = ["--adapter", folder / "one", folder / "two", "--prompts", folder / "signs.csv"]
+    given = ["--adapter", folder / "one", folder / "lr0.01", "--prompts", folder / "signs.csv"]
     given += ["--unrelated-prompts", folder / "unrelated.txt", "--output", folder / "out/report.json", *SMALL]
     run(*given, "--metrics", "similarity", "nearest", "mmd", "fd", "authenticity")
     report = json.loads((folder / "out/report.json").read_text())
-    assert list(report["results"]) == ["base", "one", "two"] and report["prompts"] == PROMPTS
+    assert list(report["results"]) == ["base", "one", "lr0.01"] and report["prompts"] == PROMPTS
     assert report["unrelated_prompts"] == UNRELATED and report["images_at_once"] == 1
 
     real = torch.tensor([COLOURS[name] for name in ("red/1.png", "red/2.jpg", "blue.png")], dtype=torch.uint8)
     real = pixels(real[:, :, None, None].expand(-1, -1, 16, 16))
     base_unrelated = pixels(images_of(folder, None, UNRELATED))
-    for name in ("base", "one", "two"):
+    for name in ("base", "one", "lr0.01"):
         adapter = None if name == "base" else name
         found = report["results"][name]
         drawn = pixels(images_of(folder, adapter, PROMPTS * 2))
@@ -109,14 +114,14 @@ def test_two_adapters_are_measured_beside_their_base(folder, capsys):
 
     printed = capsys.readouterr().out
     assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 80
-    for name in ("base", "one", "two"):
+    for name in ("base", "one", "lr0.01"):
         line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert f"{report['results'][name]['distance']:.4f}" in line
     assert "similarity(pixels)" in printed and "drift(pixels)" in printed and "MMD(pixels)" in printed
     assert "the real images of its own group" in " ".join(printed.split())
 
     sheet = np.array(Image.open(folder / "out/report.png"))
-    drawn = images_of(folder, "two", PROMPTS)
+    drawn = images_of(folder, "lr0.01", PROMPTS)
     top, tile = HEADER, sheet.shape[1] - 68  # the last block on the right
     assert sheet.shape[0] == top + 3 * 66 + 2
     for row, image in enumerate(drawn):
@@ -209,6 +214,12 @@ def test_what_is_wrong_is_one_line_before_anything_is_drawn(folder, tmp_path, mo
     shutil.copytree(folder / "one", tmp_path / "more" / "one")
     twice = error_of(*signs, "--adapter", folder / "one", tmp_path / "more" / "one")
     assert "has the name 'one', as has" in twice
+    shutil.copytree(folder / "lr0.01", tmp_path / "lr0_01")
+    twice = error_of(*signs, "--adapter", folder / "lr0.01", tmp_path / "lr0_01")
+    assert "has the name 'lr0_01', as has" in twice
+    (tmp_path / "place.txt").write_text("a {trigger} sign")
+    without = error_of("--adapter", "None", "--base", folder / "base", "--prompts", tmp_path / "place.txt")
+    assert "'a {trigger} sign' has {trigger}, and no adapter here has a trigger word: write the word" in without
     pipeline = make_pipeline("sd3")
     pipeline.save_pretrained(tmp_path / "other-base")
     model = inject_adapter(pipeline.transformer, AdapterConfig(targets=family_of(pipeline).targets))

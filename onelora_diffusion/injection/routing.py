@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Literal, get_args
 
@@ -77,11 +77,20 @@ def route_beside_base(model: nn.Module, batch_size: int, adapter_names: Sequence
     return route_adapters(model, entries + [None] * batch_size)
 
 
+def trained_guidance(model: nn.Module, adapter_name: str) -> float | None:
+    """The strength of the guidance that was trained into an adapter, as its file says; None if there is none."""
+    return adapters_of(model).origins.get(adapter_name, {}).get("training", {}).get("trained_guidance")
+
+
+def is_trained_with_guidance(model: nn.Module, adapter_names: Collection[str]) -> bool:
+    """Whether guidance was trained into all adapters of a sample; not into those of the base alone."""
+    return bool(adapter_names) and all(trained_guidance(model, name) is not None for name in adapter_names)
+
+
 def warn_of_trained_guidance(model: nn.Module, adapter_names: Iterable[str], guidance_scale: float) -> None:
     """Log, once, that guidance is put on top of guidance that was trained into adapters of these names."""
     for name in adapter_names:
-        trained = adapters_of(model).origins.get(name, {}).get("training", {}).get("trained_guidance")
-        if trained is not None and guidance_scale > 1:
+        if guidance_scale > 1 and (trained := trained_guidance(model, name)) is not None:
             _warn_once(
                 f"guidance {guidance_scale:g} is put on top of guidance {trained} that was trained into adapter "
                 f"'{name}': 1 draws with that alone, in half the time"

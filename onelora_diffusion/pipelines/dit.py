@@ -20,6 +20,7 @@ from onelora_diffusion.injection.merging import stock_state_dict
 from onelora_diffusion.injection.routing import (
     GUIDANCES,
     Entry,
+    is_trained_with_guidance,
     route_adapters,
     route_beside_base,
     warn_of_trained_guidance,
@@ -88,7 +89,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         output_type: str | None = "pil",
@@ -103,7 +104,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         Args:
             class_labels: labels or class names, one for each image, of the class table of the image's adapter, or of
                 the base's if the adapter is None.
-            guidance_scale: w; 1 or less turns guidance off.
+            guidance_scale: w; 1 or less turns guidance off. None takes 1 if guidance is trained into all adapters that
+                draw, else 4.
             adapter_names: the adapter of each image (None for the base), all in one batch; a single name is for all
                 images. If not given, the adapters that `set_adapters` activated draw.
             guidance: `cfg`, ε(∅) + w · (ε(y) − ε(∅)) of one model (Ho & Salimans 2022), or `domain`,
@@ -126,9 +128,13 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         if entries is not None and scale != 1:
             entries = [{name: scaled(weight, scale) for name, weight in _mixture(e).items()} for e in entries]
-        if (book := self._book()) is not None:
-            for mixture in [book.merged or book.serving] if entries is None else map(_mixture, entries):
-                warn_of_trained_guidance(self._adapted_model(), mixture, guidance_scale)
+        own = {} if (book := self._book()) is None else book.merged or book.serving
+        mixtures = [own] if entries is None else [_mixture(entry) for entry in entries]
+        if guidance_scale is None:
+            is_trained = all(is_trained_with_guidance(self._adapted_model(), mixture) for mixture in mixtures)
+            guidance_scale = 1.0 if is_trained else 4.0
+        for mixture in mixtures:
+            warn_of_trained_guidance(self._adapted_model(), mixture, guidance_scale)
         is_domain = guidance == "domain" and guidance_scale > 1
         with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
             return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)

@@ -14,11 +14,12 @@ from typing import Annotated, Literal
 import fastapi
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from onelora_diffusion.files import first_line
+from onelora_diffusion.files import first_line, keys_once
 from onelora_diffusion.injection.routing import Guidance
 from onelora_diffusion.sampling.settings import SamplerName
 from onelora_diffusion.serving.access import ADMIN, Gate, refusal
@@ -69,7 +70,9 @@ class ImagesRequest(Strict):
     negative_prompt: Line | None = None
     adapters: Weights | None = Field(None, description="`{name: weight}`, instead of a model.")
     guidance: Guidance = "cfg"
-    guidance_scale: GuidanceScale = 4.0
+    guidance_scale: GuidanceScale | None = Field(
+        None, description="1 or less is without. Default: 1 if guidance is trained into all adapters, else 4."
+    )
     sampler: SamplerName | None = None
     steps: Steps = 25
     seed: Seed | None = Field(None, description="Of the first picture; the others follow. Default: any.")
@@ -94,6 +97,28 @@ class PicturesRequest(Strict):
     digests: Digests = Digests()
 
 
+class Strictly(fastapi.Request):
+    """A request whose JSON gives each key once."""
+
+    async def json(self):
+        try:
+            return json.loads(await self.body(), object_pairs_hook=keys_once)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            raise HTTPException(400, f"the request cannot be read: {error}") from None
+
+
+class Route(APIRoute):
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: fastapi.Request):
+            return await handle(Strictly(request.scope, request.receive))
+
+        return handle_strictly
+
+
 def create_app(service: Service, access: AccessSettings, host: str = "localhost") -> Gate:
     """The ASGI application of a service.
 
@@ -101,6 +126,7 @@ def create_app(service: Service, access: AccessSettings, host: str = "localhost"
         host: the address that it listens at, by which it may be reached besides those that `access` allows.
     """
     app = fastapi.FastAPI(title="onelora", docs_url=None, redoc_url=None)
+    app.router.route_class = Route
     metrics = Metrics(lambda: service.batcher and service.batcher.state())
     _answer_errors(app)
     _add_probes(app, service, metrics)
@@ -200,6 +226,7 @@ class Model(BaseModel):
     classes: list[str] | None = Field(None, description="Names by label; without them the base's are drawn.")
     prompt: str | None = None
     trigger: str | None = Field(None, description="The word for what it has learned, for prompts.")
+    guidance_scale: float | None = Field(None, description="1 if guidance is trained into it.")
     num_params: int | None = None
     digest: str | None
 
@@ -212,7 +239,7 @@ class BaseModelOfServer(Model):
     samplers: list[str]
     size: int
     max_steps: int
-    guidance_scale: float
+    guidance_scale: float = Field(description="The one with which the page begins.")
 
 
 class Problem(BaseModel):
@@ -242,6 +269,7 @@ def _model_of(entry: AdapterEntry) -> Model:
         classes=entry.classes and [entry.classes[label] for label in sorted(entry.classes)],
         prompt=entry.prompt,
         trigger=entry.trigger,
+        guidance_scale=1.0 if entry.has_guidance else None,
         num_params=entry.num_params,
         digest=entry.digest,
     )

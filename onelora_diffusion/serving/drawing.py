@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from onelora_diffusion.data.caption_texts import filled_by
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import find_class
@@ -53,12 +54,15 @@ class Drawing:
     def completed(self, request: Request, entries: Sequence[AdapterEntry]) -> Request:
         """The request with its class as a label, and with the base's own sampler and size if it names none.
 
+        Guidance that it does not ask for is what its adapters were trained for, and in its prompts their trigger word
+        is in place of `{trigger}`.
+
         Args:
             entries: the library's entries of the request's adapters.
 
         Raises:
             ValueError: the base has no such class, sampler or size, the steps exceed `max_steps`, or the subject is
-                a class where the base draws prompts.
+                a class where the base draws prompts, or a prompt has `{trigger}` and the adapters no word for it.
         """
         size, config = request.size or self.size, self.pipeline.scheduler.config
         self.family.check_resolution(self.pipeline, size)
@@ -75,13 +79,20 @@ class Drawing:
             raise ValueError(
                 f"negative_prompt is '{request.negative_prompt[:60]}'; this base is not guided from a prompt"
             )
+        pairs = zip(request.adapters, entries, strict=True)
+        serving = [entry for (_, weight), entry in pairs if weight != 0]
+        if request.guidance_scale is None:
+            is_trained = bool(serving) and all(entry.has_guidance for entry in serving)
+            request = replace(request, guidance_scale=1.0 if is_trained else SamplerSettings.guidance_scale)
         if self.draws_classes:
             subject = find_class(request.subject, *self.classes_of(request.adapters, entries))
             sampler = settings.for_scheduler(config).sampler
             return replace(request, subject=subject, sampler=sampler, size=size)
         if not isinstance(request.subject, str):
             raise ValueError(f"subject is {request.subject}; this base draws a prompt, which is a text")
-        return replace(request, size=size)
+        triggers = [entry.trigger for entry in serving]
+        subject, negative = filled_by([request.subject, request.negative_prompt or ""], triggers)
+        return replace(request, subject=subject, negative_prompt=negative or None, size=size)
 
     def classes_of(
         self, adapters: Sequence[tuple[str, float]], entries: Sequence[AdapterEntry]

@@ -33,6 +33,7 @@ class AdapterEntry:
         stamp: a value that changes when the file changes.
         problem: why the adapter cannot be used, in one line, or None.
         classes: the adapter's own class names by label; None if it draws the base's classes.
+        has_guidance: whether guidance is trained into it.
         prompt, trigger: the caption of all its training images, and the word for what it has learned, if there is one.
         num_bytes: memory that its values take when loaded.
         digest: SHA-256 of its settings and values, as of the last time that the file was read.
@@ -46,6 +47,7 @@ class AdapterEntry:
     base: str | None = None
     dataset: str | None = None
     classes: dict[int, str] | None = None
+    has_guidance: bool = False
     prompt: str | None = None
     trigger: str | None = None
     num_params: int = 0
@@ -165,6 +167,7 @@ class AdapterLibrary:
             base=_text(adapter.base),
             dataset=_text(training.get("dataset")),
             classes=classes,
+            has_guidance="trained_guidance" in training,
             prompt=_text(training.get("prompt")),
             trigger=_text(training.get("trigger")),
             num_params=num_params,

@@ -72,7 +72,8 @@ class Request:
         negative_prompt: a prompt from which guidance leads away, instead of the empty one.
         adapters: (name, weight) of each adapter of a weighted sum, given as {name: weight} or one name; empty for the
             base alone. If several adapters have classes of their own, those of the last one are drawn.
-        guidance_scale: the scale of guidance; 1 or less turns guidance off.
+        guidance_scale: the scale of guidance; 1 or less turns guidance off. None takes 1 if guidance is trained into
+            all its adapters, else 4.
         sampler: None takes the base's own.
         size: side of the image in pixels; None takes the base's own.
 
@@ -84,7 +85,7 @@ class Request:
     negative_prompt: Line | None = None
     adapters: Adapters = ()
     guidance: Guidance = "cfg"
-    guidance_scale: GuidanceScale = 4.0
+    guidance_scale: GuidanceScale | None = None
     sampler: SamplerName | None = None
     num_inference_steps: Steps = 25
     seed: Seed = 0

@@ -152,6 +152,13 @@ def test_malformed_requests_are_refused_and_the_next_is_drawn(server, client):
     for content in (b"", b"{", b"[" * 100_000, b"\xff", b"null"):
         answer = client.post("/v1/pictures", content=content, headers={"content-type": "application/json"})
         assert error_of(answer)[0] == 400
+    twice = {
+        "images/generations": '{"prompt": 1, "seed": 1, "seed": 2}',
+        "pictures": '{"pictures": [{"seed": 1, "seed": 2}]}',
+    }
+    for path, text in twice.items():
+        answer = client.post(f"/v1/{path}", content=text, headers={"content-type": "application/json"})
+        assert error_of(answer)[0] == 400 and "'seed' is there twice" in answer.text
     for content, headers in ((b"{}", {"content-type": "text/plain"}), (b"{}", {}), (b"", {})):
         answer = client.post("/v1/pictures", content=content, headers=headers)
         assert error_of(answer)[0] == 400 and "no body of the type application/json" in answer.text

@@ -1,6 +1,7 @@
 """A picture is that of its own adapters, class, guidance and noise, whatever it is drawn together with."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from onelora_diffusion.families.autoencoder import decode_latents
 from onelora_diffusion.pipelines.base import class_names, model_index, transformer_class
 from onelora_diffusion.sampling import SamplerSettings, image_generators
 from onelora_diffusion.serving.drawing import Drawing
+from onelora_diffusion.serving.library import AdapterEntry
 from onelora_diffusion.serving.request import Request
 
 STEPS = 5
@@ -77,6 +79,21 @@ def test_a_picture_is_that_of_the_sampler_with_its_adapters_set(drawing, number)
     labels, generators = torch.tensor([request.subject]), image_generators(request.seed, [0])
     expected = decode_latents(drawing.pipeline.vae, sample_latents(transformer, config, labels, generators, settings))
     torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-5)
+
+
+def test_guidance_that_is_not_asked_for_is_what_all_adapters_were_trained_for(drawing):
+    trained, plain = (AdapterEntry("", Path(), None, has_guidance=has) for has in (True, False))
+    for entries, weights, scale in (
+        ([], (), 4.0),
+        ([trained], (0.7,), 1.0),
+        ([trained, trained], (1.0, -1.0), 1.0),
+        ([trained, plain], (1.0, 1.0), 4.0),
+        ([trained, plain], (1.0, 0.0), 1.0),
+        ([trained], (0.0,), 4.0),
+    ):
+        request = Request(subject=3, adapters={str(number): weight for number, weight in enumerate(weights)})
+        assert drawing.completed(request, entries).guidance_scale == scale
+        assert drawing.completed(replace(request, guidance_scale=2.5), entries).guidance_scale == 2.5
 
 
 def test_only_guided_samples_run_twice(drawing):

@@ -96,7 +96,9 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
     drawing = Drawing(pipeline, 50)
     inject_adapter(pipeline.transformer, AdapterConfig(targets=drawing.family.targets))
     randomize(pipeline.transformer, 0.3)
-    save_adapter(pipeline.transformer, tmp_path / "food.safetensors", training={"prompt": "a sks dog"})
+    save_adapter(
+        pipeline.transformer, tmp_path / "food.safetensors", training={"prompt": "a sks dog", "trigger": "sks"}
+    )
     unload_adapter(pipeline.transformer).requires_grad_(False)
     with serving(pipeline, tmp_path, drawing=drawing, max_batch=4) as batcher:
         assert batcher.library.entry("food").prompt == "a sks dog"
@@ -104,7 +106,10 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
         tickets = batcher.submit_all(asked)
         assert [ticket.picture.result(60).shape for ticket in tickets] == [(16, 16, 3)] * 3
         assert batcher.state()["batch_sizes"] == {"3": STEPS}
+        named = batcher.submit(replace(asked[1], subject="a {trigger} dog", negative_prompt="[trigger]")).request
+        assert (named.subject, named.negative_prompt) == ("a sks dog", "sks")
         wrong = {
+            "has {trigger}, and no adapter here has a trigger word": replace(asked[0], subject="a {trigger} dog"),
             "this base draws a prompt": replace(REQUESTS[0], subject=3),
             "have their pipeline's own": replace(REQUESTS[0], sampler="ddim"),
             "no multiple of": replace(REQUESTS[0], size=17),

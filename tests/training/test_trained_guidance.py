@@ -17,6 +17,7 @@ from onelora_diffusion.cli.train_dit import main, prepare_task
 from onelora_diffusion.evaluation.settings import Generate
 from onelora_diffusion.injection import routing
 from onelora_diffusion.sampling.adapted import load_adapted
+from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.training.randomness import StepDraws, draw_step
 from onelora_diffusion.training.settings import Settings
 from onelora_diffusion.training.stopping import Clock, Stop
@@ -167,6 +168,14 @@ def test_an_adapter_with_guidance_says_so_and_is_drawn_without(settings, tmp_pat
     assert len(warnings()) == 1
     pipe([1, 2], adapter_names=[None, "guided"], num_inference_steps=1)
     assert warnings()[1:] == [f"guidance 4 {trained} 'guided': {alone}"]
+    asked = dict(class_labels=[1], num_inference_steps=1, output_type="np")
+    default, one, four = (
+        pipe(**asked, generator=torch.Generator().manual_seed(0), **given).images
+        for given in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 4.0})
+    )
+    assert np.array_equal(default, one) and not np.array_equal(default, four)
+    entry = AdapterLibrary([run], read_adapter(run).fingerprint).entry("onelora_weights")
+    assert entry.has_guidance
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,16 @@ function classesOf(mixture) {
   return own.find(Boolean) ?? base.classes;
 }
 
-// Lists the classes and chooses one: that of the label, or else that of the name that was chosen before.
+// The strength of guidance that all adapters of a mixture were trained for, or the base's.
+function scaleOf(mixture) {
+  const own = Object.keys(mixture).filter((name) => mixture[name] !== 0).map((name) => models.find((m) => m.id === name)?.guidance_scale);
+  return own.length && own.every(Boolean) ? own[0] : base.guidance_scale;
+}
+
+// Shows the mixture's scale of guidance, lists its classes and chooses one: that of the label, or else that of the name
+// that was chosen before.
 function listClasses(label = null) {
+  $("scale").placeholder = scaleOf(weights());
   if (base.condition !== "class") return;
   const before = $("class").selectedOptions[0]?.textContent, classes = classesOf(weights());
   fill($("class"), classes, label ?? Math.max(0, classes.indexOf(before)), classes.map((_, index) => index));
@@ -177,7 +185,7 @@ async function draw() {
     const shown = wanted().map(([caption, adapters, seed]) => {
       const [subject, name] = subjectOf(adapters);
       const request = { subject, adapters, seed: String(seed), guidance: Object.keys(adapters).length ? $("guidance").value : "cfg",
-        guidance_scale: Number($("scale").value), num_inference_steps: Number($("steps").value), size: Number($("size").value),
+        guidance_scale: Number($("scale").value || scaleOf(adapters)), num_inference_steps: Number($("steps").value), size: Number($("size").value),
         ...($("sampler").value && { sampler: $("sampler").value }), ...($("negative").value && { negative_prompt: $("negative").value }) };
       return { caption: caption + name, request };
     });
@@ -299,7 +307,6 @@ async function start() {
   $("sampler-label").hidden = base.samplers.length < 2;
   Object.assign($("steps"), { max: base.max_steps, value: Math.min(25, base.max_steps) });
   Object.assign($("size"), { max: base.size, value: base.size });
-  $("scale").value = base.guidance_scale;
   $("seed").value = 0;
   fromAddress();
   $("form").addEventListener("submit", (event) => {

@@ -135,7 +135,10 @@ def build_peft_adapters(layers: dict[str, nn.Linear], config: AdapterConfig) -> 
     tree = _tree_of({path: BaseLinear(linear) for path, linear in layers.items()})
     settings = _peft_config(peft, config, layers)
     tuner_class = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    # DoRA's magnitudes are norms of weights; of weights on the meta device, which have no values, they are shapes too.
+    is_meta = getattr(settings, "use_dora", False) and all(linear.weight.is_meta for linear in layers.values())
+    device = torch.device("meta") if is_meta else contextlib.nullcontext()
+    with device, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about its own files, which are not used here
         torch.manual_seed(config.seed)
         tuner_class(tree, settings, TUNER_NAME)

@@ -35,6 +35,8 @@ def dit_xl_2():
 def test_dit_xl_2_with_101_classes(method, fuse_qkv):
     model = inject_adapter(deepcopy(dit_xl_2()), AdapterConfig(method, num_classes=101, fuse_qkv=fuse_qkv))
     assert count_trainable(model) == DIT_XL_2[method][0 if fuse_qkv else 1]
+    if method == "dora":  # whose magnitudes are norms of weights, which are not there
+        assert all(parameter.is_meta for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_the_parts_of_dit_xl_2_and_their_shares():

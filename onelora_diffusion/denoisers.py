@@ -71,14 +71,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the outermost lists of a model's blocks: of the classes that it names, or of one class each."""
+    """Paths of the outermost lists of a model's blocks: of the classes that it names, or of one class each.
+
+    A block is a module with linear layers in it, which a layer is not.
+    """
     named = set(getattr(model, "_repeated_blocks", None) or ())
     lists = {path: module for path, module in model.named_modules() if path and isinstance(module, nn.ModuleList)}
     found = []
     for path, module in lists.items():
         classes = {type(entry).__name__ for entry in module}
         is_one = classes <= named if named else len(classes) == 1
-        is_inner = any(path.startswith(f"{outer}.") for outer in (found if named else lists))
-        if classes and is_one and not is_inner and any(isinstance(part, nn.Linear) for part in module.modules()):
+        is_inner = any(path.startswith(f"{outer}.") for outer in found)
+        parts = (part for entry in module for part in entry.modules() if part is not entry)
+        if classes and is_one and not is_inner and any(isinstance(part, nn.Linear) for part in parts):
             found.append(path)
     return tuple(found)

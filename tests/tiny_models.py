@@ -172,7 +172,13 @@ def make_ltx_vae():
     decoder = {f"decoder_{name}": value for name, value in sides.items()}
     upsampling = {"decoder_inject_noise": (False,) * 3, "upsample_residual": (False,) * 2, "upsample_factor": (1,) * 2}
     return diffusers.AutoencoderKLLTXVideo(
-        latent_channels=4, **sides, **decoder, **upsampling, downsample_type=("conv",) * 2, patch_size=1
+        latent_channels=4,
+        **sides,
+        **decoder,
+        **upsampling,
+        downsample_type=("conv",) * 2,
+        patch_size=1,
+        timestep_conditioning=True,  # as since LTX 0.9.1: its decoder is told a time
     ).eval()
 
 
@@ -474,6 +480,21 @@ PIPELINES = {
         ),
         scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **BETAS),
         force_zeros_for_empty_prompt=True,
+    ),
+    "animatediff": lambda: diffusers.AnimateDiffPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=diffusers.UNetMotionModel(
+            cross_attention_dim=8,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            motion_max_seq_length=32,
+            **UNET
+            | {name: tuple(kind.replace("2D", "Motion") for kind in UNET[name]) for name in UNET if "types" in name},
+        ),
+        motion_adapter=None,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **BETAS),
     ),
     "qwen_image": lambda: diffusers.QwenImagePipeline(
         scheduler=flow_matching(use_dynamic_shifting=True),

@@ -5,11 +5,11 @@
     python -m tools.try_families --diffusers-tests ../diffusers  # and every other class of which its tests make one
 
 A pipeline is the real class with random parts a few numbers wide, of `tests/tiny_models.py`.
-`replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step and what the
-recording predicts of the same noise, over the largest number in it; `batch` is that between three images of a batch,
-each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than rounding. Without names,
-the other classes of diffusers that draw from a prompt are tried as its tests make them, if there is a checkout of its
-repository, and those that nothing makes are listed.
+`replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step, or its autoencoder
+in the end, and what the recording makes of the same, over the largest number in it; `batch` is that between three
+images of a batch, each with its own prompt and time, and the same ones alone. Exits with 1 if one is more than
+rounding. Without names, the other classes of diffusers that draw from a prompt are tried as its tests make them, if
+there is a checkout of its repository, and those that nothing makes are listed.
 """
 
 import argparse
@@ -44,23 +44,31 @@ def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
 
 
 def replayed(pipeline, family: Recorded) -> float:
-    """The relative difference from the stock pipeline's own steps, without guidance."""
+    """The relative difference from the stock pipeline's own steps, without guidance, and from its picture."""
     steps, own_step, is_scaled = [], pipeline.scheduler.step, hasattr(pipeline.scheduler, "scale_model_input")
+    after, pictures, own_decode = [], [], pipeline.vae.decode
 
     def step(output, time, sample, *args, **kwargs):
         given = pipeline.scheduler.scale_model_input(sample, time) if is_scaled else sample
         steps.append((output.flatten(), float(time), given.flatten()))
-        return own_step(output, time, sample, *args, **kwargs)
+        stepped = own_step(output, time, sample, *args, **kwargs)
+        after.append(stepped[0].flatten())
+        return stepped
+
+    def decode(*args, **kwargs):
+        pictures.append(own_decode(*args, **kwargs))
+        return pictures[-1]
 
     side, place = family.record.side, family.place(*family.recorder.square)
     settings = {name: value for name, value in ASKED.items() if name in family.recorder.parameters}
     encoded = family.encode_conditions(pipeline, PROMPTS[:1])
     for name, guider in family.recorder.guiders.items():
         pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
-    pipeline.scheduler.step = step
+    pipeline.scheduler.step, pipeline.vae.decode = step, decode
     pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings | family.record.off)
-    pipeline.scheduler.step = own_step
-    worst = 0.0
+    pipeline.scheduler.step, pipeline.vae.decode = own_step, own_decode
+    found = family.decode(pipeline.vae, after[-1][place.order].reshape(1, *place.shape))
+    worst = largest(found.flatten() - pictures[0][0].flatten(), found)
     for output, time, sample in steps:
         latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
         found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded)[:, : place.shape[0]]

@@ -24,7 +24,7 @@ from onelora_diffusion.data.from_hub import column_of_type, hub_rows
 from onelora_diffusion.data.images import Pictures, SizedImages, crop_to
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import Listing, list_images
-from onelora_diffusion.data.masks import Masks, masks_beside
+from onelora_diffusion.data.masks import Masks, is_mask_of_clip, masks_beside
 from onelora_diffusion.data.metadata import FILE_COLUMN, METADATA, Table
 from onelora_diffusion.data.references import ReferenceImage, reference_image
 from onelora_diffusion.data.repeats import checked_repeats, numbered_folder, repeats_by_folder
@@ -334,8 +334,13 @@ def _of_folder(
     videos = [name for name in listing.others if is_video(name)]
     if not (listing.images or tables or videos and clips):
         raise FileNotFoundError(f"no images in {folder}{', but videos: give --frames' if videos else ''}")
-    if clips and (listing.masks or columns.mask or columns.references):
-        raise ValueError(f"masks and references are of images, and {folder} is read for clips: leave --frames out")
+    if clips and columns.references:
+        raise ValueError(f"references are of images, and {folder} is read for clips: leave --frames out")
+    if clips and (many := [name for name in (*listing.folders, *videos) if is_mask_of_clip(name)]):
+        raise ValueError(
+            f"{printable(str(folder / many[0]))} is a mask of many frames: a clip has one for all of them, as "
+            "walk.mask.png is that of walk.mp4 or of the folder walk"
+        )
     table = _table_of(folder, tables, columns, bool(prompt))
     of_table = table.files(columns.mask) if columns.mask else {}
     references = {column: table.files(column) for column in columns.references}
@@ -366,7 +371,7 @@ def _of_folder(
     for name in names if references else ():
         own = [(folder / files[name], f"the reference image of {printable(name)}") for files in references.values()]
         found.references.append(tuple(reference_image(*each) for each in own))
-    mask_of = masks_beside(listing, names, of_table)
+    mask_of = masks_beside(listing, {name: stems.get(name, os.path.splitext(name)[0]) for name in names}, of_table)
     listing.used.update(captions, mask_of.values())
     if any({"mask", "masks"} & {*name.lower().split("/")[:-1]} for name in names):
         found.notes.append("images in a folder of masks are trained on: name these NAME.mask.png or use --mask-column")

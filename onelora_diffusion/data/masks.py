@@ -1,6 +1,5 @@
 """Masks of images: white where an image is learned, black where it is not, grey in between."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset
 
 from onelora_diffusion.data.decoding import BrokenImageError, decoded
 from onelora_diffusion.data.images import crop_to
-from onelora_diffusion.data.listing import Listing, masked_by
+from onelora_diffusion.data.listing import MASK_ENDINGS, Listing, is_mask, masked_by
 from onelora_diffusion.files import printable
 
 SAME = 8  # most that the colours of a grey pixel differ, by the rounding of JPEG and of colour profiles
@@ -65,9 +64,12 @@ class Masks(Dataset):
 
     def grey(self, mask: int) -> Image.Image:
         """A mask in 8-bit grey; what is transparent is black."""
+        named = self.source.named(mask)
         with self.source.opened(mask) as image:
+            if getattr(image, "is_animated", False):
+                raise ValueError(f"{named} has {image.n_frames} frames: all frames of a clip have one mask")
             colours = decoded(image, background="black")
-        values, named = np.asarray(colours), self.source.named(mask)
+        values = np.asarray(colours)
         if np.ptp(values.astype(np.int16), axis=2).max() > SAME:
             raise ValueError(f"{named} has colours: a mask is white where its image is learned, and black where not")
         if values.max() < 128:
@@ -77,8 +79,16 @@ class Masks(Dataset):
         return colours.convert("L")
 
 
-def masks_beside(listing: Listing, images: Sequence[str], of_table: Mapping[str, str]) -> dict[str, str]:
+def is_mask_of_clip(name: str) -> bool:
+    """Whether a folder or a video has the masks of frames by its name, as walk.mask/ and walk.mask.mp4 have."""
+    return name.lower().endswith(MASK_ENDINGS) or is_mask(name)
+
+
+def masks_beside(listing: Listing, stems: Mapping[str, str], of_table: Mapping[str, str]) -> dict[str, str]:
     """The names of masks by those of their images: those of a table, or else NAME.mask.png beside NAME.jpg.
+
+    Args:
+        stems: the images and clips that are learned, with their names without the ending.
 
     Raises:
         ValueError: a mask belongs to no image, an image has two masks, or a table leaves masks out.
@@ -88,8 +98,8 @@ def masks_beside(listing: Listing, images: Sequence[str], of_table: Mapping[str,
             raise ValueError(f"{printable(str(listing.root / unnamed[0]))} is a mask that the table does not name")
         return dict(of_table)
     by_stem: dict[str, list[str]] = {}
-    for image in images:
-        by_stem.setdefault(os.path.splitext(image)[0], []).append(image)
+    for image, stem in stems.items():
+        by_stem.setdefault(stem, []).append(image)
     found: dict[str, str] = {}
     for mask in sorted(listing.masks):
         if masked_by(mask) not in by_stem:

@@ -15,7 +15,7 @@ from onelora_diffusion.families.arguments import Arrangement
 from onelora_diffusion.families.recording import Place, Prompted, Record, Recorder
 from onelora_diffusion.files import first_line, written_beside
 
-FORMAT = 2  # to be raised when a record means something else
+FORMAT = 3  # to be raised when a record means something else
 CLASSES = {cls.__name__: cls for cls in (Arrangement, Place, Prompted, Record)}
 SEQUENCES = {cls.__name__: cls for cls in (list, tuple, set)}
 

@@ -178,12 +178,16 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     )
     if run.decoded is None or run.decoded.numel() != count:
         raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
-    shift, scale = zeros.float(), ones.float() - zeros.float()
-    order = ((run.decoded.float() - shift) / scale).flatten().cpu()
+    decoded = [zeros, ones, run.decoded]
+    if run.decoded.ndim == 4 and frames > 1:  # of an autoencoder of images, which has the frames as a batch
+        decoded = [latents.transpose(0, 1)[None] for latents in decoded]
+    zeros, ones, numbers = (latents.float() for latents in decoded)
+    shift, scale = zeros, ones - zeros
+    order = ((numbers - shift) / scale).flatten().cpu()
     if not _is_permutation(order.round().long(), count) or (order - order.round()).abs().max() > 0.25:
         raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
     order = order.round().long()
-    latents = run.decoded.shape[1:]
+    latents = numbers.shape[1:]
     if len(latents) == 4 and latents[1] != 1 and frames == 1 or len(latents) not in (3, 4):
         raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
     shape = tuple(latents) if frames > 1 else (latents[0], *latents[-2:])
@@ -199,6 +203,7 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         scale=scale.reshape(shape).cpu(),
         shift=shift.reshape(shape).cpu(),
         frames=run.decoded.ndim == 5,
+        decoding=run.decoding,
         constants=run.calls[0],
     ), run
 
@@ -368,7 +373,7 @@ def find_sizes(recorder: Recorder, place: Place) -> None:
     multiples = (record.pixels * 2**power for power in range(12))
     taken = (each for each in multiples if each < side and _takes(recorder, side + each, prod(place.shape)))
     record.multiple = next(taken, side)
-    if place.frames and "num_frames" in recorder.parameters:
+    if recorder.counts:
         record.stride = _stride(recorder, prod(place.shape))
 
 

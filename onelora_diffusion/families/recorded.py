@@ -94,7 +94,12 @@ class Recorded(Family):
         key = (height, width, frames, *sizes)
         if key not in self._places:
             with torch.no_grad():
-                self._places[key], _ = place_at(self.recorder, (height, width), sizes, frames)
+                place, _ = place_at(self.recorder, (height, width), sizes, frames)
+            for name, how in self.record.prompted.items():
+                rows = place.constants.get(name)
+                if how.kind == "rows" and not same(rows, rows[:1].expand_as(rows)):
+                    raise ValueError(f"{self.name} tells its denoiser another {name} of each frame")
+            self._places[key] = place
             while len(self._places) > PLACES:
                 self._places.pop([*self._places][1])  # all but that of the recorded size
         return self._places[key]
@@ -210,7 +215,7 @@ class Recorded(Family):
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
-    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int]) -> dict:
+    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int], place: Place) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
         record, unequal = self.record, None
         if record.together:
@@ -226,7 +231,10 @@ class Recorded(Family):
                 rows = rows.narrow(how.ragged + 1, 0, max(lengths))
             if len(set(lengths)) > 1:
                 unequal = lengths
-            arguments[name] = rows if how.kind == "rows" else self._joined(name, list(rows))
+            if how.kind == "rows":  # some have one for each frame
+                arguments[name] = rows.repeat_interleave(len(place.constants[name]), 0)
+            else:
+                arguments[name] = self._joined(name, list(rows))
         for name, mask in record.masks.items():
             if unequal:
                 valid = torch.arange(max(unequal)) < torch.tensor(unequal)[:, None]
@@ -297,7 +305,7 @@ class Recorded(Family):
             values = torch.cat([values, constant.to(values.dtype).expand(batch, -1)], dim=1)
         noisy = place.constants[record.noisy]
         packed = values[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
-        given = self._of_prompts(conditions, self._size_of(latents))
+        given = self._of_prompts(conditions, self._size_of(latents), place)
         constants = {name: value for name, value in place.constants.items() if name not in given}
         given |= {name: self._constant(name, value, batch, device) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
@@ -346,8 +354,7 @@ class Recorded(Family):
         """A constant argument for so many images."""
         if isinstance(value, Tensor):
             value = on(value, device)
-            # As a pipeline gives it: one row after the other in memory, which some denoisers count on.
-            return value.expand(batch, *value.shape[1:]).contiguous() if self.record.batched.get(name) else value
+            return _rows_for(value, batch) if self.record.batched.get(name) else value
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
 
     def timestep_range(self, scheduler) -> range:
@@ -377,9 +384,10 @@ class Recorded(Family):
     # Images
 
     def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
-        is_clip = images.ndim == 5
-        place = self.place(*images.shape[-2:], images.shape[2] if is_clip else 1)
-        mean, std = moments_of(vae, images[:, :, None] if place.frames and not is_clip else images)
+        place = self.place(*images.shape[-2:], images.shape[2] if images.ndim == 5 else 1)
+        given = _to_autoencoder(images, place)  # clips one by one: some autoencoders take no more, and they are large
+        parts = [moments_of(vae, part) for part in given.split(1 if place.frames else len(given))]
+        mean, std = (_from_autoencoder(torch.cat(part), images, place) for part in zip(*parts, strict=True))
         if mean[0].numel() != place.scale.numel():
             raise ValueError(
                 f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of "
@@ -390,12 +398,13 @@ class Recorded(Family):
         return torch.stack([(mean - shift) / scale, std / scale.abs()], dim=1)
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        place, is_clip = self.place(*self._size_of(latents)), latents.ndim == 5
+        place = self.place(*self._size_of(latents))
         latents = latents.float() * on(place.scale, latents.device) + on(place.shift, latents.device)
-        latents = latents[:, :, None] if place.frames and not is_clip else latents
+        given, more = _to_autoencoder(latents, place).to(vae.dtype), send_to_device(place.decoding, latents.device)
         with torch.no_grad():
-            images = vae.decode(latents.to(vae.dtype)).sample.float()
-        return images[:, :, 0] if place.frames and not is_clip else images
+            each = 1 if place.frames else latents.shape[2] if latents.ndim == 5 else len(given)
+            parts = [vae.decode(part, *more["args"], **more["kwargs"]).sample for part in given.split(each)]
+        return _from_autoencoder(torch.cat(parts).float(), latents, place)
 
     def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         return self.place(height, width, frames).shape
@@ -436,6 +445,30 @@ class Recorded(Family):
         below = max(0, frames - 1) // stride * stride + 1
         allowed = f"{below} or {below + stride}"
         raise ValueError(f"{self.name} draws clips of {stride} k + 1 frames, not of {frames}: give {allowed}")
+
+
+def _to_autoencoder(images: Tensor, place: Place) -> Tensor:
+    """Images or clips, or their latents, as the autoencoder takes them: as clips, or each frame as an image."""
+    is_clip = images.ndim == 5
+    if place.frames:
+        return images if is_clip else images[:, :, None]
+    return images.transpose(1, 2).flatten(0, 1) if is_clip else images
+
+
+def _from_autoencoder(found: Tensor, images: Tensor, place: Place) -> Tensor:
+    """What the autoencoder has made of images or clips, in their shape."""
+    is_clip = images.ndim == 5
+    if place.frames:
+        return found if is_clip else found[:, :, 0]
+    return found.unflatten(0, images.shape[:3:2]).transpose(1, 2) if is_clip else found
+
+
+def _rows_for(value, batch: int):
+    """An argument for one image, or for the frames of one clip, for so many."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    # As a pipeline gives it: one row after the other in memory, which some denoisers count on.
+    return value.expand(batch, *value.shape).flatten(0, 1).contiguous()
 
 
 def _spread(times: Tensor, recorded) -> Tensor:

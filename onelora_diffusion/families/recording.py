@@ -23,7 +23,8 @@ from onelora_diffusion.injection.book import unwrapped
 SHORT, LONG = "dog", "violet triangle"  # two prompts of different length and beginning
 # Images are encoded to exactly the size that is asked for, captions as they are written; no attention is perturbed.
 ASKED = {"use_resolution_binning": False, "clean_caption": False, "output_type": "pt", "pag_scale": 0.0}
-ASKED |= dict.fromkeys(("num_frames", "frames", "video_length"), 1)
+FRAMES, RATES = ("num_frames", "frames", "video_length"), ("frame_rate", "fps")  # names of these in calls
+ASKED |= dict.fromkeys(FRAMES, 1) | {"decode_chunk_size": 2**16}  # frames that are decoded one by one, in one call
 
 
 class _Stop(Exception):
@@ -46,6 +47,10 @@ class _StandIn:
     def __init__(self, part, called: Callable | None = None, **replaced):
         vars(self).update(replaced, _part=part, _called=called)
 
+    @property
+    def __class__(self):  # pipelines ask of which class a part is
+        return type(self._part)
+
     def __getattr__(self, name: str):
         return getattr(self._part, name)
 
@@ -65,6 +70,7 @@ class Run:
         attributes: what the pipeline set on the scheduler before that.
         encoded: what each call of `encode_prompt` returned.
         decoded: what `vae.decode` got.
+        decoding: `args` and `kwargs` that it got beside.
     """
 
     calls: list[dict] = field(default_factory=list)
@@ -76,6 +82,7 @@ class Run:
     attributes: dict = field(default_factory=dict)
     encoded: list = field(default_factory=list)
     decoded: Tensor | None = None
+    decoding: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Place:
         sign: of the output, by which it is a prediction.
         scale, shift: latents of the autoencoder are `scale · latents + shift`, of `shape`.
         frames: whether the autoencoder has a dimension of frames.
+        decoding: what it is given beside latents to decode, `args` and `kwargs`.
         constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
     """
 
@@ -117,6 +125,7 @@ class Place:
     scale: Tensor
     shift: Tensor
     frames: bool
+    decoding: dict
     constants: dict
 
 
@@ -195,6 +204,7 @@ class Recorder:
         parameters: of the pipeline's call, by name.
         takes: the one that is the reference images; None: there is none.
         guiders: the components that guide, by name, where the call takes no scale.
+        counts, rates: the parameters that are the number of frames, and of frames a second; None: there is none.
         record: what is known of it so far.
         frame_rate: of clips, which some pipelines are told; None: this one does not say.
     """
@@ -210,8 +220,9 @@ class Recorder:
         self.takes = taken_by(pipeline)
         self.record = Record(references=references_of(pipeline))
         self._blank: dict[tuple[int, ...], object] = {}
-        own_rate = self.parameters.get("frame_rate")
-        self.frame_rate: float | None = own_rate.default if own_rate else None
+        self.counts = next((name for name in FRAMES if name in self.parameters), None)
+        self.rates = next((name for name in RATES if name in self.parameters), None)
+        self.frame_rate: float | None = self.parameters[self.rates].default if self.rates else None
         self.guiders = {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
 
     def refusal(self, what: str) -> ValueError:
@@ -248,7 +259,7 @@ class Recorder:
         device = pipeline._execution_device if encoded is None else torch.device("cpu")
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
-        given |= {"num_frames": frames, "frame_rate": self.frame_rate} if frames > 1 else {}
+        given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
         if self.record.references:
             images = references or blank([BLANK] * self.record.references)
             given[self.takes] = images[0] if len(images) == 1 else list(images)
@@ -384,6 +395,8 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
 def _decoder(run: Run) -> Callable:
     def decode(latents, *args, **kwargs):
         run.decoded = latents
+        more = {name: value for name, value in kwargs.items() if name not in ("return_dict", "generator")}
+        run.decoding = {"args": list(args), "kwargs": more}
         raise _Stop
 
     return decode

@@ -191,7 +191,7 @@ def finish(job: Job, training: Training, progress: tqdm, ended: int = 0) -> None
 @dataclass
 class Part:
     """The samples of a pass: moments (samples, 2, C, H, W) of their latents, their conditions and random values, and
-    how much guidance their targets have, (samples,), on the CPU; and their masks (samples, 1, H, W), if any."""
+    how much guidance their targets have, (samples,), on the CPU; and their masks (samples, 1, ...), if any."""
 
     moments: Tensor
     conditions: Conditions
@@ -266,7 +266,7 @@ def next_part(job: Job, training: Training, number: int) -> Part:
         )
     step, size, each = training.run.step, settings.batch_size, task.data.conditions_each
     flips = batch_flips(settings.seed, step, size)[rows] if settings.flip else [False] * len(moments)
-    masks = task.on_device(task.data.masks_of(numbers, flips, moments.shape[-2:]))
+    masks = task.on_device(task.data.masks_of(numbers, flips, tuple(moments.shape[3:])))
     if each > 1:
         numbers = numbers * each + caption_choices(settings.seed, step, size, each)[rows]
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])

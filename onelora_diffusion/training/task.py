@@ -84,15 +84,16 @@ class TrainingData:
     held: "TrainingData | None" = None
 
     def masks_of(self, numbers: Tensor, flips: Sequence[bool], size: tuple[int, ...]) -> Tensor | None:
-        """The masks (batch, 1, h, w) of images by numbers, mirrored where `flips`; None if no image has one.
+        """The masks (batch, 1, *size) of images by numbers, mirrored where `flips`; None if no image has one.
 
         Args:
-            size: (h, w), that of the latents.
+            size: (h, w), that of the latents; or (f, h, w) of clips, of which all frames have one mask.
         """
         if not self.masks:
             return None
-        masks = [self.masks.get(number, torch.ones(size)) for number in numbers.tolist()]
-        return torch.stack([mask.flip(-1) if flip else mask for mask, flip in zip(masks, flips, strict=True)])[:, None]
+        masks = [self.masks.get(number, torch.ones(size[-2:])) for number in numbers.tolist()]
+        masks = torch.stack([mask.flip(-1) if flip else mask for mask, flip in zip(masks, flips, strict=True)])
+        return masks.view(len(masks), *[1] * (len(size) - 1), *size[-2:]).expand(-1, 1, *size)
 
 
 class Task:
@@ -252,7 +253,7 @@ class Task:
             moments: (batch, 2, C, H, W).
             conditions: as `conditions` returns them, of this task or, if the base is the same, of several.
             draws: the random values of the samples.
-            masks: (batch, 1, H, W), what of each sample is learned (see `training_losses`).
+            masks: (batch, 1, ...), what of each sample is learned (see `training_losses`).
             guidance: w − 1 of each sample, (batch,).
         """
         settings, scheduler = self.settings, self.pipeline.scheduler
@@ -272,7 +273,7 @@ class Task:
             if guidance is not None:
                 empty = self.on_device(self.learned.embeddings(first, ~first.bool()))
                 away = (output.detach().float() - self._of_base(latents, times, empty).float())[:, : x_start.shape[1]]
-                offset = guidance.to(away).view(-1, 1, 1, 1) * away
+                offset = guidance.to(away).view(-1, *[1] * (away.ndim - 1)) * away
         losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks, offset)
         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
         losses |= {"loss": weighted_loss(losses, weights)}

@@ -2,16 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.decoding import BrokenImageError
 from onelora_diffusion.data.identity import data_identity, fingerprint
 from onelora_diffusion.data.listing import describe
+from onelora_diffusion.diffusion import training_losses
+from onelora_diffusion.training.task import TrainingData
 
 HALF = np.repeat([[0, 255]], 8, axis=0).repeat(4, axis=1).astype(np.uint8)  # 8 by 8 pixels, the right ones white
 
@@ -108,6 +112,45 @@ def test_a_mask_is_turned_as_its_own_camera_says(folder):
     exif[0x0112] = 6  # to be turned clockwise: the right side is then below
     Image.fromarray(HALF).save(folder / "a.mask.png", exif=exif)
     assert torch.equal(on_grid(load(folder))[0], torch.tensor([0.0, 0, 1, 1])[:, None].expand(4, 4))
+
+
+def test_a_clip_has_one_mask_for_all_its_frames(folder):
+    (folder / "v1.walk").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"v1.walk/{number}.png")
+    Image.fromarray(HALF).save(folder / "v1.walk.mask.png")
+    captioned = load(folder, frames=3)
+    masks = on_grid(captioned)
+    assert [captioned.dataset.source.names[index] for index in masks] == ["v1.walk"]
+    (clip,) = masks
+    own = TrainingData.masks_of(
+        SimpleNamespace(masks=masks), torch.tensor([clip, clip, 0]), [False, True, False], (2, 4, 4)
+    )
+    assert own.shape == (3, 1, 2, 4, 4)
+    error = torch.zeros(3, 1, 2, 4, 4)
+    error[..., 0, :, :2], error[..., 1, :, 2:] = 1, 3  # on the left of the first frame, on the right of the second
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    losses = training_losses(
+        error, torch.zeros_like(error), torch.zeros_like(error), torch.tensor([5] * 3), scheduler, own
+    )
+    assert losses["loss"].tolist() == [9 / 2, 1 / 2, (1 + 9) / 4]
+
+
+@pytest.mark.parametrize("made", ["walk.mask", "walk.mask.gif"])
+def test_masks_of_single_frames_are_refused(folder, made):
+    frames = [Image.fromarray(HALF)] * 3
+    for number, frame in enumerate(frames):
+        (folder / "walk").mkdir(exist_ok=True)
+        frame.save(folder / f"walk/{number}.png")
+        if made == "walk.mask":
+            (folder / made).mkdir(exist_ok=True)
+            frame.save(folder / made / f"{number}.png")
+    if made == "walk.mask.gif":
+        frames[0].save(folder / made, save_all=True, append_images=[frames[1].transpose(Image.Transpose.ROTATE_90)])
+    with pytest.raises(
+        ValueError, match=f"{made} (is a mask of many frames: a clip has one|has 2 frames: all frames of)"
+    ):
+        on_grid(load(folder, frames=3))
 
 
 def write_table(folder, *rows):

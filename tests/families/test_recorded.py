@@ -15,7 +15,7 @@ from onelora_diffusion.diffusion import add_noise, model_timesteps, training_los
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.families.arguments import Arrangement
 from onelora_diffusion.families.probing import line_of, place_at
-from onelora_diffusion.families.recording import ASKED
+from onelora_diffusion.families.recording import ASKED, _StandIn
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
@@ -312,6 +312,13 @@ def test_arguments_have_the_images_of_a_batch_first_in_each_tensor():
     assert all(map(torch.equal, again["layers"], arguments["layers"]))
 
 
+def test_a_part_that_is_stood_in_for_is_of_its_own_class():
+    """SANA-Video's pipeline scales latents by the class of its autoencoder."""
+    vae = make_vae(4)
+    stand_in = _StandIn(vae, device="another")
+    assert isinstance(stand_in, type(vae)) and stand_in.device == "another" and stand_in.config is vae.config
+
+
 def test_blocks_are_found_by_their_structure():
     class Block(nn.Sequential):
         def __init__(self):
@@ -319,8 +326,8 @@ def test_blocks_are_found_by_their_structure():
 
     model = nn.Module()
     model.layers, model.refiner = nn.ModuleList([Block(), Block()]), nn.ModuleList([nn.LayerNorm(2)])
-    model.mixed = nn.ModuleList([Block(), nn.Linear(2, 2)])
-    assert repeated_blocks(model) == ("layers",)
+    model.mixed = nn.ModuleList([Block(), nn.Linear(2, 2), nn.Sequential(nn.ModuleList([Block()]))])
+    assert repeated_blocks(model) == ("layers", "mixed.2.0")
 
 
 def make_unclip():

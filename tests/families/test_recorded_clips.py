@@ -18,7 +18,8 @@ from onelora_diffusion.sampling.guidance import ImageRequest
 
 PROMPTS = ["a dog runs", "", "a violet triangle turns"]
 DRAWN = [("wan", 5, 96, 3.0), ("wan_ti2v", 9, 64, 1.0), ("ltx", 9, 96, 3.0), ("hunyuan_video", 9, 64, 6.0)]
-NAMES = ["wan", "ltx", "hunyuan_video"]
+DRAWN += [("animatediff", 3, 96, 3.0)]  # whose autoencoder is one of images, and whose prompt has a row for each frame
+NAMES = ["wan", "ltx", "hunyuan_video", "animatediff"]
 
 
 @functools.cache
@@ -92,7 +93,11 @@ def test_each_clip_of_a_batch_is_predicted_as_alone_and_encoded_back(name):
     if name == "wan":
         assert_rounded(moments[:, :, :, 0], first, pipeline.vae.encoder)
     place = family.place(64, 64, 5)
-    of_vae = pipeline.vae.encode(clips.float() / 127.5 - 1).latent_dist.mean
+    given = clips.float() / 127.5 - 1
+    if place.frames:
+        of_vae = pipeline.vae.encode(given).latent_dist.mean
+    else:
+        of_vae = torch.stack([pipeline.vae.encode(frame).latent_dist.mean for frame in given.unbind(2)], dim=2)
     assert_rounded(moments[:, 0] * place.scale + place.shift, of_vae, pipeline.vae.encoder)
 
 

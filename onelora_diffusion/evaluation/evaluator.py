@@ -1,11 +1,10 @@
 """Measure sets of images, generated or read: their statistics, recognition, and all metrics."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features.base import Features
@@ -109,9 +108,6 @@ class Evaluator:
         kept = {"keep": GENERATED in needs, "spatial": SPATIAL in needs, "device": self.device}
         return measure_images(batches, source, self.features, recognition=self.recognition, labels=labels, **kept)
 
-    def measure_unrelated(self, batches: Batches, source: Source) -> list[Measured]:
-        return measure_images(batches, source, self.features, keep=True, device=self.device).measured
-
     def compare(
         self,
         found: MeasuredImages,
@@ -120,10 +116,15 @@ class Evaluator:
     ) -> list[dict]:
         """The results for each kind of features: the numbers of all its metrics, and `recognition`."""
         recognition = {} if found.recognition is None else {"recognition": found.recognition}
-        nothing = [None] * len(self.features)
-        drifted = zip(unrelated or nothing, unrelated_of_base or nothing, strict=True)
-        parts = zip(found.measured, self.references, self.metrics, self.features, drifted, strict=True)
-        return [{**compare(*part, self.settings), **recognition} for part in parts]
+        nothing, results = [None] * len(self.features), []
+        sets = zip(found.measured, self.references, unrelated or nothing, unrelated_of_base or nothing, strict=True)
+        for metrics, features, (*compared, adapted, base) in zip(self.metrics, self.features, sets, strict=True):
+            numbers = {}
+            for metric in map(METRICS.get, metrics):
+                pair = (adapted, base) if UNRELATED in metric.needs else compared
+                numbers |= metric.compute(*pair, features, self.settings)
+            results.append(numbers | recognition)
+        return results
 
 
 def metrics_of_each(settings: MetricSettings, features: Sequence[Features | None]) -> list[list[str]]:
@@ -176,26 +177,3 @@ def check_material(metrics: Sequence[str], measured: Measured | None, role: str)
             )
         if REFERENCE in needs and measured.statistics.count == 1:
             raise ValueError(f"'{name}' is 1 image: a distance between sets needs two or more")
-
-
-def compare(
-    measured: Measured,
-    reference: Measured | None,
-    metrics: Sequence[str],
-    features: Features | None,
-    drifted: tuple[Measured | None, Measured | None],
-    settings: MetricSettings,
-) -> dict:
-    """All metrics of a set of images, by their keys; `drifted` are those of unrelated prompts by adapter and base."""
-    results = {}
-    for metric in map(METRICS.get, metrics):
-        pair = drifted if UNRELATED in metric.needs else (measured, reference)
-        results |= metric.compute(*pair, features, settings)
-    return results
-
-
-def with_progress(batches: Batches, total: int, name: str, show: bool, leave: bool = True) -> Iterator:
-    with tqdm(total=total, desc=name, unit="image", disable=not show, leave=leave) as progress:
-        for indices, images in batches:
-            yield indices, images
-            progress.update(len(indices))

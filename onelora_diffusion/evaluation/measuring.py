@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from onelora_diffusion.data.table import Defaults
-from onelora_diffusion.evaluation.evaluator import measure_images, with_progress
+from onelora_diffusion.evaluation.evaluator import Batches, measure_images
 from onelora_diffusion.evaluation.features import FEATURES, kind_of, load_features
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.evaluation.images import DatasetImages, ImageSet, NpzImages, open_images, share
@@ -115,6 +116,13 @@ def measure(
 ) -> list[Measured]:
     """Measure existing images by each kind of features; each process reads its share."""
     indices = share(len(images), accelerator.process_index, accelerator.num_processes)
-    batches = images.batches(indices, batch_size)
-    batches = with_progress(batches, len(indices), Path(images.name).name, accelerator.is_main_process)
-    return measure_images(batches, images, features, keep=keep, spatial=spatial, device=accelerator.device).measured
+
+    def counted() -> Batches:
+        for batch, pixels in images.batches(indices, batch_size):
+            yield batch, pixels
+            progress.update(len(batch))
+
+    options = {"keep": keep, "spatial": spatial, "device": accelerator.device}
+    name, is_quiet = Path(images.name).name, not accelerator.is_main_process
+    with tqdm(total=len(indices), desc=name, unit="image", disable=is_quiet) as progress:
+        return measure_images(counted(), images, features, **options).measured

@@ -13,7 +13,7 @@ from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
 from onelora_diffusion.data.prompts import PromptFile, files_of, read_prompts
 from onelora_diffusion.data.table import classes_of
 from onelora_diffusion.evaluation import measuring
-from onelora_diffusion.evaluation.evaluator import Evaluator
+from onelora_diffusion.evaluation.evaluator import Evaluator, measure_images
 from onelora_diffusion.evaluation.images import CroppedImages, ImageSet, Source, open_images, share
 from onelora_diffusion.evaluation.labels import class_frequencies, draw_labels
 from onelora_diffusion.evaluation.metrics import SHEET_ROWS
@@ -161,7 +161,7 @@ def draw_and_measure(plan: Plan, accelerator: Accelerator) -> Found:
 
         def unrelated(model: str, is_base: bool, sampler: Generate = sampler) -> list[Measured]:
             images = drawn_images(plan, plan.unrelated, sampler, f"{model}, unrelated", is_base, accelerator)
-            return evaluator.measure_unrelated(images, plan.source)
+            return measure_images(images, plan.source, evaluator.features, keep=True, device=evaluator.device).measured
 
         drifted = None, None
         if plan.unrelated:

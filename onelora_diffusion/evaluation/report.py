@@ -1,5 +1,6 @@
 """Results as a table of 80 columns and as JSON."""
 
+import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,13 @@ def format_bytes(size: int) -> str:
             return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def write_figure(path: Path, figure) -> None:
+    """Write a figure of matplotlib as a PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_bytes(path, png.getvalue())
 
 
 def write_json(path: Path, results: Mapping) -> None:

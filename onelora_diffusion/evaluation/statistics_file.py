@@ -117,7 +117,10 @@ def _npz(measured: Measured) -> bytes:
 def _from_npz(path: Path, keep: bool) -> Measured:
     headers, kept = read_headers(path), None
     if "reps" in headers and "mu" not in headers:
-        mean, covariance, count, kept = _of_rows(path, _array(path, headers, "reps"))
+        rows = _array(path, headers, "reps").double()
+        if rows.ndim != 2 or len(rows) < 2:
+            raise ValueError(f"'{path}': reps is {tuple(rows.shape)}, not (images, d) of two images or more")
+        mean, covariance, count, kept = rows.mean(0), torch.cov(rows.T), len(rows), rows.float()
     else:
         mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
         count = int(_array(path, headers, "count")) if "count" in headers else None
@@ -130,14 +133,6 @@ def _from_npz(path: Path, keep: bool) -> Measured:
     else:
         origin = Origin(kind_of_width(statistics.num_features), UNTOLD, UNTOLD, None, str(path), crop=UNTOLD)
     return Measured(statistics, origin, kept if keep else None, spatial)
-
-
-def _of_rows(path: Path, features: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
-    """(mean, covariance, number, features) of features (images, d)."""
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"'{path}': reps is {tuple(features.shape)}, not (images, d) of two images or more")
-    features = features.double()
-    return features.mean(0), torch.cov(features.T), len(features), features.float()
 
 
 def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:

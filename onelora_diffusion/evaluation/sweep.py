@@ -4,8 +4,7 @@ from pathlib import Path
 
 from onelora_diffusion.evaluation import summary
 from onelora_diffusion.evaluation.metrics import all_shown
-from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table
-from onelora_diffusion.files import write_bytes
+from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table, write_figure
 
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
@@ -41,8 +40,6 @@ def print_sweep(report: dict) -> None:
 
 def plot_sweep(report: dict, picture: Path) -> None:
     """Plot each metric over the strength of guidance, with its best value marked, as a PNG."""
-    from io import BytesIO
-
     from matplotlib.figure import Figure
 
     found, scales = curves(report), list(map(float, report["results"]))
@@ -61,6 +58,4 @@ def plot_sweep(report: dict, picture: Path) -> None:
     for axes in panels[len(found) :]:
         axes.axis("off")
     figure.supxlabel("guidance scale")
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    write_bytes(picture, png.getvalue())
+    write_figure(picture, figure)

@@ -14,19 +14,14 @@ from onelora_diffusion.storage.attaching import attach_adapter_file
 class AdapterCache:
     """The adapters that are loaded into a model, within a limit of memory. Only the thread that runs it may use this.
 
-    Args:
-        memory_bytes: the memory that adapters may take. The adapters of one batch are loaded even if they exceed it.
-
-    Attributes:
-        num_bytes: the memory that the loaded adapters take now.
-        num_reads: how many files were read so far.
+    The adapters of one batch are loaded even if they exceed `memory_bytes`.
     """
 
     def __init__(self, transformer: nn.Module, memory_bytes: int):
         self.transformer, self.memory_bytes = transformer, memory_bytes
         # (name in the model, bytes), least recently used first
         self._by_file: OrderedDict[FileKey, tuple[str, int]] = OrderedDict()
-        self.num_bytes = self.num_reads = 0
+        self.num_bytes = self.num_reads = 0  # the memory that they take now; the files that were read so far
 
     def __len__(self) -> int:
         return len(self._by_file)
@@ -39,8 +34,7 @@ class AdapterCache:
     def load(self, entries: Iterable[AdapterEntry]) -> tuple[dict[FileKey, str], dict[FileKey, str]]:
         """Load the adapters of a batch into the model, and unload others that exceed the limit of memory.
 
-        Returns:
-            (file -> the adapter's name in the model, file -> why it could not be loaded, in one line).
+        Returns (file -> the adapter's name in the model, file -> why it could not be loaded, in one line).
         """
         needed = {entry.key: entry for entry in entries}
         for key in needed.keys() & self._by_file.keys():

@@ -120,11 +120,7 @@ class Route(APIRoute):
 
 
 def create_app(service: Service, access: AccessSettings, host: str = "localhost") -> Gate:
-    """The ASGI application of a service.
-
-    Args:
-        host: the address that it listens at, by which it may be reached besides those that `access` allows.
-    """
+    """The ASGI application of a service, which may be reached by `host` besides the addresses that `access` allows."""
     app = fastapi.FastAPI(title="onelora", docs_url=None, redoc_url=None)
     app.router.route_class = Route
     metrics = Metrics(lambda: service.batcher and service.batcher.state())

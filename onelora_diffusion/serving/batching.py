@@ -21,19 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """A thread that draws the requests of the queue; it alone runs the model.
-
-    Args:
-        drawing: a `Drawing`, or another object with its methods.
-
-    Attributes:
-        counters: how many requests ended in which way since the start (see `COUNTERS`).
-    """
+    """A thread that draws the requests of the queue by a `Drawing`; it alone runs the model."""
 
     def __init__(self, drawing, library: AdapterLibrary, cache: AdapterCache, settings: BatchSettings):
         settings.check()
         self.drawing, self.library, self.cache, self.settings = drawing, library, cache, settings
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()  # how many requests ended in each way (`COUNTERS`), and their wait
         self.engine = Engine(drawing, library, cache, self._settle)
         self._waiting = TurnQueue()
         self._drawing: list[Ticket] = []
@@ -47,17 +40,15 @@ class Batcher:
     # What other threads call
 
     def submit(self, request: Request, client: str = "") -> Ticket:
-        """Put a request into the queue of a client.
-
-        Raises:
-            ValueError: an adapter, its class, sampler or size does not exist here.
-            Busy: the queue is full, or too many requests of the client wait.
-            Stopping: the server is being stopped; a kind of `Busy`.
-        """
+        """Put a request into the queue of a client; errors are those of `submit_all`."""
         return self.submit_all([request], client)[0]
 
     def submit_all(self, requests: Sequence[Request], client: str = "") -> list[Ticket]:
-        """Put several requests into the queue of a client: all of them, or none if one is refused."""
+        """Put several requests into the queue of a client: all of them, or none if one is refused.
+
+        ValueError if an adapter, its class, sampler or size does not exist here; Busy if the queue is full, or too
+        many requests of the client wait; Stopping, a kind of it, if the server is being stopped.
+        """
         try:
             tickets = [self._ticket(request, client) for request in requests]
         except ValueError:
@@ -136,11 +127,6 @@ class Batcher:
             }
 
     @property
-    def is_open(self) -> bool:
-        """Whether new requests are taken."""
-        return self._is_open
-
-    @property
     def is_alive(self) -> bool:
         """Whether requests that wait are drawn."""
         return self._thread.is_alive()
@@ -193,5 +179,4 @@ class Batcher:
                 ticket.picture.set_exception(RuntimeError(f"not drawn: {first_line(error, 200)}"))
 
 
-COUNTERS = ("images", "failed", "refused", "busy", "cancelled")
-"""The ways in which requests end, each of which is counted."""
+COUNTERS = ("images", "failed", "refused", "busy", "cancelled")  # the ways in which requests end

@@ -27,19 +27,14 @@ class Drawing:
         max_steps: the most sampling steps that a request may ask for.
         class_names: the base's class names by label, as in its `model_index.json`; a class without one is named by
             its number.
-
-    Attributes:
-        draws_classes: whether requests name classes; otherwise they name prompts.
-        takes_negative_prompts: whether guidance may lead away from a prompt of the request's.
-        samplers: the samplers that a request may choose.
-        size: side of the images in pixels, if a request does not give one.
     """
 
     def __init__(self, pipeline, max_steps: int, class_names: Mapping[int, str] | None = None):
         self.pipeline, self.max_steps, self.family = pipeline, max_steps, family_of(pipeline)
         self.transformer = denoiser_of(pipeline).eval()
-        self.size, self.encoded = self.family.resolution(pipeline), EncodedConditions(pipeline)
-        self.draws_classes = self.family.condition is int
+        self.size = self.family.resolution(pipeline)  # side of the images in pixels, if a request does not give one
+        self.encoded = EncodedConditions(pipeline)
+        self.draws_classes = self.family.condition is int  # otherwise requests name prompts
         self.takes_negative_prompts = self.family.is_guided and not self.draws_classes
         self.base_classes: dict[int, str] = {}
         if self.draws_classes:
@@ -55,14 +50,10 @@ class Drawing:
         """The request with its class as a label, and with the base's own sampler and size if it names none.
 
         Guidance that it does not ask for is what its adapters were trained for, and in its prompts their trigger word
-        is in place of `{trigger}`.
+        is in place of `{trigger}`. `entries` are those of its adapters.
 
-        Args:
-            entries: the library's entries of the request's adapters.
-
-        Raises:
-            ValueError: the base has no such class, sampler or size, the steps exceed `max_steps`, or the subject is
-                a class where the base draws prompts, or a prompt has `{trigger}` and the adapters no word for it.
+        ValueError if the base has no such class, sampler or size, the steps exceed `max_steps`, the subject is a class
+        where the base draws prompts, or a prompt has `{trigger}` and the adapters no word for it.
         """
         size, config = request.size or self.size, self.pipeline.scheduler.config
         self.family.check_resolution(self.pipeline, size)
@@ -112,11 +103,7 @@ class Drawing:
     # Draw
 
     def start(self, request: Request, mixture: Mapping[str, float]) -> Trajectory:
-        """Begin with image 0 of a completed request's seed.
-
-        Args:
-            mixture: the weight of each adapter by its name in the model.
-        """
+        """Begin with image 0 of a completed request's seed; `mixture` has each adapter's weight by its name here."""
         image = ImageRequest(
             condition=self.encoded[request.subject],
             empty=self.encoded[request.negative_prompt or None],

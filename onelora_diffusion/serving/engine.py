@@ -18,18 +18,13 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Draws the requests of the running batch step by step. Only the thread that runs the model may use it.
 
-    Args:
-        settle: called with a request and its picture, or the error why there is none.
-
-    Attributes:
-        running: the requests that are being drawn, with their images on the way.
-        batch_sizes: number of steps that the networks took, by the number of pictures in them.
+    `settle` is called with a request and its picture, or the error why there is none.
     """
 
     def __init__(self, drawing: Drawing, library: AdapterLibrary, cache: AdapterCache, settle: Callable[..., object]):
         self.drawing, self.library, self.cache, self.settle = drawing, library, cache, settle
-        self.running: dict[Ticket, Trajectory] = {}
-        self.batch_sizes: Counter[int] = Counter()
+        self.running: dict[Ticket, Trajectory] = {}  # the requests that are being drawn, with their images on the way
+        self.batch_sizes: Counter[int] = Counter()  # steps that the networks took, by the number of pictures in them
 
     def step(self, joining: Sequence[Ticket] = ()) -> None:
         """Let requests join, leave out those that were cancelled, and let all others take their next step."""

@@ -74,8 +74,7 @@ def protocol(seconds: float) -> type[H11Protocol]:
 def listening(app, settings: PortSettings, receive_timeout: float) -> Iterator[str]:
     """Context manager that answers requests in a thread and yields the address; at the end, open answers are given.
 
-    Raises:
-        OSError: the port is taken, or the address is none of this machine.
+    OSError if the port is taken, or the address is none of this machine.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.create_server((settings.host, settings.port), family=family, backlog=1024) as port:

@@ -26,33 +26,22 @@ class UnknownAdapter(ValueError):
 
 @dataclass(eq=False)
 class AdapterEntry:
-    """What the header of an adapter file says; its values are not read.
+    """What the header of an adapter file says; its values are not read."""
 
-    Attributes:
-        name: the name that requests use: the path of the file, or of the run that wrote it, relative to the library.
-        stamp: a value that changes when the file changes.
-        problem: why the adapter cannot be used, in one line, or None.
-        classes: the adapter's own class names by label; None if it draws the base's classes.
-        has_guidance: whether guidance is trained into it.
-        prompt, trigger: the caption of all its training images, and the word for what it has learned, if there is one.
-        num_bytes: memory that its values take when loaded.
-        digest: SHA-256 of its settings and values, as of the last time that the file was read.
-    """
-
-    name: str
+    name: str  # that requests use: the path of the file, or of the run that wrote it, relative to the library
     path: Path
-    stamp: Stamp
-    problem: str | None = None
+    stamp: Stamp  # changes when the file changes
+    problem: str | None = None  # why the adapter cannot be used, in one line
     method: str = ""
     base: str | None = None
     dataset: str | None = None
-    classes: dict[int, str] | None = None
-    has_guidance: bool = False
-    prompt: str | None = None
-    trigger: str | None = None
+    classes: dict[int, str] | None = None  # its own class names by label; None if it draws the base's classes
+    has_guidance: bool = False  # whether guidance is trained into it
+    prompt: str | None = None  # the caption of all its training images, if there is one
+    trigger: str | None = None  # the word for what it has learned, if there is one
     num_params: int = 0
-    num_bytes: int = 0
-    digest: str | None = None
+    num_bytes: int = 0  # of memory that its values take when loaded
+    digest: str | None = None  # SHA-256 of its settings and values, as of the last time that the file was read
 
     @property
     def key(self) -> FileKey:
@@ -66,14 +55,10 @@ class AdapterLibrary:
     A file that was added is found by the next listing, and a file that was changed counts as another adapter; those
     that were not changed are not read again. A file that cannot be used is listed with the reason: it is damaged, was
     made for another base, lies too deep, or its name is that of a file before it.
-
-    Args:
-        folders: the folders to search; if two hold an adapter of the same name, the first one's is used.
-        fingerprint: the fingerprint of the base.
     """
 
-    folders: Sequence[Path]
-    fingerprint: str
+    folders: Sequence[Path]  # to search; if two hold an adapter of the same name, the first one's is used
+    fingerprint: str  # of the base
     _entries: dict[str, AdapterEntry] = field(default_factory=dict)
     _scanned_at: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -84,12 +69,7 @@ class AdapterLibrary:
         return sorted(self._entries.values(), key=lambda entry: entry.name)
 
     def entry(self, name: str) -> AdapterEntry:
-        """The entry of a name, for its file as it is now.
-
-        Raises:
-            UnknownAdapter: the library has no such name.
-            ValueError: the adapter cannot be used, for the reason that is given.
-        """
+        """The entry of a name, for its file as it is now; UnknownAdapter, or ValueError with why it cannot be used."""
         known = self.find(name)
         if known is None:
             raise UnknownAdapter(f"no adapter '{printable(name, 60)}': {self._some()}")

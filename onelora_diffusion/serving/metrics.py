@@ -16,11 +16,7 @@ GAUGES = {
 
 
 class Metrics:
-    """A registry of its own for each server.
-
-    Args:
-        state: gives the state of the batcher (`Batcher.state`), or None before there is one.
-    """
+    """A registry of its own for each server; `state` gives that of its batcher, or None before there is one."""
 
     def __init__(self, state: Callable[[], dict | None]):
         self.state, self.registry = state, CollectorRegistry()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +15,11 @@ from onelora_diffusion.serving.request import Request
 
 
 class Busy(RuntimeError):
-    """The queue is full, or as full as one client may make it.
-
-    Attributes:
-        retry_after: seconds after which there should be room, estimated from the pictures that were drawn lately.
-    """
+    """The queue is full, or as full as one client may make it."""
 
     def __init__(self, message: str, retry_after: float = 1.0):
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # seconds until there should be room, by the pictures that were drawn lately
 
 
 class Stopping(Busy):
@@ -33,35 +29,19 @@ class Stopping(Busy):
         super().__init__("busy: the server is being stopped; ask again later")
 
 
-class Queue(Protocol):
-    """What a ticket asks of the queue that it is in."""
-
-    def place(self, ticket: "Ticket") -> int: ...
-    def cancel(self, ticket: "Ticket") -> None: ...
-
-
 @dataclass(eq=False)
 class Ticket:
-    """A request in the queue.
+    """A request in the queue."""
 
-    Attributes:
-        request: the request, completed by `Drawing.completed`.
-        entries: the files of its adapters.
-        batch_key: requests with equal keys can share a batch.
-        client: who asks: requests of different clients are served in turns.
-        picture: a future of the image, (size, size, 3) uint8, or of the error.
-        progress: the share of the drawing that is done, from 0 to 1.
-        since: when it came, in seconds of `time.monotonic`.
-    """
-
-    request: Request
-    entries: Sequence[AdapterEntry]
-    batch_key: tuple
-    queue: Queue = field(repr=False)
-    client: str = ""
+    request: Request  # completed by `Drawing.completed`
+    entries: Sequence[AdapterEntry]  # the files of its adapters
+    batch_key: tuple  # requests with equal keys can share a batch
+    queue: Any = field(repr=False)  # the `Batcher` that it is in
+    client: str = ""  # who asks: requests of different clients are served in turns
+    # (size, size, 3) uint8, or the error
     picture: "Future[Tensor]" = field(default_factory=lambda: _started(Future()))
-    progress: float = 0.0
-    since: float = field(default_factory=time.monotonic)
+    progress: float = 0.0  # the share of the drawing that is done, from 0 to 1
+    since: float = field(default_factory=time.monotonic)  # when it came
 
     def place(self) -> int:
         """Its position in the queue, from 1; 0 as soon as it is being drawn."""

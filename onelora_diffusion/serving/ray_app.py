@@ -23,8 +23,7 @@ REMEMBERED = 1000  # adapters that Ray knows to be with a replica; how many are 
 def application(arguments: dict[str, str]) -> serve.Application:
     """The application of `onelora serve`'s settings by name, and of those of Ray's `AutoscalingConfig` in `SCALING`.
 
-    Raises:
-        ValueError: a value is wrong, or none of the settings.
+    ValueError if a value is wrong, or none of the settings.
     """
     settings = settings_of({name: value for name, value in arguments.items() if name not in SCALING})
     # A batch that is drawn, and one that waits; more replicas are started while there are more requests.

@@ -67,29 +67,21 @@ CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 class Request:
     """One picture: what it shows, the adapters that draw it, how it is sampled, and the seed of its own noise.
 
-    Attributes:
-        subject: a class by name or number, or a prompt, depending on the base.
-        negative_prompt: a prompt from which guidance leads away, instead of the empty one.
-        adapters: (name, weight) of each adapter of a weighted sum, given as {name: weight} or one name; empty for the
-            base alone. If several adapters have classes of their own, those of the last one are drawn.
-        guidance_scale: the scale of guidance; 1 or less turns guidance off. None takes 1 if guidance is trained into
-            all its adapters, else 4.
-        sampler: None takes the base's own.
-        size: side of the image in pixels; None takes the base's own.
-
-    Raises:
-        ValueError: a value is none that its field may have.
+    ValueError for a value that its field may not have.
     """
 
-    subject: Subject
-    negative_prompt: Line | None = None
+    subject: Subject  # a class by name or number, or a prompt, depending on the base
+    negative_prompt: Line | None = None  # from which guidance leads away, instead of the empty one
+    # (name, weight) of each adapter of a weighted sum, given as {name: weight} or one name; empty for the base alone.
+    # If several adapters have classes of their own, those of the last one are drawn.
     adapters: Adapters = ()
     guidance: Guidance = "cfg"
+    # 1 or less turns guidance off. None takes 1 if guidance is trained into all its adapters, else 4.
     guidance_scale: GuidanceScale | None = None
-    sampler: SamplerName | None = None
+    sampler: SamplerName | None = None  # None takes the base's own
     num_inference_steps: Steps = 25
     seed: Seed = 0
-    size: Size | None = None
+    size: Size | None = None  # side of the image in pixels; None takes the base's own
 
     @model_validator(mode="after")
     def _has_a_goal(self) -> "Request":
@@ -103,11 +95,7 @@ class Request:
 
     @classmethod
     def from_json(cls, values) -> "Request":
-        """Check plain values from a client and make a request of them.
-
-        Raises:
-            ValueError: a value is wrong; the message names its field and says what it may be, in one line.
-        """
+        """Make a request of a client's plain values; ValueError names a wrong one and what it may be, in one line."""
         try:
             return _READER.validate_python(values)
         except ValidationError as error:

@@ -91,9 +91,7 @@ class Service:
     def weights(self, model: str) -> dict[str, float]:
         """The adapters that a model's name stands for: none for the base, an adapter, or `food:0.7+birds:0.3`.
 
-        Raises:
-            UnknownAdapter: a name is that of no adapter.
-            ValueError: an adapter is named twice.
+        ValueError if an adapter is named twice, or a part has no name.
         """
         library = self.ready().library
         if library.find(model):
@@ -133,14 +131,8 @@ class Service:
     async def follow(self, tickets: Sequence[Ticket], gone: "asyncio.Future", poll: float | None) -> AsyncIterator:
         """Yield (index, ticket) as each picture is drawn or has failed, and `Progress` every `poll` seconds.
 
-        At the end, also of an abandoned iteration, all pictures that are not drawn are given up.
-
-        Args:
-            gone: done as soon as the client has hung up.
-
-        Raises:
-            Gone: the client has hung up.
-            TimeoutError: the pictures were not drawn in `request_timeout` seconds.
+        At the end, also of an abandoned iteration, all pictures that are not drawn are given up. Gone if the client
+        has hung up, as `gone` tells; TimeoutError if the pictures were not drawn in `request_timeout` seconds.
         """
         clock = asyncio.get_running_loop().time
         end, waiting = clock() + self.request_timeout, {}
@@ -176,8 +168,7 @@ class Service:
     def put(self, name: str, content: bytes) -> AdapterEntry:
         """Write an adapter's file, or replace it: once it was checked, as a whole or not at all.
 
-        Raises:
-            ValueError: the name is none that can be written, or the file is no adapter that can be drawn with here.
+        ValueError if the name is none that can be written, or the file no adapter that can be drawn with here.
         """
         library, path = self.ready().library, self._path(name)
         try:
@@ -192,11 +183,7 @@ class Service:
         return library.entry(name)
 
     def delete(self, name: str) -> None:
-        """Remove an adapter's file.
-
-        Raises:
-            UnknownAdapter: there is none of this name in the folder of uploads.
-        """
+        """Remove an adapter's file; UnknownAdapter if there is none of this name in the folder of uploads."""
         library = self.ready().library
         entry = library.find(name)
         if entry is None or not self._is_own(entry.path):

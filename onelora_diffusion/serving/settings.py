@@ -59,9 +59,7 @@ class AccessSettings:
     def tokens(self) -> dict[str, str]:
         """The name of each client by the SHA-256 of its token.
 
-        Raises:
-            ValueError: a token is too short, or is given twice.
-            OSError: the file cannot be read.
+        ValueError if a token is too short, or is given twice; OSError if the file cannot be read.
         """
         text = os.environ.get(TOKENS, "") if self.token_file is None else self.token_file.read_text()
         names: dict[str, str] = {}

@@ -1,19 +1,19 @@
 """The evaluation loop inside training: the distance of generated images to real ones, and the best adapter so far."""
 
-import io
 import json
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from onelora_diffusion.data.defaults import defaults_of
-from onelora_diffusion.evaluation.evaluator import Batches, Evaluator, measure_images, with_progress
+from onelora_diffusion.evaluation.evaluator import Batches, Evaluator
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share
+from onelora_diffusion.evaluation.measuring import measure
 from onelora_diffusion.evaluation.recognition import recognition_of
+from onelora_diffusion.evaluation.report import write_figure
 from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
-from onelora_diffusion.files import write_bytes
 from onelora_diffusion.pipelines.base import resolution_of
 from onelora_diffusion.processes import first_on_each_machine
 from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images, progress_bar
@@ -23,8 +23,7 @@ from onelora_diffusion.training.settings import Settings
 class Evaluation:
     """Generates images with the model's current values, from the same noise each time, and measures them.
 
-    Raises:
-        ValueError, FileNotFoundError: the features, their weights or the reference are missing or invalid.
+    ValueError or FileNotFoundError if the features, their weights or the reference are missing or invalid.
     """
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipeline, dataset):
@@ -42,10 +41,7 @@ class Evaluation:
             reference = load_statistics(settings.eval_reference)
             origin.check_comparable(reference.origin)
         else:
-            real = DatasetImages(dataset, resolution)
-            indices = share(len(real), accelerator.process_index, accelerator.num_processes)
-            batches = with_progress(real.batches(indices, 64), len(indices), "reference", accelerator.is_main_process)
-            (reference,) = measure_images(batches, real, [features], device=accelerator.device).measured
+            (reference,) = measure(DatasetImages(dataset, resolution), [features], 64, accelerator)
         names = [dataset.id2label[label] for label in range(self.num_classes)]
         recognition = recognition_of(settings.dataset, names, features, resolution)
         self.evaluator = Evaluator([features], [reference], recognition=recognition, device=accelerator.device)
@@ -78,7 +74,22 @@ class Evaluation:
         return self.evaluator.compare(found)[0]
 
     def plot(self, metrics: Path, picture: Path) -> None:
-        plot_distances(metrics, picture, self.distance_name)
+        """Plot the distances in metrics.jsonl over steps and over wall-clock time, as a PNG."""
+        from matplotlib.figure import Figure
+
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = [line for line in lines if "distance" in line]
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        by_step, by_time = figure.subplots(1, 2, sharey=True)
+        distances = [line["distance"] for line in lines]
+        by_step.plot([line["step"] for line in lines], distances, marker="o")
+        by_step.set(xlabel="updates", ylabel=self.distance_name, ylim=(0, 1.1 * max(distances)))
+        by_time.plot([line["seconds"] / 60 for line in lines], distances, marker="o")
+        by_time.set(xlabel="wall-clock time [minutes]")
+        for axes in (by_step, by_time):
+            axes.set_xlim(left=0)
+            axes.grid(alpha=0.3)
+        write_figure(picture, figure)
 
 
 class Stopped(Exception):
@@ -93,24 +104,3 @@ def counted(batches: Batches, num_images: int, stop) -> Batches:
         indices = [index for index in indices if index < num_images]
         if indices:
             yield indices, images[: len(indices)]
-
-
-def plot_distances(metrics: Path, picture: Path, distance_name: str) -> None:
-    """Plot the distances in metrics.jsonl over steps and over wall-clock time, as a PNG."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    lines = [line for line in lines if "distance" in line]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
-    distances = [line["distance"] for line in lines]
-    by_step.plot([line["step"] for line in lines], distances, marker="o")
-    by_step.set(xlabel="updates", ylabel=distance_name, ylim=(0, 1.1 * max(distances)))
-    by_time.plot([line["seconds"] / 60 for line in lines], distances, marker="o")
-    by_time.set(xlabel="wall-clock time [minutes]")
-    for axes in (by_step, by_time):
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    write_bytes(picture, png.getvalue())

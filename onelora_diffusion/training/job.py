@@ -169,7 +169,8 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
     check_equal(accelerator, {f"--{name.replace('_', '-')}": value for name, value in shared.items()})
     check_processes(settings, accelerator)
     subjects = {None: settings} if settings.subjects is None else subjects_of(settings)
-    rows = {name: rows_of(own, accelerator) for name, own in subjects.items()}
+    place = accelerator.num_processes, accelerator.process_index
+    rows = {n: micro_batches(own.batch_size, *place, own.gradient_accumulation_steps) for n, own in subjects.items()}
 
     lock = held.enter_context(RunLock(settings.output_dir, accelerator))
     clock = Clock(None if settings.max_train_time is None else parse_duration(settings.max_train_time), since)
@@ -229,9 +230,3 @@ def check_processes(settings: RunSettings, accelerator: Accelerator) -> None:
     if settings.subjects is not None and accelerator.num_processes > 1:
         number = accelerator.num_processes
         raise ValueError(f"--subjects trains in one process, not in {number}: start one for each part of them")
-
-
-def rows_of(settings: RunSettings, accelerator: Accelerator) -> list[slice]:
-    """The rows of a training's global batch that this process takes, one slice for each pass."""
-    number, index = accelerator.num_processes, accelerator.process_index
-    return micro_batches(settings.batch_size, number, index, settings.gradient_accumulation_steps)

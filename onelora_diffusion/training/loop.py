@@ -32,7 +32,6 @@ from onelora_diffusion.training.randomness import (
     caption_choices,
     draw_step,
 )
-from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.sharding import average_gradients, shard_base
 from onelora_diffusion.training.stopping import Stop, format_duration
@@ -205,7 +204,7 @@ def update(job: Job) -> None:
     settings, accelerator = job.settings, job.accelerator
     for training in job.trainings:
         for group in training.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scheduled(training.run.step, training.settings)
+            group["lr"] = group["peak_lr"] * training.settings.rate_factor(training.run.step)
     scales = {
         training: SumScales(denoiser_of(training.task.pipeline), training.run.trained, training.task.adapter_name)
         for training in job.trainings
@@ -339,10 +338,6 @@ def say_end_of_all(job: Job, ended: int) -> int:
     if job.ended:
         told("\n  ".join(["Next:", *job.last.settings.next_steps()]))
     return int(bool(job.failed))
-
-
-def scheduled(step: int, settings: RunSettings) -> float:
-    return learning_rate_factor(step, settings.lr_schedule, settings.warmup_steps, settings.max_steps)
 
 
 def leave_signals_to_main(worker: int) -> None:

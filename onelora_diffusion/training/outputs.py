@@ -25,7 +25,6 @@ from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, chec
 from onelora_diffusion.training.resuming import adapter_names
 from onelora_diffusion.training.run import Run
 from onelora_diffusion.training.samples import write_sample
-from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
 from onelora_diffusion.training.trackers import show_picture
@@ -226,12 +225,9 @@ def last_checkpoint(settings: RunSettings) -> Path | None:
 
 def diverged(error: NonFiniteError, settings: RunSettings) -> str:
     """The message for a run whose loss is not finite."""
-    factor = learning_rate_factor(error.step - 1, settings.lr_schedule, settings.warmup_steps, settings.max_steps)
     last_good = last_checkpoint(settings)
     go_on = "Go on from it with --allow-changed-settings and a lower --learning-rate, or start over with --fresh"
     if last_good is None:
         go_on = "Start over with --fresh and a lower --learning-rate"
-    return (
-        f"{error}, with learning rate {settings.learning_rate * factor:g}; last good checkpoint: "
-        f"{last_good or 'none'}. {go_on}"
-    )
+    rate = settings.learning_rate * settings.rate_factor(error.step - 1)
+    return f"{error}, with learning rate {rate:g}; last good checkpoint: {last_good or 'none'}. {go_on}"

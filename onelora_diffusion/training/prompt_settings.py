@@ -17,6 +17,7 @@ from onelora_diffusion.training.settings import (
     check_settings,
     first_flags,
     read_recipe,
+    refuse,
 )
 
 # The packages that load a base as int8 or nf4.
@@ -164,8 +165,7 @@ class PromptSettings(RunSettings):
             raise ValueError(f"--trigger is {self.trigger!r}: give a word")
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
-        self._check_references()
-        self._check_training_adapter()
+        self._check_beside_others()
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
@@ -187,24 +187,16 @@ class PromptSettings(RunSettings):
         if self.images is not None and (one.is_relative_to(other) or other.is_relative_to(one)):
             raise ValueError(f"--validation-images {held} and --images {self.images} lie in one another: part them")
 
-    def _check_references(self) -> None:
+    def _check_beside_others(self) -> None:
         if self.validation_reference and not (self.reference_column and self.validation_prompt):
             raise ValueError("--validation-reference is not used: give --reference-column and --validation-prompt")
-        refused = {"--flip": self.flip, "--prior-weight": self.prior_weight, "--frames": self.frames > 1}
-        for flag, is_chosen in refused.items():
-            if self.reference_column and is_chosen:
-                raise ValueError(f"{flag} does not go with --reference-column")
-
-    def _check_training_adapter(self) -> None:
-        refused = {
-            "--subjects": self.subjects is not None,
-            "--prior-weight": self.prior_weight,
-            "--engine fsdp2": self.engine == "fsdp2",
-            "--denoisers both": self.denoisers == "both",
-        }
-        for flag, is_chosen in refused.items():
-            if self.training_adapter is not None and is_chosen:
-                raise ValueError(f"{flag} does not go with --training-adapter")
+        if self.reference_column:
+            others = {"--flip": self.flip, "--prior-weight": self.prior_weight, "--frames": self.frames > 1}
+            refuse(others, "--reference-column")
+        if self.training_adapter is not None:
+            others = {"--subjects": self.subjects is not None, "--prior-weight": self.prior_weight}
+            others |= {"--engine fsdp2": self.engine == "fsdp2", "--denoisers both": self.denoisers == "both"}
+            refuse(others, "--training-adapter")
 
     def as_launched(self) -> "PromptSettings":
         """These settings, updated with the options of accelerate's launcher."""
@@ -246,8 +238,7 @@ HINTS = {
 def parse_command_line(arguments: list[str], embedded: Path) -> PromptSettings:
     """Flags over a recipe: that of --config, or that of the embedded job, `embedded`, where nothing else is asked for.
 
-    Raises:
-        FileNotFoundError, ValueError: there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
+    FileNotFoundError or ValueError if there is no such recipe, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, HINTS)
     chosen = first_flags(arguments, "config", "base", "images", "subjects")

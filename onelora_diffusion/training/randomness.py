@@ -160,9 +160,8 @@ class StepKeyedBatches:
 
     def indices(self, step: int) -> list[int]:
         """The indices of the images of a step's global batch."""
-        epoch = (
-            step * self.batch_size // self.num_images
-        )  # the epoch is this one or a later one, as buckets fill at most their share of batches
+        # The epoch is this one or a later one, as buckets fill at most their share of batches.
+        epoch = step * self.batch_size // self.num_images
         while self.filled(epoch + 1).sum() <= step:
             epoch += 1
         filled = self.filled(epoch)

@@ -14,6 +14,8 @@ from onelora_diffusion.training.run import STATE
 from onelora_diffusion.training.settings import FREE_SETTINGS, RunSettings
 from onelora_diffusion.training.stopping import Clock
 
+REMEDY = "Resume all the same with --allow-changed-settings, start over with --fresh, or choose another --output-dir"
+
 
 def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
     """The newest undamaged checkpoint of the run, or None if there is none yet.
@@ -68,10 +70,7 @@ def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
     changed = [name for name in now if name not in free and then[name] != now[name]]
     if changed:
         listed = ", ".join(f"{name} was {then[name]} and is {now[name]}" for name in changed)
-        raise ValueError(
-            f"{checkpoint.path} was trained with other settings: {listed}. Resume all the same with "
-            "--allow-changed-settings, start over with --fresh, or choose another --output-dir"
-        )
+        raise ValueError(f"{checkpoint.path} was trained with other settings: {listed}. {REMEDY}")
 
 
 def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIdentity, report) -> None:
@@ -95,10 +94,7 @@ def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIde
         described, now = f"other {described}", "these: names, sizes, contents or captions of images have changed"
     else:
         now = data.describe()
-    raise ValueError(
-        f"{checkpoint.path} was trained on other data: on {described}, and not on {now}. Resume all the same with "
-        "--allow-changed-settings, start over with --fresh, or choose another --output-dir"
-    )
+    raise ValueError(f"{checkpoint.path} was trained on other data: on {described}, and not on {now}. {REMEDY}")
 
 
 def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, now: str | None) -> None:
@@ -107,10 +103,7 @@ def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, n
     if then != now and not settings.allow_changed_settings:
         told = "with another --training-adapter" if then and now else f"{'with' if then else 'without'} one"
         given = settings.training_adapter or "none"
-        raise ValueError(
-            f"{checkpoint.path} was trained {told}, and --training-adapter is {given}. Resume all the same with "
-            "--allow-changed-settings, start over with --fresh, or choose another --output-dir"
-        )
+        raise ValueError(f"{checkpoint.path} was trained {told}, and --training-adapter is {given}. {REMEDY}")
 
 
 def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:

@@ -15,12 +15,13 @@ import tyro
 import yaml
 
 from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
-from onelora_diffusion.config import AdapterConfig
+from onelora_diffusion.config import PARTS, AdapterConfig
 from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
 from onelora_diffusion.data.table import check_columns, kind_of
 from onelora_diffusion.files import keys_once
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity
+from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.stopping import parse_duration
 from onelora_diffusion.training.weighting import Weighting
 
@@ -163,24 +164,17 @@ class RunSettings:
             peft_config = self.peft_config and json.loads(self.peft_config, object_pairs_hook=keys_once)
         except ValueError as error:
             raise ValueError(f"--peft-config {self.peft_config} is no JSON of settings: {error}") from None
-        return AdapterConfig(
-            method=self.method,
-            rank=self.rank,
-            targets=self.targets or targets,
-            num_classes=num_classes,
-            fuse_qkv=self.fuse_qkv,
-            sum=self.sum,
-            bias=self.bias,
-            scale=self.scale,
-            norms=self.norms,
-            compression=self.compression,
-            seed=self.seed,
-            peft_config=peft_config,
-        )
+        names = ("method", "rank", "fuse_qkv", *PARTS, "compression", "seed")
+        chosen = {"targets": self.targets or targets, "num_classes": num_classes, "peft_config": peft_config}
+        return AdapterConfig(**chosen, **{name: getattr(self, name) for name in names})
 
     def drawn_at(self, guidance_scale: float | None) -> float | None:
         """The guidance with which the run draws: none on top of one that is trained in."""
         return 1.0 if self.trained_guidance > 1 else guidance_scale
+
+    def rate_factor(self, step: int) -> float:
+        """The factor of the schedule on the learning rate at a step, counted from 0."""
+        return learning_rate_factor(step, self.lr_schedule, self.warmup_steps, self.max_steps)
 
     def density(self) -> TimestepDensity:
         return TimestepDensity(self.timestep_density, self.logit_mean, self.logit_std, self.mode_scale)
@@ -354,8 +348,7 @@ DIFFUSERS_FLAGS = {
 def parse_command_line(arguments: list[str], recipes: Path) -> Settings:
     """Parse flags; their defaults are from the recipe of --config, or else that of --dataset in the folder `recipes`.
 
-    Raises:
-        FileNotFoundError, ValueError: the recipe is missing, a setting in it is unknown, or a flag is diffusers'.
+    FileNotFoundError or ValueError if the recipe is missing, a setting in it is unknown, or a flag is diffusers'.
     """
     check_flags(arguments, DIFFUSERS_FLAGS)
     chosen = first_flags(arguments, "dataset", "config", "subjects")
@@ -514,6 +507,13 @@ def check_settings(settings: RunSettings) -> None:
             raise ValueError(f"--{flag} {value} needs a package that is missing: pip install {extra}")
 
 
+def refuse(others: dict[str, bool], flag: str) -> None:
+    """ValueError for the first of other flags that is given, none of which goes with a flag."""
+    for other, is_given in others.items():
+        if is_given:
+            raise ValueError(f"{other} does not go with {flag}")
+
+
 def check_trained_guidance(settings: Settings) -> None:
     """ValueError for settings of guidance that is trained in which are wrong, or without it."""
     if not 1 <= settings.trained_guidance < 2:  # at 2 the target runs away from the prediction
@@ -527,7 +527,7 @@ def check_trained_guidance(settings: Settings) -> None:
 def check_subjects(settings: RunSettings) -> None:
     """ValueError for settings that do not go with --subjects."""
     config = settings.adapter_config()
-    refused = {
+    others = {
         f"--method {settings.method}": config.recipe.is_whole,
         "training norms (--no-norms), which all samples of a batch share,": config.norms,
         "--engine fsdp2": settings.engine == "fsdp2",
@@ -535,9 +535,7 @@ def check_subjects(settings: RunSettings) -> None:
         "--track wandb": settings.track == "wandb",
         "--push-to-hub": settings.push_to_hub is not None,
     }
-    for flag, is_chosen in refused.items():
-        if is_chosen:
-            raise ValueError(f"{flag} does not go with --subjects")
+    refuse(others, "--subjects")
     for name in ("images", "data_root"):
         if getattr(settings, name, None) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is each subject's own: leave it out beside --subjects")

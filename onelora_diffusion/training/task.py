@@ -1,7 +1,7 @@
 """The task of a run: a base with its adapter, and the images and conditions to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,48 +46,30 @@ from onelora_diffusion.training.weighting import loss_weights, weighted_loss
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """The images of a run and their conditions.
+    """The images of a run and their conditions."""
 
-    Attributes:
-        images: `[index] -> (image, number of its condition)`; it has `broken`, (images,) bool, if unreadable images
-            are skipped.
-        conditions: labels, prompts or edits, in the order of their numbers, `conditions_each` for each number.
-        conditions_each: for each number, how many prompts are trained, of which the first is validated.
-        shown: the conditions of which samples are drawn, with their names.
-        identity: the identity of images and conditions, equal on every process and at every start of a run.
-        resolution: side of the images in pixels.
-        described: a short description.
-        facts: entries for the adapter's header: the data set's name and those that the script adds.
-        id2label: class names by label, if there are classes.
-        buckets: the buckets of images of several shapes.
-        masks: the masks (h, w) of latents, by the number of their image's condition; others are 1 everywhere.
-        repeats: how often each image counts in an epoch; None is once.
-        notes: what a user should know about the data, a line each.
-        frames: of each clip.
-        held: data of another split, some of which are held out for validation.
-    """
-
+    # [index] -> (image, number of its condition); with `broken`, (images,) bool, if unreadable images are skipped.
     images: Dataset
-    conditions: Sequence[Condition]
-    shown: Sequence[tuple[Condition, str]]
-    identity: DataIdentity
-    resolution: int
+    conditions: Sequence[Condition]  # in the order of their numbers, `conditions_each` for each number
+    shown: Sequence[tuple[Condition, str]]  # the conditions of which samples are drawn, with their names
+    identity: DataIdentity  # of images and conditions, equal on every process and at every start of a run
+    resolution: int  # side of the images in pixels
     described: str
-    facts: dict
-    id2label: dict[int, str] | None = None
-    buckets: Buckets | None = None
-    conditions_each: int = 1
+    facts: dict  # entries for the adapter's header: the data set's name and those that the script adds
+    id2label: dict[int, str] | None = None  # class names by label, if there are classes
+    buckets: Buckets | None = None  # of images of several shapes
+    conditions_each: int = 1  # for each number, how many prompts are trained, of which the first is validated
+    # The masks (h, w) of latents, by the number of their image's condition; others are 1 everywhere.
     masks: dict[int, Tensor] = field(default_factory=dict)
-    repeats: Sequence[int] | None = None
-    notes: Sequence[str] = ()
-    frames: int = 1
-    held: "TrainingData | None" = None
+    repeats: Sequence[int] | None = None  # how often each image counts in an epoch; None is once
+    notes: Sequence[str] = ()  # what a user should know about the data, a line each
+    frames: int = 1  # of each clip
+    held: "TrainingData | None" = None  # of another split, some of which are held out for validation
 
     def masks_of(self, numbers: Tensor, flips: Sequence[bool], size: tuple[int, ...]) -> Tensor | None:
         """The masks (batch, 1, *size) of images by numbers, mirrored where `flips`; None if no image has one.
 
-        Args:
-            size: (h, w), that of the latents; or (f, h, w) of clips, of which all frames have one mask.
+        `size` is that of the latents: (h, w), or (f, h, w) of clips, of which all frames have one mask.
         """
         if not self.masks:
             return None
@@ -102,18 +84,6 @@ class Task:
     Args:
         pipeline: a pipeline of one of the families; `attach` adds the adapter to its transformer.
         config: the settings of the adapter.
-
-    Attributes:
-        subject: the name of what it learns, if it is one of several tasks on one base.
-        adapter_name: the name of the adapter in the transformer.
-        training_adapter: a hash of the frozen adapter that serves in training, if there is one.
-        family: the family of the pipeline.
-        condition_drop: share of samples that train without their condition.
-        timesteps: those that are trained on.
-        folders: the caches that `encode` has built, of prompts and of latents, if there are any.
-        held_out: (images,) indices of the images of `held_data` that are held out for validation.
-        learned_images: (images,) indices of the images that are trained on, each as often as it counts.
-        examples: `[index, flip] -> (image or, if `is_cached`, its moments, number of its condition)`.
     """
 
     def __init__(
@@ -125,17 +95,20 @@ class Task:
         data: TrainingData,
     ):
         self.settings, self.accelerator, self.pipeline, self.data = settings, accelerator, pipeline, data
-        self.config = config
-        self.subject: str | None = None
-        self.adapter_name = "default"
-        self.training_adapter: str | None = None
-        self.family = family_of(pipeline)
-        self.condition_drop = settings.condition_drop(self.family.is_guided)
-        self.timesteps = self.family.timestep_range(pipeline.scheduler)
+        self.config, self.family = config, family_of(pipeline)
+        self.subject: str | None = None  # the name of what it learns, if it is one of several tasks on one base
+        self.adapter_name = "default"  # in the transformer
+        self.training_adapter: str | None = None  # a hash of the frozen adapter that serves in training, if any
+        self.condition_drop = settings.condition_drop(self.family.is_guided)  # share of samples without condition
+        self.timesteps = self.family.timestep_range(pipeline.scheduler)  # those that are trained on
+        # [index, flip] -> (image or, if `is_cached`, its moments, number of its condition)
         self.examples, self.is_cached = FlippableImages(data.images), False
+        # The caches that `encode` has built, of prompts and of latents, if there are any.
         self.folders: tuple[list[Path] | None, list[Path | None]] = None, [None] * len(self.encoded_data)
         self._base_images: Tensor | None = None
         self.held_data = data.held or data
+        # (images,) the indices of those of `held_data` for validation, and of those that are trained on, each as often
+        # as it counts.
         self.held_out, learned = held_out(settings.validation_images, data)
         self.learned_images = learned if data.repeats is None else learned.repeat(np.array(data.repeats)[learned])
         self.held_examples, self.held_is_cached = FlippableImages(self.held_data.images), False
@@ -146,8 +119,7 @@ class Task:
     def attach(self) -> dict[str, Tensor]:
         """Attach the adapter to the transformer, and return its trained tensors, on the device, by name.
 
-        Raises:
-            ValueError: the base has no such adapter, or the adapter is no LoRA of those that are to be written.
+        ValueError if the base has no such adapter, or the adapter is no LoRA of those that are to be written.
         """
         transformer, name = denoiser_of(self.pipeline), self.adapter_name
         beside = self.settings.training_adapter
@@ -162,11 +134,6 @@ class Task:
         for tensor in trained.values():
             tensor.data = tensor.to(self.accelerator.device)
         return trained
-
-    @property
-    def caches(self) -> Path:
-        """The folder of the caches of encoded images and prompts."""
-        return self.settings.caches
 
     @property
     def all_conditions(self) -> dict[str, list[Condition]]:
@@ -185,11 +152,9 @@ class Task:
         if self.subject is not None:
             set_adapters(denoiser_of(self.pipeline), self.adapter_name)
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
+    def drawing(self) -> AbstractContextManager:
         """Context manager in which the transformer computes as when images are drawn: without a training adapter."""
-        with serving_alone(denoiser_of(self.pipeline), self.adapter_name) if self.training_adapter else nullcontext():
-            yield
+        return serving_alone(denoiser_of(self.pipeline), self.adapter_name) if self.training_adapter else nullcontext()
 
     def detach(self) -> None:
         """Remove the adapter from the transformer, if it was attached."""
@@ -349,10 +314,8 @@ class Task:
 def held_out(number: int | Path, data: TrainingData) -> tuple[np.ndarray, np.ndarray]:
     """(indices of the images that are held out for validation, those of the images that are trained on).
 
-    They are the same for every seed; of another split none is trained on, and of a folder all are held out.
-
-    Raises:
-        ValueError: no image would be left to train on, or the split has fewer images.
+    They are the same for every seed; of another split none is trained on, and of a folder all are held out. ValueError
+    if no image would be left to train on, or the split has fewer images.
     """
     source, least = data.held or data, 0 if data.held else 1
     if isinstance(number, Path):
@@ -399,7 +362,7 @@ def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
     family, pipeline, length = task.family, task.pipeline, task.settings.max_sequence_length
     return [
         build_prompt_cache(
-            task.caches,
+            task.settings.caches,
             conditions,
             lambda conditions: family.encode_conditions(pipeline, conditions, length),
             identity,
@@ -417,7 +380,7 @@ def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
     if cache_size(len(data.images), settings.flip, shape) > settings.latent_cache_gb * 1e9:
         return None
     return build_cache(
-        task.caches,
+        settings.caches,
         data.images,
         task.pipeline.vae,
         settings.flip,
@@ -430,5 +393,5 @@ def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
 
 def _share(task: Task, stop: Stop) -> dict:
     """The share of a cache's files that this process writes, as arguments."""
-    number, sharers = among_sharers(task.caches, task.accelerator)
+    number, sharers = among_sharers(task.settings.caches, task.accelerator)
     return {"process_index": number, "num_processes": sharers, "is_stopped": stop.asked, "report": tqdm.write}

@@ -29,11 +29,7 @@ class Validation:
         self.of_base: float | None = None
 
     def measure(self, adapted: Callable[[], AbstractContextManager]) -> dict[str, float]:
-        """`{"validation_loss": ..., "base_validation_loss": ...}`.
-
-        Args:
-            adapted: makes a context manager in which the transformer computes with the adapter.
-        """
+        """`{"validation_loss": ..., "base_validation_loss": ...}`; inside `adapted()` the adapter is used."""
         transformer = denoiser_of(self.task.pipeline)
         if self.of_base is None:
             with base_in_training(transformer):

@@ -1,7 +1,6 @@
 """A small model, accelerate's state, and a stand-in for the hub, that several tests use."""
 
 import signal
-from pathlib import Path
 
 import pytest
 from tiny_models import dit_inputs, make_dit
@@ -51,10 +50,12 @@ def hub(monkeypatch):
             calls["repo"] = repo_id, private, exist_ok
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls["files"] = {
-                str(path.relative_to(folder_path)): path.read_bytes() for path in Path(folder_path).rglob("*.*")
-            }
+        def create_commit(self, repo_id, operations, *, commit_message):
+            assert repo_id == calls["repo"][0] and commit_message
+            calls["files"] = {}
+            for operation in operations:
+                with operation.as_file() as file:
+                    calls["files"][operation.path_in_repo] = file.read()
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     return calls

@@ -30,10 +30,6 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    return type(layer).forward is LINEAR_FORWARD and "forward" not in layer.__dict__
-
-
 @torch.no_grad()
 def why_not_its_product(layer: nn.Module) -> str | None:
     """Why a layer does not compute W x + bias with its `weight` and `bias` read as floats, or None if it does.

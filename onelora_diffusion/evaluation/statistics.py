@@ -117,7 +117,16 @@ class RunningStatistics:
 
     def reduce(self, spatial: bool = False) -> FeatureStatistics:
         """The statistics of the images of all processes; the covariance of one image is not a number."""
-        return _reduced(self.spatial_sums if spatial else self.sums)
+        sums = self.spatial_sums if spatial else self.sums
+        parts = sums.fake_features_sum, sums.fake_features_cov_sum, sums.fake_features_num_samples
+        parts = [value.clone() for value in parts]
+        if distributed.is_initialized():
+            for value in parts:
+                distributed.all_reduce(value)
+        total, products, count = (value.cpu() for value in parts)
+        mean = total / count
+        covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
+        return FeatureStatistics(mean, covariance, int(count))
 
     def gather_kept(self) -> Tensor:
         """The kept features (images, d) of all processes, in the order of the images."""
@@ -133,18 +142,6 @@ def _sums(num_features: int, device: torch.device | str) -> FrechetInceptionDist
     given = nn.Identity()  # it is updated with features instead of images
     given.num_features = num_features
     return FrechetInceptionDistance(given).to(device)
-
-
-def _reduced(sums: FrechetInceptionDistance) -> FeatureStatistics:
-    parts = [sums.fake_features_sum, sums.fake_features_cov_sum, sums.fake_features_num_samples]
-    parts = [value.clone() for value in parts]
-    if distributed.is_initialized():
-        for value in parts:
-            distributed.all_reduce(value)
-    total, products, count = (value.cpu() for value in parts)
-    mean = total / count
-    covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
-    return FeatureStatistics(mean, covariance, int(count))
 
 
 def shortage(statistics: FeatureStatistics, what: str) -> str | None:

@@ -129,7 +129,9 @@ def _from_npz(path: Path, keep: bool) -> Measured:
         mean, covariance = (_array(path, headers, name) for name in ("mu_s", "sigma_s"))
         spatial = FeatureStatistics(*_moments(path, mean, covariance), count)
     if "origin" in headers:
-        origin = _origin(path, _text(path, headers, "origin"))
+        if headers["origin"].dtype.kind != "U" or headers["origin"].num_bytes > 100_000:
+            raise ValueError(f"'{path}': origin is {headers['origin'].dtype} {headers['origin'].shape}, not a text")
+        origin = _origin(path, str(np.load(path, allow_pickle=False)["origin"]))
     else:
         origin = Origin(kind_of_width(statistics.num_features), UNTOLD, UNTOLD, None, str(path), crop=UNTOLD)
     return Measured(statistics, origin, kept if keep else None, spatial)
@@ -145,12 +147,6 @@ def _array(path: Path, headers: dict[str, Header], name: str) -> Tensor:
             "one by one, reps (images, d), of up to 512 MiB"
         )
     return torch.from_numpy(np.load(path, allow_pickle=False)[name])
-
-
-def _text(path: Path, headers: dict[str, Header], name: str) -> str:
-    if headers[name].dtype.kind != "U" or headers[name].num_bytes > 100_000:
-        raise ValueError(f"'{path}': {name} is {headers[name].dtype} {headers[name].shape}, not a text")
-    return str(np.load(path, allow_pickle=False)[name])
 
 
 def _moments(path: Path, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

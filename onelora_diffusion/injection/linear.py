@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
 from onelora_diffusion.adapters.base_layer import (
-    is_plain_linear,
+    LINEAR_FORWARD,
     offload_group,
     weights_present,
     why_not_its_product,
@@ -289,7 +289,8 @@ def makes_new_memory(layer: nn.Module) -> bool:
     keeps products). Other layers may return a tensor that they keep or that their backward reads.
     """
     return (
-        is_plain_linear(layer)
+        type(layer).forward is LINEAR_FORWARD
+        and "forward" not in layer.__dict__
         and not torch_module._global_forward_hooks
         and next(iter(layer._forward_hooks.values()), adapter_hook) is adapter_hook
         and torch._C._len_torch_dispatch_stack() == 0

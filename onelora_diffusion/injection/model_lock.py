@@ -32,10 +32,6 @@ class ModelLock:
         self._task = None
         self._holds: list[Hold] = []
 
-    @property
-    def is_mine(self) -> bool:
-        return bool(self._holds) and self._owner == threading.get_ident()
-
     def __enter__(self) -> "ModelLock":
         self._take(Hold())
         return self
@@ -53,7 +49,7 @@ class ModelLock:
     def end_call(self) -> None:
         """Release what the last `begin_call` of this thread acquired, if anything."""
         with self._free:
-            if self.is_mine and any(hold.frame is not None for hold in self._holds):
+            if self._owner == threading.get_ident() and any(hold.frame is not None for hold in self._holds):
                 while (hold := self._holds.pop()).frame is None:
                     pass
                 hold.undo()

@@ -69,9 +69,7 @@ def route_beside_base(model: nn.Module, batch_size: int, adapter_names: Sequence
 
         ε = ε_base(x, t, ∅) + w · (ε_ft(x, t, y) − ε_base(x, t, ∅)).
 
-    Args:
-        adapter_names: as for `route_adapters`, for each sample of the first half; None takes the active adapters
-            with their weights.
+    `adapter_names` are those of the first half; None takes the active adapters with their weights.
     """
     entries = [adapters_of(model).serving] * batch_size if adapter_names is None else list(adapter_names)
     return route_adapters(model, entries + [None] * batch_size)

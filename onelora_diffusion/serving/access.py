@@ -42,20 +42,12 @@ def refusal(status: int, message: str, code: str, headers: Mapping[str, str] | N
 class Gate:
     """ASGI middleware that refuses what no route should see, limits bodies and times, and logs each request.
 
-    It sets `scope["state"]["client"]`, the name of the client that a token belongs to, or its address.
-
-    Args:
-        host: the address that the server listens at, by which it may be reached besides those of `settings`.
-        on_answer: called with (scope, status, seconds) after each request.
+    It sets `scope["state"]["client"]`, the name of the client that a token belongs to, or its address. The server may
+    be reached by `host` besides the addresses in `settings`; `on_answer` is called with (scope, status, seconds) after
+    each request.
     """
 
-    def __init__(
-        self,
-        app,
-        settings: AccessSettings,
-        host: str = "localhost",
-        on_answer: Callable[[dict, int, float], object] = lambda scope, status, seconds: None,
-    ):
+    def __init__(self, app, settings: AccessSettings, host: str, on_answer: Callable[[dict, int, float], object]):
         self.app, self.settings, self.on_answer = app, settings, on_answer
         self.named = {host.casefold() for host in settings.allow_host}
         self.hosts = self.named | {"localhost", "127.0.0.1", "::1", host.casefold()} - {"0.0.0.0", "::"}

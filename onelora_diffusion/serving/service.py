@@ -39,18 +39,13 @@ class Progress:
 
 
 class Service:
-    """What the routes of the API ask.
-
-    Args:
-        base: the base's name, which saved pictures contain.
-        guidance_scale: the scale of guidance with which the page begins.
-        request_timeout: seconds after which pictures that are not drawn are given up.
-        uploads: the folder into which adapters are written that clients send.
-    """
+    """What the routes of the API ask."""
 
     def __init__(self, base: str, uploads: Path, guidance_scale: float = 4.0, request_timeout: float = 600.0):
-        self.base, self.uploads = base, uploads
-        self.guidance_scale, self.request_timeout = guidance_scale, request_timeout
+        self.base = base  # its name, which saved pictures contain
+        self.uploads = uploads  # the folder into which adapters are written that clients send
+        self.guidance_scale = guidance_scale  # with which the page begins
+        self.request_timeout = request_timeout  # seconds after which pictures that are not drawn are given up
         self.batcher: Batcher | None = None
         self.base_digest, self.is_draining = "", False
 

@@ -133,8 +133,7 @@ def describe_adapter(path: str | os.PathLike) -> AdapterFile:
 def read_opened(file: OpenFile, model: nn.Module | None = None, component: str | None = None) -> AdapterFile:
     """Read the adapter in an open file; settings are checked against shapes, these against the model, values last.
 
-    Args:
-        component: the one of a pipeline's two transformers that `model` is.
+    `component` is the one of a pipeline's two transformers that `model` is.
     """
     adapter, header = _describe_opened(file)
     if model is not None:

@@ -1,8 +1,6 @@
 """Upload an adapter to the Hugging Face hub: its file, a model card and pictures."""
 
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +70,7 @@ def push_to_hub(
         FileNotFoundError, ValueError: a file is missing, the adapter is damaged, or the hub refuses. Files are
             checked before the hub is contacted.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     file, weights = read_adapter(path), file_of(path)
@@ -85,18 +83,14 @@ def push_to_hub(
     shown = [(text, name) for (text, _), name in zip(gallery, pictures, strict=False)]
     sample = "![samples](sample.png)\n\n" if sample_grid else ""
     card = model_card(file, repo_id, base or file.base, dataset, metrics or {}, sample, shown, license)
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(weights, Path(folder) / WEIGHTS_NAME)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-        (Path(folder) / "images").mkdir()
-        for name, picture in pictures.items():
-            shutil.copyfile(picture, Path(folder) / name)
-        api = HfApi(token=token)
-        try:
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ValueError(f"'{repo_id}' cannot be pushed to: {first_line(error)}") from error
+    contents = {WEIGHTS_NAME: weights, "README.md": card.encode(), **pictures}
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        files = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(repo_id, files, commit_message=commit_message)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"'{repo_id}' cannot be pushed to: {first_line(error)}") from error
     return str(url)
 
 

@@ -218,14 +218,10 @@ class NativeLayer:
             if layers[path].beta is not None:
                 beta[self.paths.index(path)] += layers[path].beta
         changes_bias = any(layers[path].beta is not None for path in present)
-        joined_beta = self._swapped(torch.cat(beta)) if changes_bias else None
-        return LoraLayer(a, self._swapped(torch.cat(b)), joined_beta, layers[present[0]].kernel)
+        joined_beta = self.swapped(torch.cat(beta)) if changes_bias else None
+        return LoraLayer(a, self.swapped(torch.cat(b)), joined_beta, layers[present[0]].kernel)
 
-    def parted(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Split native rows into those of each path."""
-        return self._swapped(rows).split(self.rows)
-
-    def _swapped(self, rows: torch.Tensor) -> torch.Tensor:
+    def swapped(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat(rows.chunk(2)[::-1]) if self.is_swapped else rows
 
 
@@ -297,7 +293,8 @@ def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> di
         if part.startswith(".lokr_") and (len(layer.paths) > 1 or layer.is_swapped):
             return None  # the rows of a Kronecker product cannot be taken apart
         if OF_ROWS.match(part) and len(tensor) == sum(layer.rows):
-            found |= {f"{path}{part}": rows for path, rows in zip(layer.paths, layer.parted(tensor), strict=True)}
+            parts = zip(layer.paths, layer.swapped(tensor).split(layer.rows), strict=True)
+            found |= {f"{path}{part}": rows for path, rows in parts}
         elif OF_ROWS.match(part):
             return None
         else:

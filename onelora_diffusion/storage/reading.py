@@ -60,8 +60,7 @@ def read_source(
 ) -> tuple[AdapterFile, str]:
     """(the adapter in a file, a folder, a hub repository or a state dict; its name in errors).
 
-    Args:
-        component: the one of a pipeline's two transformers that `model` is, whose part is read of a file of both.
+    `component` is the one of a pipeline's two transformers that `model` is, whose part is read of a file of both.
     """
     if isinstance(source, dict):
         if any(name.startswith(f"{PAIR[1]}.") and ".onelora_" in name for name in source) and component:

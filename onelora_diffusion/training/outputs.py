@@ -24,7 +24,6 @@ from onelora_diffusion.training.checkpoints import checkpoint_paths, save_checkp
 from onelora_diffusion.training.metrics import MetricsFile, NonFiniteError, check_finite, cut_lines_after
 from onelora_diffusion.training.resuming import adapter_names
 from onelora_diffusion.training.run import Run
-from onelora_diffusion.training.samples import write_sample
 from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Interrupted, Stop, format_duration
 from onelora_diffusion.training.trackers import show_picture
@@ -99,7 +98,8 @@ class Outputs:
         with suppress(Interrupted), self.averaged(), self.accelerator.autocast(), alone():
             png = self.task.sample_grid(is_stopped)
         if is_main and png:
-            write_sample(self.folder / f"samples/step-{self.run.step:08}.png", png)
+            (self.folder / "samples").mkdir(exist_ok=True)
+            write_bytes(self.folder / f"samples/step-{self.run.step:08}.png", png)
             show_picture(self.accelerator, f"{self.prefix}samples", png, self.run.step)
 
     def write_validation(self) -> None:

@@ -17,36 +17,26 @@ from onelora_diffusion.training.stopping import Clock
 REMEDY = "Resume all the same with --allow-changed-settings, start over with --fresh, or choose another --output-dir"
 
 
-def find_checkpoint(settings: RunSettings, report) -> Checkpoint | None:
-    """The newest undamaged checkpoint of the run, or None if there is none yet.
-
-    ValueError if it was trained with other settings, or if all checkpoints are damaged.
-    """
-    if settings.fresh:
-        return None
-    checkpoint = load_newest_checkpoint(settings.output_dir / "checkpoints", report, STATE)
-    if checkpoint and not settings.allow_changed_settings:
-        check_same_settings(settings, checkpoint)
-    return checkpoint
-
-
 def agree_on_checkpoint(
     settings: RunSettings, clock: Clock, accelerator: Accelerator
 ) -> tuple[Checkpoint | None, bool]:
-    """(the checkpoint that the main process finds, sent to all processes; whether the run is finished).
+    """(the newest undamaged checkpoint of the run or None, sent to all processes; whether the run is finished).
 
-    Only the main process needs access to the folder. The clock is set to the checkpoint's seconds. Errors are those of
-    `find_checkpoint`, on every process.
+    Only the main process needs access to the folder. The clock is set to the checkpoint's seconds. ValueError, on
+    every process, if it was trained with other settings, or if all checkpoints are damaged.
     """
     found: list[Checkpoint | None] = [None]
 
     def find() -> tuple[Checkpoint | None, bool]:
-        found[0] = checkpoint = find_checkpoint(settings, print)
+        if settings.fresh:
+            return None, False
+        found[0] = checkpoint = load_newest_checkpoint(settings.output_dir / "checkpoints", print, STATE)
         if checkpoint:
+            check_same_settings(settings, checkpoint)
             clock.resume(checkpoint.state["seconds"])
             shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in checkpoint.tensors.items()}
             checkpoint = replace(checkpoint, tensors=shapes)
-        return checkpoint, is_finished(settings, found[0], clock, print)
+        return checkpoint, is_finished(settings, found[0], clock)
 
     checkpoint, finished = told_by_main(accelerator, find)
     if checkpoint is None or accelerator.num_processes == 1:
@@ -64,6 +54,8 @@ def agree_on_checkpoint(
 
 
 def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
+    if settings.allow_changed_settings:
+        return
     # A setting that the checkpoint does not know yet had its default value.
     then, now = type(settings)().as_json() | checkpoint.state["settings"], settings.as_json()
     free = FREE_SETTINGS - ({"max_steps"} if settings.lr_schedule != "constant" else set())
@@ -106,7 +98,7 @@ def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, n
         raise ValueError(f"{checkpoint.path} was trained {told}, and --training-adapter is {given}. {REMEDY}")
 
 
-def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock, report) -> bool:
+def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clock) -> bool:
     """Whether the checkpoint is that of the last step and the adapters of that step are written.
 
     If an adapter is missing or damaged, this is reported, and the run goes on in order to write it again.
@@ -121,7 +113,7 @@ def is_finished(settings: RunSettings, checkpoint: Checkpoint | None, clock: Clo
         except FileNotFoundError:
             return False
         except ValueError as error:
-            report(f"{error}: it is written anew from {checkpoint.path}")
+            print(f"{error}: it is written anew from {checkpoint.path}")
             return False
     return True
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from onelora_diffusion.data.clips import write_frames
-from onelora_diffusion.files import write_bytes
 
 GRID_CLASSES, PADDING = 10, 2
 COLUMNS = "columns"
@@ -50,8 +49,3 @@ def last_row(path: Path) -> list[tuple[str, Image.Image]]:
     top = grid.height - PADDING - size
     lefts = [PADDING + number * (size + PADDING) for number in range(len(columns))]
     return [(name, grid.crop((left, top, left + size, top + size))) for name, left in zip(columns, lefts, strict=True)]
-
-
-def write_sample(path: Path, png: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, png)

@@ -20,9 +20,8 @@ OF_A_SUBJECT = {
 def subjects_of(settings: RunSettings) -> dict[str, RunSettings]:
     """The settings of each subject by its name: those of a run of its own, into a folder of that name.
 
-    Raises:
-        OSError, ValueError: there is no such folder or table, it is empty, a name cannot be that of a folder or
-            differs from another by capitals alone, or a table has a setting that is no subject's own.
+    OSError or ValueError if there is no such folder or table, it is empty, a name cannot be that of a folder or
+    differs from another by capitals alone, or a table has a setting that is no subject's own.
     """
     source = settings.subjects
     found = _of_table(settings, source) if source.suffix in (".yaml", ".yml") else _of_folder(settings, source)

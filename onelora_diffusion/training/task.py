@@ -79,20 +79,10 @@ class TrainingData:
 
 
 class Task:
-    """A base, its adapter and its training data, on every process of a run.
-
-    Args:
-        pipeline: a pipeline of one of the families; `attach` adds the adapter to its transformer.
-        config: the settings of the adapter.
-    """
+    """A base, its adapter and its training data, on every process of a run; `attach` adds the adapter."""
 
     def __init__(
-        self,
-        settings: RunSettings,
-        accelerator: Accelerator,
-        pipeline,
-        config: AdapterConfig,
-        data: TrainingData,
+        self, settings: RunSettings, accelerator: Accelerator, pipeline, config: AdapterConfig, data: TrainingData
     ):
         self.settings, self.accelerator, self.pipeline, self.data = settings, accelerator, pipeline, data
         self.config, self.family = config, family_of(pipeline)

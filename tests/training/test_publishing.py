@@ -78,7 +78,7 @@ def test_a_refused_upload_is_one_line_and_the_same_command_tries_again(hub, monk
     (tmp_path / "runs/digits/samples").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "runs/digits/samples/step-00000003.png")  # of a later step
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+        patch.setattr("huggingface_hub.HfApi.create_commit", refuse)
         with pytest.raises(SystemExit) as caught:
             train_dit.main(settings)
     expected = "cannot be pushed to: no network; the adapter is in runs/digits, and the same command tries again"

@@ -1,6 +1,6 @@
 """What every feature module is."""
 
-from torch import Tensor, nn
+from torch import nn
 
 # What a file of statistics that another tool wrote says of the weights and the resize behind it.
 UNTOLD = "not told"
@@ -11,7 +11,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Features(nn.Module):
     """A frozen module: uint8 images (batch, 3, R, R) -> float64 features (batch, num_features).
 
-    Some have `logits(features)`, or `embed_text(prompts)`, the features of texts.
+    Some have `logits(features)`, or `embed_text(prompts)`, the features of texts; those with `num_spatial` have
+    `with_spatial(images)`, features and spatial features (batch, num_spatial) of one pass.
     """
 
     name: str  # what the distance is named after
@@ -23,7 +24,3 @@ class Features(nn.Module):
 
     def train(self, mode: bool = True) -> "Features":
         return super().train(False)
-
-    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and spatial features (batch, num_spatial) of one pass, of modules that have both."""
-        raise NotImplementedError(f"{self.name} has no spatial features")

@@ -140,10 +140,6 @@ def _file_route(path: Path):
     return file
 
 
-# ---------------------------------------------------------------------------------------------------
-# Errors
-
-
 def _answer_errors(app: fastapi.FastAPI) -> None:
     """Every error is one line, with its status, in the form of OpenAI's errors."""
 
@@ -180,11 +176,9 @@ def refused(error: Exception) -> JSONResponse:
     return refusal(status, said, code, headers)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Probes, which nothing delays: they ask the queue for no place and no thread for time
-
-
 def _add_probes(app: fastapi.FastAPI, service: Service, metrics: Metrics) -> None:
+    """Probes, which nothing delays: they ask the queue for no place and no thread for time."""
+
     @app.get("/healthz", tags=["probes"])
     async def healthz():
         """Whether the process works; a server that is starting or is being stopped does."""
@@ -203,10 +197,6 @@ def _add_probes(app: fastapi.FastAPI, service: Service, metrics: Metrics) -> Non
     async def read_metrics():
         """What Prometheus reads."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Models and adapters
 
 
 class Model(BaseModel):
@@ -256,18 +246,14 @@ class Deleted(BaseModel):
 
 
 def _model_of(entry: AdapterEntry) -> Model:
+    names = ("method", "base", "dataset", "prompt", "trigger", "num_params", "digest")
+    classes = entry.classes and [entry.classes[label] for label in sorted(entry.classes)]
     return Model(
         id=entry.name,
         created=entry.stamp[1] // 10**9,
-        method=entry.method,
-        base=entry.base,
-        dataset=entry.dataset,
-        classes=entry.classes and [entry.classes[label] for label in sorted(entry.classes)],
-        prompt=entry.prompt,
-        trigger=entry.trigger,
+        classes=classes,
         guidance_scale=1.0 if entry.has_guidance else None,
-        num_params=entry.num_params,
-        digest=entry.digest,
+        **{name: getattr(entry, name) for name in names},
     )
 
 
@@ -329,10 +315,6 @@ def check_admin(request: fastapi.Request) -> None:
         raise HTTPException(401, f"only who has the token of '{ADMIN}' may change adapters")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-
-
 def _add_pictures(app: fastapi.FastAPI, service: Service) -> None:
     @app.post("/v1/images/generations", tags=["pictures"])
     async def generate(body: ImagesRequest, request: fastapi.Request) -> Images:
@@ -375,22 +357,9 @@ def requests_of(service: Service, body: ImagesRequest) -> list[Request]:
             raise ValueError(f"size is '{body.size[:60]}'; give a square, such as '256x256', or 'auto'")
         size = int(sides[1])
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-    return [
-        Request.from_json(
-            {
-                "subject": body.prompt,
-                "negative_prompt": body.negative_prompt,
-                "adapters": dict(adapters),
-                "guidance": body.guidance,
-                "guidance_scale": body.guidance_scale,
-                "sampler": body.sampler,
-                "num_inference_steps": body.steps,
-                "seed": seed + index,
-                "size": size,
-            }
-        )
-        for index in range(body.n)
-    ]
+    shared = body.model_dump(include={"negative_prompt", "guidance", "guidance_scale", "sampler"})
+    shared |= {"subject": body.prompt, "adapters": dict(adapters), "num_inference_steps": body.steps, "size": size}
+    return [Request.from_json(shared | {"seed": seed + index}) for index in range(body.n)]
 
 
 def image_of(service: Service, ticket: Ticket) -> Image:

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """A thread that draws the requests of the queue by a `Drawing`; it alone runs the model."""
+    """A thread that draws the requests of the queue by a `Drawing`; it alone runs the model.
+
+    Other threads call the public methods.
+    """
 
     def __init__(self, drawing, library: AdapterLibrary, cache: AdapterCache, settings: BatchSettings):
         settings.check()
@@ -35,9 +38,6 @@ class Batcher:
         self._is_open = True
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
-
-    # -----------------------------------------------------------------------------------------------
-    # What other threads call
 
     def submit(self, request: Request, client: str = "") -> Ticket:
         """Put a request into the queue of a client; errors are those of `submit_all`."""
@@ -130,9 +130,6 @@ class Batcher:
     def is_alive(self) -> bool:
         """Whether requests that wait are drawn."""
         return self._thread.is_alive()
-
-    # -----------------------------------------------------------------------------------------------
-    # The thread
 
     def _run(self) -> None:
         while (joining := self._next()) is not None:

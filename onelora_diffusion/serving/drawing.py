@@ -43,9 +43,6 @@ class Drawing:
         self.samplers = fitting_samplers(pipeline.scheduler.config) if self.family.takes_samplers else []
         self._batch = RunningBatch(pipeline, self.family)
 
-    # -----------------------------------------------------------------------------------------------
-    # Check requests
-
     def completed(self, request: Request, entries: Sequence[AdapterEntry]) -> Request:
         """The request with its class as a label, and with the base's own sampler and size if it names none.
 
@@ -98,9 +95,6 @@ class Drawing:
     def batch_key(request: Request) -> tuple:
         """The key by which requests share a batch: those with equal keys can be drawn together."""
         return (request.size,)
-
-    # -----------------------------------------------------------------------------------------------
-    # Draw
 
     def start(self, request: Request, mixture: Mapping[str, float]) -> Trajectory:
         """Begin with image 0 of a completed request's seed; `mixture` has each adapter's weight by its name here."""

@@ -145,11 +145,9 @@ class AdapterLibrary:
             stamp,
             method=config.method,
             base=_text(adapter.base),
-            dataset=_text(training.get("dataset")),
             classes=classes,
             has_guidance="trained_guidance" in training,
-            prompt=_text(training.get("prompt")),
-            trigger=_text(training.get("trigger")),
+            **{name: _text(training.get(name)) for name in ("dataset", "prompt", "trigger")},
             num_params=num_params,
             num_bytes=4 * num_params,  # a loaded adapter is float32
             digest=adapter.digest,

@@ -80,9 +80,6 @@ class Service:
             raise NotReady(self.problem)
         return self.batcher
 
-    # -----------------------------------------------------------------------------------------------
-    # Pictures
-
     def weights(self, model: str) -> dict[str, float]:
         """The adapters that a model's name stands for: none for the base, an adapter, or `food:0.7+birds:0.3`.
 
@@ -156,9 +153,6 @@ class Service:
                 future.cancel()
             for ticket in tickets:
                 ticket.cancel()
-
-    # -----------------------------------------------------------------------------------------------
-    # Adapters
 
     def put(self, name: str, content: bytes) -> AdapterEntry:
         """Write an adapter's file, or replace it: once it was checked, as a whole or not at all.

@@ -87,10 +87,7 @@ def name_of(number: str, features: str, extractor: str) -> str:
     return kind.names.get(number, f"{number}({features})") if is_published else f"{number}({features})"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Files that do not say what their numbers are of
-
-UNKNOWN_KIND = "unknown-"
+UNKNOWN_KIND = "unknown-"  # before the number of features in a file that does not say what they are
 
 
 def kind_of_width(width: int) -> str:

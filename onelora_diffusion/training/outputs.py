@@ -106,8 +106,8 @@ class Outputs:
         """Write a line of metrics with the validation loss, unless a signal comes."""
         measured = None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
-        with suppress(Interrupted), alone():
-            measured = self.validation.measure(self.averaged_in_training)
+        with suppress(Interrupted):
+            measured = self.validation.measure(self.averaged_in_training(), alone)
         if measured:
             self._keep({"step": self.run.step, **measured})
 

@@ -28,13 +28,15 @@ class Validation:
         self.task = task
         self.of_base: float | None = None
 
-    def measure(self, adapted: Callable[[], AbstractContextManager]) -> dict[str, float]:
-        """`{"validation_loss": ..., "base_validation_loss": ...}`; inside `adapted()` the adapter is used."""
-        transformer = denoiser_of(self.task.pipeline)
+    def measure(self, adapted: AbstractContextManager, at_once: Callable) -> dict[str, float]:
+        """`{"validation_loss": ..., "base_validation_loss": ...}`.
+
+        Inside `adapted` the adapter is used; inside `at_once()` a signal ends the work, but not while values return.
+        """
         if self.of_base is None:
-            with base_in_training(transformer):
+            with base_in_training(denoiser_of(self.task.pipeline)), at_once():
                 self.of_base = self._mean_loss()
-        with adapted():
+        with adapted, at_once():
             return {"validation_loss": self._mean_loss(), "base_validation_loss": self.of_base}
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The validation loss: by hand, the same at every step and seed, and the best adapter by it."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from onelora_diffusion import disable_adapter, load_adapter, read_adapter
 from onelora_diffusion.cli.train_text_to_image import main, prepare_task
 from onelora_diffusion.diffusion import add_noise
 from onelora_diffusion.families import family_of
+from onelora_diffusion.training import ema
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.randomness import VALIDATION, draw_step, keyed_generator
 from onelora_diffusion.training.stopping import Clock, Stop
@@ -122,6 +124,27 @@ def test_what_cannot_be_validated_is_one_line(places, tmp_path, changes, message
     with pytest.raises(SystemExit, match=message):
         main(settings_of(places, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_ends_a_validation_but_not_the_return_of_trained_values(places, tmp_path, monkeypatch):
+    """Values that were returned for some tensors alone would be a checkpoint of no step."""
+    at_once, copy_values, inside, copied = Stop.at_once, ema.copy_values, [], []
+
+    @contextmanager
+    def watched(stop):
+        with at_once(stop):
+            inside.append(stop)
+            yield
+            inside.clear()
+
+    def copy(tensors, values):
+        copied.append(bool(inside))
+        copy_values(tensors, values)
+
+    monkeypatch.setattr(Stop, "at_once", watched)
+    monkeypatch.setattr(ema, "copy_values", copy)
+    assert main(settings_of(places, tmp_path / "run", max_steps=2)) == 0
+    assert copied and not any(copied)
 
 
 def test_prior_preservation_is_its_formula(places, tmp_path):

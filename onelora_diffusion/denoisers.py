@@ -1,6 +1,10 @@
-"""The denoiser of a pipeline of diffusers, its transformer or UNet, and the blocks of which that is built."""
+"""The denoiser of a pipeline of diffusers, its transformer or UNet, and its blocks; what decodes its latents."""
 
-from torch import nn
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan 2.2 has two transformers, used one after the other
 BOTH = "both"
@@ -25,6 +29,24 @@ class TwoDenoisers(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         for part in self.children():
             part.enable_gradient_checkpointing()
+
+
+class Pixels(nn.Module):
+    """In the place of the autoencoder of a pipeline that draws pixels: latents are images themselves, from -1 to 1."""
+
+    config: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("at", torch.zeros(()), persistent=False)  # says a device and a precision
+
+    device, dtype = (property(lambda self, name=name: getattr(self.at, name)) for name in ("device", "dtype"))
+
+    def encode(self, images: Tensor):
+        return SimpleNamespace(latents=images)
+
+    def decode(self, latents: Tensor):
+        return SimpleNamespace(sample=latents)
 
 
 def denoisers_in(pipeline) -> dict[str, nn.Module]:
@@ -65,17 +87,34 @@ def denoiser_of(pipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
+def autoencoder_name(pipeline) -> str | None:
+    """The component of a pipeline that decodes latents: `vae`, or one that encodes as well; None: it draws pixels."""
+    both = [name for name, part in pipeline.components.items() if hasattr(part, "encode") and hasattr(part, "decode")]
+    return next(iter(sorted((n for n in both if isinstance(getattr(pipeline, n), nn.Module)), key="vae".__ne__)), None)
+
+
+def autoencoder_of(pipeline) -> nn.Module:
+    """The model that makes latents of images and images of latents."""
+    name = autoencoder_name(pipeline)
+    return getattr(pipeline, name) if name else vars(pipeline).setdefault("_onelora_pixels", Pixels())
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model in the order of its `repeated_blocks`."""
     return [block for path in repeated_blocks(model) for block in model.get_submodule(path)]
 
 
 def repeated_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the outermost lists of a model's blocks: of the classes that it names, or of one class each.
+    """Paths of the outermost lists of a model's blocks: of the classes that it names, or else of one class each.
 
     A block is a module with linear layers in it, which a layer is not.
     """
     named = set(getattr(model, "_repeated_blocks", None) or ())
+    return _lists_of_blocks(model, named) or _lists_of_blocks(model, set())
+
+
+def _lists_of_blocks(model: nn.Module, named: set[str]) -> tuple[str, ...]:
+    """Those of the classes that are `named`; of an empty set, those of one class each."""
     lists = {path: module for path, module in model.named_modules() if path and isinstance(module, nn.ModuleList)}
     found = []
     for path, module in lists.items():

@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
-from onelora_diffusion.denoisers import blocks_of, denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, blocks_of, denoiser_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,10 +35,10 @@ class ComputeSettings:
             raise ValueError("--mixed-precision fp16 needs a GPU: choose bf16 or no")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         dtype = DTYPES[self.mixed_precision]
-        overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
-        denoiser = denoiser_of(pipeline)
+        denoiser, autoencoder = denoiser_of(pipeline), autoencoder_of(pipeline)
+        overflows = dtype == torch.float16 and autoencoder.config.get("force_upcast")
         denoiser.to(device, dtype)
-        pipeline.vae.to(device, torch.float32 if overflows else dtype)
+        autoencoder.to(device, torch.float32 if overflows else dtype)
         if self.compile:
             for block in blocks_of(denoiser):
                 block.compile()

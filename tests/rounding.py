@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rounding import rounding
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 
 
 def assert_rounded(found: Tensor, expected: Tensor, terms: int | nn.Module, size: float | None = None) -> None:
@@ -26,4 +26,6 @@ def assert_rounded_together(found: list[Tensor], expected: list[Tensor], terms: 
 
 def rounding_of_images(pipeline, num_inference_steps: int) -> float:
     """The error allowed in a pipeline's images in [0, 1]: that of each step's prediction, and of decoding."""
-    return num_inference_steps * rounding(denoiser_of(pipeline)) + rounding(pipeline.vae.decoder)
+    autoencoder = autoencoder_of(pipeline)
+    decoding = rounding(getattr(autoencoder, "decoder", autoencoder))
+    return num_inference_steps * rounding(denoiser_of(pipeline)) + decoding

@@ -424,6 +424,57 @@ def make_hidream():
     return pipeline
 
 
+def make_deepfloyd():
+    """A pipeline of pixels, whose UNet has blocks of another kind than it names, and learns the variance."""
+    unet = diffusers.UNet2DConditionModel(
+        **UNET
+        | {
+            "in_channels": 3,
+            "out_channels": 6,
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        },
+        cross_attention_dim=8,
+        encoder_hid_dim=8,
+        attention_head_dim=4,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        resnet_time_scale_shift="scale_shift",
+    )
+    return diffusers.IFPipeline(
+        tokenizer=make_tokenizer(77),
+        text_encoder=make_t5(8),
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_kandinsky3():
+    """A pipeline whose autoencoder has another name, and whose denoiser averages over prompts as they are padded."""
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    return diffusers.Kandinsky3Pipeline(
+        tokenizer=make_tokenizer(128),
+        text_encoder=make_t5(8),
+        unet=diffusers.Kandinsky3UNet(
+            in_channels=4,
+            time_embedding_dim=4,
+            groups=2,
+            attention_head_dim=4,
+            layers_per_block=3,
+            block_out_channels=(8, 16),
+            cross_attention_dim=4,
+            encoder_hid_dim=8,
+        ),
+        scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False),
+        movq=diffusers.VQModel(**blocks, block_out_channels=(4,) * 4, latent_channels=4, norm_num_groups=4).eval(),
+    )
+
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PIPELINES = {
     "pixart": lambda: diffusers.PixArtSigmaPipeline(
@@ -495,6 +546,36 @@ PIPELINES = {
         ),
         motion_adapter=None,
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **BETAS),
+    ),
+    "lcm": lambda: diffusers.LatentConsistencyModelPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=4, time_cond_proj_dim=8, **UNET),
+        scheduler=diffusers.LCMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ),
+    "deepfloyd": make_deepfloyd,
+    "kandinsky3": make_kandinsky3,
+    "prx_pixel": lambda: diffusers.PRXPixelPipeline(
+        transformer=diffusers.PRXTransformer2DModel(
+            patch_size=4,
+            in_channels=3,
+            context_in_dim=8,
+            hidden_size=16,
+            mlp_ratio=2.0,
+            num_heads=2,
+            depth=2,
+            axes_dim=[4, 4],
+            bottleneck_size=8,
+            resolution_embeds=True,
+        ),
+        scheduler=flow_matching(),
+        text_encoder=make_qwen3().model,
+        tokenizer=make_tokenizer(64),
+        prompt_max_tokens=64,
     ),
     "qwen_image": lambda: diffusers.QwenImagePipeline(
         scheduler=flow_matching(use_dynamic_shifting=True),

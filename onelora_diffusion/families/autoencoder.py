@@ -24,7 +24,8 @@ def moments_of(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     encoded = vae.encode(in_range(images).to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean, encoded.latent_dist.std
-    return encoded.latent, torch.zeros_like(encoded.latent)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return latents, torch.zeros_like(latents)
 
 
 @torch.no_grad()

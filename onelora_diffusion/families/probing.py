@@ -5,17 +5,18 @@ follow the timestep are the time; what differs between two prompts is of the pro
 place for is refused, never guessed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf, prod
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from onelora_diffusion.denoisers import denoisers_in
+from onelora_diffusion.denoisers import autoencoder_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
 from onelora_diffusion.families.autoencoder import moments_of
+from onelora_diffusion.families.guided import find_guidance
 from onelora_diffusion.families.pictured import call_of_two, find_pictured
 from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
 from onelora_diffusion.families.references import blank
@@ -26,7 +27,6 @@ SIDES = (64, 128, 256, 512, 1024, 32, 16)  # pixels: the first that a pipeline t
 # Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
 BASE, DIGITS = 128, 4
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
-TRIED_SCALE = 3.0
 TRIED_FRAMES = 25  # one and 24 more, which every number of frames a latent that autoencoders have divides
 
 
@@ -52,7 +52,7 @@ def _probed(recorder: Recorder) -> Place:
     for name in ("prompt", "height", "width", "num_inference_steps"):
         if name not in recorder.parameters:
             raise recorder.refusal(f"its call takes no {name}")
-    for name in ("encode_prompt", "vae", "scheduler"):
+    for name in ("encode_prompt", "scheduler", *{"vae"} & recorder.pipeline.components.keys()):
         if getattr(recorder.pipeline, name, None) is None:
             raise recorder.refusal(f"it has no {name}")
     find_noise(recorder)
@@ -165,17 +165,24 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     packed[moves] = _from_digits(list(values[1:, moves]))
     if not _is_permutation(packed[moves], count):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
-    signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in run.outputs}
+    is_flow = prediction_of(recorder.pipeline.scheduler.config) == "flow"
+    record.mixes = is_flow and any(len(value.sign().unique()) > 1 for value in run.outputs)
+    outputs = recorder.unmixed(run)[:DIGITS]
+    signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in outputs}
     sign = signs.pop()
-    unpacked = _from_digits([value * sign - 1 for value in run.outputs[:DIGITS]])
+    unpacked = _from_digits([value * sign - 1 for value in outputs])
     elements = torch.Size(record.output_shape(tuple(given[0][0].shape))).numel()
+    if len(unpacked) == 2 * count and "learned" in str(recorder.pipeline.scheduler.config.get("variance_type")):
+        unpacked = unpacked[:count]  # after which the scheduler is given the variance
     is_part = len(unpacked) == count == len(unpacked.unique()) and 0 <= unpacked.min() and unpacked.max() < elements
     if signs or not sign or not is_part:
         raise recorder.refusal("what its scheduler steps by is no permutation of the denoiser's output")
-    zeros, ones = (
-        run_of(2, lambda number, sample, value=value: torch.full(sample.shape, value, device=sample.device)).decoded
+    grey, white = (
+        run_of(2, lambda number, sample, value=value: torch.full(sample.shape, value, device=sample.device))
         for value in (0.0, 1.0)
     )
+    check_pixels(recorder, grey, white)
+    zeros, ones = grey.decoded, white.decoded
     if run.decoded is None or run.decoded.numel() != count:
         raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
     decoded = [zeros, ones, run.decoded]
@@ -193,6 +200,11 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     shape = tuple(latents) if frames > 1 else (latents[0], *latents[-2:])
     packed[moves], packed[~moves] = order.argsort()[packed[moves]], torch.arange(count, len(packed))
     check_schedule(recorder, run)
+    if not 0.8 < run.spread < 1.2:  # a statistic, where a pipeline draws other numbers before its noise
+        if not is_flow:
+            raise recorder.refusal(f"its noise is {run.spread:g} times that of its scheduler")
+        record.spread = round(run.spread, 5)
+    scale = scale * record.spread
     return Place(
         shape=shape,
         argument=tuple(given[0][0].shape),
@@ -206,6 +218,13 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         decoding=run.decoding,
         constants=run.calls[0],
     ), run
+
+
+def check_pixels(recorder: Recorder, *runs: Run) -> None:
+    """Where there is no autoencoder, what is drawn are pixels from -1 to 1."""
+    shown = [tuple(run.images.unique().tolist()) for run in runs if run.images is not None]
+    if shown not in ([], [(0.0,), (1.0,)], [(0.5,), (1.0,)]):
+        raise recorder.refusal("it has no autoencoder, and of samples from -1 to 1 it makes no pictures as they are")
 
 
 def check_schedule(recorder: Recorder, run: Run) -> None:
@@ -328,11 +347,22 @@ def find_conditions(recorder: Recorder) -> None:
         name in ragged and short[name][0].ndim == 1 or [_numbers(call[name]) for call in (short, long)] == lengths
         for name in record.prompted
     )
-    record.pads = bool(record.masks) or is_told
+    record.pads = (bool(record.masks) or is_told) and is_padded(recorder, short, both)
     for name, mask in record.masks.items():
         expected = torch.arange(max(lengths, default=0)) < torch.tensor(lengths or [0])[:, None]
         if mask.shape != expected.shape or not torch.equal(mask.bool().cpu(), expected):
             raise recorder.refusal(f"{name} is given for two prompts alone, and is no mask of their tokens")
+
+
+def is_padded(recorder: Recorder, alone: dict, both: dict) -> bool:
+    """Whether the denoiser answers to the first of two prompts as to it alone, though they may differ in length."""
+    record = recorder.record
+    if record.references:
+        return True  # prompts are as long as they are then
+    noise = alone[record.noisy]
+    pair = noise * 2 if record.takes_lists else torch.cat([noise, noise])
+    answers = (recorder.answered(call) for call in (alone, both | {record.noisy: pair}))
+    return near(*([answer[0]] for answer in answers))
 
 
 def _numbers(value) -> float | None:
@@ -351,7 +381,7 @@ def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, b
 
 def drawn_side(recorder: Recorder, place: Place) -> int:
     """Side in pixels of the images that the pipeline draws when asked for the recorded size; it sets `pixels`."""
-    record, vae, side = recorder.record, recorder.pipeline.vae, recorder.record.side
+    record, vae, side = recorder.record, autoencoder_of(recorder.pipeline), recorder.record.side
     image = torch.zeros(1, 3, *[1] * place.frames, side, side, device=vae.device, dtype=vae.dtype)
     try:
         encoded = moments_of(vae, image)[0]
@@ -402,83 +432,6 @@ def _takes(recorder: Recorder, height: int, count: int) -> bool:
     except Exception:  # whatever a denoiser refuses a size by
         return False
     return tuple(output[0].shape) == record.output_shape(tuple(run.calls[0][record.noisy][0].shape))
-
-
-def find_guidance(recorder: Recorder, place: Place) -> None:
-    """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
-    record, parameters = recorder.record, recorder.parameters
-    # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
-    names = [n for n in ("true_cfg_scale", "guidance_scale") if n in parameters and (parameters[n].default or 0) > 1]
-    own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
-    for name in ["guider"] if own else names:
-        for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
-            try:
-                run, answers = guided_run(recorder, **guided)
-            except NotTakenError:
-                if len(guided) > 1:
-                    raise
-                continue
-            rows = sum(len(call[record.noisy]) for call in run.calls)
-            if rows == 2:
-                record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
-                if own and type(own[0]).__name__ != "ClassifierFreeGuidance":
-                    record.offset = None
-                return
-            if rows != 1:
-                raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
-    if "guidance_scale" in parameters:
-        first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
-        changed = [name for name in first if not same(first[name], second[name])]
-        if len(changed) > 1 or any(torch.as_tensor(first[name]).numel() != 1 for name in changed):
-            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")
-        for name in changed:
-            low, high = (float(torch.as_tensor(values[name])) for values in (first, second))
-            record.told = (name, high - low, low - 2 * (high - low))
-
-
-def guided_run(recorder: Recorder, **guided) -> tuple[Run, list[Tensor]]:
-    """A guided step, with what the denoiser answered: a row for each image, in the order of its calls."""
-    answers = []
-    generator = torch.Generator().manual_seed(0)
-    random = recorder.answering(lambda number, elements: torch.randn(elements, generator=generator))
-
-    def answer(number, arguments):
-        answers.extend(value := random(number, arguments))
-        return value
-
-    return recorder.run(SHORT, recorder.square, 2, answer, **guided), answers
-
-
-def empty_row(recorder: Recorder, run: Run, alone: dict) -> tuple[int, dict]:
-    """The number and the arguments of that of a guided step's two rows which is not the prompt's own call `alone`."""
-    rows = list(_rows_of(recorder, run))
-    own = [number for number, row in enumerate(rows) if all(near(row[name], alone[name]) for name in row)]
-    if len(own) != 1:
-        raise recorder.refusal(f"of {len(rows)} rows of a guided step {len(own)} have the prompt")
-    return 1 - own[0], rows[1 - own[0]]
-
-
-def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
-    """The prompt's arguments of each row of a guided step, as those of a call alone."""
-    for call in run.calls:
-        for row in range(len(call[recorder.record.noisy])):
-            yield {
-                name: call.get(name) if call.get(name) is None or how.kind == "shared" else call[name][row : row + 1]
-                for name, how in recorder.record.prompted.items()
-            }
-
-
-def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
-    """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
-    empty, _ = empty_row(recorder, run, recorder.call())
-    found = run.outputs[0].float().flatten().cpu()[place.order]
-    outputs = [answer.float().flatten().cpu()[place.unpacked] for answer in answers]
-    without, own = outputs[empty], outputs[1 - empty]
-    for offset in (0, 1):
-        guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
-        if (guided - found).abs().max() <= 0.05 * guided.abs().max():
-            return offset
-    return None
 
 
 def _digit(number: int, count: int) -> Tensor:

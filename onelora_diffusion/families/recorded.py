@@ -19,8 +19,9 @@ from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
+from onelora_diffusion.families.guided import empty_row, guided_run
 from onelora_diffusion.families.kept import keep, kept, path_of
-from onelora_diffusion.families.probing import empty_row, guided_run, place_at, probed
+from onelora_diffusion.families.probing import place_at, probed
 from onelora_diffusion.families.recording import SHORT, Place, Recorder
 from onelora_diffusion.injection.book import unwrapped
 
@@ -51,6 +52,7 @@ class Recorded(Family):
         else:
             place = probed(self.recorder)
         self.record = self.recorder.record
+        self._mixtures: dict[float, tuple[Tensor, Tensor]] = {}
         self._places: dict[tuple, Place] = {(*self.recorder.square, 1): place}
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
@@ -296,6 +298,7 @@ class Recorded(Family):
             return self._predicted_in_groups(groups, denoiser, latents, times, conditions)
         denoiser = self._denoiser_at(times, denoiser)
         record, device, batch = self.record, latents.device, len(latents)
+        latents = latents * record.spread
         place, values = self.place(*self._size_of(latents)), latents.flatten(1)
         if record.references:
             place, references = self._referred(conditions, self._size_of(latents)[:2])
@@ -312,8 +315,7 @@ class Recorded(Family):
         for name, (by, start) in record.times.items():
             given[name] = _spread(by * times + start, place.constants[name])
         if record.told and "guidance" in conditions:
-            name, by, start = record.told
-            given[name] = by * conditions["guidance"] + start
+            given[record.told[0]] = self._told(conditions["guidance"])
         output = output_of(denoiser(**record.arrangement.nested(given)))
         output = torch.stack(output) if isinstance(output, list) else output
         expected = record.output_shape(place.argument)
@@ -322,9 +324,11 @@ class Recorded(Family):
                 f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
             )
         in_order = torch.equal(place.unpacked, torch.arange(len(place.unpacked)))
-        if place.sign > 0 and in_order and output.shape[-2:] == latents.shape[-2:]:
+        is_plain = place.sign > 0 and not record.mixes and record.spread == 1
+        if is_plain and in_order and output.shape[-2:] == latents.shape[-2:]:
             return output.reshape(batch, -1, *latents.shape[2:])  # with its variance, if there is one
-        return place.sign * output.flatten(1)[:, on(place.unpacked, device)].reshape(latents.shape)
+        own = place.sign * output.flatten(1)[:, on(place.unpacked, device)].reshape(latents.shape)
+        return (self._mixed(own, latents, times) if record.mixes else own) / record.spread
 
     def _referred(self, conditions: Conditions, side: tuple[int, int]) -> tuple[Place, Tensor]:
         """What the pipeline says of a group's images with their references, and what of these is given, (batch, n)."""
@@ -349,6 +353,24 @@ class Recorded(Family):
                 own = {name: condition[rows] for name, condition in conditions.items()}
                 outputs.append(self._predicted(denoiser, latents[rows], times[rows], own))
         return torch.cat(outputs)[torch.cat(groups).argsort()]
+
+    def _mixed(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
+        """The predictions of outputs of such samples, (batch, ...), at times (batch,)."""
+        if new := sorted(set(times.tolist()) - self._mixtures.keys()):
+            with torch.no_grad():
+                self._mixtures |= zip(new, zip(*self.recorder.mixture(new), strict=True), strict=True)
+        rows = torch.tensor([self._mixtures[time] for time in times.tolist()], device=output.device)
+        of_sample, of_output = rows.view(len(rows), 2, *[1] * (sample.ndim - 1)).unbind(1)
+        return of_sample * sample + of_output * output
+
+    def _told(self, scales: Tensor) -> Tensor:
+        """What the denoiser is told of strengths of guidance, (batch, ...)."""
+        name, by, start = self.record.told
+        if by is not None:
+            return by * scales + start
+        encoded = self.record.encoded
+        rows = [self.recorder.call(encoded=encoded, guidance_scale=scale)[name] for scale in scales.tolist()]
+        return torch.cat(rows).to(scales.device)
 
     def _constant(self, name: str, value, batch: int, device: torch.device):
         """A constant argument for so many images."""

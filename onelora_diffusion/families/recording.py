@@ -14,7 +14,13 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor
 
-from onelora_diffusion.denoisers import denoiser_name, denoisers_in, repeated_blocks
+from onelora_diffusion.denoisers import (
+    autoencoder_name,
+    autoencoder_of,
+    denoiser_name,
+    denoisers_in,
+    repeated_blocks,
+)
 from onelora_diffusion.families.arguments import Arrangement, copied, output_of, same
 from onelora_diffusion.families.references import BLANK, blank, references_of, taken_by
 from onelora_diffusion.files import first_line
@@ -69,8 +75,11 @@ class Run:
         schedule: arguments of `scheduler.set_timesteps`.
         attributes: what the pipeline set on the scheduler before that.
         encoded: what each call of `encode_prompt` returned.
-        decoded: what `vae.decode` got.
+        spread: the standard deviation of the first sample, over that of the scheduler's noise.
+        drawn: the sample after the last step.
+        decoded: what the autoencoder's `decode` got; where there is none, what was drawn.
         decoding: `args` and `kwargs` that it got beside.
+        images: what the pipeline returned, where it has no autoencoder.
     """
 
     calls: list[dict] = field(default_factory=list)
@@ -81,8 +90,11 @@ class Run:
     schedule: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
     encoded: list = field(default_factory=list)
+    spread: float = 1.0
+    drawn: Tensor | None = None
     decoded: Tensor | None = None
-    decoding: dict = field(default_factory=dict)
+    decoding: dict = field(default_factory=lambda: {"args": [], "kwargs": {}})
+    images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +165,13 @@ class Record:
         pixels: of a latent, along one side.
         stride: frames of a clip that become one of its latents, after the first; 0: the pipeline draws no clips.
         multiple: pixels of which sides are multiples.
+        spread: the standard deviation of the noise that the pipeline begins with, of flow matching; scales of places
+            have it as a factor.
+        mixes: whether its scheduler steps by a·x + b·o of the sample x and the output o, which depend on the time.
         guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
         offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
-        told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b.
+        told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b;
+            without those, an embedding of w.
         targets: patterns of the layers that are adapted by default.
     """
 
@@ -180,9 +196,11 @@ class Record:
     pixels: int = 1
     stride: int = 0
     multiple: int = 1
+    spread: float = 1.0
+    mixes: bool = False
     guided: dict = field(default_factory=dict)
     offset: int | None = 0
-    told: tuple[str, float, float] | None = None
+    told: tuple[str, float | None, float | None] | None = None
     targets: tuple[str, ...] = ()
 
     @property
@@ -239,6 +257,7 @@ class Recorder:
         references: Sequence[Image.Image] | None = None,
         frames: int = 1,
         guider: float = 1.0,
+        times: Sequence[float] = (),
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -251,6 +270,7 @@ class Recorder:
             references: the reference images. None: blank ones, where there are any.
             frames: the number of frames of the clip that is drawn.
             guider: the scale of guidance by the component that guides, where there is one; 1: none.
+            times: those of the steps, of flow matching. (): as the pipeline sets them.
 
         Raises:
             NotTakenError: the call fails.
@@ -263,19 +283,28 @@ class Recorder:
         if self.record.references:
             images = references or blank([BLANK] * self.record.references)
             given[self.takes] = images[0] if len(images) == 1 else list(images)
-        encode = self._image_encoder()
         replaced = {
-            "vae": _StandIn(pipeline.vae, decode=_decoder(run), encode=encode, device=device, dtype=torch.float32),
-            "scheduler": _scheduler(pipeline.scheduler, run, step),
+            "scheduler": _scheduler(pipeline.scheduler, run, step, times),
             "encode_prompt": self._encoder(run, encoded),
             "_progress_bar_config": {"disable": True},
+            "safety_checker": None,
         }
+        if autoencoder := autoencoder_name(pipeline):
+            parts = {
+                "decode": _decoder(run),
+                "encode": self._image_encoder(),
+                "device": device,
+                "dtype": torch.float32,
+            }
+            replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
         replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         for name, part in denoisers_in(pipeline).items():
             replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device)
         with _replaced(pipeline, replaced), _silence():
             try:
-                pipeline(**{name: value for name, value in given.items() if name in self.parameters})
+                images = pipeline(**{name: value for name, value in given.items() if name in self.parameters})
+                if not autoencoder:
+                    run.decoded, run.images = run.drawn, images[0]
             except _Stop:
                 pass
             except Exception as error:  # whatever a stock pipeline refuses by
@@ -289,8 +318,8 @@ class Recorder:
         return run
 
     def _image_encoder(self) -> Callable:
-        """`vae.encode` on the autoencoder's device and in its precision; images of one colour are encoded once."""
-        vae = self.pipeline.vae
+        """The autoencoder's `encode` on its device and in its precision; images of one colour are encoded once."""
+        vae = autoencoder_of(self.pipeline)
 
         def encode(images: Tensor, *args, **kwargs):
             first = images.flatten()[0]
@@ -349,6 +378,34 @@ class Recorder:
 
         return answer
 
+    def mixture(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """At each time a and b of a·x + b·o, by which the scheduler steps from a sample x and an output o, (times,).
+
+        ValueError if they are not the same for all of the sample.
+        """
+        parts = []
+        for own, other in ((1.0, 0.0), (0.0, 1.0)):
+            run = self.run(
+                side=self.square,
+                steps=len(times) + 1,
+                answer=self.answering(lambda number, elements, value=other: torch.full((elements,), value)),
+                step=lambda number, sample, value=own: torch.full_like(sample, value),
+                encoded=self.record.encoded,
+                times=[*times[:1], *times],  # the first sample is noise
+                **self.record.off,
+            )
+            parts.append(torch.stack([output.flatten().double().cpu() for output in run.outputs[1:]]))
+        if any((part != part[:, :1]).any() for part in parts):
+            raise self.refusal("what its scheduler steps by is no sum of the sample and the denoiser's output")
+        return parts[0][:, 0], parts[1][:, 0]
+
+    def unmixed(self, run: Run) -> list[Tensor]:
+        """What the scheduler got in each step of a run, as far as it is the denoiser's output."""
+        if not self.record.mixes:
+            return run.outputs
+        mixture = zip(*(part.tolist() for part in self.mixture(run.times)), strict=True)
+        return [(out - a * x) / b for out, x, (a, b) in zip(run.outputs, run.samples, mixture, strict=True)]
+
     def answered(self, call: dict) -> Tensor | list:
         """What the denoiser itself answers to a recorded call."""
         device = next(self.denoiser.parameters()).device
@@ -360,7 +417,7 @@ def _moved(value, images: Tensor):
     return value.to(images) if isinstance(value, Tensor) else type(value)(value.parameters.to(images), True)
 
 
-def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
+def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], times: Sequence[float] = ()):
     """A scheduler like the pipeline's that records how it is used, and gives the denoiser its sample as it is."""
     scheduler = type(own).from_config(own.config)
     before = dict(vars(scheduler))
@@ -375,16 +432,23 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None]):
             for name, value in vars(scheduler).items()
             if name not in ("set_timesteps", "step", "scale_model_input") and not same(value, before.get(name))
         }
-        return set_timesteps(*args, **kwargs)
+        set_timesteps(*args, **kwargs)
+        if times:
+            scheduler.timesteps = torch.tensor(times, dtype=torch.float32)
+            scheduler.sigmas = torch.tensor([*times, 0.0]) / scheduler.config.num_train_timesteps
 
     @functools.wraps(scheduler.step)
     def recorded_step(model_output, timestep, sample, *args, **kwargs):
         run.times.append(float(timestep))
         run.outputs.append(model_output)
         run.samples.append(sample)
+        if len(run.samples) == 1:
+            noise = torch.randn(sample.numel(), generator=torch.Generator().manual_seed(0))  # that of the call
+            run.spread = float(sample.float().std() / noise.std() / getattr(scheduler, "init_noise_sigma", 1.0))
         after = step(len(run.times) - 1, sample)
         if after is None:
             raise _Stop
+        run.drawn = after
         return _Answer((after, after))  # some read what is denoised as well
 
     scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step

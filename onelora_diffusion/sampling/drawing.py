@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families import Conditions, Family, family_of
 from onelora_diffusion.families.family import Condition, emptied
 from onelora_diffusion.injection.merging import merged
@@ -82,7 +82,9 @@ def draw(
     family = family_of(pipeline)
     size = size or family.resolution(pipeline)
     shape = family.latent_shape(pipeline, size, size, frames)
-    return family.decode(pipeline.vae, denoised_latents(pipeline, family, requests, settings, shape, on_step))
+    return family.decode(
+        autoencoder_of(pipeline), denoised_latents(pipeline, family, requests, settings, shape, on_step)
+    )
 
 
 @torch.no_grad()

@@ -99,7 +99,9 @@ class RunningBatch:
     def start(self, requests: Sequence[ImageRequest], settings: SamplerSettings, shape: tuple[int, ...]) -> Trajectory:
         """The trajectory of images with one sampler and latents of a shape (C, ...), before its first step."""
         transformer = denoiser_of(self.pipeline)
-        learned_variance = settings.sampler == "ddpm" and transformer.config.out_channels == 2 * shape[0]
+        own = "" if self.family.takes_samplers else str(self.pipeline.scheduler.config.get("variance_type"))
+        is_asked = settings.sampler == "ddpm" or "learned" in own
+        learned_variance = is_asked and transformer.config.out_channels == 2 * shape[0]
         scheduler = copy.deepcopy(self._scheduler(settings, shape, learned_variance))
         return Trajectory(requests, scheduler, shape, first_weight(transformer).device, learned_variance)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.data.caption_texts import filled_by
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.families.classes import find_class
 from onelora_diffusion.sampling import SamplerSettings, as_uint8, image_generators
@@ -116,7 +116,9 @@ class Drawing:
     def images(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The images of trajectories that are done: (batch, 3, size, size) in float32, from about -1 to 1."""
         with torch.no_grad():
-            return self.family.decode(self.pipeline.vae, torch.cat([each.latents for each in trajectories]))
+            return self.family.decode(
+                autoencoder_of(self.pipeline), torch.cat([each.latents for each in trajectories])
+            )
 
     def pause(self) -> None:
         """Free the model, whose adapters may change until the next step."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from onelora_diffusion.denoisers import blocks_of, denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, blocks_of, denoiser_of
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import train_adapters
 from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
@@ -215,7 +215,7 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
             block.compile()
     if accelerator.num_processes > 1:
         (training,) = job.trainings
-        vae = digest(pipeline.vae.state_dict())  # every machine encodes with its own copy
+        vae = digest(autoencoder_of(pipeline).state_dict())  # every machine encodes with its own copy
         adapter = digest(training.run.trained)
         check_equal(accelerator, {"the step": training.run.step, "the adapter": adapter, "the autoencoder": vae})
     return job

@@ -21,7 +21,7 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_
 from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
-from onelora_diffusion.denoisers import denoiser_of, denoisers_in
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.families.family import Condition, joined
@@ -185,7 +185,7 @@ class Task:
     def moments(self, images: Tensor, is_cached: bool) -> Tensor:
         """Moments (batch, 2, C, H, W) on the device, of images or as they were cached."""
         images = images.to(self.accelerator.device, non_blocking=True)
-        return images if is_cached else self.family.encode_images(self.pipeline.vae, images)
+        return images if is_cached else self.family.encode_images(autoencoder_of(self.pipeline), images)
 
     def losses(
         self,
@@ -247,12 +247,13 @@ class Task:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Context manager in which the autoencoder is on the device."""
-        before = self.pipeline.vae.device
-        self.pipeline.vae.to(self.accelerator.device)
+        autoencoder = autoencoder_of(self.pipeline)
+        before = autoencoder.device
+        autoencoder.to(self.accelerator.device)
         try:
             yield
         finally:
-            self.pipeline.vae.to(before)
+            autoencoder.to(before)
 
     def sample_grid(self, is_stopped: Callable[[], object]) -> bytes | None:
         """The PNG of a grid with one column per condition; image i has the same noise in every grid.
@@ -324,19 +325,19 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     caches may be incomplete, and no task is to train.
     """
     pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
-    encoders = family.encoders(pipeline)
-    of_references = {"vae": pipeline.vae} if references_of(pipeline) else {}  # it encodes a part of conditions
+    encoders, autoencoder = family.encoders(pipeline), autoencoder_of(pipeline)
+    of_references = {"vae": autoencoder} if references_of(pipeline) else {}  # it encodes a part of conditions
     identity = identity_of(encoders | of_references)
     for encoder in [*encoders.values(), *of_references.values()]:
         if isinstance(encoder, nn.Module):
             encoder.to(device)
     prompts = [_encode_prompts(task, identity, stop) for task in tasks] if encoders else []
     pipeline.register_modules(**dict.fromkeys(encoders))
-    dtype = pipeline.vae.dtype
-    pipeline.vae.to(device, torch.float32)  # it stays there for all steps
+    dtype = autoencoder.dtype
+    autoencoder.to(device, torch.float32)  # it stays there for all steps
     latents = [[_encode_images(task, data, stop) for data in task.encoded_data] for task in tasks]
     if not any(None in each for each in latents):
-        pipeline.vae.to("cpu", dtype)
+        autoencoder.to("cpu", dtype)
     shown = denoisers_in(pipeline).values() if any(task.data.shown for task in tasks) else [denoiser_of(pipeline)]
     for denoiser in shown:
         denoiser.to(device)
@@ -372,7 +373,7 @@ def _encode_images(task: Task, data: TrainingData, stop: Stop) -> Path | None:
     return build_cache(
         settings.caches,
         data.images,
-        task.pipeline.vae,
+        autoencoder_of(task.pipeline),
         settings.flip,
         family.encode_images,
         batch_size=32 if data.frames == 1 else 1,

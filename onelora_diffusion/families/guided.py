@@ -1,0 +1,91 @@
+"""What the recorded calls of a stock pipeline say of its guidance."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from onelora_diffusion.families.arguments import near, same
+from onelora_diffusion.families.recording import SHORT, NotTakenError, Place, Recorder, Run
+
+TRIED_SCALE = 3.0
+
+
+def find_guidance(recorder: Recorder, place: Place) -> None:
+    """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
+    record, parameters = recorder.record, recorder.parameters
+    # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
+    names = [n for n in ("true_cfg_scale", "guidance_scale") if n in parameters and (parameters[n].default or 0) > 1]
+    own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
+    for name in ["guider"] if own else names:
+        for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
+            try:
+                run, answers = guided_run(recorder, **guided)
+            except NotTakenError:
+                if len(guided) > 1:
+                    raise
+                continue
+            rows = sum(len(call[record.noisy]) for call in run.calls)
+            if rows == 2:
+                record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
+                if own and type(own[0]).__name__ != "ClassifierFreeGuidance":
+                    record.offset = None
+                return
+            if rows != 1:
+                raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
+    if "guidance_scale" in parameters:
+        first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
+        changed = [name for name in first if not same(first[name], second[name])]
+        if len(changed) > 1:
+            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")
+        for name in changed:
+            if torch.as_tensor(first[name]).numel() > 1:  # an embedding, which the pipeline makes of each
+                record.told = (name, None, None)
+                return
+            low, high = (float(torch.as_tensor(values[name])) for values in (first, second))
+            record.told = (name, high - low, low - 2 * (high - low))
+
+
+def guided_run(recorder: Recorder, **guided) -> tuple[Run, list[Tensor]]:
+    """A guided step, with what the denoiser answered: a row for each image, in the order of its calls."""
+    answers = []
+    generator = torch.Generator().manual_seed(0)
+    random = recorder.answering(lambda number, elements: torch.randn(elements, generator=generator))
+
+    def answer(number, arguments):
+        answers.extend(value := random(number, arguments))
+        return value
+
+    return recorder.run(SHORT, recorder.square, 2, answer, **guided), answers
+
+
+def empty_row(recorder: Recorder, run: Run, alone: dict) -> tuple[int, dict]:
+    """The number and the arguments of that of a guided step's two rows which is not the prompt's own call `alone`."""
+    rows = list(_rows_of(recorder, run))
+    own = [number for number, row in enumerate(rows) if all(near(row[name], alone[name]) for name in row)]
+    if len(own) != 1:
+        raise recorder.refusal(f"of {len(rows)} rows of a guided step {len(own)} have the prompt")
+    return 1 - own[0], rows[1 - own[0]]
+
+
+def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
+    """The prompt's arguments of each row of a guided step, as those of a call alone."""
+    for call in run.calls:
+        for row in range(len(call[recorder.record.noisy])):
+            yield {
+                name: call.get(name) if call.get(name) is None or how.kind == "shared" else call[name][row : row + 1]
+                for name, how in recorder.record.prompted.items()
+            }
+
+
+def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
+    """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
+    empty, _ = empty_row(recorder, run, recorder.call())
+    found = recorder.unmixed(run)[0].float().flatten().cpu()[place.order]
+    outputs = [answer.float().flatten().cpu()[place.unpacked] for answer in answers]
+    without, own = outputs[empty], outputs[1 - empty]
+    for offset in (0, 1):
+        guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
+        if (guided - found).abs().max() <= 0.05 * guided.abs().max():
+            return offset
+    return None

@@ -18,7 +18,7 @@ from onelora_diffusion.families import Recorded
 from onelora_diffusion.training.prompt_settings import PromptSettings
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-FRAMES, SIDE = 5, 16
+FRAMES, SIDE, WIDTH = 5, 16, 32
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def test_clips_are_learned_resumed_bit_for_bit_and_drawn_by_the_stock_pipeline(b
         lambda family, vae, images: encoded.append(tuple(images.shape)) or encode(family, vae, images),
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    shown = dict(validation_prompt=("it walks left",), sample_every=4, sample_steps=1, export_lora=())
+    shown = dict(
+        validation_prompt=("it walks left",), sample_every=4, sample_steps=1, export_lora=(), sample_size=(SIDE, WIDTH)
+    )
     assert main(settings_of(base, walks, whole, **shown)) == 0
     assert sorted(encoded) == [(1, 3, FRAMES, SIDE, SIDE)] * 2 + [(1, 3, SIDE, SIDE)]  # one after the other
     assert main(settings_of(base, walks, halves, max_steps=2)) == main(settings_of(base, walks, halves)) == 0
@@ -72,19 +74,25 @@ def test_clips_are_learned_resumed_bit_for_bit_and_drawn_by_the_stock_pipeline(b
     training = read_adapter(whole).training
     assert (training["frames"], training["frame_rate"], training["dataset"]) == (FRAMES, None, "walks")
     with Image.open(whole / "samples/step-00000004.png") as grid:
-        assert grid.n_frames == FRAMES and grid.size == (SIDE + 4, 2 * SIDE + 6)
+        assert grid.n_frames == FRAMES and grid.size == (WIDTH + 4, 2 * SIDE + 6)
 
     sample.main(
         sample.Settings(
-            adapter=whole, prompts=("it walks left",), per_class=1, num_inference_steps=2, output=tmp_path / "clips"
+            adapter=whole,
+            prompts=("it walks left",),
+            height=SIDE,
+            width=WIDTH,
+            per_class=1,
+            num_inference_steps=2,
+            output=tmp_path / "clips",
         )
     )
     with Image.open(tmp_path / "clips/000000.png") as clip:
         frames = np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(clip)])
-        assert frames.shape == (FRAMES, SIDE, SIDE, 3) and clip.info["duration"] == 62.5
+        assert frames.shape == (FRAMES, SIDE, WIDTH, 3) and clip.info["duration"] == 62.5
 
     def drawn(pipeline):
-        asked = dict(height=SIDE, width=SIDE, num_frames=FRAMES, num_inference_steps=2, max_sequence_length=24)
+        asked = dict(height=SIDE, width=WIDTH, num_frames=FRAMES, num_inference_steps=2, max_sequence_length=24)
         generator = sample_generator()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline("it walks left", generator=generator, output_type="pt", **asked).frames[0]
@@ -112,6 +120,7 @@ def test_clips_are_learned_resumed_bit_for_bit_and_drawn_by_the_stock_pipeline(b
     [
         (dict(frames=6), "Wan draws clips of 4 k \\+ 1 frames, not of 6: give 5 or 9"),
         (dict(frames=9), "left has 7 frames, and 9 are asked for: take the clip out"),
+        (dict(sample_size=(16, 20)), "a resolution of 20 is no multiple of 16, which the model needs: give 16 or 32"),
         (dict(frames=0), "--frames must be at least 1, not 0"),
         (dict(frames=1, frame_rate=8.0), "--frame-rate 8 needs --frames"),
     ],

@@ -68,6 +68,10 @@ class Settings(SamplerSettings, ComputeSettings):
     as the adapter learnt with."""
     resolution: int | None = None
     """Side in pixels of the images of prompts. Default: that of training."""
+    height: int | None = None
+    """Height in pixels of images of prompts that are not square, with --width."""
+    width: int | None = None
+    """Their width."""
     frames: int | None = None
     """Frames of the clips of prompts, which are saved as animated PNG files. Default: those of training."""
     beside_base: bool = False
@@ -272,7 +276,7 @@ def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settin
         classes=settings.classes,
         prompts=settings.prompts,
         references=settings.reference,
-        resolution=settings.resolution,
+        resolution=(settings.height, settings.width) if settings.height else settings.resolution,
         mixed_precision=settings.mixed_precision,
         frames=settings.frames,
     )
@@ -288,10 +292,12 @@ def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settin
 
 def check_settings(settings: Settings) -> Path:
     """Where the images go; an error for what can be known to be wrong before a model is loaded."""
-    for name in ("per_class", "num_images", "batch_size", "images_at_once", "frames", "resolution"):
+    for name in ("per_class", "num_images", "batch_size", "images_at_once", "frames", "resolution", "height", "width"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if (settings.height is None) != (settings.width is None) or settings.height and settings.resolution:
+        raise ValueError("--height and --width are given together, and in place of --resolution")
     if not settings.adapter.exists():
         train = typed_as("train_dit.py")
         raise FileNotFoundError(f"no adapter at '{settings.adapter}': run {train} first, or give --adapter")

@@ -47,6 +47,8 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
         accelerator.print(family)
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
+    if settings.sample_size:
+        family.check_resolution(pipeline, *settings.sample_size)
     family.check_frames(settings.frames)
     if settings.frames > 1:
         family.frame_rate = settings.frame_rate or family.frame_rate
@@ -96,7 +98,7 @@ def captioned_data(
         sides, references = captioned.dataset.size_of, captioned.references
         prompts = [Edit(prompt, references[i], sides(i)) for i, prompt in zip(images, prompts, strict=True)]
         number, files = len(settings.reference_column), settings.validation_reference
-        shown = edits_of(named, files, number, resolution, "--validation-reference")
+        shown = edits_of(named, files, number, settings.sample_size or resolution, "--validation-reference")
     clips = {"frames": settings.frames, "frame_rate": family.frame_rate} if settings.frames > 1 else {}
     return TrainingData(
         images=captioned.dataset,
@@ -121,6 +123,7 @@ def captioned_data(
         | ({"references": len(settings.reference_column)} if settings.reference_column else {}),
         buckets=captioned.buckets,
         frames=settings.frames,
+        shown_size=settings.sample_size,
         masks=masks,
         repeats=captioned.repeats,
         notes=captioned.notes,

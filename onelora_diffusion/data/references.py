@@ -8,7 +8,7 @@ from PIL import Image
 
 from onelora_diffusion.data.decoding import opened, read_image, upright_size
 from onelora_diffusion.data.identity import file_digest
-from onelora_diffusion.families.family import Edit
+from onelora_diffusion.families.family import Edit, sides_of
 from onelora_diffusion.files import printable
 
 
@@ -41,13 +41,15 @@ def reference_image(path: Path, named: str) -> ReferenceImage:
     return ReferenceImage(path, file_digest(str(path), times=False).hex())
 
 
-def edits_of(prompts: Sequence[str], files: Sequence[Path], each: int, resolution: int, flag: str) -> list[Edit]:
+def edits_of(
+    prompts: Sequence[str], files: Sequence[Path], each: int, size: int | tuple[int, int], flag: str
+) -> list[Edit]:
     """Edits of reference images by prompts.
 
     Args:
         files: those of all prompts, or of each in turn.
         each: number of reference images of a prompt.
-        resolution: side of the edits in pixels.
+        size: side of the edits in pixels, or height and width.
         flag: what gives the files, for errors.
 
     Raises:
@@ -60,5 +62,4 @@ def edits_of(prompts: Sequence[str], files: Sequence[Path], each: int, resolutio
         )
     images = tuple(reference_image(Path(file), flag) for file in files)
     rows = [images[first : first + each] for first in range(0, len(images), each)]
-    side = (resolution, resolution)
-    return [Edit(prompt, rows[number % len(rows)], side) for number, prompt in enumerate(prompts)]
+    return [Edit(prompt, rows[number % len(rows)], sides_of(size)) for number, prompt in enumerate(prompts)]

@@ -28,7 +28,7 @@ def write_sheet(
 ) -> None:
     """Write a PNG with a row for each name, whatever the number of blocks; of clips an animated one.
 
-    Image i, uint8 (3, R, R), or clip (3, frames, R, R) of so many frames a second, of a block is in row i mod
+    Image i, uint8 (3, H, W), or clip (3, frames, H, W) of so many frames a second, of a block is in row i mod
     len(names). The titles of several blocks stand above them. The block `left` is on the left of the names, all others
     are on their right.
     """
@@ -43,7 +43,7 @@ def write_sheet(
 
 
 def sheet_of(blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left: str | None) -> Image.Image:
-    """The sheet of images (3, R, R), as `write_sheet` describes it."""
+    """The sheet of images (3, H, W), as `write_sheet` describes it."""
     grids = {title: grid_of(images, len(names)) for title, images in blocks.items()}
     names = [printable(name, LONGEST) for name in names]
     height = next(iter(grids.values())).height
@@ -76,10 +76,10 @@ def sheet_of(blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left:
 
 def grid_of(images: Sequence[Tensor], rows: int) -> Image.Image:
     """Images in rows, small ones enlarged; image i is in row i mod `rows`."""
-    columns, size = math.ceil(len(images) / rows), images[0].shape[-1]
-    tiles = torch.full((rows * columns, 3, size, size), 255, dtype=torch.uint8)
+    columns, (height, width) = math.ceil(len(images) / rows), images[0].shape[-2:]
+    tiles = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         tiles[index % rows * columns + index // rows] = image
-    enlarge = math.ceil(SMALLEST_TILE / size)
+    enlarge = math.ceil(SMALLEST_TILE / width)
     tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     return Image.fromarray(make_grid(tiles, nrow=columns, pad_value=255).permute(1, 2, 0).numpy())

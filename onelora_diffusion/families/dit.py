@@ -41,10 +41,10 @@ class DiT(Family):
     def pixels_of_latent(self, pipeline) -> int:
         return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
-    def check_resolution(self, pipeline, resolution: int) -> None:
+    def check_resolution(self, pipeline, *sides: int) -> None:
         own = self.resolution(pipeline)
-        if resolution != own:
-            raise ValueError(f"size is {resolution}; this base draws {own} by {own} pixels")
+        if set(sides) != {own}:
+            raise ValueError(f"size is {' by '.join(map(str, sides))}; this base draws {own} by {own} pixels")
 
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         return denoiser(latents, timestep=times, class_labels=conditions["class_labels"]).sample

@@ -137,9 +137,10 @@ class Family:
         """Number of pixels per token along one side; image sides must be multiples of it."""
         return self.pixels_of_latent(pipeline) * self.patch_size(denoiser_of(pipeline))
 
-    def check_resolution(self, pipeline, resolution: int) -> None:
-        """ValueError for an image size that the transformer does not support."""
-        check_multiple(resolution, self.multiple(pipeline))
+    def check_resolution(self, pipeline, *sides: int) -> None:
+        """ValueError for images that the transformer does not support: of a height and a width, or of one side."""
+        for side in sides:
+            check_multiple(side, self.multiple(pipeline))
 
     def check_frames(self, frames: int) -> None:
         """ValueError for a number of frames of a clip that the pipeline does not draw."""
@@ -176,6 +177,11 @@ class Family:
     def guidance_scale(self, pipeline) -> float:
         """The pipeline's default strength of guidance."""
         return inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+
+
+def sides_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, of a size that is both or the side of a square."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def check_multiple(resolution: int, multiple: int) -> None:

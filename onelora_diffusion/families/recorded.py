@@ -449,13 +449,14 @@ class Recorded(Family):
             self._own_side = run.decoded.shape[-2] * self.record.pixels
         return self._own_side
 
-    def check_resolution(self, pipeline, resolution: int) -> None:
-        super().check_resolution(pipeline, resolution)
-        shape = self.place(resolution, resolution).shape
-        if shape[1:] != (resolution // self.record.pixels,) * 2:
+    def check_resolution(self, pipeline, *sides: int) -> None:
+        super().check_resolution(pipeline, *sides)
+        height, width = sides if len(sides) > 1 else sides * 2
+        shape = self.place(height, width).shape
+        if shape[1:] != (height // self.record.pixels, width // self.record.pixels):
             raise ValueError(
                 f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[1:])} pixels "
-                f"when asked for a resolution of {resolution}"
+                f"when asked for a resolution of {' by '.join(map(str, sides))}"
             )
 
     def check_frames(self, frames: int) -> None:

@@ -10,12 +10,12 @@ class StableDiffusion3(Family):
     transformer_class = "SD3Transformer2DModel"
     targets = ("transformer_blocks.*", "norm_out.linear", "proj_out")
 
-    def check_resolution(self, pipeline, resolution: int) -> None:
-        super().check_resolution(pipeline, resolution)
+    def check_resolution(self, pipeline, *sides: int) -> None:
+        super().check_resolution(pipeline, *sides)
         most = pipeline.transformer.config.pos_embed_max_size * self.multiple(pipeline)
-        if resolution > most:
+        if max(sides) > most:
             raise ValueError(
-                f"a resolution of {resolution} is beyond the {most} pixels that this model has places for"
+                f"a resolution of {max(sides)} is beyond the {most} pixels that this model has places for"
             )
 
     def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:

@@ -39,7 +39,9 @@ class AdaptedPipeline:
     kind: str  # `classes` or `prompts`
     conditions: Sequence[Condition]  # the labels, prompts or edits that are drawn in turns
     names: Sequence[str]  # of these
-    size: int | None = None  # side of the images in pixels; None takes the pipeline's default
+    size: int | tuple[int, int] | None = (
+        None  # side of the images in pixels, or height and width; None takes the pipeline's default
+    )
     frames: int = 1  # number of frames of what is drawn
     max_sequence_length: int | None = None  # number of tokens of a prompt; None takes the pipeline's default
 
@@ -52,7 +54,7 @@ class AdaptedPipeline:
         return denoiser_of(self.pipeline)
 
     @property
-    def resolution(self) -> int:
+    def resolution(self) -> int | tuple[int, int]:
         return self.size or self.family.resolution(self.pipeline)
 
     @property
@@ -117,7 +119,7 @@ def load_adapted(
     classes: Sequence[str] = (),
     prompts: Sequence[str] = (),
     references: Sequence[Path] = (),
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     mixed_precision: str = "no",
     frames: int | None = 1,
 ) -> AdaptedPipeline:
@@ -130,7 +132,7 @@ def load_adapted(
         prompts: prompts to draw, with the adapters' trigger word in place of `{trigger}`; () takes the captions of the
             embedded job, for its adapters.
         references: reference images that the prompts edit: those of all prompts, or of each in turn.
-        resolution: side of the images of prompts; None takes that of training.
+        resolution: side of the images of prompts, or height and width; None takes that of training.
         frames: number of frames of what is drawn of prompts; None takes that of training.
 
     FileNotFoundError or ValueError if a file is missing or damaged, an adapter does not fit the base, or the base does
@@ -187,7 +189,7 @@ def _load_prompts(
     prompts,
     classes,
     references,
-    resolution: int | None,
+    resolution: int | tuple[int, int] | None,
     mixed_precision: str,
     frames: int | None,
 ) -> AdaptedPipeline:
@@ -211,7 +213,7 @@ def _load_prompts(
     choose_denoiser(pipeline, *denoisers or [None])
     family = family_of(pipeline)
     size = resolution or _largest(facts, "resolution") or family.resolution(pipeline)
-    family.check_resolution(pipeline, size)
+    family.check_resolution(pipeline, *(size if isinstance(size, tuple) else [size]))
     frames = frames or _largest(facts, "frames") or 1
     family.check_frames(frames)
     if frames > 1:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families import Conditions, Family, family_of
-from onelora_diffusion.families.family import Condition, emptied
+from onelora_diffusion.families.family import Condition, emptied, sides_of
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.pipelines.base import eval_mode
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -64,13 +64,13 @@ def draw(
     pipeline,
     requests: Sequence[ImageRequest],
     settings: SamplerSettings,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     on_step: OnStep = lambda share: None,
     frames: int = 1,
 ) -> Tensor:
-    """Draw requests in one batch of the networks: (batch, 3, size, size) in float32, from about -1 to 1.
+    """Draw requests in one batch of the networks: (batch, 3, height, width) in float32, from about -1 to 1.
 
-    Of several frames clips are drawn: (batch, 3, frames, size, size).
+    Of several frames clips are drawn: (batch, 3, frames, height, width). The size is a side, or (height, width).
 
     The first noise and that of every step come from each image's own generator, so an image does not depend on the
     other images of its batch. Their number affects only rounding, which `generate_images` avoids.
@@ -80,8 +80,7 @@ def draw(
     the drawing by an exception.
     """
     family = family_of(pipeline)
-    size = size or family.resolution(pipeline)
-    shape = family.latent_shape(pipeline, size, size, frames)
+    shape = family.latent_shape(pipeline, *sides_of(size or family.resolution(pipeline)), frames)
     return family.decode(
         autoencoder_of(pipeline), denoised_latents(pipeline, family, requests, settings, shape, on_step)
     )
@@ -117,7 +116,7 @@ def generate_images(
     indices: Sequence[int],
     settings: SamplerSettings,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     frames: int = 1,
     max_sequence_length: int | None = None,
     images_at_once: int | None = IMAGES_AT_ONCE,
@@ -135,16 +134,17 @@ def generate_images(
         pipeline: of one of the families. Its transformer runs in eval mode, which is restored afterwards, and under
             the caller's autocast.
         conditions: labels, prompts, or edits.
-        size: side of the images in pixels; None takes the pipeline's default, as for `max_sequence_length`.
+        size: side of the images in pixels, or (height, width); None takes the pipeline's default.
         frames: number of frames; of more than one, clips are drawn.
+        max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
         images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
             there are, up to the family's default, without padding.
         batch_size: number of images that the iterator yields at a time.
         progress: called after every step with the number of images that it completed, a fraction.
 
     Returns:
-        An iterator over batches (indices, images); images are (batch, 3, size, size), or of clips (batch, 3, frames,
-        size, size), uint8, on the pipeline's device.
+        An iterator over batches (indices, images); images are (batch, 3, height, width), or of clips (batch, 3,
+        frames, height, width), uint8, on the pipeline's device.
 
     Raises:
         ValueError: before the first image, as `SamplerSettings.check`, or if the numbers of conditions and indices
@@ -187,7 +187,7 @@ def draw_in_chunks(
     request: Callable[[int], ImageRequest],
     wanted: Sequence[int],
     settings: SamplerSettings,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     images_at_once: int | None = None,
     progress: Callable[[float], object] = lambda images: None,
     frames: int = 1,

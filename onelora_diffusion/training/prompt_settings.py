@@ -111,6 +111,8 @@ class PromptSettings(RunSettings):
     """Prompts of samples, which the base draws in the first row and the adapter below, from the same noise."""
     validation_reference: tuple[Path, ...] = ()
     """Images that these prompts edit: one for all prompts, or one for each; of several columns, so many for each."""
+    sample_size: tuple[int, int] | None = None
+    """Height and width in pixels of those samples. Default: squares of --resolution."""
     sample_steps: int = 28
     """Steps of the base's own sampler."""
     guidance_scale: float | None = None

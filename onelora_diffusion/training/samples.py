@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from onelora_diffusion.data.clips import write_frames
 
 GRID_CLASSES, PADDING = 10, 2
-COLUMNS = "columns"
+COLUMNS, ROWS = "columns", "rows"
 
 
 def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
@@ -25,12 +25,13 @@ def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
 
 
 def png_of(images: Tensor, columns: Sequence[str], frame_rate: float | None = None) -> bytes:
-    """The PNG of a grid of images (N, 3, R, R) in uint8, with the names of its columns in a text chunk.
+    """The PNG of a grid of images (N, 3, H, W) in uint8, with the names of its columns in a text chunk.
 
-    Of clips (N, 3, frames, R, R) it is an animated one.
+    Of clips (N, 3, frames, H, W) it is an animated one.
     """
     png, header = io.BytesIO(), PngInfo()
     header.add_itxt(COLUMNS, json.dumps(list(columns)))
+    header.add_itxt(ROWS, str(len(images) // len(columns)))
     shown = images.unbind(2) if images.ndim == 5 else [images]
     grids = [make_grid(each, nrow=len(columns), padding=PADDING) for each in shown]
     frames = [Image.fromarray(grid.permute(1, 2, 0).numpy()) for grid in grids]
@@ -45,7 +46,11 @@ def last_row(path: Path) -> list[tuple[str, Image.Image]]:
         columns = json.loads(grid.info.get(COLUMNS, "[]"))
     if not columns:
         return [("samples", grid)]
-    size = (grid.width - PADDING) // len(columns) - PADDING
-    top = grid.height - PADDING - size
-    lefts = [PADDING + number * (size + PADDING) for number in range(len(columns))]
-    return [(name, grid.crop((left, top, left + size, top + size))) for name, left in zip(columns, lefts, strict=True)]
+    width = (grid.width - PADDING) // len(columns) - PADDING
+    rows = int(grid.info.get(ROWS) or (grid.height - PADDING) // (width + PADDING))  # older grids are of squares
+    height = (grid.height - PADDING) // rows - PADDING
+    top = grid.height - PADDING - height
+    lefts = [PADDING + number * (width + PADDING) for number in range(len(columns))]
+    return [
+        (name, grid.crop((left, top, left + width, top + height))) for name, left in zip(columns, lefts, strict=True)
+    ]

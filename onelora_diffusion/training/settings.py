@@ -289,7 +289,15 @@ class Settings(RunSettings):
 FREE_SETTINGS = {
     *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
-    *("checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache", "latent_cache_gb"),
+    *(
+        "sample_size",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "track",
+        "num_workers",
+        "latent_cache",
+        "latent_cache_gb",
+    ),
     *("allow_changed_settings", "fresh", "validation_prompt", "validation_reference", "export_lora", "push_to_hub"),
     "training_adapter",  # whose values are compared
     *("subjects", "subjects_at_once"),

@@ -64,6 +64,7 @@ class TrainingData:
     repeats: Sequence[int] | None = None  # how often each image counts in an epoch; None is once
     notes: Sequence[str] = ()  # what a user should know about the data, a line each
     frames: int = 1  # of each clip
+    shown_size: tuple[int, int] | None = None  # height and width of samples; None: that of the images
     held: "TrainingData | None" = None  # of another split, some of which are held out for validation
 
     def masks_of(self, numbers: Tensor, flips: Sequence[bool], size: tuple[int, ...]) -> Tensor | None:
@@ -293,7 +294,8 @@ class Task:
 
         sampler = SamplerSettings(num_inference_steps=settings.sample_steps)
         images = []
-        wanted, size, at_once = range(settings.sample_rows * columns), self.data.resolution, self.family.images_at_once
+        wanted, size = range(settings.sample_rows * columns), self.data.shown_size or self.data.resolution
+        at_once = self.family.images_at_once
         chunks = draw_in_chunks(self.pipeline, request, wanted, sampler, size, at_once, frames=self.data.frames)
         for chunk in chunks:
             images.append(chunk.cpu())

@@ -108,7 +108,7 @@ def test_what_cannot_be_sent_is_refused_before_anything_is_written(
 
 
 def test_a_grid_knows_its_columns(tmp_path):
-    images = torch.randint(0, 256, (6, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (6, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (tmp_path / "grid.png").write_bytes(png_of(images, ["ä", "b", "c"]))
     row = last_row(tmp_path / "grid.png")
     assert [text for text, _ in row] == ["ä", "b", "c"]

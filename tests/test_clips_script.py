@@ -55,11 +55,13 @@ def losses_of(run):
 
 
 def test_clips_are_learned_resumed_bit_for_bit_and_drawn_by_the_stock_pipeline(base, walks, tmp_path, monkeypatch):
-    encoded, encode = [], Recorded.encode_images
+    encoded, tried, encode = [], [], Recorded.encode_images
     monkeypatch.setattr(
         Recorded,
         "encode_images",
-        lambda family, vae, images: encoded.append(tuple(images.shape)) or encode(family, vae, images),
+        lambda family, vae, images: (
+            (encoded if images.shape[-1] == SIDE else tried).append(tuple(images.shape)) or encode(family, vae, images)
+        ),
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     shown = dict(
@@ -69,6 +71,7 @@ def test_clips_are_learned_resumed_bit_for_bit_and_drawn_by_the_stock_pipeline(b
     assert sorted(encoded) == [(1, 3, FRAMES, SIDE, SIDE)] * 2 + [(1, 3, SIDE, SIDE)]  # one after the other
     assert main(settings_of(base, walks, halves, max_steps=2)) == main(settings_of(base, walks, halves)) == 0
     assert losses_of(whole) == losses_of(halves) and len(encoded) == 3
+    assert tried == [(1, 3, FRAMES, 64, 64)] * 3  # once a start, whether the models take so many
     for key, tensor in load_file(whole / "onelora_weights.safetensors").items():
         assert torch.equal(tensor, load_file(halves / "onelora_weights.safetensors")[key]), key
     training = read_adapter(whole).training

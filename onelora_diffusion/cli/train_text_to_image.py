@@ -50,6 +50,7 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     if settings.sample_size:
         family.check_resolution(pipeline, *settings.sample_size)
     family.check_frames(settings.frames)
+    family.try_frames(settings.frames)
     if settings.frames > 1:
         family.frame_rate = settings.frame_rate or family.frame_rate
     data = captioned_data(settings, family, pipeline, resolution)

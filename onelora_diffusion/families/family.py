@@ -147,6 +147,9 @@ class Family:
         if frames != 1:
             raise ValueError(f"{self.name} draws images, and no clips of {frames} frames: leave --frames out")
 
+    def try_frames(self, frames: int) -> None:
+        """ValueError for clips that the models do not take, which are called with small ones."""
+
     # -----------------------------------------------------------------------------------------------
     # Predictions
 

@@ -18,6 +18,7 @@ from onelora_diffusion.denoisers import TwoDenoisers, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
+from onelora_diffusion.families.clips import check_taken, from_autoencoder, to_autoencoder
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.guided import empty_row, guided_run
 from onelora_diffusion.families.kept import keep, kept, path_of
@@ -407,9 +408,9 @@ class Recorded(Family):
 
     def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
         place = self.place(*images.shape[-2:], images.shape[2] if images.ndim == 5 else 1)
-        given = _to_autoencoder(images, place)  # clips one by one: some autoencoders take no more, and they are large
+        given = to_autoencoder(images, place)  # clips one by one: some autoencoders take no more, and they are large
         parts = [moments_of(vae, part) for part in given.split(1 if place.frames else len(given))]
-        mean, std = (_from_autoencoder(torch.cat(part), images, place) for part in zip(*parts, strict=True))
+        mean, std = (from_autoencoder(torch.cat(part), images, place) for part in zip(*parts, strict=True))
         if mean[0].numel() != place.scale.numel():
             raise ValueError(
                 f"{self.name}'s autoencoder makes latents {tuple(mean.shape[1:])} of images of "
@@ -422,11 +423,11 @@ class Recorded(Family):
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         place = self.place(*self._size_of(latents))
         latents = latents.float() * on(place.scale, latents.device) + on(place.shift, latents.device)
-        given, more = _to_autoencoder(latents, place).to(vae.dtype), send_to_device(place.decoding, latents.device)
+        given, more = to_autoencoder(latents, place).to(vae.dtype), send_to_device(place.decoding, latents.device)
         with torch.no_grad():
             each = 1 if place.frames else latents.shape[2] if latents.ndim == 5 else len(given)
             parts = [vae.decode(part, *more["args"], **more["kwargs"]).sample for part in given.split(each)]
-        return _from_autoencoder(torch.cat(parts).float(), latents, place)
+        return from_autoencoder(torch.cat(parts).float(), latents, place)
 
     def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         return self.place(height, width, frames).shape
@@ -469,21 +470,9 @@ class Recorded(Family):
         allowed = f"{below} or {below + stride}"
         raise ValueError(f"{self.name} draws clips of {stride} k + 1 frames, not of {frames}: give {allowed}")
 
-
-def _to_autoencoder(images: Tensor, place: Place) -> Tensor:
-    """Images or clips, or their latents, as the autoencoder takes them: as clips, or each frame as an image."""
-    is_clip = images.ndim == 5
-    if place.frames:
-        return images if is_clip else images[:, :, None]
-    return images.transpose(1, 2).flatten(0, 1) if is_clip else images
-
-
-def _from_autoencoder(found: Tensor, images: Tensor, place: Place) -> Tensor:
-    """What the autoencoder has made of images or clips, in their shape."""
-    is_clip = images.ndim == 5
-    if place.frames:
-        return found if is_clip else found[:, :, 0]
-    return found.unflatten(0, images.shape[:3:2]).transpose(1, 2) if is_clip else found
+    def try_frames(self, frames: int) -> None:
+        if frames > 1:
+            check_taken(self, frames)
 
 
 def _rows_for(value, batch: int):

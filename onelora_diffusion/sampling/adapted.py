@@ -214,8 +214,11 @@ def _load_prompts(
     family = family_of(pipeline)
     size = resolution or _largest(facts, "resolution") or family.resolution(pipeline)
     family.check_resolution(pipeline, *(size if isinstance(size, tuple) else [size]))
-    frames = frames or _largest(facts, "frames") or 1
+    trained = _largest(facts, "frames") or 1
+    frames = frames or trained
     family.check_frames(frames)
+    if frames != trained:
+        family.try_frames(frames)
     if frames > 1:
         rates = [rate for training in facts if isinstance(rate := training.get("frame_rate"), int | float)]
         family.frame_rate = max(rates, default=family.frame_rate)

@@ -138,3 +138,12 @@ def test_numbers_of_frames_that_are_not_drawn_name_the_nearest(name, frames, mes
     family.check_frames(17) if name != "sd15" else None
     with pytest.raises(ValueError, match=message):
         family.check_frames(frames)
+
+
+def test_numbers_of_frames_that_a_model_does_not_take_name_those_that_it_does():
+    family = stock("animatediff")[1]  # whose denoiser has places for 32 frames, and whose pipeline draws 16
+    family.try_frames(32)
+    with pytest.raises(
+        ValueError, match="AnimateDiff takes no clips of 34 frames, RuntimeError: .* give 1 or 16 or 32"
+    ):
+        family.try_frames(34)

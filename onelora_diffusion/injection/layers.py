@@ -202,7 +202,6 @@ def unused_layers(model: nn.Module) -> set[str]:
 
 def stock_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules by all their paths as in the original model, without fused copies and layers of PEFT."""
-
     model = untuned(model)
     yield path, model
     copies = copies_in_use(model)

@@ -251,15 +251,12 @@ class _LinearRoute:
             out = self.add_other(adapter, weights, x, base, out)
         is_kept = torch.compiler.is_compiling() and self.kept is not None
         stacks = self.stacks() if not is_kept or self.trains and torch.is_grad_enabled() else self.kept
-        return stacks.map(lambda stack: self.rows(stack, out.device)).serve(x, out, base, sums)
+        of_samples = stacks.map(lambda stack: stack[self.route.index(stack.device)].to(out.device))
+        return of_samples.serve(x, out, base, sums)
 
     def stacks(self) -> Vectors:
         """The vectors b, β and γ of all K mixtures, each (K, ..., out_features)."""
         return Vectors.stacked([Vectors.weighted_sum(mix) for mix in self.vectors])
-
-    def rows(self, stack: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The vectors of each sample, (batch, ..., out_features)."""
-        return stack[self.route.index(stack.device)].to(device)
 
     def add_other(self, adapter: LayerAdapter, weights: list[float], x, base, out) -> torch.Tensor:
         """Call the forward of an adapter that is no vector (such as LoRA) for the samples that use it."""

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from edit_pipelines import make_edit
 from PIL import Image
 from safetensors.torch import load_file
@@ -102,6 +104,21 @@ def test_an_edit_is_learnt_resumed_bit_for_bit_and_drawn(base, pairs, tmp_path, 
         with pytest.raises(SystemExit) as ended:
             sample.run([*asked, *words, "--output", str(tmp_path / "new.png")])
         assert message in ended.value.code and not (tmp_path / "new.png").exists()
+
+
+def test_pictures_of_a_reference_that_was_changed_since_are_not_gone_on_with(tmp_path):
+    reference, adapter = tmp_path / "house.png", SimpleNamespace(tensors={}, base=None)
+    settings = sample.Settings(prompts=("make it red",), reference=(reference,))
+
+    def begun(colour):
+        Image.new("RGB", (40, 40), colour).save(reference)
+        return sample.Pictures(tmp_path / "drawn.npz", settings, adapter, Accelerator())
+
+    for _ in range(2):
+        with begun("red") as pictures:
+            pictures.keep("000000", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="keeps images of a run that ended early, with another reference: repeat its"):
+        begun("blue")
 
 
 def test_what_references_cannot_be_is_one_line(base, pairs, tmp_path):

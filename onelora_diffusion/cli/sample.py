@@ -34,6 +34,7 @@ from PIL import Image, ImageSequence
 from onelora_diffusion import export_lora
 from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
 from onelora_diffusion.data.clips import write_frames
+from onelora_diffusion.data.identity import file_digest
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.evaluation.sheets import write_sheet
 from onelora_diffusion.files import check_writable, digest, printable, write_bytes, written_beside
@@ -177,6 +178,7 @@ class Pictures:
         self.folder = output.with_name(f".{output.name}.part") if self.is_beside else output
         self.record, self.lock = self.folder / ".sampling.json", FileLock(self.folder / ".lock", timeout=0)
         drawn_by = asdict(settings) | {"adapter": [digest(adapter.tensors), adapter.base]}
+        drawn_by["reference"] = [(path, file_digest(path, times=False).hex()) for path in settings.reference]
         del drawn_by["output"], drawn_by["batch_size"]
         self.drawn_by = json.loads(json.dumps(drawn_by, default=str))
         told_by_main(accelerator, self._take)

@@ -29,6 +29,7 @@ from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
+import modular_pipelines  # noqa: F401  which adds to those
 from tiny_models import PIPELINES, make_pipeline
 
 from tools.diffusers_tests import pipelines_in

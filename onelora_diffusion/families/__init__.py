@@ -6,6 +6,7 @@ from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Conditions, Edit, Family
 from onelora_diffusion.families.flux import Flux
+from onelora_diffusion.families.modular import Modular
 from onelora_diffusion.families.pixart import PixArt
 from onelora_diffusion.families.recorded import Recorded
 from onelora_diffusion.families.references import choose_references, references_of
@@ -36,7 +37,7 @@ def family_of(pipeline, records: Path | None = None) -> Family:
         raise ValueError(
             f"{type(pipeline).__name__} has a {classes[0]} and no scheduler: give a pipeline of diffusers"
         )
-    if references_of(pipeline) or family is None:
+    if references_of(pipeline) or family is None or isinstance(pipeline, Modular):
         return recorded_of(pipeline, records)
     family.check(pipeline)
     return family

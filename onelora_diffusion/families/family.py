@@ -92,8 +92,11 @@ class Family:
 
     def encoders(self, pipeline) -> dict[str, object]:
         """The models and tokenizers that only encode conditions, by name; None for one that the pipeline lacks."""
-        parts = ("text_encoder", "tokenizer")
-        return {name: part for name, part in pipeline.components.items() if name.startswith(parts)}
+        return {name: part for name, part in pipeline.components.items() if encodes_prompts(name)}
+
+    def conditioners(self, pipeline) -> dict[str, nn.Module]:
+        """The models that take part in encoding conditions as well, by name, and are needed later."""
+        return {}
 
     # -----------------------------------------------------------------------------------------------
     # Images
@@ -219,6 +222,11 @@ def _missing(part: Tensor, shape: Sequence[int]) -> list[int]:
     """What `functional.pad` is to add before and after each dimension, the last one first."""
     sizes = zip(reversed(shape), reversed(part.shape[1:]), strict=True)
     return [missing for most, size in sizes for missing in (0, most - size)]
+
+
+def encodes_prompts(name: str) -> bool:
+    """Whether a component of this name only encodes prompts."""
+    return "text_encoder" in name or "tokenizer" in name
 
 
 def emptied(condition: Condition) -> Condition:

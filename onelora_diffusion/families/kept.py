@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onelora_diffusion.families.arguments import Arrangement
+from onelora_diffusion.families.modular import Modular
 from onelora_diffusion.families.recording import Place, Prompted, Record, Recorder
 from onelora_diffusion.files import first_line, written_beside
 
@@ -33,6 +34,7 @@ def path_of(folder: Path, recorder: Recorder) -> Path:
         recorder.record.references,
         {name: value for name, value in pipeline.config.items() if name not in pipeline.components},
         configs,
+        *([type(pipeline._blocks).__name__] if isinstance(pipeline, Modular) else []),
     ]
     text = json.dumps(_public(key), sort_keys=True, default=str)
     return folder / f"record-{type(pipeline).__name__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from onelora_diffusion.denoisers import TwoDenoisers, denoiser_of, denoisers_in
+from onelora_diffusion.denoisers import TwoDenoisers, autoencoder_name, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
@@ -136,6 +136,16 @@ class Recorded(Family):
     def encoders(self, pipeline) -> dict[str, object]:
         own = {"processor": pipeline.components["processor"]} if "processor" in pipeline.components else {}
         return super().encoders(pipeline) | own
+
+    def conditioners(self, pipeline) -> dict[str, nn.Module]:
+        others = {
+            *self.encoders(pipeline),
+            *denoisers_in(pipeline),
+            *([] if self.record.references else [autoencoder_name(pipeline)]),
+        }
+        others |= {*getattr(pipeline, "_exclude_from_cpu_offload", ())}  # such as a safety checker
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in modules.items() if name not in others}
 
     def _encoded_edit(self, edit: Edit | str, max_length: int | None, settings: dict) -> dict[str, Tensor]:
         if not isinstance(edit, Edit):

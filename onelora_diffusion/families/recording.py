@@ -33,8 +33,8 @@ FRAMES, RATES = ("num_frames", "frames", "video_length"), ("frame_rate", "fps") 
 ASKED |= dict.fromkeys(FRAMES, 1) | {"decode_chunk_size": 2**16}  # frames that are decoded one by one, in one call
 
 
-class _Stop(Exception):
-    """Ends a recorded call, once it has said what was asked."""
+class _Stop(BaseException):
+    """Ends a recorded call, once it has said what was asked; blocks of modular pipelines report an `Exception`."""
 
 
 class NotTakenError(ValueError):
@@ -297,7 +297,8 @@ class Recorder:
                 "dtype": torch.float32,
             }
             replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
-        replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
+        with _silence():
+            replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         for name, part in denoisers_in(pipeline).items():
             replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device)
         with _replaced(pipeline, replaced), _silence():
@@ -472,7 +473,7 @@ def _silence() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

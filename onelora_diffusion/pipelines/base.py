@@ -12,8 +12,11 @@ from torch import nn
 
 from onelora_diffusion.denoisers import DENOISERS
 from onelora_diffusion.families import WRITTEN, Family, family_of
+from onelora_diffusion.families.modular import load_modular
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
+
+INDICES = ("model_index.json", "modular_model_index.json")  # of a pipeline, and of one of blocks alone
 
 
 def miniature_path() -> Path:
@@ -36,8 +39,8 @@ def load_base(
     """Load a base model as its pipeline of diffusers.
 
     Args:
-        base: a pipeline folder (with `model_index.json`), a hub id (`facebook/DiT-XL-2-256`), or None for
-            the miniature inside the package.
+        base: a pipeline folder (with `model_index.json`, or `modular_model_index.json`), a hub id
+            (`facebook/DiT-XL-2-256`), or None for the miniature inside the package.
         named_by: the adapter file that names the base; if it causes a download, this is printed first.
         condition: the required kind of condition, checked before anything is loaded: `int` for classes, `str` for
             prompts, or `object` for either.
@@ -58,8 +61,11 @@ def load_base(
         draws = "prompts and no classes" if family.condition is str else "classes and no prompts"
         raise ValueError(f"base model '{base or folder}' is a {class_name}, which draws {draws}")
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
-    if precision in ("int8", "nf4"):
-        packed = dict.fromkeys(_denoisers(index), _packed(precision))
+    is_modular = not (folder / "model_index.json").is_file()
+    packed = dict.fromkeys(_denoisers(index), _packed(precision)) if precision in ("int8", "nf4") else {}
+    if packed and is_modular:
+        settings["quantization_config"] = packed
+    elif packed:
         settings["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=packed)
     if "id2label" in index:
         settings["id2label"] = class_names(index)
@@ -67,6 +73,8 @@ def load_base(
         with warnings.catch_warnings():
             # Newer releases name this argument dtype, which older ones do not have.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            if is_modular:
+                return load_modular(folder, **settings)
             return getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
     except Exception as error:  # the safetensors reader or a wrong class may raise any error
         raise ValueError(f"base model '{base or folder}' does not load: {first_line(error)}") from error
@@ -112,13 +120,14 @@ def _read_index(base: str | Path | None, named_by: Path | None = None, condition
     else:
         example = "black-forest-labs/FLUX.1-dev" if condition is str else "facebook/DiT-XL-2-256"
         folder = _folder_of(base, example, named_by)
+    name = next(name for name in INDICES if (folder / name).is_file())
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / name).read_text())
         transformer_class(index), class_names(index)
         return folder, index
     except Exception as error:  # the file is no JSON, or has other content
         reason = first_line(error)
-        raise ValueError(f"base model '{base or folder}' has no readable model_index.json: {reason}") from error
+        raise ValueError(f"base model '{base or folder}' has no readable {name}: {reason}") from error
 
 
 def resolution_of(pipeline) -> int:
@@ -147,12 +156,7 @@ def _folder_of(base: str | Path, example: str, named_by: Path | None) -> Path:
         raise FileNotFoundError(
             f"base model '{base}': no such folder; give a diffusers pipeline folder or a hub id like {example}"
         )
-    if not (folder / "model_index.json").is_file():
-        if (folder / "modular_model_index.json").is_file():
-            raise ValueError(
-                f"base model '{folder}' is a modular pipeline of diffusers, whose blocks are not recorded: give the "
-                "folder of a pipeline with a model_index.json"
-            )
+    if not any((folder / name).is_file() for name in INDICES):
         raise FileNotFoundError(f"base model '{folder}' has no model_index.json, so it is no diffusers pipeline")
     return folder
 

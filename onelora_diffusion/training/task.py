@@ -25,7 +25,6 @@ from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_i
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.families.family import Condition, joined
-from onelora_diffusion.families.references import references_of
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
@@ -328,9 +327,9 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     """
     pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
     encoders, autoencoder = family.encoders(pipeline), autoencoder_of(pipeline)
-    of_references = {"vae": autoencoder} if references_of(pipeline) else {}  # it encodes a part of conditions
-    identity = identity_of(encoders | of_references)
-    for encoder in [*encoders.values(), *of_references.values()]:
+    conditioners = family.conditioners(pipeline)
+    identity = identity_of(encoders | conditioners)
+    for encoder in [*encoders.values(), *conditioners.values()]:
         if isinstance(encoder, nn.Module):
             encoder.to(device)
     prompts = [_encode_prompts(task, identity, stop) for task in tasks] if encoders else []

@@ -104,7 +104,7 @@ def test_a_family_that_is_neither_known_nor_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="base model 'nowhere at all': no such folder"):
         speed(SpeedSettings(family="nowhere at all", output_dir=tmp_path))
     (tmp_path / "modular_model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a modular pipeline of diffusers, whose blocks are not recorded"):
+    with pytest.raises(ValueError, match="has neither a transformer nor a unet"):
         speed(SpeedSettings(family=str(tmp_path), output_dir=tmp_path))
 
 

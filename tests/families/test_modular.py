@@ -1,0 +1,75 @@
+"""Modular pipelines of diffusers: as the stock pipeline where there is one, and Anima, of which there is none."""
+
+import modular_pipelines  # noqa: F401  which adds to the pipelines that `make_pipeline` makes
+import pytest
+import torch
+from rounding import rounding
+from tiny_models import make_pipeline
+
+from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import family_of
+from onelora_diffusion.pipelines.base import load_base
+from tools.try_families import batched, replayed
+
+PROMPTS = ["a bold Q", "", "a violet triangle"]
+
+
+@torch.no_grad()
+def test_a_modular_pipeline_is_recorded_as_the_stock_pipeline_of_its_components():
+    pipeline, modular = make_pipeline("z_image"), make_pipeline("z_image_modular")
+    stock, own = family_of(pipeline), family_of(modular)
+    assert own.record.times == stock.record.times and own.targets == stock.targets
+    latents = torch.randn(3, *stock.latent_shape(pipeline, 64, 64), generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([100.0, 500.0, 900.0])
+    expected, found = (
+        family.predict(denoiser_of(each), latents, times, family.encode_conditions(each, PROMPTS))
+        for family, each in ((stock, pipeline), (own, modular))
+    )
+    assert torch.equal(found, expected) and found.std() > 0.01
+    assert torch.equal(own.decode(modular.vae, latents), stock.decode(pipeline.vae, latents))
+
+
+def test_a_base_that_is_modular_alone_is_loaded_recorded_and_learns(tmp_path):
+    make_pipeline("anima").save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    pipeline = load_base(tmp_path, condition=str)
+    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
+    assert family.record.times == {"timestep": (1e-3, 0.0)} and family.record.sized == ["padding_mask"]
+    assert family.is_guided and family.guidance_scale(pipeline) == 4.0
+    with torch.no_grad():
+        assert max(replayed(pipeline, family), batched(pipeline, family)) < 10 * rounding(model)
+    conditions = family.encode_conditions(pipeline, PROMPTS)
+    assert family.encoders(pipeline).keys() == {"text_encoder", "tokenizer", "t5_tokenizer"}
+    assert family.conditioners(pipeline).keys() == {"text_conditioner"}
+    pipeline.register_modules(**dict.fromkeys(family.encoders(pipeline)))  # as training does
+    latents, noise = torch.randn(
+        2, 3, *family.latent_shape(pipeline, 64, 96), generator=torch.Generator().manual_seed(0)
+    )
+    timesteps = torch.tensor([300, 500, 700])
+    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
+    times = model_timesteps(timesteps, pipeline.scheduler)
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
+    for _ in range(3):
+        output = family.predict(model, noisy, times, conditions)
+        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(vector.grad.any() for vector in vectors)
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+def test_a_modular_folder_without_what_it_names_is_refused(tmp_path):
+    pipeline = make_pipeline("anima")
+    pipeline.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    weights = next((tmp_path / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="does not load: its transformer does not"):
+        load_base(tmp_path, condition=str)
+    (tmp_path / "modular_model_index.json").write_text("[")
+    with pytest.raises(ValueError, match="has no readable modular_model_index.json"):
+        load_base(tmp_path, condition=str)

@@ -1,0 +1,48 @@
+"""Small random pipelines of diffusers that are modular: their blocks are the only description of them."""
+
+import diffusers
+from tiny_models import LAYERS, PIPELINES, TOKENS, flow_matching, make_encoder, make_qwen_vae, make_tokenizer
+
+from onelora_diffusion.families.modular import as_pipeline
+
+
+def make_modular(blocks: str, components: dict):
+    """A modular pipeline with those of these components that its blocks need."""
+    pipeline = getattr(diffusers, blocks)().init_pipeline()
+    pipeline.update_components(**{name: components[name] for name in pipeline.components if name in components})
+    return as_pipeline(pipeline)
+
+
+def make_anima():
+    components = {
+        "text_encoder": make_encoder("Qwen3Model", **TOKENS, hidden_size=8, head_dim=4, **LAYERS),
+        "tokenizer": make_tokenizer(512),
+        "t5_tokenizer": make_tokenizer(512),
+        "text_conditioner": diffusers.AnimaTextConditioner(
+            source_dim=8,
+            target_dim=8,
+            model_dim=8,
+            num_layers=1,
+            num_attention_heads=2,
+            target_vocab_size=259,
+            min_sequence_length=64,
+        ).eval(),
+        "transformer": diffusers.CosmosTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            mlp_ratio=2.0,
+            text_embed_dim=8,
+            adaln_lora_dim=4,
+            extra_pos_embed_type=None,
+        ),
+        "vae": make_qwen_vae(),
+        "scheduler": flow_matching(shift=3.0),
+    }
+    return make_modular("AnimaAutoBlocks", components)
+
+
+PIPELINES["anima"] = make_anima
+PIPELINES["z_image_modular"] = lambda: make_modular("ZImageAutoBlocks", PIPELINES["z_image"]().components)

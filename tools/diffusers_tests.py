@@ -60,6 +60,7 @@ def made(case: type):
         pipeline.vae = make_vae(
             vae.config.latent_channels, levels=4
         )  # the pipeline counts on its eight pixels a latent
+    _fit(pipeline, getattr(pipeline, "vae", None))
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.eval()
@@ -71,6 +72,21 @@ def made(case: type):
                     embedding.register_forward_pre_hook(lambda own, args: (args[0] % own.num_embeddings,))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _fit(pipeline, vae) -> None:
+    """Let a pipeline of clips count on as many pixels and frames a latent as its small autoencoder makes of them."""
+    if not hasattr(pipeline, "vae_scale_factor_spatial") or not hasattr(vae, "encode"):
+        return
+    try:
+        with torch.no_grad():
+            (encoded,) = vae.encode(torch.zeros(1, 3, 25, 64, 64), return_dict=False)
+    except Exception:  # whatever an autoencoder refuses by: it has sizes of its own
+        return
+    frames, _, side = (encoded if isinstance(encoded, torch.Tensor) else encoded.mode()).shape[-3:]
+    pipeline.vae_scale_factor_spatial = 64 // side
+    if frames > 1:
+        pipeline.vae_scale_factor_temporal = 24 // (frames - 1)
 
 
 def _asked_as(case: type, test) -> type:

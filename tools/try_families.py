@@ -51,7 +51,7 @@ def replayed(pipeline, family: Recorded) -> float:
 
     def step(output, time, sample, *args, **kwargs):
         given = pipeline.scheduler.scale_model_input(sample, time) if is_scaled else sample
-        steps.append((output.flatten(), float(time), given.flatten()))
+        steps.append((output.flatten(), float(time), given.flatten().clone()))  # which some pipelines write over
         stepped = own_step(output, time, sample, *args, **kwargs)
         after.append(stepped[0].flatten())
         return stepped

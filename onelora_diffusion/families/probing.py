@@ -5,6 +5,7 @@ follow the timestep are the time; what differs between two prompts is of the pro
 place for is refused, never guessed.
 """
 
+import inspect
 from collections.abc import Sequence
 from math import inf, prod
 
@@ -27,6 +28,7 @@ SIDES = (64, 128, 256, 512, 1024, 32, 16)  # pixels: the first that a pipeline t
 # Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
 BASE, DIGITS = 128, 4
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
+STEPPED = ("model_output", "timestep", "sample", "args", "kwargs")  # what the steps of schedulers need
 TRIED_FRAMES = 25  # one and 24 more, which every number of frames a latent that autoencoders have divides
 
 
@@ -52,9 +54,22 @@ def _probed(recorder: Recorder) -> Place:
     for name in ("prompt", "height", "width", "num_inference_steps"):
         if name not in recorder.parameters:
             raise recorder.refusal(f"its call takes no {name}")
+    takes = recorder.takes
+    if takes and recorder.parameters[takes].default is inspect.Parameter.empty and not recorder.record.references:
+        raise recorder.refusal(
+            f"its call needs {takes}, a picture to draw from: those of images are named by --reference-column, and "
+            "clips have none"
+        )
     for name in ("encode_prompt", "scheduler", *{"vae"} & recorder.pipeline.components.keys()):
         if getattr(recorder.pipeline, name, None) is None:
             raise recorder.refusal(f"it has no {name}")
+    scheduler = type(recorder.pipeline.scheduler)
+    own = list(inspect.signature(scheduler.step).parameters.values())[1:]
+    more = [each.name for each in own if each.default is each.empty and each.name not in STEPPED]
+    if more:
+        raise recorder.refusal(
+            f"its {scheduler.__name__} steps by {' and '.join(more)}, too: give its base another one"
+        )
     find_noise(recorder)
     place, run = place_at(recorder, recorder.square)
     record, drawn = recorder.record, drawn_side(recorder, place)
@@ -110,13 +125,20 @@ def find_noise_at(recorder: Recorder) -> None:
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
         found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
+        tried = off
         if len(run.calls) == 1 and len(found) == 1:
             break
     else:
         if run is None:
             raise failure
+        other = recorder.run(SHORT, recorder.square, generator=torch.Generator().manual_seed(1), **tried).calls[0]
+        drawn = [name for name, value in run.calls[0].items() if not same(value, other.get(name))]
+        if len(drawn) > 1:
+            raise recorder.refusal(
+                f"it draws {' and '.join(drawn)} at random, more than one noise, such as that of sound beside a clip"
+            )
         raise recorder.refusal(
-            f"with {off or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
+            f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
             f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
         )
     (name,) = found
@@ -157,7 +179,9 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
 
     run = run_of(steps, numbered)
     if len(run.calls) != len(run.times) or len(run.times) < steps:  # a sampler of a higher order may take more
-        raise recorder.refusal(f"in {len(run.times)} steps its denoiser is called {len(run.calls)} times")
+        raise recorder.refusal(
+            f"its scheduler steps {len(run.times)} times where its denoiser is called {len(run.calls)} times"
+        )
     count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
     values = torch.stack([value[0].flatten().cpu() for value in given[:steps]])
     moves = (values != values[0]).any(0)  # all others are constant, or of reference images

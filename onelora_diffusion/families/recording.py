@@ -450,6 +450,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], time
         if after is None:
             raise _Stop
         run.drawn = after
+        scheduler._step_index = (getattr(scheduler, "_step_index", None) or 0) + 1  # which some pipelines turn back
         return _Answer((after, after))  # some read what is denoised as well
 
     scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import CogVideoXDPMScheduler, EDMEulerScheduler
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import NAMED, UNET, make_clip, make_pipeline, make_tokenizer, make_vae, randomize
 from torch import nn
@@ -210,6 +210,20 @@ def test_what_has_no_place_in_a_recording_is_refused():
         Recorded(pipeline)
     with pytest.raises(ValueError, match="HiDreamImage draws 96 by 96 pixels when asked for a resolution of 192"):
         stock("hidream")[1].check_resolution(stock("hidream")[0], 192)
+    pipeline = make_pipeline("pixart")
+    pipeline.scheduler = CogVideoXDPMScheduler()
+    message = (
+        "its CogVideoXDPMScheduler steps by old_pred_original_sample and timestep_back, too: give its base another"
+    )
+    with pytest.raises(ValueError, match=message):
+        Recorded(pipeline)
+
+    class Animated(type(pipeline)):
+        def __call__(self, image, prompt, height, width, num_inference_steps): ...
+
+    pipeline.__class__ = Animated
+    with pytest.raises(ValueError, match="its call needs image, a picture to draw from: those of images are named by"):
+        Recorded(pipeline)
     pipeline = make_pipeline("sd3")
     pipeline.transformer_2 = denoiser_of(pipeline)
     with pytest.raises(ValueError, match="it has transformer and transformer_2, and no boundary_ratio between them"):

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from benchmarks.measure import interleave, ratio, resident_bytes, saved_bytes, table
 from benchmarks.peers import twin
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.denoisers import DENOISERS, blocks_of
-from onelora_diffusion.families import WRITTEN, Family, family_of
+from onelora_diffusion.families import Family, family_of
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.injection.verbs import inject_adapter
 from onelora_diffusion.pipelines.base import model_index
@@ -37,7 +38,10 @@ class Base(NamedTuple):
         config: its settings, as far as they are not the defaults of its class.
         depths: settings of its numbers of blocks, and what a step is measured with.
         pixels: of the image, a side, that a latent stands for.
-        prompts: features of each of the prompt's tensors; those of two dimensions have no tokens.
+        channels: of latents.
+        prompts: features of each of the prompt's arguments; those of one number have no tokens.
+        targets: the layers that are adapted: of the blocks, of the modulation that all blocks share, of the output.
+        called: what else than prompts it is called with for latents (batch, C, h, w) and times (batch,).
     """
 
     title: str
@@ -45,7 +49,46 @@ class Base(NamedTuple):
     config: dict
     depths: dict[str, int]
     pixels: int
+    channels: int
     prompts: dict[str, tuple[int, ...]]
+    targets: tuple[str, ...]
+    called: Callable[[Tensor, Tensor], dict]
+
+
+class Published(Family):
+    """A published transformer by its argument names: without a pipeline, of which nothing is read."""
+
+    def __init__(self, base: Base):
+        self.base, self.targets = base, base.targets
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: dict) -> Tensor:
+        dtype = conditions["encoder_hidden_states"].dtype
+        output = denoiser(**self.base.called(latents.to(dtype), times), **conditions).sample
+        return output if output.ndim == 4 else of_tokens(output, *latents.shape[2:])
+
+
+def plainly(latents: Tensor, times: Tensor) -> dict:
+    return {"hidden_states": latents, "timestep": times}
+
+
+def flux_call(latents: Tensor, times: Tensor) -> dict:
+    """What FLUX.1-dev is called with: tokens of 2 by 2 latents and their places, and a guidance of 3.5."""
+    batch, _, height, width = latents.shape
+    ids = torch.zeros(height // 2, width // 2, 3, device=latents.device)
+    ids[..., 1] = torch.arange(height // 2, device=latents.device)[:, None]
+    ids[..., 2] = torch.arange(width // 2, device=latents.device)
+    return {
+        "hidden_states": pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2),
+        "timestep": times / 1000,
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": ids.new_zeros(TEXT_TOKENS, 3),
+        "guidance": times.new_full((batch,), 3.5),
+    }
+
+
+def of_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (batch, h/2 · w/2, 4C) -> latents (batch, C, h, w)."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 BASES = {
@@ -55,7 +98,10 @@ BASES = {
         {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38},
         {"num_layers": 1, "num_single_layers": 2},
         8,
-        {"prompt_embeds": (TEXT_TOKENS, 4096), "pooled_prompt_embeds": (768,)},
+        16,
+        {"encoder_hidden_states": (TEXT_TOKENS, 4096), "pooled_projections": (768,)},
+        ("transformer_blocks.*", "single_transformer_blocks.*", "norm_out.linear", "proj_out"),
+        flux_call,
     ),
     "sd3": Base(
         "SD3.5-Large",
@@ -69,7 +115,10 @@ BASES = {
         },
         {"num_layers": 2},
         8,
-        {"prompt_embeds": (TEXT_TOKENS, 4096), "pooled_prompt_embeds": (2048,)},
+        16,
+        {"encoder_hidden_states": (TEXT_TOKENS, 4096), "pooled_projections": (2048,)},
+        ("transformer_blocks.*", "norm_out.linear", "proj_out"),
+        plainly,
     ),
     "sana": Base(
         "SANA 1.6B",
@@ -77,7 +126,10 @@ BASES = {
         {"num_layers": 20},
         {"num_layers": 3},
         32,
-        {"prompt_embeds": (TEXT_TOKENS, 2304), "prompt_attention_mask": (TEXT_TOKENS,)},
+        32,
+        {"encoder_hidden_states": (TEXT_TOKENS, 2304), "encoder_attention_mask": (TEXT_TOKENS,)},
+        ("transformer_blocks.*", "time_embed.linear", "proj_out"),
+        plainly,
     ),
     "pixart": Base(
         "PixArt-Σ",
@@ -85,7 +137,12 @@ BASES = {
         {"num_layers": 28, "caption_channels": 4096, "use_additional_conditions": False, "sample_size": 128},
         {"num_layers": 4},
         8,
-        {"prompt_embeds": (TEXT_TOKENS, 4096), "prompt_attention_mask": (TEXT_TOKENS,)},
+        4,
+        {"encoder_hidden_states": (TEXT_TOKENS, 4096), "encoder_attention_mask": (TEXT_TOKENS,)},
+        ("transformer_blocks.*", "adaln_single.linear", "proj_out"),
+        lambda latents, times: (
+            plainly(latents, times) | {"added_cond_kwargs": dict.fromkeys(("resolution", "aspect_ratio"))}
+        ),
     ),
 }
 
@@ -97,20 +154,20 @@ def family_base(name: str, **depths: int) -> tuple[nn.Module, Family]:
     base = BASES[name]
     torch.manual_seed(0)
     model = getattr(diffusers, base.transformer_class)(**(base.config | depths))
-    return model.requires_grad_(False), WRITTEN[base.transformer_class]
+    return model.requires_grad_(False), Published(base)
 
 
-def family_batch(name: str, family: Family, model: nn.Module, batch: int, height: int, width: int) -> tuple:
+def family_batch(name: str, batch: int, height: int, width: int) -> tuple:
     """Latents (batch, C, height, width), times, prompts, target."""
     torch.manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape)
 
-    latents, target = (normal(family.latent_channels(model), height, width) for _ in range(2))
+    latents, target = (normal(BASES[name].channels, height, width) for _ in range(2))
     prompts = {key: normal(*shape) for key, shape in BASES[name].prompts.items()}
-    if "prompt_attention_mask" in prompts:
-        prompts["prompt_attention_mask"] = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
+    if "encoder_attention_mask" in prompts:
+        prompts["encoder_attention_mask"] = torch.ones(batch, TEXT_TOKENS, dtype=torch.int64)
     return latents, torch.linspace(100, 900, batch), prompts, target
 
 
@@ -249,7 +306,7 @@ def family_speed(settings) -> dict:
     if settings.family in BASES:
         base, family = family_base(settings.family, **BASES[settings.family].depths)
         side = settings.sample_size
-        batch = family_batch(settings.family, family, base, settings.batch, side, side)
+        batch = family_batch(settings.family, settings.batch, side, side)
     else:
         base, family, pipeline = recorded_base(settings.family, settings.layers)
         batch = recorded_batch(family, pipeline, settings.batch, settings.sample_size)
@@ -451,7 +508,7 @@ def shapes_of_step(name: str, resolution: int, peer: str, depths: dict[str, int]
     if peer not in ("1LoRA", "BitFit"):  # there is no autocast there, in which products of float32 are taken in bf16
         model.bfloat16()
     size = resolution // BASES[name].pixels
-    batch = family_batch(name, family, model, 1, size, size)
+    batch = family_batch(name, 1, size, size)
     latents, timesteps, prompts, target = send_to_device(batch, "meta")
     prompts = {key: value.bfloat16() if value.is_floating_point() else value for key, value in prompts.items()}
     return FamilyStep(model.to("meta"), family, (latents.bfloat16(), timesteps, prompts, target), "fp32")

@@ -97,7 +97,7 @@ def full_width(settings: SubjectsSettings) -> dict[str, float]:
     torch.set_num_threads(1)
     depths, number = BASES[settings.family].depths, settings.subjects
     base, family = family_base(settings.family, **depths)
-    batches = [family_batch(settings.family, family, base, size, 32, 32) for size in (number, 1)]
+    batches = [family_batch(settings.family, size, 32, 32) for size in (number, 1)]
     together = twin(base)
     names = [f"subject-{each}" for each in range(number)]
     for name in names:

@@ -70,7 +70,6 @@ def test_what_is_special_to_a_base_is_known_to_families_and_to_what_puts_adapter
     allowed = {
         "scaling_factor": {"families"},
         "shift_factor": {"families"},
-        "pixel_shuffle": {"families"},
         ".encode_prompt(": {"families"},
         ".norm1.emb": {"families/dit.py", "injection/dit_parts.py", "cli/convert_dit.py"},
     }

@@ -20,7 +20,6 @@ from benchmarks.sampled import sample_latents
 from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.families.autoencoder import decode_latents
 from onelora_diffusion.families.dit import DiT
-from onelora_diffusion.families.family import dynamic_shift
 from onelora_diffusion.sampling import (
     IMAGES_AT_ONCE,
     SamplerSettings,
@@ -32,7 +31,7 @@ from onelora_diffusion.sampling import (
     schedulers,
 )
 from onelora_diffusion.sampling.guidance import ImageRequest
-from onelora_diffusion.sampling.schedulers import fitting_samplers
+from onelora_diffusion.sampling.schedulers import dynamic_shift, fitting_samplers
 from onelora_diffusion.sampling.trajectory import RunningBatch
 
 SCHEDULER = DDIMScheduler(beta_schedule="linear", clip_sample=False)

@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from onelora_diffusion.data.digits import CAPTIONS
 from onelora_diffusion.data.latents import sample_moments
-from onelora_diffusion.families import family_of
 from onelora_diffusion.families.autoencoder import encode_moments
 from onelora_diffusion.pipelines.base import miniature_text_path
 from onelora_diffusion.training.ema import ExponentialMovingAverage
@@ -225,7 +224,6 @@ def make_transformer(settings: Settings) -> PixArtTransformer2DModel:
 def train(pipeline: PixArtSigmaPipeline, moments: Tensor, captions: list[str], settings: Settings) -> None:
     """Trains transformer and text encoder on scaled latent moments (N, 2, 4, 8, 8), and leaves the EMA's weights."""
     transformer, text_encoder, scheduler = pipeline.transformer, pipeline.text_encoder, pipeline.scheduler
-    family = family_of(pipeline)
     tokens = pipeline.tokenizer([*captions, ""], padding=True, return_tensors="pt")
     parts = {"transformer": transformer, "text_encoder": text_encoder}
     trained = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.named_parameters()}
@@ -237,8 +235,9 @@ def train(pipeline: PixArtSigmaPipeline, moments: Tensor, captions: list[str], s
         rows = torch.where(dropped, len(captions), chosen)
         mask = tokens.attention_mask[rows]
         states = text_encoder(input_ids=tokens.input_ids[rows], attention_mask=mask).last_hidden_state
-        prompts = {"prompt_embeds": states.float(), "prompt_attention_mask": mask}
-        return family.predict(transformer, noisy, timesteps, prompts)
+        prompts = {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+        sizes = {"resolution": None, "aspect_ratio": None}
+        return transformer(noisy, timestep=timesteps, added_cond_kwargs=sizes, **prompts).sample
 
     # Attention over so few tokens is faster by its definition than by the fused kernel, in bf16 by far.
     with sdpa_kernel(SDPBackend.MATH):

@@ -56,8 +56,6 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     data = captioned_data(settings, family, pipeline, resolution)
     if (held := settings.of_validation()) is not None:
         data = replace(data, held=captioned_data(held, family, pipeline, resolution, held.validation_split or "train"))
-    if isinstance(family, Recorded):
-        family.keep()  # now that nothing is refused
     return Task(settings, accelerator, pipeline, settings.adapter_config(targets=family.targets), data)
 
 

@@ -1,11 +1,12 @@
 """The interface of a family of diffusion transformers: from an image and its condition to a prediction, and back."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,8 +66,8 @@ class Family:
     merges_adapters: ClassVar[bool] = False
     frame_rate: float | None = None
 
-    def check(self, pipeline) -> None:
-        """ValueError for a pipeline of the family that has to be called in an unknown way."""
+    def keep(self) -> None:
+        """Write what took calls of the pipeline to find out, for the next start."""
 
     def shared_by_blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """Modules inside the blocks that are called outside of them, once for all blocks."""
@@ -82,6 +83,10 @@ class Family:
             max_length: number of tokens of each prompt; None takes the pipeline's default.
         """
         raise NotImplementedError
+
+    def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
+        """Encoded conditions as `predict` takes them on a device; what a batch is arranged by stays on the host."""
+        return send_to_device(conditions, device, non_blocking=True)
 
     def check_conditions(self, pipeline, conditions: list[Condition]) -> None:
         """ValueError for a condition that the base with its active adapters cannot draw."""
@@ -234,17 +239,6 @@ def emptied(condition: Condition) -> Condition:
     return replace(condition, prompt="") if isinstance(condition, Edit) else None
 
 
-def as_prompts(conditions: list[Condition]) -> list[str]:
-    """Replace None by the empty prompt."""
-    return ["" if condition is None else condition for condition in conditions]
-
-
 def longest(max_length: int | None) -> dict[str, int]:
     """The keyword argument of `encode_prompt` for a given number of tokens; {} for None."""
     return {} if max_length is None else {"max_sequence_length": max_length}
-
-
-def dynamic_shift(config: Mapping, num_tokens: int) -> float:
-    """The shift μ for an image of this number of tokens, interpolated between `base_shift` and `max_shift`."""
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])

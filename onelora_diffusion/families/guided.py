@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.families.arguments import near, same
-from onelora_diffusion.families.recording import SHORT, NotTakenError, Place, Recorder, Run
+from onelora_diffusion.families.record import Place, Run
+from onelora_diffusion.families.recording import SHORT, NotTakenError, Recorder
 
 TRIED_SCALE = 3.0
 

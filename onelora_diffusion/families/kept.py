@@ -13,7 +13,8 @@ from torch import Tensor
 
 from onelora_diffusion.families.arguments import Arrangement
 from onelora_diffusion.families.modular import Modular
-from onelora_diffusion.families.recording import Place, Prompted, Record, Recorder
+from onelora_diffusion.families.record import Place, Prompted, Record
+from onelora_diffusion.families.recording import Recorder
 from onelora_diffusion.files import first_line, written_beside
 
 FORMAT = 3  # to be raised when a record means something else

@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from onelora_diffusion.families.arguments import on, same
-from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Recorder
+from onelora_diffusion.families.record import Place
+from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Recorder
 from onelora_diffusion.families.references import BLANK, blank
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from onelora_diffusion.denoisers import autoencoder_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
-from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same
+from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.guided import find_guidance
 from onelora_diffusion.families.pictured import call_of_two, find_pictured
-from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Place, Prompted, Recorder, Run
+from onelora_diffusion.families.record import Place, Prompted, Run
+from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Recorder
 from onelora_diffusion.families.references import blank
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.files import first_line
@@ -141,6 +142,9 @@ def find_noise_at(recorder: Recorder) -> None:
             f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
             f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
         )
+    for what, values in (("the prompt's encoding", run.encoded), ("the output of its denoiser", outputs)):
+        if any(tensor.isnan().any() for tensor in tensors_in(values)):
+            raise recorder.refusal(f"{what} is not finite: check the weights that compute it")
     (name,) = found
     given, output = run.calls[0][name], outputs[0]
     before, after = given[0].shape, output[0].shape

@@ -18,12 +18,14 @@ from onelora_diffusion.denoisers import TwoDenoisers, autoencoder_name, denoiser
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
-from onelora_diffusion.families.clips import check_taken, from_autoencoder, to_autoencoder
+from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
+from onelora_diffusion.families.fitting import check_frames, check_sides
 from onelora_diffusion.families.guided import empty_row, guided_run
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import place_at, probed
-from onelora_diffusion.families.recording import SHORT, Place, Recorder
+from onelora_diffusion.families.record import Place
+from onelora_diffusion.families.recording import SHORT, Recorder
 from onelora_diffusion.injection.book import unwrapped
 
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
@@ -55,6 +57,7 @@ class Recorded(Family):
         self.record = self.recorder.record
         self._mixtures: dict[float, tuple[Tensor, Tensor]] = {}
         self._places: dict[tuple, Place] = {(*self.recorder.square, 1): place}
+        self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
     def __str__(self) -> str:
@@ -204,6 +207,22 @@ class Recorded(Family):
             row[name] = value
         return row
 
+    def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
+        kinds = {name: how.kind for name, how in self.record.prompted.items()}
+        stay = [name for name in conditions if name.startswith("encoded.") or name.endswith((".length", ".sizes"))]
+        stay += [name for name in conditions if kinds.get(name) == "shared"]  # as a batch is arranged by these
+        moved = {name: value for name, value in conditions.items() if name not in stay}
+        return super().on_device(moved, device) | {name: conditions[name] for name in stay}
+
+    def _moved(self, name: str, value, device: torch.device):
+        """An argument of a batch on the device, where one that is the same as in the last call still is."""
+        if self.record.prompted[name].kind != "shared":
+            return value
+        last = self._last_shared.get(name, (None, None))
+        if last[0] is None or last[1].device != device or not same(last[0], value):
+            last = self._last_shared[name] = (value, value.to(device, non_blocking=True))
+        return last[1]
+
     def _groups(self, times: Tensor, conditions: Conditions) -> list[Tensor]:
         """The images of a batch that are computed together.
 
@@ -215,7 +234,7 @@ class Recorded(Family):
         names = [] if record.pads or record.together else names
         keys = [conditions[f"{name}.length"] for name in names]
         if record.share != (-inf, inf):
-            keys.append(self._is_mine(times))
+            keys.append(self._is_mine(times).cpu())
         if record.references:
             keys.extend(conditions["references.sizes"].flatten(1).unbind(1))
         if not keys:
@@ -228,12 +247,12 @@ class Recorded(Family):
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
-    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int], place: Place) -> dict:
+    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int], place: Place, device) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
         record, unequal = self.record, None
         if record.together:
-            return self._replayed(conditions, size)
-        arguments, device = {}, next(iter(conditions.values())).device
+            return send_to_device(self._replayed(conditions, size), device)
+        arguments = {}
         for name, how in record.prompted.items():
             rows, lengths = conditions[name], [0]
             if how.ragged is not None:
@@ -247,19 +266,18 @@ class Recorded(Family):
             if how.kind == "rows":  # some have one for each frame
                 arguments[name] = rows.repeat_interleave(len(place.constants[name]), 0)
             else:
-                arguments[name] = self._joined(name, list(rows))
+                arguments[name] = self._moved(name, self._joined(name, list(rows)), device)
         for name, mask in record.masks.items():
             if unequal:
                 valid = torch.arange(max(unequal)) < torch.tensor(unequal)[:, None]
-                arguments[name] = send_to_device(valid.to(mask.dtype), device)
+                arguments[name] = valid.to(device, mask.dtype, non_blocking=True)
         return arguments
 
     def _replayed(self, conditions: Conditions, size: tuple[int, int, int]) -> dict:
         """Arguments that follow prompt and size together, as the pipeline makes them of each encoded prompt."""
         recorder, record = self.recorder, self.record
         tensors = [rows for name, rows in conditions.items() if name.startswith("encoded.")]
-        rows = [send_to_device(list(row), "cpu") for row in zip(*tensors, strict=True)]
-        encoded = [filled(record.encoded, iter(row)) for row in rows]
+        encoded = [filled(record.encoded, iter(row)) for row in zip(*tensors, strict=True)]
         calls = [recorder.call(side=size[:2], encoded=each, frames=size[2]) for each in encoded]
         values = {name: [call[name] for call in calls] for name in record.prompted}
         lists = {name: how.kind == "list" for name, how in record.prompted.items()}
@@ -267,7 +285,7 @@ class Recorded(Family):
             name: self._joined(name, [entry for value in own for entry in value] if lists[name] else own)
             for name, own in values.items()
         }
-        return send_to_device(arguments, tensors[0].device)
+        return arguments
 
     def _joined(self, name: str, values: list):
         """One argument of the denoiser of those of single images."""
@@ -314,17 +332,16 @@ class Recorded(Family):
         if record.references:
             place, references = self._referred(conditions, self._size_of(latents)[:2])
             values = torch.cat([values, references.to(values.dtype)], dim=1)
-        elif len(place.packed) > values.shape[1]:
-            constant = on(place.constants[record.noisy][0].flatten()[place.packed >= values.shape[1]], device)
-            values = torch.cat([values, constant.to(values.dtype).expand(batch, -1)], dim=1)
-        noisy = place.constants[record.noisy]
-        packed = values[:, on(place.packed, device)].reshape(batch, *place.argument).to(noisy[0].dtype)
-        given = self._of_prompts(conditions, self._size_of(latents), place)
-        constants = {name: value for name, value in place.constants.items() if name not in given}
-        given |= {name: self._constant(name, value, batch, device) for name, value in constants.items()}
+        here = place.on(device, record.noisy)
+        if here.beside is not None and not record.references:
+            values = torch.cat([values, here.beside.to(values.dtype).expand(batch, -1)], dim=1)
+        packed = values[:, here.packed].reshape(batch, *place.argument).to(here.constants[record.noisy][0].dtype)
+        given = self._of_prompts(conditions, self._size_of(latents), place, device)
+        constants = {name: value for name, value in here.constants.items() if name not in given}
+        given |= {name: self._constant(name, value, batch) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
         for name, (by, start) in record.times.items():
-            given[name] = _spread(by * times + start, place.constants[name])
+            given[name] = _spread(by * times + start, here.constants[name])
         if record.told and "guidance" in conditions:
             given[record.told[0]] = self._told(conditions["guidance"])
         output = output_of(denoiser(**record.arrangement.nested(given)))
@@ -334,11 +351,12 @@ class Recorded(Family):
             raise ValueError(
                 f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
             )
-        in_order = torch.equal(place.unpacked, torch.arange(len(place.unpacked)))
         is_plain = place.sign > 0 and not record.mixes and record.spread == 1
-        if is_plain and in_order and output.shape[-2:] == latents.shape[-2:]:
+        if is_plain and here.unpacked is None and output.shape[-2:] == latents.shape[-2:]:
             return output.reshape(batch, -1, *latents.shape[2:])  # with its variance, if there is one
-        own = place.sign * output.flatten(1)[:, on(place.unpacked, device)].reshape(latents.shape)
+        output = output.flatten(1)
+        output = output[:, : latents[0].numel()] if here.unpacked is None else output[:, here.unpacked]
+        own = place.sign * output.reshape(latents.shape)
         return (self._mixed(own, latents, times) if record.mixes else own) / record.spread
 
     def _referred(self, conditions: Conditions, side: tuple[int, int]) -> tuple[Place, Tensor]:
@@ -383,10 +401,9 @@ class Recorded(Family):
         rows = [self.recorder.call(encoded=encoded, guidance_scale=scale)[name] for scale in scales.tolist()]
         return torch.cat(rows).to(scales.device)
 
-    def _constant(self, name: str, value, batch: int, device: torch.device):
+    def _constant(self, name: str, value, batch: int):
         """A constant argument for so many images."""
         if isinstance(value, Tensor):
-            value = on(value, device)
             return _rows_for(value, batch) if self.record.batched.get(name) else value
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
 
@@ -469,6 +486,7 @@ class Recorded(Family):
                 f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[1:])} pixels "
                 f"when asked for a resolution of {' by '.join(map(str, sides))}"
             )
+        check_sides(self, height, width)
 
     def check_frames(self, frames: int) -> None:
         stride = self.record.stride
@@ -482,7 +500,7 @@ class Recorded(Family):
 
     def try_frames(self, frames: int) -> None:
         if frames > 1:
-            check_taken(self, frames)
+            check_frames(self, frames)
 
 
 def _rows_for(value, batch: int):

@@ -1,12 +1,11 @@
-"""Calls of a stock pipeline with recorders in the place of its parts, and the record that is made of them."""
+"""Calls of a stock pipeline with recorders in the place of its parts."""
 
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import inf, prod
+from math import prod
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +20,8 @@ from onelora_diffusion.denoisers import (
     denoisers_in,
     repeated_blocks,
 )
-from onelora_diffusion.families.arguments import Arrangement, copied, output_of, same
+from onelora_diffusion.families.arguments import copied, output_of, same
+from onelora_diffusion.families.record import Record, Run
 from onelora_diffusion.families.references import BLANK, blank, references_of, taken_by
 from onelora_diffusion.files import first_line
 from onelora_diffusion.injection.book import unwrapped
@@ -62,155 +62,6 @@ class _StandIn:
 
     def __call__(self, *args, **kwargs):
         return self._called(*args, **kwargs)
-
-
-@dataclass
-class Run:
-    """What one call of a stock pipeline has shown.
-
-    Attributes:
-        calls: arguments of the denoiser by name, those in dictionaries as `dictionary.name`.
-        called: the component that is the denoiser in that call.
-        times, outputs, samples: what `scheduler.step` got.
-        schedule: arguments of `scheduler.set_timesteps`.
-        attributes: what the pipeline set on the scheduler before that.
-        encoded: what each call of `encode_prompt` returned.
-        spread: the standard deviation of the first sample, over that of the scheduler's noise.
-        drawn: the sample after the last step.
-        decoded: what the autoencoder's `decode` got; where there is none, what was drawn.
-        decoding: `args` and `kwargs` that it got beside.
-        images: what the pipeline returned, where it has no autoencoder.
-    """
-
-    calls: list[dict] = field(default_factory=list)
-    called: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
-    schedule: dict = field(default_factory=dict)
-    attributes: dict = field(default_factory=dict)
-    encoded: list = field(default_factory=list)
-    spread: float = 1.0
-    drawn: Tensor | None = None
-    decoded: Tensor | None = None
-    decoding: dict = field(default_factory=lambda: {"args": [], "kwargs": {}})
-    images: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """An argument that follows the prompt.
-
-    Attributes:
-        kind: `rows` with a row for each image, `list` with an entry for each, `shared` by all images of a batch.
-        ragged: the dimension of a row that is as long as the prompt; None: all are of one shape.
-    """
-
-    kind: str
-    ragged: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """What the pipeline says of images of one size, or of clips of one size and number of frames.
-
-    Attributes:
-        shape: of their latents, (C, h, w), or (C, f, h, w) of clips.
-        argument: the shape of the noisy argument, without the batch.
-        order: for each latent, its place in the scheduler's sample.
-        packed: for each place of the noisy argument, the number of the latent that stands there; where reference
-            images or constants do, numbers from that of latents on, in the order of the places.
-        unpacked: for each latent, its place in the denoiser's output.
-        sign: of the output, by which it is a prediction.
-        scale, shift: latents of the autoencoder are `scale · latents + shift`, of `shape`.
-        frames: whether the autoencoder has a dimension of frames.
-        decoding: what it is given beside latents to decode, `args` and `kwargs`.
-        constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
-    """
-
-    shape: tuple[int, ...]
-    argument: tuple[int, ...]
-    order: Tensor
-    packed: Tensor
-    unpacked: Tensor
-    sign: int
-    scale: Tensor
-    shift: Tensor
-    frames: bool
-    decoding: dict
-    constants: dict
-
-
-@dataclass
-class Record:
-    """What is known of a pipeline.
-
-    Attributes:
-        side: pixels of the sides of the images that it was recorded with.
-        references: the number of reference images.
-        pictured: the arguments that follow what is in them, of the noisy one a part.
-        off: settings of its call without guidance.
-        arrangement: how the arguments of the denoiser become values by name.
-        noisy: the argument of the denoiser that is the noise.
-        takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
-        factors: sizes of the output over those of the noisy argument.
-        encoded: what `encode_prompt` returned of the short prompt.
-        times: by argument, a and b of a·t + b of the scheduler's time t.
-        share: the times t from which and below which this one of two denoisers computes.
-        prompted: the arguments that follow the prompt, or what is in the reference images.
-        sized, together: the arguments that follow the size, and those that follow the prompt and the size.
-        masks: for two prompts, the masks of their tokens that are given where prompts are of unequal length alone.
-        batched: by argument, whether there is one for each image.
-        pads: whether prompts of unequal length share a batch.
-        pixels: of a latent, along one side.
-        stride: frames of a clip that become one of its latents, after the first; 0: the pipeline draws no clips.
-        multiple: pixels of which sides are multiples.
-        spread: the standard deviation of the noise that the pipeline begins with, of flow matching; scales of places
-            have it as a factor.
-        mixes: whether its scheduler steps by a·x + b·o of the sample x and the output o, which depend on the time.
-        guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
-        offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
-        told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b;
-            without those, an embedding of w.
-        targets: patterns of the layers that are adapted by default.
-    """
-
-    side: int = 0
-    references: int = 0
-    pictured: list[str] = field(default_factory=list)
-    off: dict = field(default_factory=dict)
-    arrangement: Arrangement = field(default_factory=Arrangement)
-    noisy: str = ""
-    takes_lists: bool = False
-    gives_lists: bool = False
-    factors: tuple[float, ...] = ()
-    encoded: list | None = None
-    times: dict[str, tuple[float, float]] = field(default_factory=dict)
-    share: tuple[float, float] = (-inf, inf)
-    prompted: dict[str, Prompted] = field(default_factory=dict)
-    sized: list[str] = field(default_factory=list)
-    together: list[str] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    batched: dict[str, bool] = field(default_factory=dict)
-    pads: bool = False
-    pixels: int = 1
-    stride: int = 0
-    multiple: int = 1
-    spread: float = 1.0
-    mixes: bool = False
-    guided: dict = field(default_factory=dict)
-    offset: int | None = 0
-    told: tuple[str, float | None, float | None] | None = None
-    targets: tuple[str, ...] = ()
-
-    @property
-    def guide(self) -> str | None:
-        """The argument of the pipeline that is the scale of guidance from the empty prompt."""
-        return next(iter(self.guided), None)
-
-    def output_shape(self, argument: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an image's output for that of its noisy argument."""
-        return tuple(round(size * factor) for size, factor in zip(argument, self.factors, strict=True))
 
 
 class Recorder:

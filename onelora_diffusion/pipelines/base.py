@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.denoisers import DENOISERS
-from onelora_diffusion.families import WRITTEN, Family, family_of
+from onelora_diffusion.families import FAMILIES, Family, family_of
 from onelora_diffusion.families.modular import load_modular
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
@@ -56,7 +56,8 @@ def load_base(
     class_name = transformer_class(index)
     if class_name == "NoneType":
         raise ValueError(f"base model '{base or folder}' has no {' or '.join(DENOISERS)}, and adapters are in these")
-    family = WRITTEN.get(class_name, Family())  # another is of prompts, and is recorded once it is loaded
+    known = {family.transformer_class: family for family in FAMILIES}
+    family = known.get(class_name, Family())  # another is of prompts, and is recorded once it is loaded
     if not issubclass(family.condition, condition):
         draws = "prompts and no classes" if family.condition is str else "classes and no prompts"
         raise ValueError(f"base model '{base or folder}' is a {class_name}, which draws {draws}")

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from onelora_diffusion.adapters.weights import Weight
@@ -54,7 +53,7 @@ class GuidedDenoiser:
         self.guided = [image for image, scale in enumerate(scales) if family.is_guided and scale > 1]
         rows = [request.condition for request in requests] + [requests[image].empty for image in self.guided]
         self.conditions = joined(rows) | ({} if family.is_guided else {"guidance": torch.tensor(scales)})
-        self.conditions = send_to_device(self.conditions, self.device)
+        self.conditions = family.on_device(self.conditions, self.device)
         self.index = torch.tensor(self.guided, dtype=torch.long, device=self.device)
         self.scales = torch.tensor([scales[image] for image in self.guided], device=self.device)
         self.entries = self._entries(requests)

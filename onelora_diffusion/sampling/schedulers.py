@@ -14,7 +14,6 @@ from diffusers import (
 )
 
 from onelora_diffusion.diffusion import prediction_of
-from onelora_diffusion.families.family import dynamic_shift
 
 
 @dataclass(frozen=True)
@@ -132,3 +131,9 @@ def _clips(config: Mapping) -> bool:
 
 def _shift(config: Mapping) -> float:
     return config.get("shift", config.get("flow_shift", 1.0))
+
+
+def dynamic_shift(config: Mapping, num_tokens: int) -> float:
+    """The shift μ for an image of this number of tokens, interpolated between `base_shift` and `max_shift`."""
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])

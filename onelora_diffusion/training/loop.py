@@ -8,6 +8,7 @@ from functools import partial, reduce
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -265,7 +266,8 @@ def next_part(job: Job, training: Training, number: int) -> Part:
         )
     step, size, each = training.run.step, settings.batch_size, task.data.conditions_each
     flips = batch_flips(settings.seed, step, size)[rows] if settings.flip else [False] * len(moments)
-    masks = task.on_device(task.data.masks_of(numbers, flips, tuple(moments.shape[3:])))
+    masks = task.data.masks_of(numbers, flips, tuple(moments.shape[3:]))
+    masks = send_to_device(masks, job.accelerator.device, non_blocking=True)
     if each > 1:
         numbers = numbers * each + caption_choices(settings.seed, step, size, each)[rows]
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])

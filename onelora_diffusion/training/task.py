@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -180,7 +179,7 @@ class Task:
         return self.on_device(self.learned.embeddings(numbers, drops))
 
     def on_device(self, conditions: Conditions) -> Conditions:
-        return send_to_device(conditions, self.accelerator.device, non_blocking=True)
+        return self.family.on_device(conditions, self.accelerator.device)
 
     def moments(self, images: Tensor, is_cached: bool) -> Tensor:
         """Moments (batch, 2, C, H, W) on the device, of images or as they were cached."""
@@ -326,6 +325,7 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     caches may be incomplete, and no task is to train.
     """
     pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
+    family.keep()  # as nothing is refused from here on
     encoders, autoencoder = family.encoders(pipeline), autoencoder_of(pipeline)
     conditioners = family.conditioners(pipeline)
     identity = identity_of(encoders | conditioners)

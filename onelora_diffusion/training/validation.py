@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_of
@@ -60,7 +61,8 @@ class Validation:
                 numbers, kept = torch.tensor(numbers), torch.zeros(len(chosen), dtype=torch.bool)
                 conditions = task.held_conditions.embeddings(numbers * data.conditions_each, kept)
                 shape = tuple(moments.shape[2:])
-                masks = task.on_device(data.masks_of(numbers, [False] * len(numbers), shape[1:]))
+                masks = data.masks_of(numbers, [False] * len(numbers), shape[1:])
+                masks = send_to_device(masks, task.accelerator.device, non_blocking=True)
                 yield moments, task.on_device(conditions), self._draws(chosen, shape), masks
 
     def _draws(self, samples: list[tuple[int, int]], shape: tuple[int, ...]) -> StepDraws:

@@ -37,7 +37,8 @@ def pictures(tmp_path):
 def test_what_is_cached_predicts_what_its_pictures_and_captions_do(tmp_path, pictures, name):
     pipeline = make_pipeline(name)
     family, transformer, vae = family_of(pipeline), pipeline.transformer, pipeline.vae
-    images = load_captioned(pictures, resolution=16, multiple=4, aspect_buckets=True)
+    multiple = family.multiple(pipeline)
+    images = load_captioned(pictures, resolution=4 * multiple, multiple=multiple, aspect_buckets=True)
     assert images.captions == CAPTIONS
 
     def encode(prompts):

@@ -15,7 +15,7 @@ INDICES = torch.tensor([3, 400, 999])  # in the scheduler's descending timesteps
 def drawn(name):
     """A pipeline, images' latents, noise and encoded prompts."""
     pipeline = make_pipeline(name)
-    shape = (3, family_of(pipeline).latent_channels(pipeline.transformer), 8, 8)
+    shape = (3, *family_of(pipeline).latent_shape(pipeline, 64, 64))
     prompts = family_of(pipeline).encode_conditions(pipeline, ["a bold Q", "night", "7"], 24)
     generator = torch.Generator().manual_seed(1)
     return pipeline, *(torch.randn(shape, generator=generator) for _ in range(2)), prompts
@@ -32,8 +32,8 @@ def call_sd3(transformer, noisy, timesteps, prompts):
     return transformer(
         hidden_states=noisy,
         timestep=timesteps,
-        encoder_hidden_states=prompts["prompt_embeds"],
-        pooled_projections=prompts["pooled_prompt_embeds"],
+        encoder_hidden_states=prompts["encoder_hidden_states"],
+        pooled_projections=prompts["pooled_projections"],
         return_dict=False,
     )[0]
 
@@ -44,9 +44,9 @@ def call_flux(transformer, noisy, timesteps, prompts):
         hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
         timestep=timesteps / 1000,
         guidance=None,
-        pooled_projections=prompts["pooled_prompt_embeds"],
-        encoder_hidden_states=prompts["prompt_embeds"],
-        txt_ids=torch.zeros(prompts["prompt_embeds"].shape[1], 3),
+        pooled_projections=prompts["pooled_projections"],
+        encoder_hidden_states=prompts["encoder_hidden_states"],
+        txt_ids=torch.zeros(prompts["encoder_hidden_states"].shape[1], 3),
         img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype),
         return_dict=False,
     )[0]
@@ -56,8 +56,8 @@ def call_flux(transformer, noisy, timesteps, prompts):
 def call_sana(transformer, noisy, timesteps, prompts):
     return transformer(
         hidden_states=noisy,
-        encoder_hidden_states=prompts["prompt_embeds"],
-        encoder_attention_mask=prompts["prompt_attention_mask"],
+        encoder_hidden_states=prompts["encoder_hidden_states"],
+        encoder_attention_mask=prompts["encoder_attention_mask"],
         timestep=timesteps,
         return_dict=False,
     )[0]
@@ -96,8 +96,8 @@ def test_pixarts_loss_is_its_definition():
     timesteps = 999 - INDICES
     output = pipeline.transformer(
         scheduler.add_noise(latents, noise, timesteps),
-        encoder_hidden_states=prompts["prompt_embeds"],
-        encoder_attention_mask=prompts["prompt_attention_mask"],
+        encoder_hidden_states=prompts["encoder_hidden_states"],
+        encoder_attention_mask=prompts["encoder_attention_mask"],
         timestep=timesteps,
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     ).sample

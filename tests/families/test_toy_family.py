@@ -44,15 +44,19 @@ class Toy(Family):
 class ToyVAE(nn.Module):
     config, dtype = SimpleNamespace(scaling_factor=1.0), torch.float32
 
+    def encode(self, images):
+        return SimpleNamespace(latents=images)
+
     def decode(self, latents):
         return SimpleNamespace(sample=latents)
 
 
 class ToyPipeline:
-    vae_scale_factor, components = 1, {}
+    vae_scale_factor = 1
 
     def __init__(self):
         self.transformer, self.vae, self.scheduler = ToyTransformer(), ToyVAE(), FlowMatchEulerDiscreteScheduler()
+        self.components = {"vae": self.vae}
 
     def __call__(self, prompt, guidance_scale=1.0):
         pass

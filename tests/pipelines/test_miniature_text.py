@@ -33,7 +33,7 @@ def test_the_folder_loads_with_stock_classes_in_float32():
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("a bold Q", use_resolution_binning=False, num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, RESOLUTION, RESOLUTION)
-    assert family_of(pipeline).name == "pixart"
+    assert family_of(pipeline).name == "PixArtSigma"
 
 
 def test_it_is_small():

@@ -119,5 +119,5 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
         for said, one in wrong.items():
             with pytest.raises(ValueError, match=said):
                 batcher.submit(one)
-    with pytest.raises(ValueError, match="leads from the empty prompt, from which flux is not guided"):
+    with pytest.raises(ValueError, match="leads from the empty prompt, from which Flux is not guided"):
         Drawing(make_pipeline("flux"), 50).completed(REQUESTS[3], [])

@@ -67,7 +67,7 @@ def test_prompts_are_sent_with_the_adapters_pictures(hub, tmp_path):
     card = pushed(hub)
     assert card.data.pipeline_tag == "text-to-image" and card.data.instance_prompt == "sks"
     assert [item["text"] for item in card.data.widget] == ["sks at night", "day"] and card.data.eval_results is None
-    assert "pipe('a sks sign')" in card.text and {"lora", "sd3"} <= set(card.data.tags)
+    assert "pipe('a sks sign')" in card.text and {"lora", "StableDiffusion3"} <= set(card.data.tags)
 
 
 def test_a_refused_upload_is_one_line_and_the_same_command_tries_again(hub, monkeypatch, tmp_path):

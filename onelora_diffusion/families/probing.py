@@ -87,6 +87,8 @@ def _probed(recorder: Recorder) -> Place:
     find_share(recorder, run)
     find_pictured(recorder, place)
     find_conditions(recorder)
+    for name, dim in record.arrangement.dims.items():  # which were not known yet when the place was recorded
+        place.constants[name] = place.constants[name].movedim(dim, 0)
     find_sizes(recorder, place)
     find_guidance(recorder, place)
     call = recorder.call(encoded=record.encoded)

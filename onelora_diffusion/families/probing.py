@@ -109,7 +109,7 @@ def find_noise(recorder: Recorder) -> None:
 
 
 def find_noise_at(recorder: Recorder) -> None:
-    record, outputs, run, failure = recorder.record, [], None, None
+    record, outputs, run, failure, tried = recorder.record, [], None, None, {}
 
     def real(number, arguments):
         outputs.append(output_of(recorder.denoiser(**arguments)))
@@ -132,14 +132,9 @@ def find_noise_at(recorder: Recorder) -> None:
         if len(run.calls) == 1 and len(found) == 1:
             break
     else:
+        check_one_noise(recorder, tried)
         if run is None:
             raise failure
-        other = recorder.run(SHORT, recorder.square, generator=torch.Generator().manual_seed(1), **tried).calls[0]
-        drawn = [name for name, value in run.calls[0].items() if not same(value, other.get(name))]
-        if len(drawn) > 1:
-            raise recorder.refusal(
-                f"it draws {' and '.join(drawn)} at random, more than one noise, such as that of sound beside a clip"
-            )
         raise recorder.refusal(
             f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
             f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
@@ -156,6 +151,17 @@ def find_noise_at(recorder: Recorder) -> None:
     record.factors = tuple(a / b for a, b in zip(after, before, strict=True))
     record.off, record.noisy, record.encoded = off, name, send_to_device(run.encoded, "cpu")
     record.takes_lists, record.gives_lists = isinstance(given, list), isinstance(output, list)
+
+
+def check_one_noise(recorder: Recorder, off: dict) -> None:
+    """A ValueError that is true of a pipeline of which no argument was found to be the noise: it draws several."""
+    generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    first, other = (recorder.run(SHORT, recorder.square, generator=own, **off).calls[0] for own in generators)
+    drawn = [name for name, value in first.items() if not same(value, other.get(name))]
+    if len(drawn) > 1:
+        raise recorder.refusal(
+            f"it draws {' and '.join(drawn)} at random, more than one noise, such as that of sound beside a clip"
+        )
 
 
 def _is_of_layers(value) -> bool:

@@ -39,8 +39,6 @@ def find_pictured(recorder: Recorder, place: Place) -> None:
 def call_of_two(recorder: Recorder) -> dict:
     """The arguments of a call for two prompts, with the same reference images if there are any."""
     pair, references = [SHORT, LONG], blank([BLANK] * recorder.record.references)
-    if not references:
-        return recorder.call(pair)
     for images in (references, references * 2):  # for all prompts of a call, or for one each
         try:
             return recorder.call(pair, references=images)

@@ -2,6 +2,7 @@
 
 import functools
 
+import diffusers
 import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, EDMEulerScheduler
@@ -328,6 +329,26 @@ def test_arguments_have_the_images_of_a_batch_first_in_each_tensor():
     assert all(map(torch.equal, again["layers"], arguments["layers"]))
 
 
+def test_a_pipeline_that_takes_one_prompt_a_call_is_recorded_like_one_that_takes_two():
+    """Wan VACE's is such a one."""
+
+    class OneByOne(diffusers.StableDiffusionPipeline):
+        @functools.wraps(diffusers.StableDiffusionPipeline.__call__)
+        def __call__(self, prompt, *args, **kwargs):
+            if isinstance(prompt, list):
+                raise ValueError("a list of prompts is not taken")
+            return super().__call__(prompt, *args, **kwargs)
+
+    pipeline, (_, expected) = make_pipeline("sd15"), stock("sd15")
+    pipeline.__class__ = OneByOne
+    found = Recorded(pipeline).record
+    assert (found.prompted, found.batched, found.targets) == (
+        expected.record.prompted,
+        expected.record.batched,
+        expected.targets,
+    )
+
+
 def test_a_part_that_is_stood_in_for_is_of_its_own_class():
     """SANA-Video's pipeline scales latents by the class of its autoencoder."""
     vae = make_vae(4)
@@ -348,7 +369,6 @@ def test_blocks_are_found_by_their_structure():
 
 def make_unclip():
     """Its denoiser is given the prompt's image embedding with noise on it."""
-    import diffusers
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
     width, tokens = 8, 24

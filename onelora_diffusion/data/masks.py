@@ -1,5 +1,6 @@
 """Masks of images: white where an image is learned, black where it is not, grey in between."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -69,8 +70,9 @@ class Masks(Dataset):
             if getattr(image, "is_animated", False):
                 raise ValueError(f"{named} has {image.n_frames} frames: all frames of a clip have one mask")
             colours = decoded(image, background="black")
-        values = np.asarray(colours)
-        if np.ptp(values.astype(np.int16), axis=2).max() > SAME:
+        values = np.asarray(colours).astype(np.int16)
+        pairs = itertools.combinations(np.moveaxis(values, 2, 0), 2)
+        if max(np.abs(one - other).max() for one, other in pairs) > SAME:
             raise ValueError(f"{named} has colours: a mask is white where its image is learned, and black where not")
         if values.max() < 128:
             raise ValueError(

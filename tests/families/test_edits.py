@@ -6,16 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from edit_pipelines import EDITS, make_edit
+from families.learning import learn_a_batch
 from PIL import Image
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import make_pipeline
 
-from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
+from onelora_diffusion import route_adapters
 from onelora_diffusion.denoisers import denoiser_of
-from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import choose_references, family_of
 from onelora_diffusion.families.family import Edit, emptied
-from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -133,29 +132,10 @@ def test_each_edit_of_a_batch_is_predicted_as_alone(name):
 def test_an_adapter_learns_an_edit_and_the_stock_pipeline_draws_with_it(name):
     pipeline = make_edit(name)
     choose_references(pipeline, NUMBERS[name])
-    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
+    family, model = family_of(pipeline), denoiser_of(pipeline)
     batch = edits(name, "a bold Q", "a bold O")
     conditions, latents = family.encode_conditions(pipeline, batch), noise_of(family, pipeline, 2)
-    inject_adapter(model, AdapterConfig(targets=family.targets))
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(vectors) == len(target_layers(model, family.targets))
-    noise, timesteps = noise_of(family, pipeline, 2, seed=1), torch.tensor([300, 700])
-    noisy, times = (
-        add_noise(latents, noise, timesteps, pipeline.scheduler),
-        model_timesteps(timesteps, pipeline.scheduler),
-    )
-    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
-    for _ in range(3):
-        output = family.predict(model, noisy, times, conditions)
-        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        still = [name for name, vector in model.named_parameters() if vector.requires_grad and not vector.grad.any()]
-        # QwenImage's last block asks for tokens of the prompt that nothing reads.
-        assert all("blocks.1.attn.add_q_proj" in name and name.startswith("transformer_blocks") for name in still)
-        optimizer.step()
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    noisy, times = learn_a_batch(pipeline, latents, conditions)
     with torch.no_grad():
         adapted = family.predict(model, noisy, times, conditions)
         with route_adapters(model, [None, None]):

@@ -4,14 +4,12 @@ import functools
 
 import pytest
 import torch
+from families.learning import learn_a_batch
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import make_pipeline
 
-from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.denoisers import denoiser_of
-from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import family_of
-from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions, denoised_latents
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -104,24 +102,7 @@ def test_each_clip_of_a_batch_is_predicted_as_alone_and_encoded_back(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_learns_clips(name):
     pipeline = make_pipeline(name)
-    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
-    latents, conditions = inputs(family, pipeline, ["a dog runs", "a cat"])
-    inject_adapter(model, AdapterConfig(targets=family.targets))
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(vectors) == len(target_layers(model, family.targets))
-    noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
-    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
-    times = model_timesteps(timesteps, pipeline.scheduler)
-    optimizer, losses = torch.optim.Adam(vectors, lr=0.01), []
-    for _ in range(4):
-        output = family.predict(model, noisy, times, conditions)
-        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(vector.grad is not None and vector.grad.any() for vector in vectors)
-        optimizer.step()
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    learn_a_batch(pipeline, *inputs(family_of(pipeline), pipeline, ["a dog runs", "a cat"]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Train a new adapter of a pipeline on one batch."""
+
+import torch
+from torch import Tensor
+
+from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import family_of
+from onelora_diffusion.injection.layers import target_layers
+
+
+def learn_a_batch(pipeline, latents: Tensor, conditions: dict) -> tuple[Tensor, Tensor]:
+    """Inject an adapter and assert that four updates lower the loss of two images each time, by all of its vectors.
+
+    Returns:
+        The noisy latents and their times.
+    """
+    family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(vectors) == len(target_layers(model, family.targets))
+    noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
+    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
+    times = model_timesteps(timesteps, pipeline.scheduler)
+    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
+    for _ in range(4):
+        output = family.predict(model, noisy, times, conditions)
+        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(vector.grad.isfinite().all() for vector in vectors)
+        still = [name for name, vector in model.named_parameters() if vector.requires_grad and not vector.grad.any()]
+        # QwenImage's last block asks for tokens of the prompt that nothing reads.
+        assert all(name.startswith("transformer_blocks.1.attn.add_q_proj") for name in still)
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    return noisy, times

@@ -21,9 +21,9 @@ import torch
 import tyro
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
-from torch import nn
 
 from benchmarks.rounding import rounding
+from benchmarks.tiny_dit import randomize
 from onelora_diffusion import AdapterConfig, OneLoRADiTPipeline, export_lora, inject_adapter, save_adapter
 from onelora_diffusion.pipelines.base import load_base
 
@@ -109,15 +109,6 @@ def images(pipe: OneLoRADiTPipeline, call: dict) -> torch.Tensor:
     generator, steps = torch.Generator().manual_seed(call["seed"]), call["num_inference_steps"]
     output = pipe(call["class_names"], generator=generator, num_inference_steps=steps, output_type="np")
     return torch.as_tensor(output.images)
-
-
-def randomize(model: nn.Module, scale: float) -> None:
-    """Move the trained values off their start, as training would."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def fresh_environment(folder: Path, diffusers: str) -> Path:

@@ -16,8 +16,8 @@ from signal import SIGKILL
 
 import psutil
 
+from benchmarks.tiny_dit import make_dit_pipeline
 from onelora_diffusion.serving.settings import TOKENS
-from tools.soak import write_smallest_base
 from tools.soak_serving import GENERATE, HEADERS, ServedAdapters, Server, metrics_in
 
 CLIENTS = ("admin", "ann", "bob")
@@ -30,7 +30,7 @@ def main() -> None:
     os.environ[TOKENS] = " ".join(f"{name}:{token}" for name, token in BEARER.items())
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        write_smallest_base(folder / "base")
+        make_dit_pipeline().save_pretrained(folder / "base")
         files = ServedAdapters(folder)
         loop = folder / "adapters/loop.safetensors"
         loop.symlink_to(loop)

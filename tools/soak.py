@@ -27,10 +27,10 @@ from typing import Annotated
 import psutil
 import torch
 import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from benchmarks.tiny_dit import make_dit_pipeline
 from onelora_diffusion.launch import started
 from onelora_diffusion.storage.adapter_file import read_adapter
 from onelora_diffusion.training.settings import Settings
@@ -73,29 +73,10 @@ class Steps:
 
 def main(settings: Kills | Launchers | Steps) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        write_smallest_base(Path(folder) / "base")
+        make_dit_pipeline().save_pretrained(Path(folder) / "base")
         problems = RUNS[type(settings)](settings, Path(folder))
     print("\n".join(problems) or "passed")
     return 1 if problems else 0
-
-
-def write_smallest_base(folder: Path) -> None:
-    """A random pipeline of two blocks of width 32, for images of 16 by 16."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-    )
-    first, second = transformer.transformer_blocks
-    second.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=4, **blocks)
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
 
 
 def settings_of(folder: Path, run: str, **changes) -> Settings:

@@ -42,6 +42,7 @@ import torch
 import tyro
 from PIL import Image
 
+from benchmarks.tiny_dit import make_dit_pipeline
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.injection.book import fingerprint
 from onelora_diffusion.injection.verbs import inject_adapter, unload_adapter
@@ -52,7 +53,7 @@ from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.serving.request import Request
 from onelora_diffusion.storage.adapter_file import read_adapter, save_adapter
-from tools.soak import resources, write_smallest_base
+from tools.soak import resources
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS, QUEUE, BATCH = 12, 16, 8
@@ -95,7 +96,7 @@ class Probes:
 
 def main(settings: Serve | Probes) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        write_smallest_base(Path(folder) / "base")
+        make_dit_pipeline().save_pretrained(Path(folder) / "base")
         problems = RUNS[type(settings)](settings, Path(folder))
     print("\n".join(problems) or "passed")
     return 1 if problems else 0

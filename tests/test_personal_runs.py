@@ -312,7 +312,10 @@ def test_an_adapter_names_its_trigger_word_where_it_is_described(settings, capsy
     ("changes", "message"),
     [
         (dict(trigger=None), r"'one, two, three, \{trigger\}' has \{trigger\}: give the word by --trigger"),
-        (dict(trigger=" "), "--trigger is ' ': give a word"),
+        (dict(trigger=" "), "--trigger is ' ': give one, or leave it out"),
+        (dict(training_adapter=""), "--training-adapter is '': give one, or leave it out"),
+        (dict(max_sequence_length=0), "--max-sequence-length is 1 to 10,000 tokens, not 0"),
+        (dict(max_sequence_length=10**6), "--max-sequence-length is 1 to 10,000 tokens, not 1000000"),
         (dict(validation_prompt=("[trigger]",), trigger=None, prompt="x"), r"'\[trigger\]' has \[trigger\]: give the"),
         (dict(keep_tags=1), "--keep-tags 1 is not used: give --caption-shuffles"),
         (dict(caption_shuffles=-1), "--caption-shuffles must be at least 0, not -1"),

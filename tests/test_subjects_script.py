@@ -202,6 +202,7 @@ def test_folders_that_are_no_subjects_are_one_line_before_anything_is_written(se
     "text, message",
     [
         ("", "is empty: give each subject"),
+        ("null: {images: x}", "'' cannot be the name of a subject's folder"),
         ("a/b: {images: x}", "'a/b' cannot be the name of a subject's folder"),
         ("cat: {images: x, rank: 2}", "rank of cat is none of a subject's settings"),
         ("cat: photos", "cat has no settings"),

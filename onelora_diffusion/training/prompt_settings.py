@@ -20,6 +20,7 @@ from onelora_diffusion.training.settings import (
     refuse,
 )
 
+MOST_TOKENS = 10_000  # of a prompt, some twenty times what text encoders read
 # The packages that load a base as int8 or nf4.
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -163,8 +164,11 @@ class PromptSettings(RunSettings):
             raise ValueError(f"--keep-tags {self.keep_tags} is not used: give --caption-shuffles")
         if self.repeats_column is not None and self.repeats_by_folder:
             raise ValueError("--repeats-column and --repeats-by-folder say the same twice: give one of them")
-        if self.trigger is not None and not self.trigger.strip():
-            raise ValueError(f"--trigger is {self.trigger!r}: give a word")
+        for flag, value in (("--trigger", self.trigger), ("--training-adapter", self.training_adapter)):
+            if value is not None and not value.strip():
+                raise ValueError(f"{flag} is {value!r}: give one, or leave it out")
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= MOST_TOKENS:
+            raise ValueError(f"--max-sequence-length is 1 to {MOST_TOKENS:,} tokens, not {self.max_sequence_length}")
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
         self._check_beside_others()

@@ -27,7 +27,7 @@ def subjects_of(settings: RunSettings) -> dict[str, RunSettings]:
     found = _of_table(settings, source) if source.suffix in (".yaml", ".yml") else _of_folder(settings, source)
     seen: dict[str, str] = {}
     for name in found:
-        check_name(name, source)
+        check_name(name or "", source)  # which is None in a table without it
         if (other := seen.setdefault(name.casefold(), name)) != name:
             raise ValueError(f"{source}: {other} and {name} are one name where capitals do not count: rename one")
     return {name: _own(settings.output_dir, name, own) for name, own in found.items()}

@@ -23,7 +23,7 @@ def learn_a_batch(pipeline, latents: Tensor, conditions: dict) -> tuple[Tensor, 
     noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
     noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
     times = model_timesteps(timesteps, pipeline.scheduler)
-    optimizer, losses = torch.optim.Adam(vectors, lr=0.03), []
+    optimizer, losses = torch.optim.Adam(vectors, lr=0.01), []
     for _ in range(4):
         output = family.predict(model, noisy, times, conditions)
         loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()

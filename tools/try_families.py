@@ -14,6 +14,7 @@ there is a checkout of its repository, and those that nothing makes are listed.
 
 import argparse
 import inspect
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import diffusers
 import torch
 
 from benchmarks.rounding import rounding
-from onelora_diffusion.denoisers import denoiser_of
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED
 from onelora_diffusion.files import first_line
@@ -34,6 +35,7 @@ from tiny_models import PIPELINES, make_pipeline
 
 from tools.diffusers_tests import pipelines_in
 
+SECONDS = 600  # for one class
 ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
 MORE = {"image", "video", "images", "mask_image", "control_image", "control_video", "strength", "audio"}
 MORE |= {"conditioning_frames"}
@@ -47,7 +49,8 @@ def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
 def replayed(pipeline, family: Recorded) -> float:
     """The relative difference from the stock pipeline's own steps, without guidance, and from its picture."""
     steps, own_step, is_scaled = [], pipeline.scheduler.step, hasattr(pipeline.scheduler, "scale_model_input")
-    after, pictures, own_decode = [], [], pipeline.vae.decode
+    after, pictures, autoencoder = [], [], autoencoder_of(pipeline)
+    own_decode = autoencoder.decode
 
     def step(output, time, sample, *args, **kwargs):
         given = pipeline.scheduler.scale_model_input(sample, time) if is_scaled else sample
@@ -65,15 +68,18 @@ def replayed(pipeline, family: Recorded) -> float:
     encoded = family.encode_conditions(pipeline, PROMPTS[:1])
     for name, guider in family.recorder.guiders.items():
         pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
-    pipeline.scheduler.step, pipeline.vae.decode = step, decode
+    pipeline.scheduler.step, autoencoder.decode = step, decode
     pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings | family.record.off)
-    pipeline.scheduler.step, pipeline.vae.decode = own_step, own_decode
-    found = family.decode(pipeline.vae, after[-1][place.order].reshape(1, *place.shape))
-    worst = largest(found.flatten() - pictures[0][0].flatten(), found)
+    pipeline.scheduler.step, autoencoder.decode = own_step, own_decode
+    drawn = after[-1][place.order].reshape(1, *place.shape)
+    found = family.decode(autoencoder, drawn / family.record.spread)
+    expected = pictures[0][0] if pictures else drawn  # of pixels
+    worst = largest(found.flatten() - expected.flatten(), found)
     for output, time, sample in steps:
         latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
+        latents = latents / family.record.spread
         found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded)[:, : place.shape[0]]
-        worst = max(worst, largest(found - expected, expected))
+        worst = max(worst, largest(found * family.record.spread - expected, expected))
     return worst
 
 
@@ -119,22 +125,30 @@ def row_of(pipeline, title: str) -> tuple[str, str]:
     return f"| {' | '.join(cells)} |", "work" if is_rounding else "wrong"
 
 
-def untried(tried: set[str]) -> list[str]:
-    """Other classes of the installed diffusers that draw images or clips of a prompt alone, of the size asked for."""
-    found = []
+def classes() -> Iterator[tuple[str, str | None]]:
+    """The pipeline classes of the installed diffusers, and why each is not tried; None: it draws of a prompt alone."""
     for name in dir(diffusers):
         cls = getattr(diffusers, name, None)
-        if (
-            not name.endswith("Pipeline")
-            or not isinstance(cls, type)
-            or name in tried
-            or ".deprecated." in cls.__module__
-        ):
+        if not name.endswith("Pipeline") or not isinstance(cls, type) or ".deprecated." in cls.__module__:
             continue
         given, parts = inspect.signature(cls.__call__).parameters, inspect.signature(cls.__init__).parameters
-        if ASKED_FOR <= given.keys() and not MORE & given.keys() and {"transformer", "unet"} & parts.keys():
-            found.append(name)
-    return found
+        needed = {name for name, each in given.items() if each.default is each.empty} - {"self", "prompt"}
+        if MORE & given.keys() or any("image" in name or "video" in name for name in needed):
+            yield name, "with images, masks, clips or sound"
+        elif not ASKED_FOR <= given.keys():
+            yield name, "without a prompt" if "prompt" not in given else "without a size"
+        else:
+            yield name, None if {"transformer", "unet"} & parts.keys() else "without a transformer or UNet"
+
+
+def others() -> Counter:
+    """How many classes are not tried, by why."""
+    return Counter(reason for _, reason in classes() if reason)
+
+
+def untried(tried: set[str]) -> list[str]:
+    """Other classes of the installed diffusers that draw images or clips of a prompt alone, of the size asked for."""
+    return [name for name, reason in classes() if reason is None and name not in tried]
 
 
 def pipelines_of(names: list[str], folder: Path | None) -> Iterator[tuple[str, Callable]]:
@@ -166,14 +180,47 @@ def main(arguments: list[str]) -> int:
     print("|---|---|---|---|---|---|---|")
     verdicts = Counter()
     for title, make in pipelines_of(asked.names, asked.diffusers_tests):
-        try:
-            row, verdict = row_of(make(), title)
-        except Exception as error:  # whatever a denoiser does to what it has not been tried with
-            row, verdict = f"| {title} | fails: {type(error).__name__}: {first_line(error)} | | | | | |", "wrong"
+        row, verdict = alone(lambda make=make, title=title: tried(make, title), title)
         print(row, flush=True)
         verdicts[verdict] += 1
+    if not asked.names:
+        print("\nNot tried, for they draw from other than a prompt alone, or no pictures of a size:", end=" ")
+        print(", ".join(f"{count} {what}" for what, count in others().most_common()), end=".\n")
     print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
     return 1 if verdicts["wrong"] else 0
+
+
+def tried(make: Callable, title: str) -> tuple[str, str]:
+    """The row of what `make` makes, and its verdict, whatever a denoiser does to what it has not been tried with."""
+    try:
+        return row_of(make(), title)
+    except Exception as error:
+        return failed(title, f"{type(error).__name__}: {first_line(error)}")
+
+
+def failed(title: str, how: str) -> tuple[str, str]:
+    return f"| {title} | fails: {how} | | | | | |", "wrong"
+
+
+def alone(work: Callable[[], tuple[str, str]], title: str) -> tuple[str, str]:
+    """What `work` returns in a process of its own, which may die, or take too long, without ending the others."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def send() -> None:
+        torch.set_num_threads(1)  # the threads of this process are not those of a fork
+        sender.send(work())
+
+    process = context.Process(target=send)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(SECONDS) else failed(title, f"it takes more than {SECONDS} s")
+    except EOFError:
+        return failed(title, "its process died")
+    finally:
+        process.kill()
+        process.join()
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], time
     def recorded_step(model_output, timestep, sample, *args, **kwargs):
         run.times.append(float(timestep))
         run.outputs.append(model_output)
-        run.samples.append(sample)
+        run.samples.append(sample.clone())  # some step in place
         if len(run.samples) == 1:
             noise = torch.randn(sample.numel(), generator=torch.Generator().manual_seed(0))  # that of the call
             run.spread = float(sample.float().std() / noise.std() / getattr(scheduler, "init_noise_sigma", 1.0))

@@ -1,8 +1,11 @@
 """The table of what recordings say of small pipelines."""
 
+import os
 import sys
+import time
 
-from tools.try_families import main
+from onelora_diffusion.families.arguments import same
+from tools.try_families import alone, main
 
 TESTS = """
 from tiny_models import PIPELINES, make_tokenizer
@@ -53,4 +56,16 @@ def test_classes_are_tried_as_diffusers_tests_make_them(tmp_path, monkeypatch, c
     assert main(["--diffusers-tests", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("`")[1] for line in lines[2:4]] == ["StableDiffusionPipeline", "ZImagePipeline"]
-    assert "WanPipeline" in lines[-3] and lines[-1] == "2 tried: 2 work."
+    assert "WanPipeline" in lines[-5] and lines[-1] == "2 tried: 2 work."
+    assert "with images, masks, clips or sound" in lines[-3]
+
+
+def test_a_class_that_dies_or_takes_too_long_does_not_end_the_others(monkeypatch):
+    assert alone(lambda: ("row", "work"), "`A`") == ("row", "work")
+    assert alone(lambda: os._exit(1), "`A`") == ("| `A` | fails: its process died | | | | | |", "wrong")
+    monkeypatch.setattr("tools.try_families.SECONDS", 0.1)
+    assert alone(lambda: time.sleep(60), "`A`")[0].startswith("| `A` | fails: it takes more than 0.1 s")
+
+
+def test_no_settings_are_as_none():
+    assert same({}, None) and not same({"a": 1}, None) and not same({}, 0)

@@ -30,10 +30,7 @@ def learn_a_batch(pipeline, latents: Tensor, conditions: dict) -> tuple[Tensor, 
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        assert all(vector.grad.isfinite().all() for vector in vectors)
-        still = [name for name, vector in model.named_parameters() if vector.requires_grad and not vector.grad.any()]
-        # QwenImage's last block asks for tokens of the prompt that nothing reads.
-        assert all(name.startswith("transformer_blocks.1.attn.add_q_proj") for name in still)
+        assert all(vector.grad.any() and vector.grad.isfinite().all() for vector in vectors)
         optimizer.step()
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     return noisy, times

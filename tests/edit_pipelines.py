@@ -5,14 +5,21 @@ from functools import partial
 import torch
 from tiny_models import (
     AXES,
+    BETAS,
     CHAT,
     HEADS,
     PIPELINES,
+    TOKENS,
+    UNET,
     flow_matching,
+    make_clip,
+    make_encoder,
     make_flux,
+    make_flux2_vae,
     make_pipeline,
     make_qwen_vae,
     make_tokenizer,
+    make_vae,
 )
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -91,12 +98,93 @@ def make_qwen_edit(kind: str = "QwenImageEditPipeline"):
     )
 
 
+def make_longcat():
+    import diffusers
+    from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+
+    pipeline_longcat_image_edit.calculate_dimensions = lambda area, ratio: (  # of a megapixel otherwise
+        round(64 * max(ratio, 1)),
+        round(64 * max(1 / ratio, 1)),
+    )
+    processor = make_qwen_processor()
+    return diffusers.LongCatImageEditPipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_vae(16),
+        text_encoder=make_qwen_encoder(processor.tokenizer),
+        tokenizer=processor.tokenizer,
+        text_processor=processor,
+        transformer=diffusers.LongCatImageTransformer2DModel(
+            num_layers=1, num_single_layers=2, joint_attention_dim=16, pooled_projection_dim=16, **HEADS, **AXES
+        ),
+    )
+
+
+def make_flux2():
+    import diffusers
+
+    sizes = {"hidden_size": 4, "intermediate_size": 16, "num_attention_heads": 2}
+    text = TOKENS | sizes | {"num_hidden_layers": 31, "num_key_value_heads": 1, "head_dim": 2}
+    vision = sizes | {"num_hidden_layers": 1, "image_size": 30, "patch_size": 6}
+    return diffusers.Flux2Pipeline(
+        scheduler=flow_matching(use_dynamic_shifting=True),
+        vae=make_flux2_vae(),
+        text_encoder=make_encoder(
+            "Mistral3ForConditionalGeneration",
+            text_config=text | {"model_type": "mistral"},
+            vision_config=vision | {"model_type": "pixtral"},
+        ),
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            joint_attention_dim=12,
+            timestep_guidance_channels=8,
+            axes_dims_rope=(4, 4, 4, 4),
+            **HEADS,
+        ),
+    )
+
+
+def make_pix2pix():
+    import diffusers
+
+    return diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=diffusers.UNet2DConditionModel(
+            in_channels=8, out_channels=4, cross_attention_dim=8, attention_head_dim=4, **UNET
+        ),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_pix2pix_xl():
+    import diffusers
+
+    sdxl = PIPELINES["sdxl"]()
+    unet = diffusers.UNet2DConditionModel.from_config(sdxl.unet.config, in_channels=8, out_channels=4)
+    parts = sdxl.components | {"unet": unet}
+    for name in ("image_encoder", "feature_extractor"):
+        del parts[name]
+    return diffusers.StableDiffusionXLInstructPix2PixPipeline(**parts)
+
+
 EDITS = {
     "kontext": make_kontext,
     "flux_control": make_flux_control,
     "qwen_edit": make_qwen_edit,
     "qwen_edit_plus": partial(make_qwen_edit, "QwenImageEditPlusPipeline"),
+    "longcat": make_longcat,
+    "flux2": make_flux2,
+    "pix2pix": make_pix2pix,
+    "pix2pix_xl": make_pix2pix_xl,
 }
+EDITS_TOO = ("flux2_klein",)  # which draws without a reference as well
 PIPELINES.update(EDITS)
 
 

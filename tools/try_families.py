@@ -3,6 +3,7 @@
     python -m tools.try_families              # the table of docs/text_to_image.md; a minute on one core
     python -m tools.try_families z_image wan  # of these alone
     python -m tools.try_families --diffusers-tests ../diffusers  # and every other class of which its tests make one
+    python -m tools.try_families --edits      # the table of those that edit reference images, with one each
 
 A pipeline is the real class with random parts a few numbers wide, of `tests/tiny_models.py`.
 `replayed` is the largest difference between what the stock pipeline's denoiser puts out in a step, or its autoencoder
@@ -18,19 +19,26 @@ import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import torch
+from PIL import Image
 
 from benchmarks.rounding import rounding
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
+from onelora_diffusion.families.family import Edit
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED
+from onelora_diffusion.families.references import REFERENCES, choose_references
 from onelora_diffusion.files import first_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
 import modular_pipelines  # noqa: F401  which adds to those
+from edit_pipelines import EDITS, EDITS_TOO
 from tiny_models import PIPELINES, make_pipeline
 
 from tools.diffusers_tests import pipelines_in
@@ -39,7 +47,27 @@ SECONDS = 600  # for one class
 ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
 MORE = {"image", "video", "images", "mask_image", "control_image", "control_video", "strength", "audio"}
 MORE |= {"conditioning_frames"}
+COLUMNS = "noise, sign of the output", "time", "of the prompt", "of the size", "guidance", "replayed / batch"
 PROMPTS = ["a bold Q", "", "a violet triangle"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A reference image: dark on one side and light on the other."""
+
+    size: tuple[int, int]
+    turned: bool = False
+
+    def image(self) -> Image.Image:
+        return Image.linear_gradient("L").rotate(180 * self.turned).resize(self.size).convert("RGB")
+
+
+def conditions_of(family: Recorded, prompts: list[str]) -> list[str | Edit]:
+    """The prompts, each with a reference image if the family edits, of two shapes."""
+    sizes, side = [(64, 96), (96, 64), (64, 96)], family.recorder.square
+    pictures = (Picture(size, number == 2) for number, size in enumerate(sizes))
+    edits = [Edit(prompt, (picture,), side) for prompt, picture in zip(prompts, pictures, strict=False)]
+    return edits if family.record.references else prompts
 
 
 def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
@@ -65,11 +93,19 @@ def replayed(pipeline, family: Recorded) -> float:
 
     side, place = family.record.side, family.place(*family.recorder.square)
     settings = {name: value for name, value in ASKED.items() if name in family.recorder.parameters}
-    encoded = family.encode_conditions(pipeline, PROMPTS[:1])
+    conditions = conditions_of(family, PROMPTS[:1])
+    encoded = family.encode_conditions(pipeline, conditions)
     for name, guider in family.recorder.guiders.items():
         pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
+    given = {"height": side, "width": side, "max_area": side * side} | settings | family.record.off
+    given = {name: value for name, value in given.items() if name in family.recorder.parameters}
+    if family.record.references:
+        picture = conditions[0].references[0].image()
+        given[family.recorder.takes] = picture if family.recorder.takes_size else picture.resize((side, side))
     pipeline.scheduler.step, autoencoder.decode = step, decode
-    pipeline(prompt=PROMPTS[0], height=side, width=side, num_inference_steps=2, **settings | family.record.off)
+    means = mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode))
+    with means if family.record.references else nullcontext():
+        pipeline(prompt=PROMPTS[0], num_inference_steps=2, **given)
     pipeline.scheduler.step, autoencoder.decode = own_step, own_decode
     drawn = after[-1][place.order].reshape(1, *place.shape)
     found = family.decode(autoencoder, drawn / family.record.spread)
@@ -83,15 +119,28 @@ def replayed(pipeline, family: Recorded) -> float:
     return worst
 
 
+def mean_of(encode: Callable) -> Callable:
+    """`vae.encode` with the mean of latents for every one that is drawn, as in recordings."""
+
+    def encode_mean(images, *args, **kwargs):
+        encoded = encode(images, *args, **kwargs)
+        if hasattr(encoded, "latent_dist"):
+            encoded.latent_dist = type(encoded.latent_dist)(encoded.latent_dist.parameters, deterministic=True)
+        return encoded
+
+    return encode_mean
+
+
 def batched(pipeline, family: Recorded) -> float:
     """The relative difference of a batch from its images alone."""
-    encoded = family.encode_conditions(pipeline, PROMPTS)
+    conditions = conditions_of(family, PROMPTS)
+    encoded = family.encode_conditions(pipeline, conditions)
     latents = torch.randn(3, *family.latent_shape(pipeline, *family.recorder.square))
     times = torch.tensor([100.0, 500.0, 900.0])
     together = family.predict(denoiser_of(pipeline), latents, times, encoded)
     alone = [
         family.predict(denoiser_of(pipeline), latents[row : row + 1], times[row : row + 1], one)
-        for row, one in enumerate(family.encode_conditions(pipeline, [prompt]) for prompt in PROMPTS)
+        for row, one in enumerate(family.encode_conditions(pipeline, [each]) for each in conditions)
     ]
     return largest(together - torch.cat(alone), together)
 
@@ -102,13 +151,14 @@ def row_of(pipeline, title: str) -> tuple[str, str]:
     try:
         family = Recorded(pipeline)
     except ValueError as error:
-        reason = first_line(error).partition("cannot be recorded: ")[2]
+        reason = first_line(error).partition("cannot be recorded: ")[2] or first_line(error)
         return f"| {title} | refused: {reason} | | | | | |", "refused"
     record = family.record
     times = ", ".join(f"`{name}` {line_in_words(*line)}" for name, line in record.times.items())
     sign = "−" if family.place(*family.recorder.square).sign < 0 else "+"
     prompted = ", ".join(f"`{name}`" for name in record.prompted)
     sized = ", ".join(f"`{name}`" for name in (*record.sized, *record.together)) or "–"
+    pictured = [", ".join(f"`{name}`" for name in record.pictured)] if record.references else []
     guidance = {0: "w", 1: "w − 1", None: "its own"}[record.offset] if family.is_guided else "none"
     differences = replayed(pipeline, family), batched(pipeline, family)
     # The time of half the pipelines is rounded once more on its way, and counts thousandfold in its sines.
@@ -119,6 +169,7 @@ def row_of(pipeline, title: str) -> tuple[str, str]:
         times,
         prompted,
         sized,
+        *pictured,
         guidance,
         " / ".join(f"{d:.0e}" for d in differences),
     )
@@ -146,15 +197,27 @@ def others() -> Counter:
     return Counter(reason for _, reason in classes() if reason)
 
 
-def untried(tried: set[str]) -> list[str]:
-    """Other classes of the installed diffusers that draw images or clips of a prompt alone, of the size asked for."""
-    return [name for name, reason in classes() if reason is None and name not in tried]
+def editing() -> Iterator[str]:
+    """The pipeline classes of the installed diffusers that edit reference images by a prompt."""
+    for name, _ in classes():
+        cls = getattr(diffusers, name)
+        given, parts = inspect.signature(cls.__call__).parameters, inspect.signature(cls.__init__).parameters
+        more = given.keys() & (MORE - {*REFERENCES}) or "controlnet" in parts
+        is_edit = "prompt" in given and not given.keys().isdisjoint(REFERENCES) and not more
+        if is_edit and {"transformer", "unet"} & parts.keys():
+            yield name
 
 
-def pipelines_of(names: list[str], folder: Path | None) -> Iterator[tuple[str, Callable]]:
+def untried(tried: set[str], edits: bool = False) -> list[str]:
+    """Other classes of the installed diffusers that draw images or clips of a prompt alone, or that edit by it."""
+    found = editing() if edits else (name for name, reason in classes() if reason is None)
+    return [name for name in found if name not in tried]
+
+
+def pipelines_of(names: list[str], folder: Path | None, edits: bool) -> Iterator[tuple[str, Callable]]:
     """The title of each row, and what makes its pipeline: ours, then of other classes those of diffusers' tests."""
-    tried = set()
-    for name in names or PIPELINES:
+    tried, ours = set(), [*EDITS, *EDITS_TOO] if edits else [name for name in PIPELINES if name not in EDITS]
+    for name in names or ours:
         pipeline = make_pipeline(name)
         cls = type(pipeline).__name__
         yield f"`{cls}`{f', {name}' if cls in tried else ''}", lambda pipeline=pipeline: pipeline
@@ -162,10 +225,10 @@ def pipelines_of(names: list[str], folder: Path | None) -> Iterator[tuple[str, C
     if names:
         return
     for name, make in pipelines_in(folder) if folder else ():
-        if name not in tried and name in untried(tried):
+        if name not in tried and name in untried(tried, edits):
             yield f"`{name}`", make
             tried.add(name)
-    if others := untried(tried):
+    if others := untried(tried, edits):
         print(f"\nNot tried, for nothing here makes small ones of them: {', '.join(others)}.")
 
 
@@ -173,27 +236,29 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PIPELINES)}")
     parser.add_argument("--diffusers-tests", type=Path, help="a checkout of diffusers' repository")
+    parser.add_argument("--edits", action="store_true", help="those that edit, with one reference image")
     asked = parser.parse_args(arguments)
-    print(
-        "| pipeline | noise, sign of the output | time | of the prompt | of the size | guidance | replayed / batch |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = [*COLUMNS[:-2], *["of the reference images"] * asked.edits, *COLUMNS[-2:]]
+    print(f"| pipeline | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     verdicts = Counter()
-    for title, make in pipelines_of(asked.names, asked.diffusers_tests):
-        row, verdict = alone(lambda make=make, title=title: tried(make, title), title)
-        print(row, flush=True)
+    for title, make in pipelines_of(asked.names, asked.diffusers_tests, asked.edits):
+        row, verdict = alone(lambda make=make, title=title: tried(make, title, int(asked.edits)), title)
+        is_short = "| refused: " in row or "| fails: " in row
+        print(row + " |" * (asked.edits and is_short), flush=True)
         verdicts[verdict] += 1
-    if not asked.names:
+    if not asked.names and not asked.edits:
         print("\nNot tried, for they draw from other than a prompt alone, or no pictures of a size:", end=" ")
         print(", ".join(f"{count} {what}" for what, count in others().most_common()), end=".\n")
     print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
     return 1 if verdicts["wrong"] else 0
 
 
-def tried(make: Callable, title: str) -> tuple[str, str]:
+def tried(make: Callable, title: str, references: int) -> tuple[str, str]:
     """The row of what `make` makes, and its verdict, whatever a denoiser does to what it has not been tried with."""
     try:
-        return row_of(make(), title)
+        choose_references(pipeline := make(), references)
+        return row_of(pipeline, title)
     except Exception as error:
         return failed(title, f"{type(error).__name__}: {first_line(error)}")
 

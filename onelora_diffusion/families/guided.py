@@ -27,7 +27,7 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
                     raise
                 continue
             rows = sum(len(call[record.noisy]) for call in run.calls)
-            if rows == 2:
+            if rows == 2 or rows == 3 and record.references:
                 record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
                 if own and type(own[0]).__name__ != "ClassifierFreeGuidance":
                     record.offset = None
@@ -47,8 +47,8 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
             record.told = (name, high - low, low - 2 * (high - low))
 
 
-def guided_run(recorder: Recorder, **guided) -> tuple[Run, list[Tensor]]:
-    """A guided step, with what the denoiser answered: a row for each image, in the order of its calls."""
+def guided_run(recorder: Recorder, side: tuple[int, int] | None = None, **guided) -> tuple[Run, list[Tensor]]:
+    """A guided step, at the recorded size by default, and what the denoiser answered: a row for each image."""
     answers = []
     generator = torch.Generator().manual_seed(0)
     random = recorder.answering(lambda number, elements: torch.randn(elements, generator=generator))
@@ -57,23 +57,30 @@ def guided_run(recorder: Recorder, **guided) -> tuple[Run, list[Tensor]]:
         answers.extend(value := random(number, arguments))
         return value
 
-    return recorder.run(SHORT, recorder.square, 2, answer, **guided), answers
+    return recorder.run(SHORT, side or recorder.square, 2, answer, **guided), answers
 
 
-def empty_row(recorder: Recorder, run: Run, alone: dict) -> tuple[int, dict]:
-    """The number and the arguments of that of a guided step's two rows which is not the prompt's own call `alone`."""
-    rows = list(_rows_of(recorder, run))
-    own = [number for number, row in enumerate(rows) if all(near(row[name], alone[name]) for name in row)]
-    if len(own) != 1:
+def empty_row(recorder: Recorder, run: Run, alone: dict) -> tuple[list[int], dict]:
+    """The numbers of the rows of a guided step with the prompt and without, and the arguments of the latter.
+
+    Args:
+        alone: the prompt's own call. Of three rows one has no reference images either, and is passed over.
+    """
+    rows, noisy = list(_rows_of(recorder, run)), recorder.record.noisy
+    given = [number for number, row in enumerate(rows) if len(rows) == 2 or near(row[noisy], alone[noisy])]
+    prompted = [name for name in rows[0] if name != noisy]
+    own = [number for number in given if all(near(rows[number][name], alone[name]) for name in prompted)]
+    if len(given) != 2 or len(own) != 1:
         raise recorder.refusal(f"of {len(rows)} rows of a guided step {len(own)} have the prompt")
-    return 1 - own[0], rows[1 - own[0]]
+    (empty,) = {*given} - {*own}
+    return [*own, empty], {name: rows[empty][name] for name in prompted}
 
 
 def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
-    """The prompt's arguments of each row of a guided step, as those of a call alone."""
+    """The noisy argument and the prompt's of each row of a guided step, as those of a call alone."""
     for call in run.calls:
         for row in range(len(call[recorder.record.noisy])):
-            yield {
+            yield {recorder.record.noisy: call[recorder.record.noisy][row : row + 1]} | {
                 name: call.get(name) if call.get(name) is None or how.kind == "shared" else call[name][row : row + 1]
                 for name, how in recorder.record.prompted.items()
             }
@@ -81,10 +88,9 @@ def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
 
 def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
     """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
-    empty, _ = empty_row(recorder, run, recorder.call())
+    numbers, _ = empty_row(recorder, run, recorder.call())
     found = recorder.unmixed(run)[0].float().flatten().cpu()[place.order]
-    outputs = [answer.float().flatten().cpu()[place.unpacked] for answer in answers]
-    without, own = outputs[empty], outputs[1 - empty]
+    own, without = (answers[number].float().flatten().cpu()[place.unpacked] for number in numbers)
     for offset in (0, 1):
         guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
         if (guided - found).abs().max() <= 0.05 * guided.abs().max():

@@ -52,7 +52,8 @@ def _probed(recorder: Recorder) -> Place:
     blocks = recorder.blocks
     if not blocks:
         raise recorder.refusal("its denoiser has no list of blocks of one class")
-    for name in ("prompt", "height", "width", "num_inference_steps"):
+    sizes = () if recorder.record.references else ("height", "width")
+    for name in ("prompt", *sizes, "num_inference_steps"):
         if name not in recorder.parameters:
             raise recorder.refusal(f"its call takes no {name}")
     takes = recorder.takes
@@ -61,7 +62,9 @@ def _probed(recorder: Recorder) -> Place:
             f"its call needs {takes}, a picture to draw from: those of images are named by --reference-column, and "
             "clips have none"
         )
-    for name in ("encode_prompt", "scheduler", *{"vae"} & recorder.pipeline.components.keys()):
+    if not recorder.encoding:
+        raise recorder.refusal("it has no encode_prompt")
+    for name in ("scheduler", *{"vae"} & recorder.pipeline.components.keys()):
         if getattr(recorder.pipeline, name, None) is None:
             raise recorder.refusal(f"it has no {name}")
     scheduler = type(recorder.pipeline.scheduler)
@@ -71,6 +74,9 @@ def _probed(recorder: Recorder) -> Place:
         raise recorder.refusal(
             f"its {scheduler.__name__} steps by {' and '.join(more)}, too: give its base another one"
         )
+    parts, known = recorder.pipeline.components.items(), denoisers_in(recorder.pipeline)
+    if others := [name for name, part in parts if type(part) is type(recorder.denoiser) and name not in known]:
+        raise recorder.refusal(f"beside its {recorder.component} it has {others[0]}, another that guides")
     find_noise(recorder)
     place, run = place_at(recorder, recorder.square)
     record, drawn = recorder.record, drawn_side(recorder, place)

@@ -21,7 +21,7 @@ class Run:
         times, outputs, samples: what `scheduler.step` got.
         schedule: arguments of `scheduler.set_timesteps`.
         attributes: what the pipeline set on the scheduler before that.
-        encoded: what each call of `encode_prompt` returned.
+        encoded: what each call of a method that encodes prompts returned, and `encodes`, whether one is under way.
         spread: the standard deviation of the first sample, over that of the scheduler's noise.
         drawn: the sample after the last step.
         decoded: what the autoencoder's `decode` got; where there is none, what was drawn.
@@ -37,6 +37,7 @@ class Run:
     schedule: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
     encoded: list = field(default_factory=list)
+    encodes: bool = False
     spread: float = 1.0
     drawn: Tensor | None = None
     decoded: Tensor | None = None

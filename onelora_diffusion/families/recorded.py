@@ -26,8 +26,10 @@ from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import place_at, probed
 from onelora_diffusion.families.record import Place
 from onelora_diffusion.families.recording import SHORT, Recorder
+from onelora_diffusion.files import digest
 from onelora_diffusion.injection.book import unwrapped
 
+ON_CPU = (".length", ".sizes", ".shape", ".digest")  # endings of conditions that say how others are used
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
 PLACES = 64  # sizes of images, with those of their reference images, of which what was recorded is kept in memory
 
@@ -73,6 +75,8 @@ class Recorded(Family):
         if self.is_guided:
             way = {0: "w", 1: "w - 1", None: "in a way of its own; pictures here are guided plainly by w"}
             guidance = f"{record.guide} from the empty prompt, {way[record.offset]}"
+            own = self.recorder.parameters.keys() & {"image_guidance_scale"}  # from no image, which is left out
+            guidance += f", by an {own.pop()} of 1" if own else ""
         clips = f"; clips have {record.stride} k + 1 frames" if record.stride else ""
         lines = (
             f"noise is {record.noisy} {place.argument} of latents {place.shape}, {times}, "
@@ -136,10 +140,6 @@ class Recorded(Family):
             rows = [encode(condition or "", max_length, settings) for condition in conditions]
         return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
-    def encoders(self, pipeline) -> dict[str, object]:
-        own = {"processor": pipeline.components["processor"]} if "processor" in pipeline.components else {}
-        return super().encoders(pipeline) | own
-
     def conditioners(self, pipeline) -> dict[str, nn.Module]:
         others = {
             *self.encoders(pipeline),
@@ -168,27 +168,37 @@ class Recorded(Family):
         run = recorder.run(prompt, side, **record.off | settings)
         call = run.calls[0]
         if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
-            guided, _ = guided_run(recorder, **record.guided | settings)
-            _, empty = empty_row(recorder, guided, recorder.call(**settings))
+            guided, _ = guided_run(recorder, side, **record.guided | settings)
+            _, empty = empty_row(recorder, guided, recorder.call(side=side, **settings))
             if record.together and not all(near(empty[name], call[name]) for name in empty):
                 raise ValueError(f"{self.name} encodes the empty prompt in another way where it is guided from it")
             call = call | empty
         if record.together:
-            return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors_in(run.encoded))}
+            tensors = list(tensors_in(run.encoded))
+            if not same(filled(record.encoded, iter(tensors)), run.encoded):
+                raise ValueError(f"{self.name} encodes a prompt to what is no tensor, and other for each")
+            return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors)}
         return self._padded(call, max_length, self.place(*side, sizes=sizes))
 
     def _padded(self, call: dict, max_length: int | None, place: Place) -> dict[str, Tensor]:
         """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ.
 
-        With reference images, also what of them is in the noisy argument, and prompts are as long as they are.
+        With reference images, also what of them is in the noisy argument, and all else, which may follow their sizes
+        through the tokens that a prompt has for them; and prompts are as long as they are.
         """
         record, constants = self.record, place.constants
-        for name in call.keys() - record.prompted.keys() - record.times.keys() - {record.noisy}:
+        own = {name: value for name, value in call.items() if record.references and isinstance(value, Tensor)}
+        for name in (record.noisy, *record.times, *record.prompted):
+            own.pop(name, None)
+        for name in call.keys() - {*record.prompted, *record.times, *own, record.noisy}:
             device = call[name].device if isinstance(call[name], Tensor) else "cpu"
             if not same(call[name], send_to_device(constants.get(name), device)):
                 raise ValueError(f"{self.name} tells its denoiser another {name} of this prompt than of others")
         row = {}
         if record.references:
+            row |= {f"references.{name}": value[None] for name, value in own.items()}
+            row |= {f"references.{name}.shape": torch.tensor([[*value.shape]]) for name, value in own.items()}
+            row["references.digest"] = torch.tensor([int(digest(own)[:15], 16)])
             given = call[record.noisy][0].flatten()
             row["references"] = given[on(place.packed >= prod(place.shape), given.device)][None]
         for name, how in record.prompted.items():
@@ -204,12 +214,14 @@ class Recorded(Family):
                 missing[how.ragged + 1] = most - length
                 value = torch.cat([value, value.new_zeros(missing)], how.ragged + 1)
                 row[f"{name}.length"] = torch.tensor([length])
+            elif record.references:
+                row[f"{name}.shape"] = torch.tensor([[*value.shape[1:]]])
             row[name] = value
         return row
 
     def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
         kinds = {name: how.kind for name, how in self.record.prompted.items()}
-        stay = [name for name in conditions if name.startswith("encoded.") or name.endswith((".length", ".sizes"))]
+        stay = [name for name in conditions if name.startswith("encoded.") or name.endswith(ON_CPU)]
         stay += [name for name in conditions if kinds.get(name) == "shared"]  # as a batch is arranged by these
         moved = {name: value for name, value in conditions.items() if name not in stay}
         return super().on_device(moved, device) | {name: conditions[name] for name in stay}
@@ -237,6 +249,7 @@ class Recorded(Family):
             keys.append(self._is_mine(times).cpu())
         if record.references:
             keys.extend(conditions["references.sizes"].flatten(1).unbind(1))
+            keys.append(conditions["references.digest"])
         if not keys:
             return []
         _, group = torch.stack(keys, dim=1).unique(dim=0, return_inverse=True)
@@ -261,6 +274,8 @@ class Recorded(Family):
                     arguments[name] = [row.narrow(how.ragged, 0, n) for row, n in zip(rows, lengths, strict=True)]
                     continue
                 rows = rows.narrow(how.ragged + 1, 0, max(lengths))
+            elif f"{name}.shape" in conditions:  # it follows the sizes of reference images, which are one here
+                rows = rows[(slice(None), *map(slice, conditions[f"{name}.shape"][0].tolist()))]
             if len(set(lengths)) > 1:
                 unequal = lengths
             if how.kind == "rows":  # some have one for each frame
@@ -338,6 +353,9 @@ class Recorded(Family):
         packed = values[:, here.packed].reshape(batch, *place.argument).to(here.constants[record.noisy][0].dtype)
         given = self._of_prompts(conditions, self._size_of(latents), place, device)
         constants = {name: value for name, value in here.constants.items() if name not in given}
+        for name in (name for name in constants if f"references.{name}" in conditions):
+            shape = conditions[f"references.{name}.shape"][0].tolist()  # rows of other sizes may be larger
+            constants[name] = conditions[f"references.{name}"][0][tuple(map(slice, shape))]
         given |= {name: self._constant(name, value, batch) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
         for name, (by, start) in record.times.items():
@@ -469,6 +487,9 @@ class Recorded(Family):
         return self.record.multiple // self.record.pixels
 
     def resolution(self, pipeline) -> int:
+        own = None if self.recorder.takes_size else denoiser_of(pipeline).config.get("sample_size")
+        if own:  # else that of its reference image
+            return own * self.record.pixels
         if not hasattr(self, "_own_side"):
             answer = self.recorder.answering(lambda number, elements: torch.zeros(elements))
             run = self.recorder.run(

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import logging
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -29,6 +31,7 @@ from onelora_diffusion.injection.book import unwrapped
 SHORT, LONG = "dog", "violet triangle"  # two prompts of different length and beginning
 # Images are encoded to exactly the size that is asked for, captions as they are written; no attention is perturbed.
 ASKED = {"use_resolution_binning": False, "clean_caption": False, "output_type": "pt", "pag_scale": 0.0}
+ASKED |= {"image_guidance_scale": 1.0}  # guided is from the empty prompt with the image, and not from neither
 FRAMES, RATES = ("num_frames", "frames", "video_length"), ("frame_rate", "fps")  # names of these in calls
 ASKED |= dict.fromkeys(FRAMES, 1) | {"decode_chunk_size": 2**16}  # frames that are decoded one by one, in one call
 
@@ -72,6 +75,8 @@ class Recorder:
         blocks: paths of the lists of the denoiser's blocks.
         parameters: of the pipeline's call, by name.
         takes: the one that is the reference images; None: there is none.
+        takes_size: whether the call takes a height and a width; else what it draws is as large as its reference image.
+        encoding: the methods that encode prompts, by name.
         guiders: the components that guide, by name, where the call takes no scale.
         counts, rates: the parameters that are the number of frames, and of frames a second; None: there is none.
         record: what is known of it so far.
@@ -87,6 +92,8 @@ class Recorder:
         self.blocks = repeated_blocks(self.denoiser)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         self.takes = taken_by(pipeline)
+        self.takes_size = {"height", "width"} <= self.parameters.keys()
+        self.encoding = [name for name in dir(type(pipeline)) if re.match("_?encode_prompt", name)]
         self.record = Record(references=references_of(pipeline))
         self._blank: dict[tuple[int, ...], object] = {}
         self.counts = next((name for name in FRAMES if name in self.parameters), None)
@@ -133,10 +140,11 @@ class Recorder:
         given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
         if self.record.references:
             images = references or blank([BLANK] * self.record.references)
+            if side and not self.takes_size:
+                images = [image.resize(side[::-1]) for image in images]
             given[self.takes] = images[0] if len(images) == 1 else list(images)
         replaced = {
             "scheduler": _scheduler(pipeline.scheduler, run, step, times),
-            "encode_prompt": self._encoder(run, encoded),
             "_progress_bar_config": {"disable": True},
             "safety_checker": None,
         }
@@ -148,6 +156,7 @@ class Recorder:
                 "dtype": torch.float32,
             }
             replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
+        replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         for name, part in denoisers_in(pipeline).items():
@@ -199,16 +208,23 @@ class Recorder:
 
         return forward
 
-    def _encoder(self, run: Run, encoded: list | None) -> Callable:
-        @functools.wraps(self.pipeline.encode_prompt)
-        def encode_prompt(*args, **kwargs):
+    def _encoder(self, name: str, run: Run, encoded: list | None) -> Callable:
+        """A method that encodes prompts, what it returns recorded or replayed unless another one has called it."""
+        own = getattr(self.pipeline, name)
+
+        @functools.wraps(own)
+        def encode(*args, **kwargs):
+            if run.encodes:
+                return own(*args, **kwargs)
             if encoded is None:
-                run.encoded.append(type(self.pipeline).encode_prompt(self.pipeline, *args, **kwargs))
+                run.encodes = True
+                run.encoded.append(own(*args, **kwargs))
+                run.encodes = False
             else:
                 run.encoded.append(encoded[len(run.encoded)])
             return run.encoded[-1]
 
-        return encode_prompt
+        return encode
 
     def call(self, prompt: str | list[str] = SHORT, side: tuple[int, int] | None = None, **settings) -> dict:
         """The arguments of the denoiser's first call, without guidance, at the recorded size."""
@@ -327,7 +343,9 @@ def _silence() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

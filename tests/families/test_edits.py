@@ -19,8 +19,10 @@ from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
 
-# Appended tokens, told guidance; two pictures as list; tokens of the prompt too, guided; one prompt a call; channels
+# Appended tokens, told guidance; two pictures as list; tokens of the prompt too, guided; one prompt a call; channels;
+# pictures that say how large what is drawn is, and guidance from no picture besides
 NUMBERS = dict.fromkeys(EDITS, 1) | {"flux2_klein": 2, "qwen_edit_plus": 2}
+del NUMBERS["pix2pix_xl"], NUMBERS["flux2"]  # which are as the smaller ones, and in tools/try_families.py
 SIDE = (64, 96)
 
 
@@ -66,7 +68,10 @@ def called(pipeline, family, one, **settings):
     """What the stock pipeline draws of an edit."""
     images = [picture.image() for picture in one.references]
     side = {"height": one.side[0], "width": one.side[1]}
-    side |= {"max_area": one.side[0] * one.side[1]} if "max_area" in family.recorder.parameters else {}
+    side |= {"max_area": one.side[0] * one.side[1]}
+    side = {key: value for key, value in side.items() if key in family.recorder.parameters}
+    if not side:
+        images = [image.resize(one.side[::-1]) for image in images]
     return pipeline(
         prompt=one.prompt,
         output_type="pt",
@@ -128,7 +133,7 @@ def test_each_edit_of_a_batch_is_predicted_as_alone(name):
         assert_rounded(together[row : row + 1], own, denoiser_of(pipeline))
 
 
-@pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus", "flux2_klein"])
+@pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus", "flux2_klein", "pix2pix"])
 def test_an_adapter_learns_an_edit_and_the_stock_pipeline_draws_with_it(name):
     pipeline = make_edit(name)
     choose_references(pipeline, NUMBERS[name])
@@ -159,7 +164,10 @@ def test_an_adapter_learns_an_edit_and_the_stock_pipeline_draws_with_it(name):
     sample = torch.empty(noise.numel())
     sample[place.order] = noise.flatten()
     told = {"guidance_scale": scale} if name != "qwen_edit_plus" else family.record.off
+    told |= {"image_guidance_scale": 1.0} if name == "pix2pix" else {}
     sample = sample.reshape(1, -1, noise.shape[1] * 4)  # a token has two by two latents
+    if name == "pix2pix":
+        sample = sample.reshape(noise.shape)
     if name == "flux2_klein":  # which packs the latents that it is given
         sample = sample.transpose(1, 2).reshape(1, -1, 16, 16)
     picture = called(pipeline, family, square, num_inference_steps=steps, latents=sample, **told)

@@ -8,7 +8,19 @@ import torch
 from diffusers import CogVideoXDPMScheduler, EDMEulerScheduler
 from families.learning import learn_a_batch
 from rounding import assert_rounded, rounding_of_images
-from tiny_models import NAMED, UNET, make_clip, make_pipeline, make_tokenizer, make_vae, randomize
+from tiny_models import (
+    CHAT,
+    NAMED,
+    UNET,
+    flow_matching,
+    make_clip,
+    make_flux2_vae,
+    make_pipeline,
+    make_qwen3_vl,
+    make_tokenizer,
+    make_vae,
+    randomize,
+)
 from torch import nn
 
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
@@ -376,6 +388,25 @@ def make_unclip():
         scheduler=diffusers.DDIMScheduler(),
         vae=make_vae(4, shift_factor=None),
     )
+
+
+def test_a_second_model_that_guides_is_refused():
+    make = getattr(diffusers, "Ideogram4Transformer2DModel", None) or pytest.skip("diffusers has no Ideogram 4")
+    sizes = {"attention_head_dim": 12, "num_attention_heads": 2, "intermediate_size": 16, "adaln_dim": 8}
+    own, other = (
+        make(in_channels=16, num_layers=1, llm_features_dim=8, mrope_section=(2, 2, 2), **sizes) for _ in range(2)
+    )
+    pipeline = diffusers.Ideogram4Pipeline(
+        scheduler=flow_matching(),
+        vae=make_flux2_vae(),
+        text_encoder=make_qwen3_vl(8),
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=own,
+        unconditional_transformer=other,
+    )
+    message = "beside its transformer it has unconditional_transformer, another that guides"
+    with pytest.raises(ValueError, match=f"Ideogram4Pipeline cannot be recorded: {message}"):
+        Recorded(pipeline)
 
 
 def test_an_argument_that_is_drawn_at_random_in_each_call_is_refused():

@@ -41,6 +41,14 @@ def test_noise_beside_constants_and_a_component_that_guides(capsys):
     assert "| w |" in row
 
 
+def test_an_edit_is_tried_with_a_reference_image(capsys):
+    assert main(["--edits", "pix2pix_xl"]) == 0
+    head, _, row, _, tried = capsys.readouterr().out.splitlines()
+    assert head.count("|") == row.count("|") and "| of the reference images |" in head
+    assert row.startswith("| `StableDiffusionXLInstructPix2PixPipeline` | `sample` + | `timestep` 1·t | ")
+    assert "| `sample` | w |" in row and tried == "1 tried: 1 work."
+
+
 def test_classes_are_tried_as_diffusers_tests_make_them(tmp_path, monkeypatch, capsys):
     for kind in ("z_image", "sd15"):
         folder = tmp_path / "tests" / "pipelines" / kind

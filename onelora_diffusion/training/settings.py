@@ -65,7 +65,7 @@ class RunSettings:
     peft_config: str | None = None
     """JSON of PEFT's own settings for lora, dora, vera or peft:TUNER: '{"n_frequency": 500}'."""
     targets: tuple[str, ...] | None = None
-    """Names of the linear layers to adapt. Default: the paper's set."""
+    """Names of the linear layers to adapt. Default: on a DiT the paper's set, else those of the blocks."""
     fuse_qkv: bool = False
     """Compute q, k and v by one matrix product."""
     sum: bool | None = None

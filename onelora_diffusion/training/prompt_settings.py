@@ -35,7 +35,7 @@ class PromptSettings(RunSettings):
     mixed_precision: ClassVar[str] = "no"
 
     base: str | None = None
-    """Base model: a pipeline's folder or hub id, of PixArt-Σ, Stable Diffusion 3, FLUX.1 or SANA. Neither this nor
+    """Base model: the folder or hub id of any pipeline of diffusers that draws from a prompt. Neither this nor
     --images: the embedded job, handwritten digits in words on the miniature inside the package."""
     base_precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     """Precision of the frozen transformer; int8 and nf4 compute in bf16, and int8 takes less memory than bf16 with

@@ -140,7 +140,7 @@ def test_a_distilled_flux_is_told_the_guidance_that_it_draws_with():
 
 TARGETS = {  # linear layers of a block, times blocks; counted by hand
     "pixart": 2 * (4 + 4 + 2),  # self- and cross-attention, the MLP
-    "sd3": (2 + 4 + 4 + 2 + 2) + (2 + 4 + 3 + 2),  # the last block has no MLP and output for the prompt
+    "sd3": (2 + 4 + 4 + 2 + 2) + (2 + 4 + 2 + 2),  # the last block has no MLP, output and queries for the prompt
     "flux": (2 + 4 + 4 + 2 + 2) + (1 + 3 + 2),  # one double and one single block
     "sana": 1 * (4 + 4),  # its MLP is of convolutions
 }
@@ -151,7 +151,8 @@ def test_targets_are_the_layers_of_the_blocks(pipeline, name):
     assert len(found) == TARGETS[name]
     blocks = repeated_blocks(pipeline.transformer)
     linears = [path for path, module in pipeline.transformer.named_modules() if isinstance(module, nn.Linear)]
-    assert list(found) == [path for path in linears if path.split(".")[0] in blocks]
+    dropped = {"sd3": ["transformer_blocks.1.attn.add_q_proj"]}.get(name, [])  # its tokens are computed and not read
+    assert list(found) == [path for path in linears if path.split(".")[0] in blocks and path not in dropped]
 
 
 def test_what_each_predicts_is_said_by_its_scheduler(pipeline, name):

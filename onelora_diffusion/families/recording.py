@@ -146,7 +146,6 @@ class Recorder:
         replaced = {
             "scheduler": _scheduler(pipeline.scheduler, run, step, times),
             "_progress_bar_config": {"disable": True},
-            "safety_checker": None,
         }
         if autoencoder := autoencoder_name(pipeline):
             parts = {
@@ -156,6 +155,8 @@ class Recorder:
                 "dtype": torch.float32,
             }
             replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
+        else:
+            replaced["safety_checker"] = None  # of pictures, which what is drawn here are not
         replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}

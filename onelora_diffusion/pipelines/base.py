@@ -171,8 +171,14 @@ def _fetch(hub_id: str, named_by: Path | None) -> Path:
     except FileNotFoundError as error:
         raise ValueError(f"base model '{hub_id}': there is no such folder, and {error}") from error
     from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
+        try:
+            hf_hub_download(hub_id, INDICES[0], local_files_only=not is_online)
+        except EntryNotFoundError:  # or else one of blocks, whose components are fetched where its index says
+            return Path(hf_hub_download(hub_id, INDICES[1], local_files_only=not is_online)).parent
         return Path(DiffusionPipeline.download(hub_id, local_files_only=not is_online))
     except Exception as error:  # errors of the hub's client, httpx or the system
         reason = first_line(error) if is_online else "the hub is out of reach, and it is not in the cache"

@@ -3,6 +3,7 @@
 import modular_pipelines  # noqa: F401  which adds to the pipelines that `make_pipeline` makes
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from rounding import rounding
 from tiny_models import make_pipeline
 
@@ -31,9 +32,27 @@ def test_a_modular_pipeline_is_recorded_as_the_stock_pipeline_of_its_components(
     assert torch.equal(own.decode(modular.vae, latents), stock.decode(pipeline.vae, latents))
 
 
-def test_a_base_that_is_modular_alone_is_loaded_recorded_and_learns(tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
+    """A repository `some/anima` that has the index of a modular pipeline in a folder, and no other."""
+
+    def is_at(folder):
+        def download(hub_id, name, local_files_only):
+            assert hub_id == "some/anima" and not local_files_only
+            if not (folder / name).is_file():
+                raise EntryNotFoundError(name)
+            return str(folder / name)
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        monkeypatch.setattr("onelora_diffusion.pipelines.base.is_in_reach", lambda hub_id: True)
+
+    return is_at
+
+
+def test_a_base_that_is_modular_alone_is_loaded_recorded_and_learns(tmp_path, hub):
     make_pipeline("anima").save_pretrained(str(tmp_path), overwrite_modular_index=True)
-    pipeline = load_base(tmp_path, condition=str)
+    hub(tmp_path)
+    pipeline = load_base("some/anima", condition=str)
     family, model = family_of(pipeline), denoiser_of(pipeline).requires_grad_(False)
     assert family.record.times == {"timestep": (1e-3, 0.0)} and family.record.sized == ["padding_mask"]
     assert family.is_guided and family.guidance_scale(pipeline) == 4.0

@@ -66,8 +66,9 @@ def _without_gradient(layers: dict[str, nn.Module], predict: Callable[[], Tensor
     that it depends on, also through gates that are zero; theirs stays zero.
     """
     added, outputs = _with_added(layers, predict)
-    torch.autograd.backward(outputs, [torch.full_like(output, torch.nan) for output in outputs])
-    return [path for path, value in added.items() if value.grad is None or value.grad == 0]
+    spread = [torch.full_like(output, torch.nan) for output in outputs]
+    gradients = torch.autograd.grad(outputs, list(added.values()), spread, allow_unused=True) if added else ()
+    return [path for path, found in zip(added, gradients, strict=True) if found is None or found == 0]
 
 
 def _leaves_of(outputs: list[Tensor]) -> set[int]:

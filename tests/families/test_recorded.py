@@ -413,3 +413,10 @@ def test_an_argument_that_is_drawn_at_random_in_each_call_is_refused():
     message = "StableUnCLIPPipeline cannot be recorded: class_labels is drawn at random in each of its calls"
     with pytest.raises(ValueError, match=message):
         Recorded(make_unclip())
+
+
+def test_a_base_that_was_not_frozen_keeps_no_gradient_of_its_recording():
+    pipeline = make_pipeline("sd3")
+    assert all(parameter.requires_grad for parameter in denoiser_of(pipeline).parameters())
+    Recorded(pipeline)
+    assert all(parameter.grad is None for parameter in denoiser_of(pipeline).parameters())

@@ -41,7 +41,7 @@ import modular_pipelines  # noqa: F401  which adds to those
 from edit_pipelines import EDITS, EDITS_TOO
 from tiny_models import PIPELINES, make_pipeline
 
-from tools.diffusers_tests import pipelines_in
+from tools.diffusers_tests import NotMadeError, pipelines_in
 
 SECONDS = 600  # for one class
 ASKED_FOR = {"prompt", "height", "width", "num_inference_steps"}
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> int:
     verdicts = Counter()
     for title, make in pipelines_of(asked.names, asked.diffusers_tests, asked.edits):
         row, verdict = alone(lambda make=make, title=title: tried(make, title, int(asked.edits)), title)
-        is_short = "| refused: " in row or "| fails: " in row
+        is_short = "| refused: " in row or "| fails: " in row or "| not made: " in row
         print(row + " |" * (asked.edits and is_short), flush=True)
         verdicts[verdict] += 1
     if not asked.names and not asked.edits:
@@ -259,6 +259,8 @@ def tried(make: Callable, title: str, references: int) -> tuple[str, str]:
     try:
         choose_references(pipeline := make(), references)
         return row_of(pipeline, title)
+    except NotMadeError as error:
+        return f"| {title} | not made: {error} | | | | | |", "not made"
     except Exception as error:
         return failed(title, f"{type(error).__name__}: {first_line(error)}")
 

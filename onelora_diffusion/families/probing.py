@@ -141,6 +141,8 @@ def find_noise_at(recorder: Recorder) -> None:
         check_one_noise(recorder, tried)
         if run is None:
             raise failure
+        if len(run.calls) == 1 and not found:
+            raise recorder.refusal("what its denoiser is given is not its scheduler's sample, but computed from it")
         raise recorder.refusal(
             f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
             f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"

@@ -28,6 +28,7 @@ from onelora_diffusion.storage.attaching import AdapterFile
 from onelora_diffusion.storage.reading import load_adapter
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}  # in which a base of prompts can be loaded, by --mixed-precision
+MOST = {"references": 64, "resolution": 16_384, "frames": 10_000, "max_sequence_length": 10_000}  # that a file may say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ def _load_prompts(
     if mixed_precision not in PRECISIONS:
         raise ValueError(f"--mixed-precision {mixed_precision} is for classes: choose bf16 or no")
     prompts = filled_by(prompts, [training.get("trigger") for training in facts])
-    each = _largest(facts, "references")
+    each, side, trained, length = (_largest(facts, name) for name in MOST)
     if each and not references:
         where = " and ".join(map(str, files.values()))
         raise ValueError(f"the adapter in {where} edits {each} reference images of a prompt: give --reference")
@@ -212,22 +213,27 @@ def _load_prompts(
         raise ValueError(f"{' and '.join(adapters)} are of different denoisers: measure them one after the other")
     choose_denoiser(pipeline, *denoisers or [None])
     family = family_of(pipeline)
-    size = resolution or _largest(facts, "resolution") or family.resolution(pipeline)
+    size = resolution or side or family.resolution(pipeline)
     family.check_resolution(pipeline, *(size if isinstance(size, tuple) else [size]))
-    trained = _largest(facts, "frames") or 1
-    frames = frames or trained
+    frames = frames or trained or 1
     family.check_frames(frames)
-    if frames != trained:
+    if frames != (trained or 1):
         family.try_frames(frames)
     if frames > 1:
         rates = [rate for training in facts if isinstance(rate := training.get("frame_rate"), int | float)]
         family.frame_rate = max(rates, default=family.frame_rate)
     conditions = edits_of(prompts, references, each or 1, size, "--reference") if references else prompts
     drawn = {"conditions": conditions, "names": prompts, "size": size, "frames": frames}
-    drawn["max_sequence_length"] = _largest(facts, "max_sequence_length")
+    drawn["max_sequence_length"] = length
     return AdaptedPipeline(pipeline=pipeline, adapters=adapters, kind="prompts", **drawn)
 
 
 def _largest(facts: Sequence[Mapping], name: str) -> int | None:
-    """The largest number under this name in the training summaries of adapters, if there is any."""
-    return max((value for training in facts if isinstance(value := training.get(name), int)), default=None)
+    """The largest number under this name in the training summaries of adapters, if there is any.
+
+    ValueError for one that no run has, since the files may be anybody's.
+    """
+    numbers = [value for training in facts if isinstance(value := training.get(name), int)]
+    if wrong := [number for number in numbers if not 1 <= number <= MOST[name]]:
+        raise ValueError(f"an adapter's file gives {name} as {wrong[0]}: 1 to {MOST[name]:,} are taken")
+    return max(numbers, default=None)

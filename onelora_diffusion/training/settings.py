@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import tyro
 import yaml
@@ -456,6 +456,8 @@ def _as_flag(field: dataclasses.Field, value) -> list[str]:
     name, flag = field.name, f"--{field.name.replace('_', '-')}"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return [flag, *value]
+    if value is None and type(None) not in get_args(field.type):
+        raise ValueError(f"{name} has to have a value, and is null")
     if value is None:
         return [flag, "None"]
     if not isinstance(value, str):

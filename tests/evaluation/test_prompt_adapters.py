@@ -228,4 +228,10 @@ def test_what_is_wrong_is_one_line_before_anything_is_drawn(folder, tmp_path, mo
     both = ["--adapter", folder / "one", tmp_path / "other"]
     assert "adapters of several bases, 'one' for" in error_of(*signs, *both)
     assert "other" in error_of(*signs, *both, "--base", folder / "base", *SMALL)
+    save_adapter(
+        model, tmp_path / "endless", base=str(folder / "base"), training=facts | {"max_sequence_length": 10**9}
+    )
+    (tmp_path / "one.txt").write_text("a red sign")
+    endless = error_of("--adapter", tmp_path / "endless", "--prompts", tmp_path / "one.txt", *SMALL)
+    assert "an adapter's file gives max_sequence_length as 1000000000: 1 to 10,000 are taken" in endless
     assert not output.parent.exists() and not list(Path(folder / "one").glob("*.json"))

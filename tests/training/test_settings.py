@@ -68,6 +68,8 @@ def test_a_file_sets_the_defaults_and_flags_override_it(tmp_path):
         ("rank: 2\nseed: 1\nrank: 3", "rank stands there twice"),
         ("config: other.yaml", "config names a recipe from outside"),
         ("flip: maybe", "flip is true or false, not maybe"),
+        ("output_dir: null", "output_dir has to have a value, and is null"),
+        ("batch_size: ~", "batch_size has to have a value, and is null"),
         ("peft_config: {n_frequency: 50}", "peft_config is neither a value nor a list of values"),
         ("targets: [[to_q]]", "targets is neither a value nor a list of values"),
         ("rank: !!int 2", "rank is neither a value nor a list of values"),

@@ -8,6 +8,7 @@ import numpy as np
 from onelora_diffusion.files import printable
 
 PLACES = re.compile(r"\{trigger\}|\[trigger\]")  # the latter is ai-toolkit's
+MOST_TOKENS = 10_000  # of a prompt, some twenty times what text encoders read
 
 
 def filled(text: str, trigger: str | None) -> str:

@@ -105,6 +105,7 @@ class Place:
     def __post_init__(self):
         vars(self)["_on_devices"] = {}
 
+    @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
     def on(self, device: torch.device, noisy: str) -> Placed:
         """What a call on a device needs of it, moved there once; `noisy` is the name of the noisy argument."""
         if device not in self._on_devices:

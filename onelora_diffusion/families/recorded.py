@@ -226,9 +226,10 @@ class Recorded(Family):
         moved = {name: value for name, value in conditions.items() if name not in stay}
         return super().on_device(moved, device) | {name: conditions[name] for name in stay}
 
+    @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
     def _moved(self, name: str, value, device: torch.device):
         """An argument of a batch on the device, where one that is the same as in the last call still is."""
-        if self.record.prompted[name].kind != "shared":
+        if self.record.prompted[name].kind != "shared" or value.device == device:
             return value
         last = self._last_shared.get(name, (None, None))
         if last[0] is None or last[1].device != device or not same(last[0], value):

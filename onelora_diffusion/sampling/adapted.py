@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from onelora_diffusion.data.caption_texts import filled_by
+from onelora_diffusion.data.caption_texts import MOST_TOKENS, filled_by
 from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS
 from onelora_diffusion.data.references import edits_of
@@ -28,7 +28,8 @@ from onelora_diffusion.storage.attaching import AdapterFile
 from onelora_diffusion.storage.reading import load_adapter
 
 PRECISIONS = {"no": "fp32", "bf16": "bf16"}  # in which a base of prompts can be loaded, by --mixed-precision
-MOST = {"references": 64, "resolution": 16_384, "frames": 10_000, "max_sequence_length": 10_000}  # that a file may say
+# The most that an adapter's file may say.
+MOST = {"references": 64, "resolution": 16_384, "frames": 10_000, "max_sequence_length": MOST_TOKENS}
 
 
 @dataclass(frozen=True, kw_only=True)

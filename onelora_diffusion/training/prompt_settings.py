@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
-from onelora_diffusion.data.caption_texts import with_trigger
+from onelora_diffusion.data.caption_texts import MOST_TOKENS, with_trigger
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
@@ -20,7 +20,6 @@ from onelora_diffusion.training.settings import (
     refuse,
 )
 
-MOST_TOKENS = 10_000  # of a prompt, some twenty times what text encoders read
 # The packages that load a base as int8 or nf4.
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 

@@ -420,3 +420,13 @@ def test_a_base_that_was_not_frozen_keeps_no_gradient_of_its_recording():
     assert all(parameter.requires_grad for parameter in denoiser_of(pipeline).parameters())
     Recorded(pipeline)
     assert all(parameter.grad is None for parameter in denoiser_of(pipeline).parameters())
+
+
+def test_what_was_moved_while_inference_mode_was_on_may_be_trained_with():
+    pipeline = make_pipeline("flux")
+    family = family_of(pipeline)
+    with torch.inference_mode():
+        moved = family.place(64, 64).on(torch.device("meta"), family.record.noisy)
+        ids = family._moved("txt_ids", torch.zeros(LENGTH, 3), torch.device("meta"))
+    tensors = [value for value in moved.constants.values() if isinstance(value, torch.Tensor)]
+    assert tensors and not any(tensor.is_inference() for tensor in (moved.packed, ids, *tensors))

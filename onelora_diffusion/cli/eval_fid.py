@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from onelora_diffusion.command_line import one_line_errors, quieten
-from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.data.table import EMBEDDED, defaults_of
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation import measuring
 from onelora_diffusion.evaluation.evaluator import Evaluator, MeasuredImages, check_material

@@ -17,10 +17,6 @@ class Buckets(NamedTuple):
     """(images,) int64: the number of each image's bucket."""
 
 
-def one_bucket(num_images: int, resolution: int) -> Buckets:
-    return Buckets([(resolution, resolution)], np.zeros(num_images, np.int64))
-
-
 def with_frames(buckets: Buckets, frames: int, is_clip: np.ndarray) -> Buckets:
     """The buckets of clips of so many frames, and those of the single images among them; empty ones are left out.
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from onelora_diffusion.data import digits
-from onelora_diffusion.data.buckets import Buckets, nearest_buckets, one_bucket, with_frames
+from onelora_diffusion.data.buckets import Buckets, nearest_buckets, with_frames
 from onelora_diffusion.data.clips import Clips, check_bytes, is_video, items_of
 from onelora_diffusion.data.decoding import BrokenImageError, opened
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
@@ -199,7 +199,7 @@ def load_captioned(
     if aspect_buckets:
         buckets = bucketed(pictures, resolution, multiple, broken)
     else:
-        buckets = one_bucket(len(pictures), resolution)
+        buckets = Buckets([(resolution, resolution)], np.zeros(len(pictures), np.int64))
     if frames > 1:
         buckets = with_frames(buckets, frames, pictures.is_clip)
     return CaptionedImages(BucketedImages(named, pictures, buckets, broken), found)

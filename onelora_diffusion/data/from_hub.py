@@ -46,7 +46,7 @@ def hub_images(asked) -> ClassifiedImages:
 
 def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:
     """(the label of each row, the names of the classes); ValueError if a row has no valid label."""
-    values, names = values_of(rows, column), getattr(rows.features[column], "names", None)
+    values, names = list(rows[column]), getattr(rows.features[column], "names", None)
     kinds = str | int if names is None else int
     missing = [row for row, value in enumerate(values) if value is None or names is not None and value == -1]
     if missing:
@@ -61,7 +61,7 @@ def labels_of(name: str, rows, column: str) -> tuple[list[int], list[str]]:
             f"hf:{name} has no labels in its column {column!r}: row {wrong} has {printable(repr(values[wrong]), 60)}"
         )
     if names is not None:
-        return list(values), names
+        return values, names
     found = sorted(set(values))
     label_of = {value: label for label, value in enumerate(found)}
     return [label_of[value] for value in values], list(map(str, found))
@@ -77,14 +77,6 @@ def hub_rows(name: str, root: str | Path | None, split: str):
         return datasets.load_dataset(name, split=split, cache_dir=root and str(root))
     except Exception as error:  # errors of the hub's client, the library or the system
         raise ValueError(f"hf:{name}, split {split}, does not load: {first_line(error)}") from error
-
-
-def values_of(rows, column: str) -> list:
-    """The values of a column."""
-    try:
-        return list(rows[column])
-    except TypeError:  # `rows` is a plain list
-        return [row[column] for row in rows]
 
 
 def column_of_type(name: str, rows, kind: str, chosen: str | None, flag: str) -> str:

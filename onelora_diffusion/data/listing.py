@@ -103,8 +103,6 @@ def masked_by(mask: str) -> str:
 def labels_of(dataset) -> Sequence[int] | None:
     """The label of each image if the data set or its source lists them, else None."""
     source = getattr(dataset, "source", dataset)
-    if column := getattr(source, "label_column", None):  # a `datasets.Dataset`
-        return source.rows[column]
     return next((vars(each)[key] for each in (dataset, source) for key in LABELS if key in vars(each)), None)
 
 

@@ -77,12 +77,17 @@ class Table:
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a .jsonl or .csv file with their line numbers."""
+    """The rows of a .jsonl or .csv file with their line numbers; of any other file one `prompt` a line."""
+    rows = {".jsonl": _rows_of_json, ".csv": _rows_of_csv}.get(path.suffix.lower(), _rows_of_text)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _rows_of_json(path, file) if path.suffix == ".jsonl" else _rows_of_csv(path, file)
+            yield from rows(path, file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
+
+
+def _rows_of_text(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    return ((number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _rows_of_json(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:

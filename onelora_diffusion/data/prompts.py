@@ -1,6 +1,5 @@
 """Files of prompts: one prompt a line, or a table with groups and reference images."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def read_prompts(path: Path) -> PromptFile:
         ValueError: the file is no text or has no prompt, a prompt is empty or too long, or some rows have no image.
     """
     prompts, groups, images = [], [], {}
-    for line, row in rows_of(path) if path.suffix.lower() in (".csv", ".jsonl") else _lines_of(path):
+    for line, row in rows_of(path):
         named = printable(f"line {line} of {path}")
         if "prompt" not in row or not row.keys() <= COLUMNS:
             listed = printable(", ".join(map(str, row)), 200)
@@ -58,15 +57,6 @@ def read_prompts(path: Path) -> PromptFile:
     if images and (without := [p for p, group in zip(prompts, groups, strict=True) if group not in with_images]):
         raise ValueError(f"{path} has images, but none for {printable(without[0], 60)!r}: name one for all, or none")
     return PromptFile(tuple(prompts), tuple(groups), tuple(images))
-
-
-def _lines_of(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The lines of a text file that are not empty, as rows with their numbers."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from None
-    return ((number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def files_of(path: Path) -> list[Path]:

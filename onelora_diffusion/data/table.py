@@ -1,4 +1,5 @@
-"""The table of data sets: each name with the function that loads the data and its default settings."""
+"""The table of data sets: each name with the function that loads the data and its default settings, which all commands
+share."""
 
 import difflib
 from collections.abc import Callable
@@ -98,6 +99,26 @@ DATASETS = {
     "torchvision": DatasetKind(torchvision_images, of_many="CLASS", check_name=class_of),
     "hf": DatasetKind(hub_images, has_columns=True, of_many="NAME"),
 }
+EMBEDDED = "digits"  # the default data set of all commands, which needs no files
+# The defaults for prompts, of which few are measured, each for itself.
+OF_PROMPTS = Defaults(
+    features="dino",
+    guidance_scale=None,
+    eval_guidance_scale=None,
+    eval_images=None,
+    eval_steps=28,
+    compares_base=True,
+    has_distance=False,
+    metrics=("DINO-I", "CLIP-I", "CLIP-T", "nearest"),
+)
+
+
+def defaults_of(dataset: str | None, kind: str = "classes") -> Defaults:
+    """The default settings of a data set, or of what an adapter draws after it: `classes` or `prompts`."""
+    if kind == "prompts" and dataset != CAPTIONED:  # any folder or hub data set with captions
+        return OF_PROMPTS
+    row = DATASETS.get((dataset or "").partition(":")[0])
+    return row.defaults if row else Defaults()
 
 
 def kind_of(name: str) -> tuple[DatasetKind, str]:

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from onelora_diffusion.data.caption_texts import filled_by
-from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.data.table import EMBEDDED, defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
 from onelora_diffusion.data.prompts import PromptFile, files_of, read_prompts
 from onelora_diffusion.data.table import classes_of

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from onelora_diffusion.data.caption_texts import MOST_TOKENS, filled_by
-from onelora_diffusion.data.defaults import defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, CAPTIONS
 from onelora_diffusion.data.references import edits_of
-from onelora_diffusion.data.table import Defaults
+from onelora_diffusion.data.table import Defaults, defaults_of
 from onelora_diffusion.denoisers import choose_denoiser, denoiser_of
 from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.families import Family, choose_references, family_of

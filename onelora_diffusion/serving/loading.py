@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from onelora_diffusion.data.defaults import EMBEDDED, defaults_of
+from onelora_diffusion.data.table import EMBEDDED, defaults_of
 from onelora_diffusion.denoisers import BOTH, choose_denoiser, denoisers_in
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.families import family_of

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.data.defaults import defaults_of
+from onelora_diffusion.data.table import defaults_of
 from onelora_diffusion.evaluation.evaluator import Batches, Evaluator
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import DatasetImages, Source, share

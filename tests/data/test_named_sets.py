@@ -83,6 +83,9 @@ ClassLabel = type("ClassLabel", (), {"names": ["cat", "dog"]})
 class Rows(list):
     features = {"picture": Feature(), "animal": ClassLabel(), "width": 0}
 
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
 
 @pytest.fixture
 def hub(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from onelora_diffusion.data import load_dataset
+from onelora_diffusion.data.from_hub import HubImages
 from onelora_diffusion.evaluation.labels import class_frequencies, draw_labels
 
 
@@ -50,6 +51,6 @@ def test_frequencies_are_counted_by_the_names_of_classes():
         class_frequencies(Three("targets", [0]), ["a", "d"])
     with pytest.raises(ValueError, match="three does not list its labels: choose --labels turns or random"):
         class_frequencies(Three("attributes", [0]), ["a"])
-    of_hub = Three("rows", {"kind": [2, 1, 2]})
-    of_hub.source.label_column = "kind"
+    of_hub = Three("rows", None)
+    of_hub.source = HubImages([], "image", [2, 1, 2])
     assert class_frequencies(of_hub, ["a", "c"]) == [0, 2]

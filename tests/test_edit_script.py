@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from edit_pipelines import make_edit
 from PIL import Image
+from reading import load_captioned
 from safetensors.torch import load_file
 
 from onelora_diffusion import read_adapter
 from onelora_diffusion.cli import sample
 from onelora_diffusion.cli.train_text_to_image import main
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.serving.library import AdapterLibrary
 from onelora_diffusion.training.prompt_settings import PromptSettings
 
@@ -152,11 +152,11 @@ def test_what_references_cannot_be_is_one_line(base, pairs, tmp_path):
 
 
 def test_references_are_no_pictures_without_captions_and_are_told_apart_by_content(pairs):
-    first = load_captioned(pairs, resolution=16, reference_columns=["before"])
+    first = load_captioned(pairs, resolution=16, reference_column=["before"])
     assert first.captions == ["make it blue", "make it green", "make it red"]
     assert [own[0].path.name for own in first.references] == ["blue.png", "green.png", "red.png"]
-    of_one = load_captioned(pairs, "make it so", resolution=16, reference_columns=["before"])
+    of_one = load_captioned(pairs, "make it so", resolution=16, reference_column=["before"])
     assert of_one.captions == ["make it so"] * 3 and of_one.references == first.references
     Image.new("RGB", (40, 40)).save(pairs / "before" / "red.png")
-    changed = load_captioned(pairs, resolution=16, reference_columns=["before"]).references
+    changed = load_captioned(pairs, resolution=16, reference_column=["before"]).references
     assert changed[:2] == first.references[:2] and changed[2] != first.references[2]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from onelora_diffusion import count_trainable, disable_adapter, load_adapter
 from onelora_diffusion.data.captions import DIGITS
-from onelora_diffusion.data.table import defaults_of
 from onelora_diffusion.data.digits import CAPTIONS
+from onelora_diffusion.data.table import defaults_of
 from onelora_diffusion.evaluation.recognition import DigitClassifier
 from onelora_diffusion.evaluation.report import format_table
 from onelora_diffusion.pipelines.base import eval_mode, load_base

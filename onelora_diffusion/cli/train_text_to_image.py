@@ -63,23 +63,8 @@ def captioned_data(
     settings: PromptSettings, family: Family, pipeline, resolution: int, split: str = "train"
 ) -> TrainingData:
     """The images of a split with their captions, and with their masks on the grid of their latents."""
-    captioned = load_captioned(
-        settings.images,
-        settings.prompt,
-        settings.image_column,
-        settings.caption_column,
-        resolution,
-        settings.aspect_buckets,
-        mask_column=settings.mask_column,
-        repeats_column=settings.repeats_column,
-        by_folder=settings.repeats_by_folder,
-        reference_columns=settings.reference_column,
-        multiple=family.multiple(pipeline),
-        split=split,
-        broken=settings.broken_images,
-        frames=settings.frames,
-        frame_rate=family.frame_rate,
-    )
+    multiple, broken = family.multiple(pipeline), settings.broken_images
+    captioned = load_captioned(settings, resolution, multiple, split, broken, family.frame_rate)
     masks = (
         captioned.masks.on_grid(
             captioned.dataset, lambda height, width: family.latent_shape(pipeline, height, width)[-2:]

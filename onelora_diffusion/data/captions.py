@@ -4,9 +4,9 @@ The default is scikit-learn's handwritten digits with captions such as "a handwr
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -84,19 +84,41 @@ class BucketedImages(SizedImages):
         return self.read(index)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a table of captions; None for those that are not read."""
+@dataclass
+class CaptionSettings:
+    """Which images and captions are read, for command lines."""
 
-    image: str | None
-    caption: str | None
-    mask: str | None
-    repeats: str | None
-    references: Sequence[str] = ()
+    images: str | None = None
+    """What to learn: a folder of images with metadata.jsonl or .csv or a .txt beside each, or with --prompt; or
+    hf:NAME."""
+    prompt: str | None = None
+    """The caption of all images, such as 'a photo of sks dog'. With --subjects, {subject} in it, in --trigger and in
+    validation prompts stands for the name of each."""
+    image_column: str | None = None
+    """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
+    caption_column: str = "text"
+    """Column of captions in the metadata or on the hub."""
+    reference_column: tuple[str, ...] = ()
+    """Column of the metadata with the path of the image that the caption says how to edit, for bases that edit
+    (FLUX.1 Kontext, Qwen-Image-Edit, FLUX.2); several columns, for bases that take several images."""
+    mask_column: str | None = None
+    """Column of masks in the metadata (their paths) or on the hub: white where an image is learned, black where it is
+    not. Default: the mask of NAME.jpg is NAME.mask.png beside it, if it is there."""
+    repeats_column: str | None = None
+    """Column of the number of times that each image counts in an epoch."""
+    repeats_by_folder: bool = False
+    """Images in a folder that is named like 3_cats count three times in an epoch, as for kohya's scripts."""
+    aspect_buckets: bool = False
+    """Crop each image to the nearest of several shapes with about as many pixels."""
+    frames: int = 1
+    """Of bases that draw clips, the frames that are learned of each: the first ones of video files (PyAV), of animated
+    images, and of subfolders of frames; the caption of clip/ is clip.txt. Images beside them are learned as single
+    frames."""
 
     @property
-    def beside_images(self) -> list[str]:
-        columns = self.caption, self.mask, self.repeats, *self.references
+    def columns_beside_images(self) -> list[str]:
+        captions = None if self.prompt else self.caption_column
+        columns = captions, self.mask_column, self.repeats_column, *self.reference_column
         return [column for column in columns if column is not None]
 
 
@@ -113,47 +135,21 @@ class Found:
 
 
 def load_captioned(
-    source: str | Path | None,
-    prompt: str | None = None,
-    image_column: str | None = None,
-    caption_column: str = "text",
+    settings: CaptionSettings,
     resolution: int = 512,
-    aspect_buckets: bool = False,
-    *,
-    mask_column: str | None = None,
-    repeats_column: str | None = None,
-    by_folder: bool = False,
-    reference_columns: Sequence[str] = (),
     multiple: int = 16,
-    root: str | Path | None = None,
     split: str = "train",
     broken: str = "fatal",
-    frames: int = 1,
     frame_rate: float | None = None,
 ) -> CaptionedImages:
-    """Load images and their captions from a folder or the hub.
+    """Load images and their captions from a folder or the hub; the handwritten digits if `settings.images` is None.
 
     Args:
-        source: a folder of images, which are also looked for in its subfolders; or `hf:NAME`, see `data.from_hub`.
-            None takes the handwritten digits with captions.
-        prompt: a caption for all images, instead of those in the data. None reads captions from `metadata.jsonl` or
-            `metadata.csv`, as Hugging Face's image folders have them, or from a text file beside each image: NAME.txt,
-            or the first line of kohya's NAME.caption.
-        image_column: the column of the metadata with the paths of images (None: `file_name`), or the column of the hub
-            data set with the images (None: its only column of images).
-        caption_column: the column of the metadata or hub data set with the captions.
-        resolution: side of the square in pixels to which images are cropped.
-        aspect_buckets: crop each image to the nearest of several shapes with about as many pixels; see `data.buckets`.
-        mask_column: the column of the metadata with the paths of masks, or of the hub data set with masks; an empty
-            value is no mask. Otherwise the mask of NAME.jpg is NAME.mask.png beside it, if it is there.
-        repeats_column: the column of the numbers of times that images count.
-        by_folder: whether an image below a folder `N_name` counts N times.
-        reference_columns: the columns of a folder's metadata with the paths of the reference images of each image.
+        resolution: side of the square in pixels to which images are cropped; with `settings.aspect_buckets` that of a
+            square with about as many pixels (see `data.buckets`).
         multiple: number of pixels per token along one side; the sides of images must be multiples of it.
-        root: for `hf:NAME` alone, the folder of downloads.
         split: for `hf:NAME` and the digits; a folder has `train` alone.
         broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
-        frames: of more than one, a folder has clips too (`data.clips`), of which the first so many frames are taken.
         frame_rate: frames a second that are taken of videos and animated images; None takes each one.
 
     Raises:
@@ -162,18 +158,19 @@ def load_captioned(
             is none, `resolution` is no multiple of `multiple`, or a clip is too short.
         BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
+    source, frames = settings.images, settings.frames
     check_multiple(resolution, multiple)
     check_bytes(resolution, frames)
-    if prompt is not None:
-        prompt = checked(prompt, "the prompt")
+    if settings.prompt is not None:
+        settings = replace(settings, prompt=checked(settings.prompt, "the prompt"))
     kind, _, name = str(source).partition(":")
-    columns = Columns(image_column, None if prompt else caption_column, mask_column, repeats_column, reference_columns)
-    is_folder = source is not None and not (kind == "hf" and name)
+    is_of_hub = kind == "hf" and name != ""
+    is_folder = source is not None and not is_of_hub
     for flag, is_useless in {
-        "--repeats-by-folder": by_folder and not is_folder,
-        "--reference-column": reference_columns and not is_folder,
-        "--mask-column": source is None and mask_column is not None,
-        "--repeats-column": source is None and repeats_column is not None,
+        "--repeats-by-folder": settings.repeats_by_folder and not is_folder,
+        "--reference-column": settings.reference_column and not is_folder,
+        "--mask-column": source is None and settings.mask_column is not None,
+        "--repeats-column": source is None and settings.repeats_column is not None,
     }.items():
         if is_useless:
             raise ValueError(f"{flag} is of no use for {source or DIGITS}")
@@ -181,22 +178,21 @@ def load_captioned(
         raise ValueError(f"clips of {frames} frames are read from folders, and not from {source or DIGITS}")
     if source is None:
         named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution))
-        found = Found(pictures, [digits.CAPTIONS[digit] if prompt is None else prompt for digit in pictures.digits])
-    elif kind == "hf" and name:
-        named = str(source)
-        found = _of_hub(name, root, split, prompt, columns)
+        found = Found(pictures, [settings.prompt or digits.CAPTIONS[digit] for digit in pictures.digits])
+    elif is_of_hub:
+        named, found = str(source), _of_hub(name, split, settings)
     elif split != "train":
         raise ValueError(f"a folder has no split '{split}': leave --validation-split out to hold out its own images")
     else:
         named = Path(source).resolve().name
         clips = None if frames == 1 else partial(Clips, number=frames, rate=frame_rate)
-        found = _of_folder(Path(source), prompt, columns, by_folder, clips)
+        found = _of_folder(Path(source), settings, clips)
     pictures = found.pictures
     if found.masks is not None:
         found.notes.append(f"{len(found.masks):,} of {len(pictures):,} images have masks")
     if found.repeats:
         found.notes.append(f"by their repeats, an epoch has {sum(found.repeats):,} images")
-    if aspect_buckets:
+    if settings.aspect_buckets:
         buckets = bucketed(pictures, resolution, multiple, broken)
     else:
         buckets = Buckets([(resolution, resolution)], np.zeros(len(pictures), np.int64))
@@ -299,31 +295,30 @@ class HubMasks(HubPictures):
     kind = "mask"
 
 
-def _of_hub(name: str, root, split: str, prompt: str | None, columns: Columns) -> Found:
-    rows, masks = hub_rows(name, root, split), None
-    if columns.mask is not None:  # it is read without the images, and these without it
-        column = column_of_type(name, rows, "Image", columns.mask, "--mask-column")
+def _of_hub(name: str, split: str, settings: CaptionSettings) -> Found:
+    rows, masks = hub_rows(name, None, split), None
+    if settings.mask_column is not None:  # it is read without the images, and these without it
+        column = column_of_type(name, rows, "Image", settings.mask_column, "--mask-column")
         source = HubMasks(name, rows.select_columns(column), column)
         masks = Masks(source, [(row, row) for row in range(len(rows)) if source.rows[row][column] is not None])
         rows = rows.remove_columns(column)
-    image_column = column_of_type(name, rows, "Image", columns.image, "--image-column")
-    for column in (columns.caption, columns.repeats):
+    image_column = column_of_type(name, rows, "Image", settings.image_column, "--image-column")
+    captions = None if settings.prompt else settings.caption_column
+    for column in (captions, settings.repeats_column):
         if column is not None and column not in rows.features:
             raise ValueError(f"hf:{name} has no column {column!r}: it has {printable(', '.join(rows.features))}")
     if not len(rows):
         raise ValueError(f"hf:{name}, split {split}, has no rows")
-    captions = [prompt] * len(rows) if prompt is not None else rows[columns.caption]
+    captions = [settings.prompt] * len(rows) if captions is None else rows[captions]
     captions = [checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(captions)]
     found = Found(HubPictures(name, rows, image_column), captions, masks)
-    if columns.repeats is not None:
-        numbers = enumerate(rows[columns.repeats])
+    if settings.repeats_column is not None:
+        numbers = enumerate(rows[settings.repeats_column])
         found.repeats = [checked_repeats(number, f"row {row} of hf:{name}") for row, number in numbers]
     return found
 
 
-def _of_folder(
-    folder: Path, prompt: str | None, columns: Columns, by_folder: bool, clips: Callable[..., Clips] | None
-) -> Found:
+def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Clips] | None) -> Found:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
     listing = list_images(folder)
@@ -334,26 +329,26 @@ def _of_folder(
     videos = [name for name in listing.others if is_video(name)]
     if not (listing.images or tables or videos and clips):
         raise FileNotFoundError(f"no images in {folder}{', but videos: give --frames' if videos else ''}")
-    if clips and columns.references:
+    if clips and settings.reference_column:
         raise ValueError(f"references are of images, and {folder} is read for clips: leave --frames out")
     if clips and (many := [name for name in (*listing.folders, *videos) if is_mask_of_clip(name)]):
         raise ValueError(
             f"{printable(str(folder / many[0]))} is a mask of many frames: a clip has one for all of them, as "
             "walk.mask.png is that of walk.mp4 or of the folder walk"
         )
-    table = _table_of(folder, tables, columns, bool(prompt))
-    of_table = table.files(columns.mask) if columns.mask else {}
-    references = {column: table.files(column) for column in columns.references}
+    table = _table_of(folder, tables, settings)
+    of_table = table.files(settings.mask_column) if settings.mask_column else {}
+    references = {column: table.files(column) for column in settings.reference_column}
     rows = table.rows.keys() if references else set()
     _check_references(folder, rows, references)
     edited = {file for files in references.values() for file in files.values()} - rows
     images = set(listing.images) - set(of_table.values()) - edited
     stems = {name: os.path.splitext(name)[0] for name in (*images, *(videos if clips else ()))}
     stems |= {name: name for name in listing.folders if clips}
-    captions = _captions_of(listing, stems, tables, table, columns, prompt)
+    captions = _captions_of(listing, stems, tables, table, settings)
     items = items_of(listing, captions) if clips else {name: [name] for name in images}
-    if prompt is not None:
-        captions = dict.fromkeys(items, prompt)
+    if settings.prompt is not None:
+        captions = dict.fromkeys(items, settings.prompt)
     if without := sorted(items.keys() - captions.keys()):
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
         remedy = "write one, or take the image out"
@@ -375,14 +370,14 @@ def _of_folder(
     listing.used.update(captions, mask_of.values())
     if any({"mask", "masks"} & {*name.lower().split("/")[:-1]} for name in names):
         found.notes.append("images in a folder of masks are trained on: name these NAME.mask.png or use --mask-column")
-    if mask_of or columns.mask:
+    if mask_of or settings.mask_column:
         files = sorted(set(mask_of.values()))
         pairs = [(number, files.index(mask_of[name])) for number, name in enumerate(names) if name in mask_of]
         found.masks = Masks(Files(listing, files), pairs)
-    if columns.repeats:
-        rows = [table.rows.get(name, ({columns.repeats: 1}, name)) for name in names]
-        found.repeats = [checked_repeats(row[columns.repeats], named) for row, named in rows]
-    elif by_folder:
+    if column := settings.repeats_column:
+        rows = [table.rows.get(name, ({column: 1}, name)) for name in names]
+        found.repeats = [checked_repeats(row[column], named) for row, named in rows]
+    elif settings.repeats_by_folder:
         found.repeats = repeats_by_folder(names)
     elif table is not None and "repeats" in next(iter(table.rows.values()))[0]:
         found.notes.append("the column 'repeats' is not read: --repeats-column repeats has images count as often")
@@ -402,24 +397,20 @@ def _check_references(folder: Path, names: Iterable[str], files: dict[str, dict[
             raise ValueError(f"{image} has no reference image: name one in {column!r}, or take the image out")
 
 
-def _table_of(folder: Path, tables: list[str], columns: Columns, has_prompt: bool) -> Table | None:
+def _table_of(folder: Path, tables: list[str], settings: CaptionSettings) -> Table | None:
     """The table of a folder, if it is needed; ValueError if it is, and there is none or there are several."""
-    wanted = [column for column in (columns.mask, columns.repeats, *columns.references) if column]
+    columns = settings.mask_column, settings.repeats_column, *settings.reference_column
+    wanted = [column for column in columns if column]
     if wanted and len(tables) != 1:
         there = f"several, {printable(', '.join(tables), 200)}" if tables else "none"
         raise ValueError(f"{wanted[0]!r} is a column of a table, {' or '.join(METADATA)}, and {folder} has {there}")
-    if len(tables) != 1 or has_prompt and not wanted:
+    if len(tables) != 1 or settings.prompt and not wanted:
         return None
-    return Table(folder, tables[0], columns.image or FILE_COLUMN, columns.beside_images)
+    return Table(folder, tables[0], settings.image_column or FILE_COLUMN, settings.columns_beside_images)
 
 
 def _captions_of(
-    listing: Listing,
-    stems: Mapping[str, str],
-    tables: list[str],
-    table: Table | None,
-    columns: Columns,
-    prompt: str | None,
+    listing: Listing, stems: Mapping[str, str], tables: list[str], table: Table | None, settings: CaptionSettings
 ) -> dict[str, str]:
     """The captions by the names of images and clips, of which `stems` are without their endings; {} with a prompt."""
     folder = listing.root
@@ -429,21 +420,21 @@ def _captions_of(
         if ending.lower() in CAPTION_ENDINGS and stem in stems_there:
             texts[stem] = name
     listing.used.update(texts.values())
-    if prompt is not None:
+    if settings.prompt is not None:
         return {}
     if len(tables) + bool(texts) > 1:
         places = " and ".join(tables + ["text files beside images"] * bool(texts))
         raise ValueError(f"{folder} has captions in {places}: leave one of them there, or give one --prompt for all")
     if table is not None:
         return {
-            name: checked(row[columns.caption], f"the caption of {printable(name, 200)} in {named}")
+            name: checked(row[settings.caption_column], f"the caption of {printable(name, 200)} in {named}")
             for name, (row, named) in table.rows.items()
         }
     if not texts:
         raise ValueError(
             f"{folder} has no captions: put metadata.jsonl or metadata.csv there, with the columns "
-            f"{columns.image or FILE_COLUMN} and {columns.caption}, or a .txt or .caption beside each image, or give "
-            "one --prompt for all"
+            f"{settings.image_column or FILE_COLUMN} and {settings.caption_column}, or a .txt or .caption beside each "
+            "image, or give one --prompt for all"
         )
     return {name: _text_in(folder / texts[stem]) for name, stem in stems.items() if stem in texts}
 

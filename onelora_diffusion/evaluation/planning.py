@@ -8,10 +8,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from onelora_diffusion.data.caption_texts import filled_by
-from onelora_diffusion.data.table import EMBEDDED, defaults_of
 from onelora_diffusion.data.digits import CAPTIONED, UNRELATED
 from onelora_diffusion.data.prompts import PromptFile, files_of, read_prompts
-from onelora_diffusion.data.table import classes_of
+from onelora_diffusion.data.table import EMBEDDED, classes_of, defaults_of
 from onelora_diffusion.evaluation import measuring
 from onelora_diffusion.evaluation.evaluator import Evaluator, measure_images
 from onelora_diffusion.evaluation.images import CroppedImages, ImageSet, Source, open_images, share

@@ -9,6 +9,7 @@ import tyro
 
 from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
 from onelora_diffusion.data.caption_texts import MOST_TOKENS, with_trigger
+from onelora_diffusion.data.captions import CaptionSettings
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
@@ -25,7 +26,7 @@ QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 @dataclass
-class PromptSettings(RunSettings):
+class PromptSettings(CaptionSettings, RunSettings):
     """Fine-tune a frozen text-to-image transformer on images with captions. What accelerate's launcher asks for
     (precision, compilation, accumulation, clipping) goes before the defaults and --config, and a flag before that."""
 
@@ -49,29 +50,9 @@ class PromptSettings(RunSettings):
     output_dir: Path = Path("runs/text-to-image")
     """Where the adapter, checkpoints, metrics and samples go."""
 
-    images: str | None = None
-    """What to learn: a folder of images with metadata.jsonl or .csv or a .txt beside each, or with --prompt; or
-    hf:NAME."""
-    prompt: str | None = None
-    """The caption of all images, such as 'a photo of sks dog'. With --subjects, {subject} in it, in --trigger and in
-    validation prompts stands for the name of each."""
     trigger: str | None = None
     """A word for what is learned. It goes before each caption that does not have it, or in place of {trigger} or
     [trigger] in captions and validation prompts, and the adapter's file names it."""
-    image_column: str | None = None
-    """Column of image paths in the metadata, or of images on the hub. Default: file_name, or the only such column."""
-    caption_column: str = "text"
-    """Column of captions in the metadata or on the hub."""
-    reference_column: tuple[str, ...] = ()
-    """Column of the metadata with the path of the image that the caption says how to edit, for bases that edit
-    (FLUX.1 Kontext, Qwen-Image-Edit, FLUX.2); several columns, for bases that take several images."""
-    mask_column: str | None = None
-    """Column of masks in the metadata (their paths) or on the hub: white where an image is learned, black where it is
-    not. Default: the mask of NAME.jpg is NAME.mask.png beside it, if it is there."""
-    repeats_column: str | None = None
-    """Column of the number of times that each image counts in an epoch."""
-    repeats_by_folder: bool = False
-    """Images in a folder that is named like 3_cats count three times in an epoch, as for kohya's scripts."""
     caption_shuffles: int = 0
     """Train each caption also with its tags, which are separated by commas, in this many random orders. All of them
     are encoded before training."""
@@ -79,12 +60,6 @@ class PromptSettings(RunSettings):
     """Number of first tags that stay in their places."""
     resolution: int | None = None
     """Side in pixels to which images are cropped. Default: that of the base's images."""
-    aspect_buckets: bool = False
-    """Crop each image to the nearest of several shapes with about as many pixels."""
-    frames: int = 1
-    """Of bases that draw clips, the frames that are learned of each: the first ones of video files (PyAV), of animated
-    images, and of subfolders of frames; the caption of clip/ is clip.txt. Images beside them are learned as single
-    frames."""
     frame_rate: float | None = None
     """Frames a second that are taken of files. Default: the rate that the base's pipeline names, or every frame."""
     max_sequence_length: int | None = None

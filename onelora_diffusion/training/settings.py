@@ -16,8 +16,7 @@ import yaml
 
 from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
 from onelora_diffusion.config import PARTS, AdapterConfig
-from onelora_diffusion.data.table import EMBEDDED, defaults_of
-from onelora_diffusion.data.table import check_columns, kind_of
+from onelora_diffusion.data.table import EMBEDDED, check_columns, defaults_of, kind_of
 from onelora_diffusion.files import keys_once
 from onelora_diffusion.launch import asked_by_launcher
 from onelora_diffusion.training.randomness import TimestepDensity

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 from PIL import Image
+from reading import load_captioned
 from torch.utils.data import DataLoader
 
-from onelora_diffusion.data.captions import MOST_CHARACTERS, load_captioned
+from onelora_diffusion.data.captions import MOST_CHARACTERS
 from onelora_diffusion.data.digits import Digits
 from onelora_diffusion.data.images import BrokenImageError
 
@@ -198,16 +199,16 @@ def test_captions_in_two_places_are_refused(folder):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(source="nowhere"), FileNotFoundError, "no folder .*nowhere: give a folder of images, or hf:NAME"),
-        (dict(source="empty"), FileNotFoundError, "no images in .*empty"),
-        (dict(source="signs", prompt=" "), ValueError, "the prompt is ' ': write some words"),
-        (dict(source="signs", prompt="x", multiple=16), ValueError, "resolution of 8 is no multiple of 16"),
+        (dict(images="nowhere"), FileNotFoundError, "no folder .*nowhere: give a folder of images, or hf:NAME"),
+        (dict(images="empty"), FileNotFoundError, "no images in .*empty"),
+        (dict(images="signs", prompt=" "), ValueError, "the prompt is ' ': write some words"),
+        (dict(images="signs", prompt="x", multiple=16), ValueError, "resolution of 8 is no multiple of 16"),
     ],
 )
 def test_what_is_not_there_is_one_clear_line(folder, arguments, error, message):
     (folder.parent / "empty").mkdir()
     with pytest.raises(error, match=message):
-        load_captioned(**{"resolution": 8, "multiple": 8, **arguments, "source": folder.parent / arguments["source"]})
+        load_captioned(**{"resolution": 8, "multiple": 8, **arguments, "images": folder.parent / arguments["images"]})
 
 
 def shaped(folder, **sizes):

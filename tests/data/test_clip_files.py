@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from PIL import Image
+from reading import load_captioned
 
 from onelora_diffusion.data import clips as clip_files
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.clips import at_rate, write_frames
 from onelora_diffusion.data.decoding import BrokenImageError
 from onelora_diffusion.data.identity import data_identity

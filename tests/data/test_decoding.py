@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from reading import load_captioned
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.decoding import BrokenImageError, decoded, read_image, upright_size
 from onelora_diffusion.evaluation.images import FolderImages
 

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from reading import load_captioned
 
 from onelora_diffusion.data import identity, load_dataset
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity, fingerprint
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import EncoderOutput
 from PIL import Image
+from reading import load_captioned
 from rounding import assert_rounded
 from safetensors.torch import save_file
 from tiny_models import make_vae
@@ -16,7 +17,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from onelora_diffusion.data import latent_cache, load_dataset
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size, inputs_of
 from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.row_cache import is_whole

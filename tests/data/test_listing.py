@@ -4,9 +4,9 @@ import os
 
 import pytest
 from PIL import Image
+from reading import load_captioned
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.listing import describe, list_images
 
 

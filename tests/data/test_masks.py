@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from reading import load_captioned
 
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.decoding import BrokenImageError
 from onelora_diffusion.data.identity import data_identity, fingerprint
 from onelora_diffusion.data.listing import describe

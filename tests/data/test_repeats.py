@@ -2,8 +2,7 @@
 
 import pytest
 from PIL import Image
-
-from onelora_diffusion.data.captions import load_captioned
+from reading import load_captioned
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def load(folder, **arguments):
 
 
 def test_folders_named_as_kohyas_repeat_their_images_if_that_is_asked_for(folder):
-    captioned = load(folder, by_folder=True)
+    captioned = load(folder, repeats_by_folder=True)
     names = [path.relative_to(folder).as_posix() for path in captioned.dataset.source.paths]
     expected = {"10_sks dog/1.png": 10, "3_cats/2.png": 3, "3_cats/2_sitting/deep/3.png": 2, "plain/4.png": 1}
     assert dict(zip(names, captioned.repeats, strict=True)) == expected | {"5.png": 1}
@@ -47,12 +46,12 @@ def test_a_column_repeats_images(folder):
 def test_numbers_that_are_none_and_folders_without_one_are_one_line(folder):
     (folder / "3_cats").rename(folder / "0_cats")
     with pytest.raises(ValueError, match="the folder 0_cats repeats '0' times: give a whole number from 1 to 10000"):
-        load(folder, by_folder=True)
+        load(folder, repeats_by_folder=True)
     (folder / "0_cats").rename(folder / "20240131_cats")
     with pytest.raises(ValueError, match="the folder 20240131_cats repeats '20240131' times"):
-        load(folder, by_folder=True)
+        load(folder, repeats_by_folder=True)
     with pytest.raises(ValueError, match="--repeats-by-folder finds no folder named like 3_cats"):
-        load(folder / "plain", by_folder=True)
-    for arguments in (dict(by_folder=True), dict(mask_column="m"), dict(repeats_column="r")):
+        load(folder / "plain", repeats_by_folder=True)
+    for arguments in (dict(repeats_by_folder=True), dict(mask_column="m"), dict(repeats_column="r")):
         with pytest.raises(ValueError, match="is of no use for handwritten digits"):
             load_captioned(None, resolution=16, multiple=4, **arguments)

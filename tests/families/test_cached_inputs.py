@@ -3,12 +3,12 @@
 import pytest
 import torch
 from PIL import Image
+from reading import load_captioned
 from rounding import assert_rounded
 from tiny_models import NAMED, make_pipeline
 from torch import nn
 from torch.utils.data import DataLoader
 
-from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.data.prompt_cache import PromptCache, build_prompt_cache, identity_of

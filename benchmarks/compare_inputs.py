@@ -19,8 +19,9 @@ from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics_file import save_statistics
+from onelora_diffusion.families import family_of
 from onelora_diffusion.families.autoencoder import decode_latents
-from onelora_diffusion.pipelines.base import load_base, miniature_path, resolution_of
+from onelora_diffusion.pipelines.base import load_base, miniature_path
 from onelora_diffusion.sampling import as_uint8
 from tools.from_scratch import BaseRecipe, draw_samples, train_base, write_base
 
@@ -76,7 +77,7 @@ def prepare(settings) -> Inputs:
 
     pipeline = load_base(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolution = resolution_of(pipeline)
+    resolution = family_of(pipeline).resolution(pipeline)
     features = load_features(settings.features, resolution, weights)
     if hasattr(features, "describe"):
         notes.append(

@@ -39,7 +39,8 @@ from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
-from onelora_diffusion.pipelines.base import load_base, resolution_of
+from onelora_diffusion.families import family_of
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.sampling import SamplerSettings, generate_images
 from onelora_diffusion.storage.adapter_file import save_adapter
 from onelora_diffusion.training.checkpoints import load_newest_checkpoint, save_checkpoint
@@ -117,7 +118,7 @@ def run(job: Job, result: Path) -> dict:
     inject_adapter(transformer, AdapterConfig(**adapter, num_classes=num_classes, seed=job.seed))
     pipeline.to(device)
     updates = Updates(job, transformer, scheduler, device, autocast)
-    source = Source("generated", resolution_of(pipeline))
+    source = Source("generated", family_of(pipeline).resolution(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
     evaluator = evaluator_of(job, features, source, device)
 

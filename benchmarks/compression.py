@@ -38,9 +38,10 @@ from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter
 from onelora_diffusion.evaluation.features import load_features
 from onelora_diffusion.evaluation.images import Source
 from onelora_diffusion.evaluation.report import write_json
+from onelora_diffusion.families import family_of
 from onelora_diffusion.injection.attaching import attach_adapter, build_adapter
 from onelora_diffusion.injection.layers import target_layers
-from onelora_diffusion.pipelines.base import load_base, resolution_of
+from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.ema import ExponentialMovingAverage
 from onelora_diffusion.training.optimizers import make_optimizer
 from onelora_diffusion.training.schedule import learning_rate_factor
@@ -287,7 +288,7 @@ def run(job: Job, scale: str, settings: CompressionSettings) -> dict:
         optimizer.zero_grad()
         average.update(step + 1)
 
-    source = Source("generated", resolution_of(pipeline))
+    source = Source("generated", family_of(pipeline).resolution(pipeline))
     features = load_features(job.features, source.resolution, job.features_weights)
     with average.applied():
         measured, _ = evaluate(job, evaluator_of(job, features, source, device), pipeline, source)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -332,7 +333,7 @@ def test_images_of_all_samplers_join_a_running_batch_and_leave_it(scheduler):
     def finish(waiting, most):
         """Latents by number, in a batch of at most so many images, which is filled at every step."""
         running, done, sizes = {}, {}, []
-        with RunningBatch(pipeline, DiT()) as batch:
+        with closing(RunningBatch(pipeline, DiT())) as batch:
             while waiting or running:
                 while waiting and len(running) < most:
                     k = waiting.pop(0)

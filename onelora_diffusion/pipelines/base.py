@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from onelora_diffusion.denoisers import DENOISERS
-from onelora_diffusion.families import FAMILIES, Family, family_of
+from onelora_diffusion.families import FAMILIES, Family
 from onelora_diffusion.families.modular import load_modular
 from onelora_diffusion.files import first_line, printable
 from onelora_diffusion.remote import HUB_ID, is_in_reach
@@ -129,11 +129,6 @@ def _read_index(base: str | Path | None, named_by: Path | None = None, condition
     except Exception as error:  # the file is no JSON, or has other content
         reason = first_line(error)
         raise ValueError(f"base model '{base or folder}' has no readable {name}: {reason}") from error
-
-
-def resolution_of(pipeline) -> int:
-    """Side in pixels of the images that a pipeline draws by default."""
-    return family_of(pipeline).resolution(pipeline)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """DiTPipeline with adapters: class names of each adapter, one adapter for each image, domain guidance."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
@@ -13,7 +11,6 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
 from onelora_diffusion.families.dit import null_and_last_label
-from onelora_diffusion.files import written_beside
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.conditioning import name_repeated_blocks
 from onelora_diffusion.injection.merging import stock_state_dict
@@ -70,7 +67,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """Class name -> label, for the adapter whose class table is active, or else for the base."""
-        return self._labels_of(None if self._book() is None else self._book().merged or self._book().serving)
+        return self._labels_of(self._active())
 
     @labels.setter
     def labels(self, base_labels: dict[str, int]) -> None:
@@ -128,8 +125,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         if entries is not None and scale != 1:
             entries = [{name: scaled(weight, scale) for name, weight in _mixture(e).items()} for e in entries]
-        own = {} if (book := self._book()) is None else book.merged or book.serving
-        mixtures = [own] if entries is None else [_mixture(entry) for entry in entries]
+        mixtures = [self._active()] if entries is None else [_mixture(entry) for entry in entries]
         if guidance_scale is None:
             is_trained = all(is_trained_with_guidance(self._adapted_model(), mixture) for mixture in mixtures)
             guidance_scale = 1.0 if is_trained else 4.0
@@ -139,33 +135,21 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
             return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
 
-    def save_pretrained(
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-    ) -> None:
-        """Write a plain `DiTPipeline` with its class names: the base, with the fused adapters if there are any.
-
-        With fused adapters the class table has at least the 1001 rows that `DiTPipeline` expects: first the adapter's
-        classes, and the null row in all other rows.
-
-        Raises:
-            ValueError: active adapters are not fused and would be lost, or a fused one has more than 1000 classes.
-        """
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        index = Path(save_directory) / "model_index.json"
-        id2label = {str(label): names for label, names in by_label(self.labels).items()}
-        contents = json.loads(index.read_text()) | {"id2label": id2label}
-        with written_beside(index) as part:
-            part.write_text(json.dumps(contents, indent=2) + "\n")
-
     def _stock(self) -> DiTPipeline:
+        """A plain `DiTPipeline` with its class names.
+
+        With fused adapters the class table has at least the 1001 rows that it expects: first the adapter's classes,
+        and the null row in all other rows.
+        """
         stock = super()._stock()
+        stock.register_to_config(id2label=by_label(self.labels))
         if self.num_fused_loras:
             stock.register_modules(transformer=_plain_transformer(self._adapted_model()))
         return stock
+
+    def _active(self) -> Mapping[str, Weight]:
+        """The weights of the adapters that draw where no others are named, fused ones included."""
+        return {} if (book := self._book()) is None else book.merged or book.serving
 
     def _table_of(self, weights: Mapping[str, Weight] | None) -> tuple[str | None, int]:
         """(the adapter whose class table these weights activate, None for the base's; its number of classes)."""
@@ -187,10 +171,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
 
     def _resolve(self, classes: Sequence[int | str], entries: list[Entry] | None) -> list[int]:
         """The labels of class names and numbers, each in the class table of its image's adapter."""
-        book = self._book()
-        serving = {} if book is None else book.merged or book.serving
         if entries is None:
-            mixtures = [serving] * len(classes)
+            mixtures = [self._active()] * len(classes)
         else:
             mixtures = [_mixture(entry) for entry in entries]
             for name in {name for mixture in mixtures for name in mixture}:

@@ -40,9 +40,8 @@ class AdaptedPipeline:
     kind: str  # `classes` or `prompts`
     conditions: Sequence[Condition]  # the labels, prompts or edits that are drawn in turns
     names: Sequence[str]  # of these
-    size: int | tuple[int, int] | None = (
-        None  # side of the images in pixels, or height and width; None takes the pipeline's default
-    )
+    # Side of the images in pixels, or height and width; None takes the pipeline's default.
+    size: int | tuple[int, int] | None = None
     frames: int = 1  # number of frames of what is drawn
     max_sequence_length: int | None = None  # number of tokens of a prompt; None takes the pipeline's default
 

@@ -1,8 +1,8 @@
 """From requests to images: one noise stream for each image, a sampler's steps, and decoding."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,20 +43,15 @@ class EncodedConditions:
 
     def __init__(self, pipeline, max_sequence_length: int | None = None):
         self.pipeline, self.family, self.max_sequence_length = pipeline, family_of(pipeline), max_sequence_length
-        self.keeps = bool(self.family.encoders(pipeline))  # encoding without encoders costs nothing and is not cached
-        self._kept: OrderedDict[Condition, Conditions] = OrderedDict()
+        if self.family.encoders(pipeline):  # encoding without encoders costs nothing and is not cached
+            self._encode = lru_cache(KEPT_CONDITIONS)(self._encode)
+
+    def __getitem__(self, condition: Condition) -> Conditions:
+        return self._encode(condition)
 
     @torch.no_grad()
-    def __getitem__(self, condition: Condition) -> Conditions:
-        if condition not in self._kept:
-            row = self.family.encode_conditions(self.pipeline, [condition], self.max_sequence_length)
-            if not self.keeps:
-                return row
-            self._kept[condition] = row
-        self._kept.move_to_end(condition)
-        while len(self._kept) > KEPT_CONDITIONS:
-            self._kept.popitem(last=False)
-        return self._kept[condition]
+    def _encode(self, condition: Condition) -> Conditions:
+        return self.family.encode_conditions(self.pipeline, [condition], self.max_sequence_length)
 
 
 @torch.no_grad()
@@ -96,7 +91,7 @@ def denoised_latents(
     on_step: OnStep = lambda share: None,
 ) -> Tensor:
     """From the noise of each request's generator, by a sampler's steps, to latents (batch, *shape) in float32."""
-    with RunningBatch(pipeline, family, settings.guidance_channels, settings.guidance_interval) as batch:
+    with closing(RunningBatch(pipeline, family, settings.guidance_channels, settings.guidance_interval)) as batch:
         trajectory = batch.start(requests, settings, shape)
         while not trajectory.is_done:
             batch.step([trajectory])

@@ -69,8 +69,7 @@ class Trajectory:
 class RunningBatch:
     """Lets trajectories take their steps in one batch of the networks, which may be others at every step.
 
-    It is a context manager, or `close` has to be called: as long as it is open, the transformer uses the adapters of
-    the last step's images.
+    `close` has to be called at the end: until then, the transformer uses the adapters of the last step's images.
 
     The pipeline's transformer is in eval mode; `channels` and `interval` are as for `GuidedDenoiser`.
     """
@@ -81,20 +80,10 @@ class RunningBatch:
         self._route = contextlib.ExitStack()
         self._scheduler = functools.lru_cache(maxsize=64)(functools.partial(scheduler_of, pipeline, family))
 
-    def __enter__(self) -> "RunningBatch":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the use of the images' adapters; the next step begins it again."""
         self._denoise = None
         self._route.close()
-
-    @property
-    def is_open(self) -> bool:
-        return self._denoise is not None
 
     def start(self, requests: Sequence[ImageRequest], settings: SamplerSettings, shape: tuple[int, ...]) -> Trajectory:
         """The trajectory of images with one sampler and latents of a shape (C, ...), before its first step."""

@@ -14,7 +14,7 @@ from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import write_figure
 from onelora_diffusion.evaluation.statistics import Origin
 from onelora_diffusion.evaluation.statistics_file import load_statistics
-from onelora_diffusion.pipelines.base import resolution_of
+from onelora_diffusion.families import family_of
 from onelora_diffusion.processes import first_on_each_machine
 from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images, progress_bar
 from onelora_diffusion.training.settings import Settings
@@ -30,7 +30,7 @@ class Evaluation:
         self.settings, self.accelerator, self.pipeline = settings, accelerator, pipeline
         self.num_classes = dataset.num_classes
 
-        resolution = resolution_of(pipeline)
+        resolution = family_of(pipeline).resolution(pipeline)
         name = settings.eval_features or defaults_of(settings.dataset).features
         with first_on_each_machine(accelerator):  # this may download weights
             features = load_features(name, resolution, settings.eval_weights)

@@ -15,7 +15,7 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.evaluation.evaluator import Batches, measure_images
 from onelora_diffusion.evaluation.features import load_features, name_of
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages
 from onelora_diffusion.evaluation.report import write_json
 from onelora_diffusion.evaluation.statistics_file import save_statistics

@@ -43,8 +43,7 @@ from onelora_diffusion.injection.attaching import attach_adapter, build_adapter
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.optimizers import make_optimizer
-from onelora_diffusion.training.schedule import learning_rate_factor
+from onelora_diffusion.training.optimizers import learning_rate_factor, make_optimizer
 from onelora_diffusion.training.stopping import format_duration
 from onelora_diffusion.training.sum_rates import divide_groups
 

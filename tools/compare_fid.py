@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from onelora_diffusion.data import load_dataset
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance
 from onelora_diffusion.evaluation.images import open_images
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, RunningStatistics
 from onelora_diffusion.sampling import as_uint8

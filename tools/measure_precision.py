@@ -18,7 +18,7 @@ from onelora_diffusion.data import load_dataset
 from onelora_diffusion.devices import ComputeSettings
 from onelora_diffusion.evaluation.evaluator import measure_images
 from onelora_diffusion.evaluation.features import load_features
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance
 from onelora_diffusion.evaluation.images import DatasetImages, Source
 from onelora_diffusion.evaluation.recognition import recognition_of
 from onelora_diffusion.evaluation.report import format_table

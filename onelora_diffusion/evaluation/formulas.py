@@ -1,6 +1,6 @@
-"""Formulas of the metrics other than the Fréchet distance (KID, precision, recall and others), and its limit.
+"""Formulas of the metrics.
 
-They compare images one by one, so they need all features in memory: (images, d) float32.
+All but the Fréchet distance compare images one by one, so they need all features in memory: (images, d) float32.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,28 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import FeatureStatistics
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """Squared Fréchet distance of two normal distributions.
+
+        d² = |μ₁ - μ₂|² + Tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)
+
+    (Dowson & Landau 1982; Heusel et al., NeurIPS 2017, equation 6.) With Σ = R Rᵀ, the trace of (Σ₁ Σ₂)^½ is the sum
+    of the singular values of R₁ᵀ R₂. It needs no root of the product, which is not symmetric, and no full rank.
+    """
+    shift = (first.mean - second.mean).square().sum()
+    cross = torch.linalg.svdvals(_root(first).T @ _root(second)).sum()
+    return max((shift + first.covariance.trace() + second.covariance.trace() - 2 * cross).item(), 0.0)
+
+
+def _root(statistics: FeatureStatistics) -> Tensor:
+    """R (d, r) with R Rᵀ the covariance, in the r directions whose variance exceeds the rounding error."""
+    variances, directions = torch.linalg.eigh(statistics.covariance)
+    size = variances[-1] + statistics.mean.square().max()
+    varies = variances > size * len(variances) * torch.finfo(variances.dtype).eps
+    return directions[:, varies] * variances[varies].sqrt()
 
 
 def kernel_distance(generated: Tensor, real: Tensor, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:

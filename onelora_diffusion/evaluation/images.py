@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from onelora_diffusion.data.decoding import UNREADABLE, decoded, opened
+from onelora_diffusion.data.decoding import decoded, opened
 from onelora_diffusion.data.images import crop_to
 from onelora_diffusion.data.listing import Listing, labels_of, list_images
 from onelora_diffusion.evaluation.npz import read_header, read_headers
-from onelora_diffusion.files import first_line, printable
+from onelora_diffusion.files import printable
 from onelora_diffusion.sampling import as_uint8
 
 LARGEST = 4096  # most pixels along a side: no model here draws larger images, and damaged files may claim any size
@@ -76,11 +75,8 @@ class FolderImages(ImageSet):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            with Image.open(self.files[index]) as image:
-                return pil_to_tensor(decoded(image))
-        except UNREADABLE as error:
-            raise ValueError(_unreadable(self.files[index], error)) from error
+        with opened(self.files[index], f"'{self.files[index]}'") as image:
+            return pil_to_tensor(decoded(image))
 
 
 class NpzImages(ImageSet):
@@ -188,16 +184,9 @@ def _check_size(path: str | Path, width: int, height: int) -> None:
 
 
 def _png_size(file: Path) -> int:
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except UNREADABLE as error:
-        raise ValueError(_unreadable(file, error)) from error
+    with opened(file, f"'{file}'") as image:
+        width, height = image.size
     if width != height:
         raise ValueError(f"'{file}' is {width}x{height}, not square: crop all images the way the reference was")
     _check_size(file, width, height)
     return width
-
-
-def _unreadable(file: Path, error: Exception) -> str:
-    return f"'{file}' is not a readable image ({first_line(error)}): write it again, or take it out"

@@ -9,7 +9,6 @@ import tyro
 from onelora_diffusion.evaluation import formulas
 from onelora_diffusion.evaluation.features import FEATURES, name_of
 from onelora_diffusion.evaluation.features.base import Features
-from onelora_diffusion.evaluation.frechet import frechet_distance
 from onelora_diffusion.evaluation.statistics import Measured
 
 SHEET_ROWS = 20  # number of the first images that a sheet of pictures shows
@@ -127,10 +126,12 @@ ONE_BY_ONE = (GENERATED, REAL)
 DRIFT = "Drift: 1 - mean cosine of images of unrelated prompts, by the base and by the adapter from the same noise."
 METRICS = {
     "fd": Metric(
-        (REFERENCE,), _of("statistics", frechet_distance, "distance"), {"distance": Shown("FD", "{distance:.4f}")}
+        (REFERENCE,),
+        _of("statistics", formulas.frechet_distance, "distance"),
+        {"distance": Shown("FD", "{distance:.4f}")},
     ),
     "sfid": Metric(
-        (REFERENCE, SPATIAL), _of("spatial", frechet_distance, "sfid"), {"sfid": Shown("sFD", "{sfid:.4f}")}
+        (REFERENCE, SPATIAL), _of("spatial", formulas.frechet_distance, "sfid"), {"sfid": Shown("sFD", "{sfid:.4f}")}
     ),
     "kid": Metric(
         ONE_BY_ONE,

@@ -21,7 +21,7 @@ from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features import UNTOLD, kind_of_width
 from onelora_diffusion.evaluation.npz import Header, read_headers
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
-from onelora_diffusion.files import write_bytes
+from onelora_diffusion.files import printable, write_bytes
 
 LARGEST_WIDTH = 8192  # most features; the covariance of more takes over half a gigabyte
 PICKLES = (".pkl", ".pickle")
@@ -168,11 +168,6 @@ def _origin(path: Path, text: str) -> Origin:
             raise ValueError(f"'{unknown[0]!r:.50}' is unknown: a newer version may have written it")
         if wrong := [name for name, value in told.items() if not isinstance(value, kinds[name])]:
             raise ValueError(f"its {wrong[0]} is {told[wrong[0]]!r:.50}")
-        return Origin(**{name: shown(value) if isinstance(value, str) else value for name, value in told.items()})
+        return Origin(**printable(told, 500))
     except (TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"'{path}' is damaged or no file of statistics: {error}") from error
-
-
-def shown(text: str) -> str:
-    """At most 500 characters of a text, with question marks for characters that cannot be printed."""
-    return "".join(character if character.isprintable() else "?" for character in text[:500])

@@ -1,6 +1,6 @@
 """From requests to images: one noise stream for each image, a sampler's steps, and decoding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import lru_cache
 
@@ -114,6 +114,7 @@ def generate_images(
     size: int | tuple[int, int] | None = None,
     frames: int = 1,
     max_sequence_length: int | None = None,
+    encoded: Mapping[Condition, Conditions] | None = None,
     images_at_once: int | None = IMAGES_AT_ONCE,
     batch_size: int = 32,
     progress: Callable[[float], object] = lambda images: None,
@@ -132,6 +133,7 @@ def generate_images(
         size: side of the images in pixels, or (height, width); None takes the pipeline's default.
         frames: number of frames; of more than one, clips are drawn.
         max_sequence_length: number of tokens of a prompt; None takes the pipeline's default.
+        encoded: what conditions and their empty ones are encoded to; None encodes them by the pipeline.
         images_at_once: number of images in each batch of the networks; the last batch is padded. None takes as many as
             there are, up to the family's default, without padding.
         batch_size: number of images that the iterator yields at a time.
@@ -148,10 +150,12 @@ def generate_images(
     if len(conditions) != len(indices):
         kind = "class labels" if family_of(pipeline).condition is int else "prompts"
         raise ValueError(f"{len(conditions)} {kind} for {len(indices)} images; one each is needed")
-    family, encoded = family_of(pipeline), EncodedConditions(pipeline, max_sequence_length)
+    family, denoiser = family_of(pipeline), denoiser_of(pipeline)
+    encoded = EncodedConditions(pipeline, max_sequence_length) if encoded is None else encoded
     settings.check_family(family)
-    settings.check(denoiser_of(pipeline), pipeline.scheduler.config)
+    settings.check(denoiser, pipeline.scheduler.config)
     scale = family.guidance_scale(pipeline) if settings.guidance_scale is None else settings.guidance_scale
+    at_once = images_at_once or family.images_at_once
 
     def request(k: int) -> ImageRequest:
         family.check_conditions(pipeline, [conditions[k]])
@@ -163,42 +167,28 @@ def generate_images(
             guidance=settings.guidance,
         )
 
-    def batches():
-        wanted = range(len(indices))
-        chunks = draw_in_chunks(pipeline, request, wanted, settings, size, images_at_once, progress, frames)
-        images = []
+    def chunks() -> Iterator[Tensor]:
+        for first in range(0, len(indices), at_once):
+            chunk = list(range(first, min(first + at_once, len(indices))))
+            padding = [] if images_at_once is None else [chunk[-1]] * (at_once - len(chunk))
+
+            def count(share: float, num_images: int = len(chunk)) -> None:
+                progress(num_images * share)
+
+            with eval_mode(denoiser):
+                images = draw(pipeline, [request(k) for k in chunk + padding], settings, size, count, frames)
+            yield as_uint8(images)[: len(chunk)]
+
+    def batches() -> Iterator[tuple[list[int], Tensor]]:
+        drawn, images = chunks(), []
         for first in range(0, len(indices), batch_size):
             batch = [int(index) for index in indices[first : first + batch_size]]
             while len(images) < len(batch):
-                images = [*images, *next(chunks)]
+                images = [*images, *next(drawn)]
             yield batch, torch.stack(images[: len(batch)])
             images = images[len(batch) :]
 
     return batches()
-
-
-def draw_in_chunks(
-    pipeline,
-    request: Callable[[int], ImageRequest],
-    wanted: Sequence[int],
-    settings: SamplerSettings,
-    size: int | tuple[int, int] | None = None,
-    images_at_once: int | None = None,
-    progress: Callable[[float], object] = lambda images: None,
-    frames: int = 1,
-) -> Iterator[Tensor]:
-    """Draw `request(k)` for every k of `wanted`, in chunks of uint8 as `draw` gives them; see `generate_images`."""
-    at_once = images_at_once or family_of(pipeline).images_at_once
-    for first in range(0, len(wanted), at_once):
-        chunk = list(wanted[first : first + at_once])
-        padding = [] if images_at_once is None else [chunk[-1]] * (at_once - len(chunk))
-
-        def count(share: float, num_images: int = len(chunk)) -> None:
-            progress(num_images * share)
-
-        with eval_mode(denoiser_of(pipeline)):
-            images = draw(pipeline, [request(k) for k in chunk + padding], settings, size, count, frames)
-        yield as_uint8(images)[: len(chunk)]
 
 
 def adapters_merged(pipeline, settings: SamplerSettings) -> AbstractContextManager:

@@ -76,11 +76,12 @@ class SamplerSettings:
                 f"sampler {self.sampler!r} does not fit this model, which predicts {kind}: "
                 f"choose {' or '.join(fitting)}"
             )
-        most, channels = scheduler_config["num_train_timesteps"], transformer.config.in_channels
+        most = scheduler_config["num_train_timesteps"]
         if not 1 <= self.num_inference_steps <= most:
             raise ValueError(f"{self.num_inference_steps} inference steps asked for; this model takes 1 to {most}")
-        if self.guidance_channels is not None and not 1 <= self.guidance_channels <= channels:
-            raise ValueError(f"guidance of {self.guidance_channels} channels asked for; the latents have {channels}")
+        if (asked := self.guidance_channels) is not None and not 1 <= asked <= transformer.config.in_channels:
+            channels = transformer.config.in_channels
+            raise ValueError(f"guidance of {asked} channels asked for; the latents have {channels}")
         lowest, highest = self.guidance_interval or (0, most - 1)
         if not 0 <= lowest <= highest < most:
             raise ValueError(

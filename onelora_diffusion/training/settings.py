@@ -19,8 +19,8 @@ from onelora_diffusion.config import PARTS, AdapterConfig
 from onelora_diffusion.data.table import EMBEDDED, check_columns, defaults_of, kind_of
 from onelora_diffusion.files import keys_once
 from onelora_diffusion.launch import asked_by_launcher
+from onelora_diffusion.training.optimizers import learning_rate_factor
 from onelora_diffusion.training.randomness import TimestepDensity
-from onelora_diffusion.training.schedule import learning_rate_factor
 from onelora_diffusion.training.stopping import parse_duration
 from onelora_diffusion.training.weighting import Weighting
 
@@ -288,18 +288,10 @@ class Settings(RunSettings):
 FREE_SETTINGS = {
     *("config", "data_root", "download", "output_dir", "max_train_time", "max_steps", "gradient_accumulation_steps"),
     *("gradient_checkpointing", "compile", "engine", "log_every", "sample_every", "sample_steps", "guidance_scale"),
-    *(
-        "sample_size",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "track",
-        "num_workers",
-        "latent_cache",
-        "latent_cache_gb",
-    ),
+    *("sample_size", "checkpoint_every", "keep_checkpoints", "track", "num_workers", "latent_cache"),
     *("allow_changed_settings", "fresh", "validation_prompt", "validation_reference", "export_lora", "push_to_hub"),
     "training_adapter",  # whose values are compared
-    *("subjects", "subjects_at_once"),
+    *("latent_cache_gb", "subjects", "subjects_at_once"),
 }
 
 # Settings that may differ between the machines of one run: where things lie there, and how many processes load them.

@@ -23,14 +23,12 @@ from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, buil
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
-from onelora_diffusion.families.family import Condition, joined
+from onelora_diffusion.families.family import Condition, emptied, joined
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.routing import route_adapters
 from onelora_diffusion.injection.verbs import adapter_state_dict, inject_adapter, set_adapters, unload_adapter
 from onelora_diffusion.processes import among_sharers
-from onelora_diffusion.sampling import SamplerSettings, adapters_merged, image_generators
-from onelora_diffusion.sampling.drawing import draw_in_chunks
-from onelora_diffusion.sampling.guidance import ImageRequest
+from onelora_diffusion.sampling import SamplerSettings, adapters_merged, generate_images
 from onelora_diffusion.storage.lora import check_export
 from onelora_diffusion.storage.naming import namings_of
 from onelora_diffusion.training.randomness import HELD_OUT, StepDraws, keyed_generator
@@ -276,27 +274,27 @@ class Task:
         return png_of(torch.cat(rows), [name for _, name in shown], self.family.frame_rate)
 
     def _samples(self, is_stopped: Callable[[], object]) -> Tensor | None:
-        settings, columns = self.settings, len(self.data.shown)
-        scale = settings.drawn_at(settings.guidance_scale)
-        scale = self.family.guidance_scale(self.pipeline) if scale is None else scale
-        kept, dropped = torch.tensor([False]), torch.tensor([True])
-
-        def request(index: int) -> ImageRequest:
-            number = torch.tensor([index % columns])
-            return ImageRequest(
-                condition=self.shown.embeddings(number, kept),
-                empty=self.shown.embeddings(number, dropped),
-                generator=image_generators(settings.seed, [index])[0],
-                guidance_scale=scale,
-            )
-
-        sampler = SamplerSettings(num_inference_steps=settings.sample_steps)
+        settings, conditions = self.settings, [condition for condition, _ in self.data.shown]
+        encoded = {}
+        for number, condition in enumerate(conditions):
+            for key, is_dropped in ((emptied(condition), True), (condition, False)):
+                encoded[key] = self.shown.embeddings(torch.tensor([number]), torch.tensor([is_dropped]))
+        scale, wanted = settings.drawn_at(settings.guidance_scale), range(settings.sample_rows * len(conditions))
+        batches = generate_images(
+            self.pipeline,
+            [conditions[index % len(conditions)] for index in wanted],
+            settings.seed,
+            wanted,
+            SamplerSettings(num_inference_steps=settings.sample_steps, guidance_scale=scale),
+            size=self.data.shown_size or self.data.resolution,
+            frames=self.data.frames,
+            encoded=encoded,
+            images_at_once=self.family.images_at_once,
+            batch_size=self.family.images_at_once,
+        )
         images = []
-        wanted, size = range(settings.sample_rows * columns), self.data.shown_size or self.data.resolution
-        at_once = self.family.images_at_once
-        chunks = draw_in_chunks(self.pipeline, request, wanted, sampler, size, at_once, frames=self.data.frames)
-        for chunk in chunks:
-            images.append(chunk.cpu())
+        for _, batch in batches:
+            images.append(batch.cpu())
             if is_stopped():
                 return None
         return torch.cat(images)

@@ -15,8 +15,7 @@ from onelora_diffusion.evaluation.features.dino import DINO
 from onelora_diffusion.evaluation.features.dinov2 import DINOV2
 from onelora_diffusion.evaluation.features.inception import inception_2015
 from onelora_diffusion.evaluation.features.networks import IMAGENET
-from onelora_diffusion.evaluation.formulas import paired_similarity
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance, paired_similarity
 from onelora_diffusion.evaluation.metrics import PUBLISHED
 from onelora_diffusion.evaluation.statistics import RunningStatistics
 from tools.random_inception import inception_random

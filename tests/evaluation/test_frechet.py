@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, shortage
 
 

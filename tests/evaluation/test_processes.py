@@ -9,8 +9,7 @@ from tiny_models import make_dit, make_dit_pipeline
 from torch import distributed, multiprocessing
 
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
-from onelora_diffusion.evaluation.formulas import kernel_distance
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance, kernel_distance
 from onelora_diffusion.evaluation.images import share
 from onelora_diffusion.evaluation.statistics import RunningStatistics
 from onelora_diffusion.sampling import SamplerSettings, generate_images

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
 
 from onelora_diffusion.evaluation.features.pixels import PixelFeatures
-from onelora_diffusion.evaluation.frechet import frechet_distance
+from onelora_diffusion.evaluation.formulas import frechet_distance
 from onelora_diffusion.evaluation.images import Source, share
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin, RunningStatistics
 from onelora_diffusion.evaluation.statistics_file import load_statistics, save_statistics

@@ -304,4 +304,4 @@ def test_control_characters_of_a_file_are_not_shown(tmp_path):
         save_statistics(tmp_path / name, Measured(statistics, origin))
         assert is_statistics(tmp_path / name)
         filed = load_statistics(tmp_path / name)
-        assert filed.origin.dataset == "?[2Jname" and torch.equal(filed.statistics.covariance, statistics.covariance)
+        assert filed.origin.dataset == " [2Jname" and torch.equal(filed.statistics.covariance, statistics.covariance)

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from onelora_diffusion.training.ema import ExponentialMovingAverage
-from onelora_diffusion.training.schedule import learning_rate_factor
+from onelora_diffusion.training.optimizers import learning_rate_factor
 from onelora_diffusion.training.weighting import check_weighting, loss_weights, min_snr_weights
 
 

@@ -19,7 +19,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def draw(settings: Settings, drawn: AdaptedPipeline, pictures: "Pictures", accel
         pictures.finish()
 
 
-class Pictures:
+class Pictures(AbstractContextManager):
     """Context manager: the folder of the images of all processes, which is this run's alone until the end.
 
     It is --output itself, where that is a folder; for a file it lies beside, until all images are in the file. Each
@@ -216,9 +216,6 @@ class Pictures:
                     "repeat its command, remove that folder, or give another --output"
                 )
         write_bytes(self.record, json.dumps(self.drawn_by).encode())
-
-    def __enter__(self) -> "Pictures":
-        return self
 
     def __exit__(self, *exception) -> None:
         if not self.lock.is_locked:

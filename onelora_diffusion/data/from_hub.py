@@ -30,9 +30,6 @@ def hub_images(asked) -> ClassifiedImages:
     Without a root folder, downloads are in the library's own cache. Without the name of a column, the only one of its
     type is taken. If labels are texts or integers, the distinct ones in sorted order are the classes.
 
-    Args:
-        asked: a `data.table.Request`.
-
     Raises:
         ValueError: the library, the data set, the split or a column is missing, or a row has no label.
     """

@@ -17,9 +17,6 @@ def torchvision_images(asked) -> ClassifiedImages:
     `train` is the default split of the class (such as `trainval` of OxfordIIITPet), or all images of a data set that
     has no splits. Any other split is chosen by its own name.
 
-    Args:
-        asked: a `data.table.Request`.
-
     Raises:
         ValueError: the class or the split does not exist, or the labels are no classes.
         FileNotFoundError: the files are missing.

@@ -1,6 +1,5 @@
 """The settings of a text-to-image run, in addition to those of every run."""
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,6 +14,7 @@ from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     RunSettings,
+    check_installed,
     check_settings,
     first_flags,
     read_recipe,
@@ -149,10 +149,7 @@ class PromptSettings(CaptionSettings, RunSettings):
         if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
             raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
-        if package and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"--base-precision {self.base_precision} needs a package that is missing: pip install {package}"
-            )
+        check_installed(f"--base-precision {self.base_precision}", package)
         if package and self.method == "full":
             raise ValueError(
                 f"--method full trains the base itself, which --base-precision {self.base_precision} packs"

@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ BEAT = 0.1  # seconds between two writes, which is the most that the count misse
 SIZE = 512  # bytes of the file; a single write of a fixed size can be neither incomplete nor too large
 
 
-class RunLock:
+class RunLock(AbstractContextManager):
     """Context manager that locks the folder of a run, so that no other run writes into it.
 
     The main process holds the lock. A new folder into which nothing was written is removed at the end. OSError, on
@@ -57,9 +57,6 @@ class RunLock:
         self.file = self.path.open("r+b", buffering=0)
         self.write(seconds)
         return seconds
-
-    def __enter__(self) -> "RunLock":
-        return self
 
     def __exit__(self, *exception) -> None:
         if not self.lock.is_locked:

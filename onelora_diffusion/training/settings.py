@@ -498,14 +498,16 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError(f"--validation-split {settings.validation_split} is not used: give --validation-images")
     if settings.subjects is not None:
         check_subjects(settings)
-    packages = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
-    for flag, value, package in (
-        ("optimizer", settings.optimizer, packages.get(settings.optimizer)),
-        ("track", settings.track, settings.track if settings.track != "none" else None),
-    ):
-        if package and importlib.util.find_spec(package) is None:
-            extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
-            raise ValueError(f"--{flag} {value} needs a package that is missing: pip install {extra}")
+    optimizers = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
+    check_installed(f"--optimizer {settings.optimizer}", optimizers.get(settings.optimizer))
+    check_installed(f"--track {settings.track}", None if settings.track == "none" else settings.track)
+
+
+def check_installed(flag: str, package: str | None) -> None:
+    """ValueError if a package is missing that a flag needs; None is none."""
+    if package and importlib.util.find_spec(package) is None:
+        extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
+        raise ValueError(f"{flag} needs a package that is missing: pip install {extra}")
 
 
 def refuse(others: dict[str, bool], flag: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,13 +127,10 @@ class OneLoRALoaderMixin:
                 check_name(models[of_both[1]], adapter_name)
         models = {name: models[name] for name in chosen}
 
-        def read(component, model):
-            def translate(tensors, source):
-                return denoiser_tensors(self.stock_class(), model, tensors, source)
-
-            return read_source(model, source, translate, location, component)
-
-        files = {name: read(name, model) for name, model in models.items()}
+        files = {
+            name: read_source(model, source, partial(denoiser_tensors, self.stock_class(), model), location, name)
+            for name, model in models.items()
+        }
         for name, (file, shown) in files.items():
             if hotswap:
                 swap_values(adapters_of(models[name]), file, adapter_name, shown)

@@ -27,10 +27,6 @@ def load_training_adapter(pipeline, path: str) -> str:
     return digest(adapter_state_dict(denoiser_of(pipeline), NAME))
 
 
-def has_training_adapter(model: nn.Module) -> bool:
-    return hasattr(model, "_onelora") and NAME in model._onelora.adapters
-
-
 @contextmanager
 def serving_alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Context manager in which a model computes with one of its adapters, and afterwards with those of before."""
@@ -44,4 +40,5 @@ def serving_alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 def base_in_training(model: nn.Module):
     """Context manager in which a model computes as it was before training: its base, with the training adapter."""
-    return serving_alone(model, NAME) if has_training_adapter(model) else disable_adapter(model)
+    is_there = NAME in adapters_of(model).adapters
+    return serving_alone(model, NAME) if is_there else disable_adapter(model)

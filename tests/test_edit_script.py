@@ -134,7 +134,7 @@ def test_what_references_cannot_be_is_one_line(base, pairs, tmp_path):
     refused("line 1 of", reference_column=("after",))
     refused("--flip does not go with --reference-column", flip=True)
     refused("--prior-weight does not go with --reference-column", prior_weight=1.0)
-    refused("--frames does not go with --reference-column", frames=5)
+    refused("FluxKontext draws images, and no clips of 5 frames: leave --frames out", frames=5)
     refused("--validation-reference is not used", validation_reference=(Path("a.png"),))
     refused("--validation-reference has 0 files: give 1", validation_prompt=("a bold Q",))
     refused("a resolution of 18 is no multiple of 4, which the model needs: give 16 or 20", resolution=18)

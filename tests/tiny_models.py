@@ -128,8 +128,8 @@ def make_dc_vae():
     ).eval()
 
 
-def make_ltx_vae():
-    sides = {"block_out_channels": (8, 8), "layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, False)}
+def make_ltx_vae(scaling=(True, False)):
+    sides = {"block_out_channels": (8, 8), "layers_per_block": (1, 1, 1), "spatio_temporal_scaling": scaling}
     decoder = {f"decoder_{name}": value for name, value in sides.items()}
     upsampling = {"decoder_inject_noise": (False,) * 3, "upsample_residual": (False,) * 2, "upsample_factor": (1,) * 2}
     return diffusers.AutoencoderKLLTXVideo(

@@ -65,8 +65,8 @@ class Settings(SamplerSettings, ComputeSettings):
     """Prompts for a text-to-image adapter, drawn by its pipeline's own sampler. Default: the captions of the embedded
     job, for its adapter."""
     reference: tuple[Path, ...] = ()
-    """Images that the prompts edit, for bases and adapters that edit: one for all prompts or one for each, or as many
-    as the adapter learnt with."""
+    """Images that the prompts edit, or with which their clips begin, for bases and adapters of these kinds: one for
+    all prompts or one for each, or as many as the adapter learnt with."""
     resolution: int | None = None
     """Side in pixels of the images of prompts. Default: that of training."""
     height: int | None = None

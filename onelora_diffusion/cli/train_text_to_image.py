@@ -25,12 +25,21 @@ from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.data.listing import counted
 from onelora_diffusion.data.references import edits_of
 from onelora_diffusion.denoisers import choose_denoiser
-from onelora_diffusion.families import Edit, Family, Recorded, choose_references, family_of
+from onelora_diffusion.families import (
+    Edit,
+    Family,
+    Recorded,
+    choose_references,
+    draws_from_first_frame,
+    family_of,
+    references_of,
+)
 from onelora_diffusion.launch import start_all_processes, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
 from onelora_diffusion.training.randomness import TAG_ORDERS, keyed_generator
+from onelora_diffusion.training.settings import refuse
 from onelora_diffusion.training.task import Task, TrainingData
 
 EMBEDDED = Path(__file__).parent / "recipes" / "digit_words.yaml"
@@ -41,7 +50,11 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     is_new = pipeline is None
     pipeline = pipeline or load_base(settings.base, condition=str, precision=settings.base_precision)
     choose_denoiser(pipeline, settings.denoisers)
-    choose_references(pipeline, len(settings.reference_column))
+    number = len(settings.reference_column)
+    if settings.frames > 1 and not number and draws_from_first_frame(pipeline):
+        refuse({"--flip": settings.flip, "--prior-weight": settings.prior_weight}, "a base that draws from a picture")
+        number = 1
+    choose_references(pipeline, number)
     family = family_of(pipeline, settings.caches)
     if is_new and isinstance(family, Recorded):
         accelerator.print(family)
@@ -63,8 +76,9 @@ def captioned_data(
     settings: PromptSettings, family: Family, pipeline, resolution: int, split: str = "train"
 ) -> TrainingData:
     """The images of a split with their captions, and with their masks on the grid of their latents."""
-    multiple, broken = family.multiple(pipeline), settings.broken_images
-    captioned = load_captioned(settings, resolution, multiple, split, broken, family.frame_rate)
+    multiple, broken, number = family.multiple(pipeline), settings.broken_images, references_of(pipeline)
+    first_frames = number > len(settings.reference_column)
+    captioned = load_captioned(settings, resolution, multiple, split, broken, family.frame_rate, first_frames)
     masks = (
         captioned.masks.on_grid(
             captioned.dataset, lambda height, width: family.latent_shape(pipeline, height, width)[-2:]
@@ -80,9 +94,12 @@ def captioned_data(
     if captioned.references:
         images = [index for index in range(len(captioned)) for _ in range(each)]
         sides, references = captioned.dataset.size_of, captioned.references
-        prompts = [Edit(prompt, references[i], sides(i)) for i, prompt in zip(images, prompts, strict=True)]
-        number, files = len(settings.reference_column), settings.validation_reference
-        shown = edits_of(named, files, number, settings.sample_size or resolution, "--validation-reference")
+        frames, files = settings.frames, settings.validation_reference
+        prompts = [Edit(prompt, references[i], sides(i), frames) for i, prompt in zip(images, prompts, strict=True)]
+        size = settings.sample_size or resolution
+        shown = edits_of(named, files, number, size, "--validation-reference", frames)
+    elif settings.validation_reference:
+        raise ValueError("--validation-reference is not used: the base draws from no picture")
     clips = {"frames": settings.frames, "frame_rate": family.frame_rate} if settings.frames > 1 else {}
     return TrainingData(
         images=captioned.dataset,
@@ -104,7 +121,7 @@ def captioned_data(
         | ({"denoiser": settings.denoisers} if settings.denoisers else {})
         | ({"trigger": settings.trigger} if settings.trigger else {})
         | ({"training_adapter": Path(settings.training_adapter).name} if settings.training_adapter else {})
-        | ({"references": len(settings.reference_column)} if settings.reference_column else {}),
+        | ({"references": number} if number else {}),
         buckets=captioned.buckets,
         frames=settings.frames,
         shown_size=settings.sample_size,

@@ -21,12 +21,13 @@ from onelora_diffusion.data.buckets import Buckets, nearest_buckets, with_frames
 from onelora_diffusion.data.clips import Clips, check_bytes, is_video, items_of
 from onelora_diffusion.data.decoding import BrokenImageError, opened
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
+from onelora_diffusion.data.identity import file_digest
 from onelora_diffusion.data.images import Pictures, SizedImages, crop_to
 from onelora_diffusion.data.latents import FlippableImages
 from onelora_diffusion.data.listing import Listing, list_images
 from onelora_diffusion.data.masks import Masks, is_mask_of_clip, masks_beside
 from onelora_diffusion.data.metadata import FILE_COLUMN, METADATA, Table
-from onelora_diffusion.data.references import ReferenceImage, reference_image
+from onelora_diffusion.data.references import FirstFrame, ReferenceImage, reference_image
 from onelora_diffusion.data.repeats import checked_repeats, numbered_folder, repeats_by_folder
 from onelora_diffusion.families.family import check_multiple
 from onelora_diffusion.files import printable
@@ -100,7 +101,8 @@ class CaptionSettings:
     """Column of captions in the metadata or on the hub."""
     reference_column: tuple[str, ...] = ()
     """Column of the metadata with the path of the image that the caption says how to edit, for bases that edit
-    (FLUX.1 Kontext, Qwen-Image-Edit, FLUX.2); several columns, for bases that take several images."""
+    (FLUX.1 Kontext, Qwen-Image-Edit, FLUX.2); several columns, for bases that take several images. Of bases that draw
+    clips from a picture: that picture. Default there: each clip's own first frame."""
     mask_column: str | None = None
     """Column of masks in the metadata (their paths) or on the hub: white where an image is learned, black where it is
     not. Default: the mask of NAME.jpg is NAME.mask.png beside it, if it is there."""
@@ -130,7 +132,7 @@ class Found:
     captions: list[str]
     masks: Masks | None = None
     repeats: list[int] | None = None
-    references: list[tuple[ReferenceImage, ...]] = field(default_factory=list)
+    references: list[tuple[ReferenceImage | FirstFrame, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -141,6 +143,7 @@ def load_captioned(
     split: str = "train",
     broken: str = "fatal",
     frame_rate: float | None = None,
+    first_frames: bool = False,
 ) -> CaptionedImages:
     """Load images and their captions from a folder or the hub; the handwritten digits if `settings.images` is None.
 
@@ -151,6 +154,7 @@ def load_captioned(
         split: for `hf:NAME` and the digits; a folder has `train` alone.
         broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
         frame_rate: frames a second that are taken of videos and animated images; None takes each one.
+        first_frames: whether the reference image of each clip is its own first frame.
 
     Raises:
         FileNotFoundError: the folder, all images, or an image that the metadata names is missing.
@@ -185,7 +189,7 @@ def load_captioned(
         raise ValueError(f"a folder has no split '{split}': leave --validation-split out to hold out its own images")
     else:
         named = Path(source).resolve().name
-        clips = None if frames == 1 else partial(Clips, number=frames, rate=frame_rate)
+        clips = None if frames == 1 else partial(Clips, number=frames, rate=frame_rate, broken=broken)
         found = _of_folder(Path(source), settings, clips)
     pictures = found.pictures
     if found.masks is not None:
@@ -198,7 +202,14 @@ def load_captioned(
         buckets = Buckets([(resolution, resolution)], np.zeros(len(pictures), np.int64))
     if frames > 1:
         buckets = with_frames(buckets, frames, pictures.is_clip)
-    return CaptionedImages(BucketedImages(named, pictures, buckets, broken), found)
+        if (first_frames or settings.reference_column) and not pictures.is_clip.all():
+            still = pictures.named(int(pictures.is_clip.argmin()))
+            raise ValueError(f"{still} is a single image, and clips are learned from their first frame: take it out")
+    dataset = BucketedImages(named, pictures, buckets, broken)
+    if first_frames:
+        digests = (file_digest(str(paths[0]), times=False).hex() for paths in pictures.paths)
+        found.references = [(FirstFrame(dataset, index, digest),) for index, digest in enumerate(digests)]
+    return CaptionedImages(dataset, found)
 
 
 def bucketed(pictures: Pictures, resolution: int, multiple: int, broken: str) -> Buckets:
@@ -329,8 +340,6 @@ def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Cli
     videos = [name for name in listing.others if is_video(name)]
     if not (listing.images or tables or videos and clips):
         raise FileNotFoundError(f"no images in {folder}{', but videos: give --frames' if videos else ''}")
-    if clips and settings.reference_column:
-        raise ValueError(f"references are of images, and {folder} is read for clips: leave --frames out")
     if clips and (many := [name for name in (*listing.folders, *videos) if is_mask_of_clip(name)]):
         raise ValueError(
             f"{printable(str(folder / many[0]))} is a mask of many frames: a clip has one for all of them, as "
@@ -342,11 +351,12 @@ def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Cli
     rows = table.rows.keys() if references else set()
     _check_references(folder, rows, references)
     edited = {file for files in references.values() for file in files.values()} - rows
-    images = set(listing.images) - set(of_table.values()) - edited
+    no_images = edited | set(of_table.values())
+    images = set(listing.images) - no_images
     stems = {name: os.path.splitext(name)[0] for name in (*images, *(videos if clips else ()))}
     stems |= {name: name for name in listing.folders if clips}
     captions = _captions_of(listing, stems, tables, table, settings)
-    items = items_of(listing, captions) if clips else {name: [name] for name in images}
+    items = items_of(listing, captions, no_images) if clips else {name: [name] for name in images}
     if settings.prompt is not None:
         captions = dict.fromkeys(items, settings.prompt)
     if without := sorted(items.keys() - captions.keys()):

@@ -6,7 +6,7 @@ Frames are decoded one after the other, as images are (`data.decoding`), and cro
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import count
@@ -38,13 +38,16 @@ class Clips(Pictures):
         items: the files by the name of each item: a video, an image, or the frames of a folder.
         number: the frames of a clip that are taken, from its first one on.
         rate: frames a second that are taken of a video or an animated image; None takes each one.
+        broken: `skip` takes a file whose frames cannot be counted for what the next one is.
 
     Raises:
         ValueError: a clip has fewer frames, or a video cannot be read without PyAV.
-        BrokenImageError: the frames of a file cannot be counted.
+        BrokenImageError: the frames of a file, or with `skip` of all, cannot be counted.
     """
 
-    def __init__(self, listing: Listing, items: dict[str, list[str]], number: int, rate: float | None):
+    def __init__(
+        self, listing: Listing, items: dict[str, list[str]], number: int, rate: float | None, broken: str = "fatal"
+    ):
         self.root, self.listing, self.number = listing.root, listing, number
         self.rate = rate
         self.paths = [[listing.root / file for file in files[:number]] for files in items.values()]
@@ -55,7 +58,20 @@ class Clips(Pictures):
                 f"{self.named(self.names.index(videos[0]))} is read by PyAV, which is missing: "
                 "pip install 'onelora-diffusion[video]'; or save its frames as images in a folder"
             )
-        self.is_clip = np.array([self._has_frames(index, len(files)) for index, files in enumerate(items.values())])
+        found, unread = [], 0
+        for index, files in enumerate(items.values()):
+            try:
+                is_clip = self._has_frames(index, len(files))
+            except BrokenImageError:
+                if broken == "fatal":
+                    raise
+                unread += 1
+            else:
+                found += [is_clip] * (unread + 1)
+                unread = 0
+        if not found:
+            raise BrokenImageError(f"none of the {len(items)} clips and images can be read")
+        self.is_clip = np.array(found + found[:1] * unread)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -136,15 +152,18 @@ class Clips(Pictures):
                 yield frame
 
 
-def items_of(listing: Listing, captioned: Iterable[str]) -> dict[str, list[str]]:
+def items_of(listing: Listing, captioned: Iterable[str], but: Collection[str] = ()) -> dict[str, list[str]]:
     """The clips and images of a folder by name, each with its files.
 
     A video file is a clip, and so are the images of a subfolder together, in the order of the numbers in their names.
     Images in the folder itself, and those that have a caption of their own, are each by themselves.
+
+    Args:
+        but: images that are none of those, such as reference images.
     """
     own = set(captioned)
     items = {name: [name] for name in listing.others if is_video(name)}
-    for name in listing.images:
+    for name in (name for name in listing.images if name not in but):
         folder = os.path.dirname(name)
         items.setdefault(name if not folder or name in own else folder, []).append(name)
     return {name: sorted(items[name], key=by_number) for name in sorted(items)}

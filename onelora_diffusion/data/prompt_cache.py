@@ -138,8 +138,9 @@ def distinct(captions: Sequence[str | Edit]) -> list[str | Edit]:
 
 
 def as_json(edit: Edit) -> list:
-    """What tells edits apart: the prompt, the contents of the references, the size."""
-    return [edit.prompt, [reference.digest for reference in edit.references], list(edit.side)]
+    """What tells edits apart: the prompt, the contents of the references, the size and the number of frames."""
+    size = [*edit.side, *([edit.frames] if edit.frames > 1 else [])]
+    return [edit.prompt, [reference.digest for reference in edit.references], size]
 
 
 def shards_of(prompts: list) -> list[np.ndarray]:

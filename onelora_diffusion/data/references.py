@@ -1,10 +1,11 @@
-"""Reference images, which a prompt says how to edit."""
+"""Reference images, which a prompt says how to edit, or how a clip goes on from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+from torch.utils.data import Dataset
 
 from onelora_diffusion.data.decoding import opened, read_image, upright_size
 from onelora_diffusion.data.identity import file_digest
@@ -22,6 +23,24 @@ class ReferenceImage:
     def image(self) -> Image.Image:
         """The picture, upright and in RGB; BrokenImageError if it can be read no more."""
         return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class FirstFrame:
+    """The first frame of a clip, as it is learned: cropped, and of another clip where it is skipped as unreadable.
+
+    Attributes:
+        clips: `[index] -> (pixels (3, frames, height, width), number)`.
+        digest: a hash of the clip's file.
+    """
+
+    clips: Dataset = field(compare=False)
+    index: int = field(compare=False)
+    digest: str
+
+    def image(self) -> Image.Image:
+        pixels, _ = self.clips[self.index]
+        return Image.fromarray(pixels[:, 0].movedim(0, -1).numpy())
 
 
 def reference_image(path: Path, named: str) -> ReferenceImage:
@@ -42,7 +61,7 @@ def reference_image(path: Path, named: str) -> ReferenceImage:
 
 
 def edits_of(
-    prompts: Sequence[str], files: Sequence[Path], each: int, size: int | tuple[int, int], flag: str
+    prompts: Sequence[str], files: Sequence[Path], each: int, size: int | tuple[int, int], flag: str, frames: int = 1
 ) -> list[Edit]:
     """Edits of reference images by prompts.
 
@@ -51,6 +70,7 @@ def edits_of(
         each: number of reference images of a prompt.
         size: side of the edits in pixels, or height and width.
         flag: what gives the files, for errors.
+        frames: of the clips that begin with them; 1: images are drawn.
 
     Raises:
         FileNotFoundError, BrokenImageError: a file is missing or no image.
@@ -62,4 +82,4 @@ def edits_of(
         )
     images = tuple(reference_image(Path(file), flag) for file in files)
     rows = [images[first : first + each] for first in range(0, len(images), each)]
-    return [Edit(prompt, rows[number % len(rows)], sides_of(size)) for number, prompt in enumerate(prompts)]
+    return [Edit(prompt, rows[number % len(rows)], sides_of(size), frames) for number, prompt in enumerate(prompts)]

@@ -5,11 +5,22 @@ from pathlib import Path
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.families.family import Conditions, Edit, Family
+from onelora_diffusion.families.given import draws_from_first_frame
 from onelora_diffusion.families.recorded import Recorded
 from onelora_diffusion.families.references import choose_references, references_of
 from onelora_diffusion.injection.book import unwrapped
 
-__all__ = ["FAMILIES", "Conditions", "Edit", "Family", "Recorded", "choose_references", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "Edit",
+    "Family",
+    "Recorded",
+    "choose_references",
+    "draws_from_first_frame",
+    "family_of",
+    "references_of",
+]
 
 FAMILIES: tuple[Family, ...] = (DiT(),)
 """The families that have a file here; every other one is recorded."""

@@ -21,11 +21,13 @@ class Edit:
     Attributes:
         references: each has a `digest` of its file, and `image()` returns its picture, a PIL image.
         side: (height, width) in pixels of the image to draw.
+        frames: of the clip to draw, which begins with the reference image; 1: an image is drawn.
     """
 
     prompt: str
     references: tuple
     side: tuple[int, int]
+    frames: int = 1
 
 
 Condition = int | str | Edit | None
@@ -172,6 +174,17 @@ class Family:
             conditions: the result of `encode_conditions`, (batch, ...).
         """
         raise NotImplementedError
+
+    def learned(self, latents: tuple[int, ...]) -> Tensor | None:
+        """Of latents of a shape (C, f, h, w), the mask (1, 1, f, h, w) of those that are no part of what is given.
+
+        None: all are learned.
+        """
+        return None
+
+    def completed(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Latents (batch, C, ...) that were drawn, with those of their conditions that are given in their places."""
+        return latents
 
     def timestep_range(self, scheduler) -> range:
         """The timesteps that the denoiser is trained on: all, or its share of them if there are two denoisers."""

@@ -89,8 +89,9 @@ def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
 def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
     """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
     numbers, _ = empty_row(recorder, run, recorder.call())
-    found = recorder.unmixed(run)[0].float().flatten().cpu()[place.order]
-    own, without = (answers[number].float().flatten().cpu()[place.unpacked] for number in numbers)
+    stepped = place.order >= 0
+    found = recorder.unmixed(run)[0].float().flatten().cpu()[place.order[stepped]]
+    own, without = (answers[number].float().flatten().cpu()[place.unpacked[stepped]] for number in numbers)
     for offset in (0, 1):
         guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
         if (guided - found).abs().max() <= 0.05 * guided.abs().max():

@@ -1,7 +1,5 @@
 """What the recorded calls of a stock pipeline say of its reference images."""
 
-from math import prod
-
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +17,7 @@ def find_pictured(recorder: Recorder, place: Place) -> None:
     def called(**settings) -> dict:
         call = recorder.call(**settings)
         given = call[record.noisy][0].flatten()
-        return call | {record.noisy: given[on(place.packed >= prod(place.shape), given.device)]}
+        return call | {record.noisy: given[on(place.beside, given.device)]}
 
     first = called(encoded=record.encoded)
     again = called(encoded=record.encoded, generator=torch.Generator().manual_seed(1))

@@ -17,6 +17,13 @@ from onelora_diffusion.denoisers import autoencoder_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, prediction_of
 from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
+from onelora_diffusion.families.given import (
+    PROBED_FRAMES,
+    drawn_at_random,
+    draws_from_first_frame,
+    scaled_as_others,
+    still_in,
+)
 from onelora_diffusion.families.guided import find_guidance
 from onelora_diffusion.families.pictured import call_of_two, find_pictured
 from onelora_diffusion.families.record import Place, Prompted, Run
@@ -58,10 +65,12 @@ def _probed(recorder: Recorder) -> Place:
             raise recorder.refusal(f"its call takes no {name}")
     takes = recorder.takes
     if takes and recorder.parameters[takes].default is inspect.Parameter.empty and not recorder.record.references:
+        clips = ", or are the first frames of clips of --frames" if recorder.counts else ""
         raise recorder.refusal(
-            f"its call needs {takes}, a picture to draw from: those of images are named by --reference-column, and "
-            "clips have none"
+            f"its call needs {takes}, a picture to draw from: pictures are named by --reference-column{clips}"
         )
+    if recorder.record.references and draws_from_first_frame(recorder.pipeline):
+        recorder.record.frames = PROBED_FRAMES
     if not recorder.encoding:
         raise recorder.refusal("it has no encode_prompt")
     for name in ("scheduler", *{"vae"} & recorder.pipeline.components.keys()):
@@ -134,6 +143,7 @@ def find_noise_at(recorder: Recorder) -> None:
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
         found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
+        found = found or record.frames > 1 and drawn_at_random(recorder, off) or []
         tried = off
         if len(run.calls) == 1 and len(found) == 1:
             break
@@ -202,12 +212,13 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         raise recorder.refusal(
             f"its scheduler steps {len(run.times)} times where its denoiser is called {len(run.calls)} times"
         )
-    count, given = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
-    values = torch.stack([value[0].flatten().cpu() for value in given[:steps]])
+    count, taken = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
+    values = torch.stack([value[0].flatten().cpu() for value in taken[:steps]])
     moves = (values != values[0]).any(0)  # all others are constant, or of reference images
     packed = torch.empty(len(moves), dtype=torch.long)
     packed[moves] = _from_digits(list(values[1:, moves]))
-    if not _is_permutation(packed[moves], count):
+    numbers = packed[moves].sort().values
+    if not (_is_permutation(numbers, count) or record.frames > 1 and _are_some(numbers, count)):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
     is_flow = prediction_of(recorder.pipeline.scheduler.config) == "flow"
     record.mixes = is_flow and any(len(value.sign().unique()) > 1 for value in run.outputs)
@@ -215,7 +226,7 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in outputs}
     sign = signs.pop()
     unpacked = _from_digits([value * sign - 1 for value in outputs])
-    elements = torch.Size(record.output_shape(tuple(given[0][0].shape))).numel()
+    elements = torch.Size(record.output_shape(tuple(taken[0][0].shape))).numel()
     if len(unpacked) == 2 * count and "learned" in str(recorder.pipeline.scheduler.config.get("variance_type")):
         unpacked = unpacked[:count]  # after which the scheduler is given the variance
     is_part = len(unpacked) == count == len(unpacked.unique()) and 0 <= unpacked.min() and unpacked.max() < elements
@@ -227,40 +238,55 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     )
     check_pixels(recorder, grey, white)
     zeros, ones = grey.decoded, white.decoded
-    if run.decoded is None or run.decoded.numel() != count:
+    given = 0 if run.decoded is None else run.decoded.numel() - len(numbers)  # clean in each step
+    if run.decoded is None or given and record.frames == 1:
         raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
     decoded = [zeros, ones, run.decoded]
-    if run.decoded.ndim == 4 and frames > 1:  # of an autoencoder of images, which has the frames as a batch
+    if (
+        run.decoded.ndim == 4 and max(frames, record.frames) > 1
+    ):  # of an autoencoder of images, which has the frames as a batch
         decoded = [latents.transpose(0, 1)[None] for latents in decoded]
-    zeros, ones, numbers = (latents.float() for latents in decoded)
+    zeros, ones, counted = (latents.float() for latents in decoded)
     shift, scale = zeros, ones - zeros
-    order = ((numbers - shift) / scale).flatten().cpu()
-    if not _is_permutation(order.round().long(), count) or (order - order.round()).abs().max() > 0.25:
+    order = ((counted - shift) / scale).flatten().cpu()
+    if given:  # those are as they are, whatever the sample
+        is_given = (scale == 0).flatten().cpu()
+        order[is_given] = -1.0
+    is_same = torch.equal(order.round().long().sort().values[given:], numbers)
+    if not is_same or (order - order.round()).abs().max() > 0.25:
         raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
     order = order.round().long()
-    latents = numbers.shape[1:]
-    if len(latents) == 4 and latents[1] != 1 and frames == 1 or len(latents) not in (3, 4):
+    latents = counted.shape[1:]
+    is_clip = max(frames, record.frames) > 1
+    if len(latents) == 4 and latents[1] != 1 and not is_clip or len(latents) not in (3, 4):
         raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
-    shape = tuple(latents) if frames > 1 else (latents[0], *latents[-2:])
-    packed[moves], packed[~moves] = order.argsort()[packed[moves]], torch.arange(count, len(packed))
+    shape = tuple(latents) if is_clip else (latents[0], *latents[-2:])
+    latent_at = torch.empty(count, dtype=torch.long)
+    latent_at[order[order >= 0]] = (order >= 0).nonzero().flatten()
+    packed[moves], packed[~moves] = latent_at[packed[moves]], len(order) + torch.arange(int((~moves).sum()))
     check_schedule(recorder, run)
     if not 0.8 < run.spread < 1.2:  # a statistic, where a pipeline draws other numbers before its noise
         if not is_flow:
             raise recorder.refusal(f"its noise is {run.spread:g} times that of its scheduler")
         record.spread = round(run.spread, 5)
-    scale = scale * record.spread
+    scale, shift = (scale * record.spread).reshape(shape).cpu(), shift.reshape(shape).cpu()
+    if given:
+        scale, shift = (scaled_as_others(moment, (order < 0).reshape(shape)) for moment in (scale, shift))
+        if scale is None or shift is None:
+            raise recorder.refusal("some of its latents are given clean, and the others are not scaled alike")
     return Place(
         shape=shape,
-        argument=tuple(given[0][0].shape),
+        argument=tuple(taken[0][0].shape),
         order=order,
         packed=packed,
-        unpacked=unpacked[order],
+        unpacked=unpacked[order.clamp(min=0)],
         sign=sign,
-        scale=scale.reshape(shape).cpu(),
-        shift=shift.reshape(shape).cpu(),
+        scale=scale,
+        shift=shift,
         frames=run.decoded.ndim == 5,
         decoding=run.decoding,
         constants=run.calls[0],
+        still=still_in(run.calls, record.noisy),
     ), run
 
 
@@ -299,6 +325,7 @@ def find_times(recorder: Recorder, run: Run) -> None:
         if name == recorder.record.noisy or all(same(value, values[0]) for value in values):
             continue
         values = [torch.as_tensor(value).flatten() for value in values]
+        values = [value[values[0] != values[1]] for value in values]  # others are of what is given clean
         if any(not torch.equal(value, value[:1].expand_as(value)) for value in values):
             raise recorder.refusal(f"{name} changes from step to step, and is not one time for each image")
         line = line_of(times, torch.stack([value[0].double() for value in values]), values[0].dtype)
@@ -441,25 +468,27 @@ def drawn_side(recorder: Recorder, place: Place) -> int:
 def find_sizes(recorder: Recorder, place: Place) -> None:
     """The multiple of pixels that sides are taken in; the own side of a pipeline that draws one size alone."""
     record, side = recorder.record, recorder.record.side
-    if place.shape[1:] != (side // record.pixels,) * 2:
-        drawn = " by ".join(map(str, place.shape[1:]))
+    if place.shape[-2:] != (side // record.pixels,) * 2:
+        drawn = " by ".join(map(str, place.shape[-2:]))
         raise recorder.refusal(f"asked for {side} by {side} pixels it draws another size, of {drawn} latents")
     multiples = (record.pixels * 2**power for power in range(12))
-    taken = (each for each in multiples if each < side and _takes(recorder, side + each, prod(place.shape)))
+    count = int(place.order.max()) + 1
+    taken = (each for each in multiples if each < side and _takes(recorder, side + each, count))
     record.multiple = next(taken, side)
     if recorder.counts:
-        record.stride = _stride(recorder, prod(place.shape))
+        record.stride = _stride(recorder, place)
 
 
-def _stride(recorder: Recorder, count: int) -> int:
+def _stride(recorder: Recorder, place: Place) -> int:
     """Frames of a clip for each of its latents after the first; 0 if the pipeline draws no clips of such numbers."""
     try:
         answer = recorder.answering(_digit)
         encoded, off = recorder.record.encoded, recorder.record.off
-        run = recorder.run(SHORT, recorder.square, 2, answer, encoded=encoded, frames=TRIED_FRAMES, **off)
+        run = recorder.run(SHORT, recorder.square, 2, answer, lambda number, x: x, encoded, frames=TRIED_FRAMES, **off)
     except NotTakenError:
         return 0
-    more = run.samples[0].numel() // count - 1
+    of_frame = place.shape[0] * prod(place.shape[-2:])
+    more = run.decoded.numel() // of_frame - 1
     return (TRIED_FRAMES - 1) // more if more > 0 and (TRIED_FRAMES - 1) % more == 0 else 0
 
 
@@ -485,6 +514,11 @@ def _digit(number: int, count: int) -> Tensor:
 
 def _from_digits(digits: list[Tensor]) -> Tensor:
     return sum(digit.flatten().cpu().double() * BASE**place for place, digit in enumerate(digits)).round().long()
+
+
+def _are_some(numbers: Tensor, count: int) -> bool:
+    """Whether these are different ones of 0, 1, ..., count - 1, in order."""
+    return len(numbers) > 0 and bool((numbers.diff() > 0).all() and numbers[0] >= 0 and numbers[-1] < count)
 
 
 def _is_permutation(order: Tensor, count: int) -> bool:

@@ -64,12 +64,15 @@ class Placed(NamedTuple):
     Attributes:
         unpacked: None where the output is in the order of the latents.
         beside: what is constant beside the noise in its argument, (numbers,), if anything is.
+        given: None where no latent is given clean.
     """
 
     packed: Tensor
     unpacked: Tensor | None
     beside: Tensor | None
     constants: dict
+    still: dict[str, Tensor]
+    given: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,7 @@ class Place:
     Attributes:
         shape: of their latents, (C, h, w), or (C, f, h, w) of clips.
         argument: the shape of the noisy argument, without the batch.
-        order: for each latent, its place in the scheduler's sample.
+        order: for each latent, its place in the scheduler's sample; -1 for one that is given clean.
         packed: for each place of the noisy argument, the number of the latent that stands there; where reference
             images or constants do, numbers from that of latents on, in the order of the places.
         unpacked: for each latent, its place in the denoiser's output.
@@ -88,6 +91,7 @@ class Place:
         frames: whether the autoencoder has a dimension of frames.
         decoding: what it is given beside latents to decode, `args` and `kwargs`.
         constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
+        still: by argument, the places (1, ...) of the time that keep their numbers, which are those of `constants`.
     """
 
     shape: tuple[int, ...]
@@ -101,18 +105,29 @@ class Place:
     frames: bool
     decoding: dict
     constants: dict
+    still: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         vars(self)["_on_devices"] = {}
+
+    @property
+    def given(self) -> Tensor:
+        """Which latents are given clean, of `shape`, bool."""
+        return (self.order < 0).reshape(self.shape)
+
+    @property
+    def beside(self) -> Tensor:
+        """The places of the noisy argument that are no latents but constant, bool."""
+        return self.packed >= len(self.order)
 
     @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
     def on(self, device: torch.device, noisy: str) -> Placed:
         """What a call on a device needs of it, moved there once; `noisy` is the name of the noisy argument."""
         if device not in self._on_devices:
-            number = len(self.unpacked)
-            beside = self.constants[noisy][0].flatten()[self.packed >= number] if len(self.packed) > number else None
-            in_order = torch.equal(self.unpacked, torch.arange(number))
-            moved = (self.packed, None if in_order else self.unpacked, beside, self.constants)
+            beside = self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None
+            in_order = torch.equal(self.unpacked, torch.arange(len(self.unpacked)))
+            given = self.given if self.given.any() else None
+            moved = (self.packed, None if in_order else self.unpacked, beside, self.constants, self.still, given)
             self._on_devices[device] = Placed(*send_to_device(moved, device))
         return self._on_devices[device]
 
@@ -124,6 +139,7 @@ class Record:
     Attributes:
         side: pixels of the sides of the images that it was recorded with.
         references: the number of reference images.
+        frames: of what it is recorded with: 1, or several of clips that begin with their reference image.
         pictured: the arguments that follow what is in them, of the noisy one a part.
         off: settings of its call without guidance.
         arrangement: how the arguments of the denoiser become values by name.
@@ -153,6 +169,7 @@ class Record:
 
     side: int = 0
     references: int = 0
+    frames: int = 1
     pictured: list[str] = field(default_factory=list)
     off: dict = field(default_factory=dict)
     arrangement: Arrangement = field(default_factory=Arrangement)

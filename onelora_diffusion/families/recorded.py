@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from math import inf, prod
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.fitting import check_frames, check_sides
+from onelora_diffusion.families.given import clean_latents
 from onelora_diffusion.families.guided import empty_row, guided_run
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import place_at, probed
@@ -29,7 +30,7 @@ from onelora_diffusion.families.recording import SHORT, Recorder
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.book import unwrapped
 
-ON_CPU = (".length", ".sizes", ".shape", ".digest")  # endings of conditions that say how others are used
+ON_CPU = (".length", ".frames", ".sizes", ".shape", ".digest")  # endings of conditions that say how others are used
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
 PLACES = 64  # sizes of images, with those of their reference images, of which what was recorded is kept in memory
 
@@ -58,7 +59,8 @@ class Recorded(Family):
             place = probed(self.recorder)
         self.record = self.recorder.record
         self._mixtures: dict[float, tuple[Tensor, Tensor]] = {}
-        self._places: dict[tuple, Place] = {(*self.recorder.square, 1): place}
+        self._first = place
+        self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
         self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
 
@@ -92,7 +94,7 @@ class Recorded(Family):
     def keep(self) -> None:
         """Write the record into its folder, if it has one and is not from there."""
         if self.path and not self.is_kept:
-            keep(self.path, self.record, self.place(*self.recorder.square))
+            keep(self.path, self.record, self._first)
         self.is_kept = True
 
     def place(self, height: int, width: int, frames: int = 1, sizes: Sequence[tuple[int, int]] = ()) -> Place:
@@ -101,6 +103,7 @@ class Recorded(Family):
         Args:
             sizes: those of reference images.
         """
+        frames = frames if frames > 1 else self.record.frames
         key = (height, width, frames, *sizes)
         if key not in self._places:
             with torch.no_grad():
@@ -157,15 +160,21 @@ class Recorded(Family):
         if len(images) != self.record.references:
             raise ValueError(f"{self.name} is given {len(images)} reference images, not {self.record.references}")
         sizes = [image.size for image in images]
-        row = self._encoded_row(edit.prompt, max_length, settings, edit.side, sizes, references=images)
-        return row | {"references.sizes": torch.tensor([[edit.side, *sizes]])}
+        row = self._encoded_row(
+            edit.prompt, max_length, settings, edit.side, sizes, references=images, frames=edit.frames
+        )
+        row["references.sizes"] = torch.tensor([[edit.side, *sizes]])
+        return row | ({"references.frames": torch.tensor([edit.frames])} if edit.frames > 1 else {})
 
     def _encoded_row(
-        self, prompt: str, max_length: int | None, settings: dict, side=None, sizes=(), **given
+        self, prompt: str, max_length: int | None, settings: dict, side=None, sizes=(), frames=1, **given
     ) -> dict[str, Tensor]:
-        recorder, record, settings = self.recorder, self.record, settings | given
+        recorder, record, settings = self.recorder, self.record, settings | given | {"frames": frames}
         side = side or recorder.square
-        run = recorder.run(prompt, side, **record.off | settings)
+        place = self.place(*side, frames, sizes)
+        whole = {"answer": recorder.answering(lambda number, elements: torch.zeros(elements))}
+        whole |= {"step": lambda number, sample: sample}
+        run = recorder.run(prompt, side, **record.off | settings | (whole if place.given.any() else {}))
         call = run.calls[0]
         if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
             guided, _ = guided_run(recorder, side, **record.guided | settings)
@@ -178,7 +187,8 @@ class Recorded(Family):
             if not same(filled(record.encoded, iter(tensors)), run.encoded):
                 raise ValueError(f"{self.name} encodes a prompt to what is no tensor, and other for each")
             return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors)}
-        return self._padded(call, max_length, self.place(*side, sizes=sizes))
+        row = self._padded(call, max_length, place)
+        return row | ({"references.clean": clean_latents(place, run.decoded)} if place.given.any() else {})
 
     def _padded(self, call: dict, max_length: int | None, place: Place) -> dict[str, Tensor]:
         """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ.
@@ -200,7 +210,7 @@ class Recorded(Family):
             row |= {f"references.{name}.shape": torch.tensor([[*value.shape]]) for name, value in own.items()}
             row["references.digest"] = torch.tensor([int(digest(own)[:15], 16)])
             given = call[record.noisy][0].flatten()
-            row["references"] = given[on(place.packed >= prod(place.shape), given.device)][None]
+            row["references"] = given[on(place.beside, given.device)][None]
         for name, how in record.prompted.items():
             value = call[name][None] if how.kind == "shared" else call[name][0][None]
             if how.ragged is not None:
@@ -346,7 +356,7 @@ class Recorded(Family):
         latents = latents * record.spread
         place, values = self.place(*self._size_of(latents)), latents.flatten(1)
         if record.references:
-            place, references = self._referred(conditions, self._size_of(latents)[:2])
+            place, references = self._referred(conditions, self._size_of(latents))
             values = torch.cat([values, references.to(values.dtype)], dim=1)
         here = place.on(device, record.noisy)
         if here.beside is not None and not record.references:
@@ -360,7 +370,7 @@ class Recorded(Family):
         given |= {name: self._constant(name, value, batch) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
         for name, (by, start) in record.times.items():
-            given[name] = _spread(by * times + start, here.constants[name])
+            given[name] = _spread(by * times + start, here.constants[name], here.still.get(name))
         if record.told and "guidance" in conditions:
             given[record.told[0]] = self._told(conditions["guidance"])
         output = output_of(denoiser(**record.arrangement.nested(given)))
@@ -376,15 +386,27 @@ class Recorded(Family):
         output = output.flatten(1)
         output = output[:, : latents[0].numel()] if here.unpacked is None else output[:, here.unpacked]
         own = place.sign * output.reshape(latents.shape)
-        return (self._mixed(own, latents, times) if record.mixes else own) / record.spread
+        own = (self._mixed(own, latents, times) if record.mixes else own) / record.spread
+        return own if here.given is None else own.masked_fill(here.given, 0)  # of which nothing is predicted
 
-    def _referred(self, conditions: Conditions, side: tuple[int, int]) -> tuple[Place, Tensor]:
+    def completed(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        given = self.place(*self._size_of(latents)).given
+        if not given.any():
+            return latents
+        whole = latents.clone()
+        whole[:, given.to(latents.device)] = conditions["references.clean"].to(latents)
+        return whole
+
+    def _referred(self, conditions: Conditions, size: tuple[int, int, int]) -> tuple[Place, Tensor]:
         """What the pipeline says of a group's images with their references, and what of these is given, (batch, n)."""
         asked, *sizes = map(tuple, conditions["references.sizes"][0].tolist())
-        if asked != side:
-            raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {side[0]} by {side[1]}")
-        place = self.place(*side, sizes=sizes)
-        return place, conditions["references"][:, : len(place.packed) - prod(place.shape)]
+        if asked != size[:2]:
+            raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {size[0]} by {size[1]}")
+        frames = int(conditions["references.frames"][0]) if "references.frames" in conditions else 1
+        if frames != size[2]:
+            raise ValueError(f"a clip of {frames} frames is asked for {size[2]}")
+        place = self.place(*size, sizes)
+        return place, conditions["references"][:, : int(place.beside.sum())]
 
     def _predicted_in_groups(self, groups, denoiser, latents, times, conditions) -> Tensor:
         book = getattr(unwrapped(denoiser), "_onelora", None)
@@ -425,6 +447,11 @@ class Recorded(Family):
         if isinstance(value, Tensor):
             return _rows_for(value, batch) if self.record.batched.get(name) else value
         return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
+
+    def learned(self, latents: tuple[int, ...]) -> Tensor | None:
+        size = (*(side * self.record.pixels for side in latents[-2:]), 1 + (latents[1] - 1) * self.record.stride)
+        given = self.place(*size).given if self.record.frames > 1 else torch.zeros(())
+        return (~given[None, :1]).float() if given.any() else None
 
     def timestep_range(self, scheduler) -> range:
         if isinstance(self.denoiser, TwoDenoisers):
@@ -503,15 +530,17 @@ class Recorded(Family):
         super().check_resolution(pipeline, *sides)
         height, width = sides if len(sides) > 1 else sides * 2
         shape = self.place(height, width).shape
-        if shape[1:] != (height // self.record.pixels, width // self.record.pixels):
+        if shape[-2:] != (height // self.record.pixels, width // self.record.pixels):
             raise ValueError(
-                f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[1:])} pixels "
+                f"{self.name} draws {' by '.join(str(side * self.record.pixels) for side in shape[-2:])} pixels "
                 f"when asked for a resolution of {' by '.join(map(str, sides))}"
             )
         check_sides(self, height, width)
 
     def check_frames(self, frames: int) -> None:
         stride = self.record.stride
+        if frames == 1 and self.record.frames > 1:
+            raise ValueError(f"{self.name} draws clips that begin with their reference image: give --frames")
         if frames == 1 or stride and frames > 1 and frames % stride == 1 % stride:
             return
         if not stride:
@@ -533,10 +562,14 @@ def _rows_for(value, batch: int):
     return value.expand(batch, *value.shape).flatten(0, 1).contiguous()
 
 
-def _spread(times: Tensor, recorded) -> Tensor:
-    """The times of a batch in the shape of the argument of one image: one number, or one for each of its tokens."""
+def _spread(times: Tensor, recorded, still: Tensor | None) -> Tensor:
+    """The times of a batch in the shape of the argument of one image: one number, or one for each of its tokens.
+
+    Those of `still` tokens, (1, ...) bool, are the recorded ones.
+    """
     shape = recorded.shape[1:] if isinstance(recorded, Tensor) else ()
-    return times.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+    spread = times.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+    return spread if still is None else torch.where(still, recorded.to(spread.dtype), spread)
 
 
 def line_in_words(by: float, start: float) -> str:

@@ -126,7 +126,7 @@ class Recorder:
             step: the sample after that step. None: it is the last.
             encoded: what `encode_prompt` returned before, in place of its own.
             references: the reference images. None: blank ones, where there are any.
-            frames: the number of frames of the clip that is drawn.
+            frames: the number of frames of the clip that is drawn; 1: that of the record.
             guider: the scale of guidance by the component that guides, where there is one; 1: none.
             times: those of the steps, of flow matching. (): as the pipeline sets them.
 
@@ -134,6 +134,7 @@ class Recorder:
             NotTakenError: the call fails.
         """
         pipeline, run = self.pipeline, Run()
+        frames = frames if frames > 1 else self.record.frames
         device = pipeline._execution_device if encoded is None else torch.device("cpu")
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})

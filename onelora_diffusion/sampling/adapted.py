@@ -221,7 +221,7 @@ def _load_prompts(
     if frames > 1:
         rates = [rate for training in facts if isinstance(rate := training.get("frame_rate"), int | float)]
         family.frame_rate = max(rates, default=family.frame_rate)
-    conditions = edits_of(prompts, references, each or 1, size, "--reference") if references else prompts
+    conditions = edits_of(prompts, references, each or 1, size, "--reference", frames) if references else prompts
     drawn = {"conditions": conditions, "names": prompts, "size": size, "frames": frames}
     drawn["max_sequence_length"] = length
     return AdaptedPipeline(pipeline=pipeline, adapters=adapters, kind="prompts", **drawn)

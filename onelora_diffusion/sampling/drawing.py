@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families import Conditions, Family, family_of
-from onelora_diffusion.families.family import Condition, emptied, sides_of
+from onelora_diffusion.families.family import Condition, emptied, joined, sides_of
 from onelora_diffusion.injection.merging import merged
 from onelora_diffusion.pipelines.base import eval_mode
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -96,7 +96,7 @@ def denoised_latents(
         while not trajectory.is_done:
             batch.step([trajectory])
             on_step(1 / trajectory.num_steps)
-    return trajectory.latents
+    return family.completed(trajectory.latents, joined([request.condition for request in requests]))
 
 
 def as_uint8(images: Tensor) -> Tensor:

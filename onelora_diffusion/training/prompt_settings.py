@@ -85,7 +85,8 @@ class PromptSettings(CaptionSettings, RunSettings):
     validation_prompt: tuple[str, ...] = ()
     """Prompts of samples, which the base draws in the first row and the adapter below, from the same noise."""
     validation_reference: tuple[Path, ...] = ()
-    """Images that these prompts edit: one for all prompts, or one for each; of several columns, so many for each."""
+    """Images that these prompts edit, or with which their clips begin: one for all prompts, or one for each; of
+    several columns, so many for each."""
     sample_size: tuple[int, int] | None = None
     """Height and width in pixels of those samples. Default: squares of --resolution."""
     sample_steps: int = 28
@@ -165,11 +166,12 @@ class PromptSettings(CaptionSettings, RunSettings):
             raise ValueError(f"--validation-images {held} and --images {self.images} lie in one another: part them")
 
     def _check_beside_others(self) -> None:
-        if self.validation_reference and not (self.reference_column and self.validation_prompt):
-            raise ValueError("--validation-reference is not used: give --reference-column and --validation-prompt")
+        if self.validation_reference and not (self.validation_prompt and (self.reference_column or self.frames > 1)):
+            raise ValueError(
+                "--validation-reference is not used: give --validation-prompt, and --reference-column or --frames"
+            )
         if self.reference_column:
-            others = {"--flip": self.flip, "--prior-weight": self.prior_weight, "--frames": self.frames > 1}
-            refuse(others, "--reference-column")
+            refuse({"--flip": self.flip, "--prior-weight": self.prior_weight}, "--reference-column")
         if self.training_adapter is not None:
             others = {"--subjects": self.subjects is not None, "--prior-weight": self.prior_weight}
             others |= {"--engine fsdp2": self.engine == "fsdp2", "--denoisers both": self.denoisers == "both"}

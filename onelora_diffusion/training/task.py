@@ -226,6 +226,9 @@ class Task:
                 empty = self.on_device(self.learned.embeddings(first, ~first.bool()))
                 away = (output.detach().float() - self._of_base(latents, times, empty).float())[:, : x_start.shape[1]]
                 offset = guidance.to(away).view(-1, *[1] * (away.ndim - 1)) * away
+        if (learned := self.family.learned(tuple(x_start.shape[1:]))) is not None:
+            learned = learned.to(x_start.device).expand(len(x_start), -1, -1, -1, -1)
+            masks = learned if masks is None else masks * learned
         losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks, offset)
         weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
         losses |= {"loss": weighted_loss(losses, weights)}

@@ -166,3 +166,46 @@ def test_what_is_wrong_with_clips_is_one_line(tmp_path):
     captioned = load(tmp_path, frames=3)
     with pytest.raises(BrokenImageError, match="2.png is not a readable image"):
         captioned[0, False]
+
+
+@pytest.mark.parametrize("aspect_buckets", [False, True])
+def test_a_damaged_video_is_skipped_as_pictures_are(tmp_path, capsys, aspect_buckets):
+    for name in ("a", "c"):
+        write_folder(tmp_path / name, 6)
+    for name in ("b.mp4", "d.gif"):  # the last one is taken for what the first is
+        (tmp_path / name).write_bytes(b"\x00\x00\x00\x18ftypisom no video" * 9)
+    with pytest.raises(BrokenImageError, match="b.mp4 is not a readable clip"):
+        load(tmp_path, aspect_buckets=aspect_buckets)
+    captioned = load(tmp_path, aspect_buckets=aspect_buckets, broken="skip")
+    assert captioned.dataset.source.names == ["a", "b.mp4", "c", "d.gif"] and len(captioned.buckets.sizes) == 1
+    replaced = [captioned[index, False] for index in range(4)]
+    assert [caption for _, caption in replaced] == [0, 2, 2, 0] and replaced[1][0].shape == (3, 5, 32, 32)
+    assert captioned.broken.tolist() == [False, True, False, True]
+    assert [line.count("skipped: ") for line in capsys.readouterr().out.splitlines()] == [1, 1]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(BrokenImageError, match="none of the 1 clips and images can be read"):
+        load(tmp_path / "only", broken="skip")
+
+
+def test_a_clip_has_its_first_frame_or_a_named_picture_as_reference(tmp_path):
+    for name, first in (("left", 1), ("right", 3)):
+        write_folder(tmp_path / name, 6, first=first)
+    captioned = load(tmp_path, first_frames=True)
+    for index, (own,) in enumerate(captioned.references):
+        clip, _ = captioned[index, False]
+        assert np.array_equal(np.array(own.image()), clip[:, 0].movedim(0, -1).numpy())
+    (tmp_path / "before").mkdir()
+    rows = []
+    for name in ("left", "right"):
+        frame(9).save(tmp_path / "before" / f"{name}.png")
+        rows.append(json.dumps({"file_name": name, "text": f"it goes {name}", "before": f"before/{name}.png"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    captioned = load(tmp_path, None, reference_column=("before",))
+    assert captioned.captions == ["it goes left", "it goes right"]
+    assert [own[0].path.name for own in captioned.references] == ["left.png", "right.png"]
+    frame(1).save(tmp_path / "still.png")
+    rows.append(json.dumps({"file_name": "still.png", "text": "it stands", "before": "before/left.png"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="still.png is a single image, and clips are learned from their first frame"):
+        load(tmp_path, None, reference_column=("before",))

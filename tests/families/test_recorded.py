@@ -220,7 +220,7 @@ def test_what_has_no_place_in_a_recording_is_refused():
         def __call__(self, image, prompt, height, width, num_inference_steps): ...
 
     pipeline.__class__ = Animated
-    with pytest.raises(ValueError, match="its call needs image, a picture to draw from: those of images are named by"):
+    with pytest.raises(ValueError, match="its call needs image, a picture to draw from: pictures are named by"):
         Recorded(pipeline)
     pipeline = make_pipeline("sd3")
     pipeline.transformer_2 = denoiser_of(pipeline)

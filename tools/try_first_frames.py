@@ -1,0 +1,235 @@
+"""Record small pipelines of diffusers that draw clips from their first frame, and print what was found: a table.
+
+    python -m tools.try_first_frames DIFFUSERS   # a checkout of diffusers' repository; two minutes on one core
+    python -m tools.try_first_frames DIFFUSERS LTXImageToVideoPipeline   # of these classes alone
+
+A pipeline is the real class, as diffusers' own tests make it, or `tests/first_frame_pipelines.py` does. Columns:
+`given clean`: the latents that the denoiser is given without noise, of how many; they have no loss. `replayed`: the
+largest difference between what the stock pipeline's denoiser puts out in a step and what the recording makes of the
+same; `batch`: that of three clips with different first frames and prompts together from each alone; `drawn`: that of
+the clip that is drawn here, guided as by default, from the stock pipeline's own. Each is relative to the largest
+number in it, of pictures to white. `loss`: before and after four updates by all vectors, each of which has a gradient.
+Exits with 1 if a difference is more than rounding, a loss does not fall, or a vector has no gradient.
+"""
+
+import argparse
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import torch
+
+from benchmarks.rounding import rounding
+from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion.denoisers import autoencoder_of, choose_denoiser, denoiser_of, denoisers_in
+from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families import Edit, Recorded, choose_references, draws_from_first_frame
+from onelora_diffusion.families.recorded import line_in_words
+from onelora_diffusion.families.recording import ASKED, FRAMES
+from onelora_diffusion.families.references import REFERENCES
+from onelora_diffusion.files import first_line
+from onelora_diffusion.sampling import SamplerSettings
+from onelora_diffusion.sampling.drawing import EncodedConditions
+from onelora_diffusion.sampling.guidance import ImageRequest
+from onelora_diffusion.sampling.trajectory import RunningBatch
+from tools.try_families import Picture, alone, largest, mean_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
+from first_frame_pipelines import FIRST_FRAMES
+from tiny_models import make_pipeline
+
+from tools.diffusers_tests import pipelines_in
+
+PROMPTS = ["a dog runs", "", "a violet triangle turns"]
+COLUMNS = "pipeline", "noise", "time", "of the prompt and the picture", "given clean", "guidance"
+COLUMNS += "replayed / batch / drawn", "loss"
+
+
+def edits_of(family: Recorded) -> list[Edit]:
+    """A prompt and a first frame for each of three clips."""
+    side = family.recorder.square
+    pictures = [Picture(side), Picture(side, turned=True), Picture((side[0] // 2, side[1]))]
+    pairs = zip(PROMPTS, pictures, strict=True)
+    return [Edit(prompt, (picture,), side, family.record.frames) for prompt, picture in pairs]
+
+
+def stock_call(pipeline, family: Recorded, edit: Edit, **settings) -> tuple[list, torch.Tensor]:
+    """What the pipeline's scheduler got in each step, and the clip (frames, 3, height, width) from 0 to 1."""
+    steps, scheduler, autoencoder = [], pipeline.scheduler, autoencoder_of(pipeline)
+    own = scheduler.step
+
+    def step(output, time, sample, *args, **kwargs):
+        steps.append((output.flatten(), float(time), sample.flatten().clone()))
+        return own(output, time, sample, *args, **kwargs)
+
+    recorder, (height, width) = family.recorder, edit.side
+    for name, guider in recorder.guiders.items():
+        pipeline.register_modules(**{name: guider.new(guidance_scale=settings.get("guider", 1.0))})
+    given = ASKED | {"height": height, "width": width, "generator": torch.Generator().manual_seed(0)}
+    given |= {recorder.counts: edit.frames, recorder.rates: recorder.frame_rate, "max_area": height * width} | settings
+    given |= {recorder.takes: edit.references[0].image(), "prompt": edit.prompt, "num_inference_steps": 2}
+    given = {name: value for name, value in given.items() if name in recorder.parameters}
+    with (
+        mock.patch.object(scheduler, "step", step),
+        mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode)),
+    ):
+        clip = pipeline(**given)[0][0]
+    return steps, clip
+
+
+def replayed(pipeline, family: Recorded, edit: Edit, encoded: dict) -> float:
+    place = family.place(*edit.side, edit.frames)
+    stepped, worst = place.order >= 0, 0.0
+    for output, time, sample in stock_call(pipeline, family, edit, **family.record.off)[0]:
+        latents = torch.zeros(len(place.order))
+        latents[stepped] = sample[place.order[stepped]].float()
+        latents = latents.reshape(1, *place.shape) / family.record.spread
+        found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded) * family.record.spread
+        worst = max(worst, largest(found.flatten()[stepped] - output[place.order[stepped]], output))
+    return worst
+
+
+def batched(pipeline, family: Recorded, edits: list[Edit]) -> float:
+    model, encoded = denoiser_of(pipeline), family.encode_conditions(pipeline, edits)
+    latents = torch.randn(len(edits), *family.place(*edits[0].side, edits[0].frames).shape)
+    times = torch.tensor([100.0, 500.0, 900.0])
+    together, alone = family.predict(model, latents, times, encoded), []
+    for row, edit in enumerate(edits):
+        own = family.encode_conditions(pipeline, [edit])
+        alone.append(family.predict(model, latents[row : row + 1], times[row : row + 1], own))
+    return largest(together - torch.cat(alone), together)
+
+
+def drawn(pipeline, family: Recorded, edit: Edit) -> float:
+    """The difference of a clip that is drawn here from the stock pipeline's, from its first sample on."""
+    record, scale = family.record, family.guidance_scale(pipeline)
+    guided = record.guided if family.is_guided and record.offset is not None else record.off
+    told = guided | ({record.guide: scale - record.offset} if guided == record.guided and record.guided else {})
+    steps, expected = stock_call(pipeline, family, edit, **told)
+    encoded, place = EncodedConditions(pipeline), family.place(*edit.side, edit.frames)
+    request = ImageRequest(
+        condition=encoded[edit],
+        empty=encoded[Edit("", edit.references, edit.side, edit.frames)],
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=scale if guided == record.guided or record.told else 1.0,
+    )
+    with closing(RunningBatch(pipeline, family)) as batch:
+        trajectory = batch.start([request], SamplerSettings(num_inference_steps=2), place.shape)
+        stepped = (place.order >= 0).reshape(1, *place.shape)
+        first = steps[0][2][place.order[place.order >= 0]].float() / family.record.spread
+        trajectory.latents[stepped] = first
+        while not trajectory.is_done:
+            batch.step([trajectory])
+    latents = family.completed(trajectory.latents, encoded[edit])
+    found = family.decode(autoencoder_of(pipeline), latents)[0]
+    return float(((found / 2 + 0.5).clamp(0, 1).transpose(0, 1) - expected).abs().max())
+
+
+def learned(pipeline, family: Recorded, edits: list[Edit]) -> tuple[float, float]:
+    """The loss of two clips before and after four updates; ValueError if it does not fall each time by all vectors."""
+    model, scheduler = denoiser_of(pipeline).requires_grad_(False), pipeline.scheduler
+    conditions = family.encode_conditions(pipeline, edits[:2])
+    inject_adapter(model, AdapterConfig(targets=family.targets))
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shape, share = family.place(*edits[0].side, edits[0].frames).shape, family.timestep_range(scheduler)
+    latents, noise = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.tensor([share[len(share) // 3], share[2 * len(share) // 3]])
+    noisy, times = add_noise(latents, noise, timesteps, scheduler), model_timesteps(timesteps, scheduler)
+    mask, optimizer, losses = family.learned(shape), torch.optim.Adam(vectors, lr=0.01), []
+    mask = mask if mask is None else mask.expand(2, -1, -1, -1, -1)
+    for _ in range(5):
+        output = family.predict(model, noisy, times, conditions)
+        loss = training_losses(output, latents, noise, timesteps, scheduler, mask)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if not all(
+            vector.grad is not None and vector.grad.isfinite().all() and vector.grad.any() for vector in vectors
+        ):
+            raise ValueError("a vector has no gradient")
+        optimizer.step()
+    if losses != sorted(losses, reverse=True):
+        raise ValueError(f"its loss does not fall: {losses}")
+    return losses[0], losses[-1]
+
+
+def row_of(make: Callable, title: str) -> tuple[str, str]:
+    """The row of what `make` makes, and whether it works, is refused, or is wrong."""
+
+    def short(how: str, why: str) -> str:
+        return f"| {title} | {how}: {why} |" + " |" * (len(COLUMNS) - 2)
+
+    try:
+        pipeline = make()
+        if not draws_from_first_frame(pipeline):
+            return "", "of other kinds"
+        choose_references(pipeline, 1)
+        choose_denoiser(pipeline, "transformer" if len(denoisers_in(pipeline)) > 1 else None)
+        with torch.no_grad():
+            family = Recorded(pipeline)
+    except ValueError as error:
+        return short("refused", first_line(error).partition("cannot be recorded: ")[2] or first_line(error)), "refused"
+    try:
+        edits, record, place = edits_of(family), family.record, family.place(*family.recorder.square)
+        with torch.no_grad():
+            encoded = family.encode_conditions(pipeline, edits[:1])
+            differences = [replayed(pipeline, family, edits[0], encoded), batched(pipeline, family, edits)]
+            differences.append(drawn(pipeline, family, edits[0]))
+        before, after = learned(pipeline, family, edits)
+    except Exception as error:
+        return short("fails", f"{type(error).__name__}: {first_line(error)}"), "wrong"
+    guidance = {0: "w", 1: "w − 1", None: "its own"}[record.offset] if family.is_guided else "none"
+    frames = f"{int(place.given[0, :, 0, 0].sum())} of {place.shape[1]} frames" if place.given.any() else "none"
+    is_right = max(differences) < 10 * rounding(denoiser_of(pipeline))
+    cells = (
+        title,
+        f"`{record.noisy}`",
+        ", ".join(f"`{name}` {line_in_words(*line)}" for name, line in record.times.items()),
+        ", ".join(f"`{name}`" for name in dict.fromkeys((*record.prompted, *record.pictured))),
+        frames,
+        guidance,
+        " / ".join(f"{each:.0e}" for each in differences),
+        f"{before:.3f} → {after:.3f}",
+    )
+    return f"| {' | '.join(cells)} |", "work" if is_right else "wrong"
+
+
+def classes() -> list[str]:
+    """The pipeline classes of the installed diffusers that draw clips by a prompt and a picture, and by no more."""
+    found = []
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name, None)
+        if name.endswith("Pipeline") and isinstance(cls, type):
+            given = inspect.signature(cls.__call__).parameters.keys()
+            if "prompt" in given and given & {*REFERENCES} and given & {*FRAMES}:
+                found.append(name)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("diffusers", type=Path, nargs="?", help="a checkout of diffusers' repository")
+    parser.add_argument("classes", nargs="*", help="class names of pipelines; default: all")
+    asked = parser.parse_args(arguments)
+    makers = {name: lambda name=name: make_pipeline(name) for name in FIRST_FRAMES} if not asked.classes else {}
+    theirs = pipelines_in(asked.diffusers) if asked.diffusers else ()
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    verdicts = Counter()
+    ours = ((f"`{type(make()).__name__}`, {name}", make) for name, make in makers.items())
+    theirs = {name: make for name, make in theirs if name in (asked.classes or classes())}
+    for title, make in [*ours, *((f"`{name}`", make) for name, make in theirs.items())]:
+        row, verdict = alone(lambda make=make, title=title: row_of(make, title), title)
+        if row:
+            print(row, flush=True)
+            verdicts[verdict] += 1
+    print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
+    return 1 if "wrong" in verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

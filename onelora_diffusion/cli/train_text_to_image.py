@@ -79,13 +79,11 @@ def captioned_data(
     multiple, broken, number = family.multiple(pipeline), settings.broken_images, references_of(pipeline)
     first_frames = number > len(settings.reference_column)
     captioned = load_captioned(settings, resolution, multiple, split, broken, family.frame_rate, first_frames)
-    masks = (
-        captioned.masks.on_grid(
-            captioned.dataset, lambda height, width: family.latent_shape(pipeline, height, width)[-2:]
-        )
-        if captioned.masks
-        else {}
-    )
+
+    def grid(height: int, width: int) -> tuple[int, int]:
+        return family.latent_shape(pipeline, height, width)[-2:]
+
+    masks = captioned.masks.on_grid(captioned.dataset, grid) if captioned.masks else {}
     digests = [[each.digest for each in own] for own in captioned.references]
     more = [each for each in (captioned.masks, captioned.repeats, digests) if each]
     prompts, each = trained_prompts(captioned.captions, settings), 1 + settings.caption_shuffles
@@ -108,9 +106,9 @@ def captioned_data(
         shown=list(zip(shown, named, strict=True)),
         identity=data_identity(captioned.dataset, captioned.captions, *more),
         resolution=resolution,
-        described=f"{captioned.name}: {counted(captioned.dataset)}",
+        described=f"{captioned.dataset.name}: {counted(captioned.dataset)}",
         facts={
-            "dataset": captioned.name,
+            "dataset": captioned.dataset.name,
             "family": family.name,
             "prompt": settings.prompt and with_trigger(settings.prompt, settings.trigger),
             "base_precision": settings.base_precision,
@@ -122,7 +120,7 @@ def captioned_data(
         | ({"trigger": settings.trigger} if settings.trigger else {})
         | ({"training_adapter": Path(settings.training_adapter).name} if settings.training_adapter else {})
         | ({"references": number} if number else {}),
-        buckets=captioned.buckets,
+        buckets=captioned.dataset.buckets,
         frames=settings.frames,
         shown_size=settings.sample_size,
         masks=masks,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch.utils.data import Dataset
 
 from onelora_diffusion.data import digits
 from onelora_diffusion.data.buckets import Buckets, nearest_buckets, with_frames
@@ -35,54 +35,6 @@ from onelora_diffusion.files import printable
 DIGITS = digits.CAPTIONED
 CAPTION_ENDINGS = (".caption", ".txt")  # the former is kohya's; where both are beside an image, the latter is read
 MOST_CHARACTERS = 10_000  # most characters of a caption, twenty times what the longest text encoder reads
-
-
-class CaptionedImages(FlippableImages):
-    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored if `flip`.
-
-    A clip is (3, frames, height, width).
-
-    Attributes:
-        captions: one for each image. An image that replaces an unreadable one comes with its own caption.
-        dataset: the images without captions, `[index] -> (image, caption index)`, on which the latents depend.
-        masks: those of the images, if there are any or a column of them was asked for.
-        repeats: how often each image counts, if it was asked for.
-        references: the reference images of each, if it is an edit of some; [] otherwise.
-        notes: what a user should know about the data, a line each.
-    """
-
-    def __init__(self, dataset: "BucketedImages", found: "Found"):
-        super().__init__(dataset)
-        self.captions, self.masks, self.repeats, self.notes = found.captions, found.masks, found.repeats, found.notes
-        self.references = found.references
-        self.name, self.buckets, self.broken = dataset.name, dataset.buckets, dataset.broken
-
-
-class BucketedImages(SizedImages):
-    """`[index] -> (image, index)`: image uint8 (3, height, width), or clip (3, frames, height, width), of its bucket.
-
-    Unless unreadable images are fatal, one is replaced by the next image of its bucket.
-    """
-
-    def __init__(self, name: str, source: Pictures, buckets: Buckets, broken: str = "fatal"):
-        super().__init__(name, source, broken)
-        self.buckets = buckets
-
-    def in_place_of(self, index: int) -> Iterator[int]:
-        bucket_of = self.buckets.of_image
-        return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
-
-    def size_of(self, index: int) -> tuple[int, int]:
-        return self.buckets.sizes[self.buckets.of_image[index]][-2:]
-
-    def decoded(self, index: int) -> tuple[np.ndarray, int]:
-        if len(self.buckets.sizes[self.buckets.of_image[index]]) == 2:
-            return super().decoded(index)
-        size = self.size_of(index)
-        return np.stack([np.array(crop_to(frame, *size)) for frame in self.source.frames(index)]), index
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read(index)
 
 
 @dataclass
@@ -124,16 +76,43 @@ class CaptionSettings:
         return [column for column in columns if column is not None]
 
 
-@dataclass
-class Found:
-    """The images of a source, with what it says about them; see `CaptionedImages`."""
+@dataclass(eq=False)
+class CaptionedImages(FlippableImages):
+    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored if `flip`.
 
-    pictures: Pictures
-    captions: list[str]
-    masks: Masks | None = None
-    repeats: list[int] | None = None
-    references: list[tuple[ReferenceImage | FirstFrame, ...]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    A clip is (3, frames, height, width).
+    """
+
+    dataset: Dataset  # `[index] -> (image, caption index)`: the images as they are stored and, once loaded, cropped
+    captions: list[str]  # one for each image; one that replaces an unreadable image comes with its own caption
+    masks: Masks | None = None  # of the images, if there are any or a column of them was asked for
+    repeats: list[int] | None = None  # how often each image counts, if it was asked for
+    references: list[tuple[ReferenceImage | FirstFrame, ...]] = field(default_factory=list)  # of edits, those of each
+    notes: list[str] = field(default_factory=list)  # what a user should know about the data, a line each
+
+
+class BucketedImages(SizedImages):
+    """`[index] -> (image, index)`: image uint8 (3, height, width), or clip (3, frames, height, width), of its bucket.
+
+    Unless unreadable images are fatal, one is replaced by the next image of its bucket.
+    """
+
+    def __init__(self, name: str, source: Pictures, buckets: Buckets, broken: str = "fatal"):
+        super().__init__(name, source, broken)
+        self.buckets = buckets
+
+    def in_place_of(self, index: int) -> Iterator[int]:
+        bucket_of = self.buckets.of_image
+        return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.buckets.sizes[self.buckets.of_image[index]][-2:]
+
+    def decoded(self, index: int) -> tuple[np.ndarray, int]:
+        if len(self.buckets.sizes[self.buckets.of_image[index]]) == 2:
+            return super().decoded(index)
+        size = self.size_of(index)
+        return np.stack([np.array(crop_to(frame, *size)) for frame in self.source.frames(index)]), index
 
 
 def load_captioned(
@@ -182,7 +161,7 @@ def load_captioned(
         raise ValueError(f"clips of {frames} frames are read from folders, and not from {source or DIGITS}")
     if source is None:
         named, pictures = DIGITS, WrittenDigits(digits.Digits(split, resolution))
-        found = Found(pictures, [settings.prompt or digits.CAPTIONS[digit] for digit in pictures.digits])
+        found = CaptionedImages(pictures, [settings.prompt or digits.CAPTIONS[digit] for digit in pictures.digits])
     elif is_of_hub:
         named, found = str(source), _of_hub(name, split, settings)
     elif split != "train":
@@ -191,7 +170,7 @@ def load_captioned(
         named = Path(source).resolve().name
         clips = None if frames == 1 else partial(Clips, number=frames, rate=frame_rate, broken=broken)
         found = _of_folder(Path(source), settings, clips)
-    pictures = found.pictures
+    pictures = found.dataset
     if found.masks is not None:
         found.notes.append(f"{len(found.masks):,} of {len(pictures):,} images have masks")
     if found.repeats:
@@ -205,11 +184,11 @@ def load_captioned(
         if (first_frames or settings.reference_column) and not pictures.is_clip.all():
             still = pictures.named(int(pictures.is_clip.argmin()))
             raise ValueError(f"{still} is a single image, and clips are learned from their first frame: take it out")
-    dataset = BucketedImages(named, pictures, buckets, broken)
+    found.dataset = BucketedImages(named, pictures, buckets, broken)
     if first_frames:
         digests = (file_digest(str(paths[0]), times=False).hex() for paths in pictures.paths)
-        found.references = [(FirstFrame(dataset, index, digest),) for index, digest in enumerate(digests)]
-    return CaptionedImages(dataset, found)
+        found.references = [(FirstFrame(found.dataset, index, digest),) for index, digest in enumerate(digests)]
+    return found
 
 
 def bucketed(pictures: Pictures, resolution: int, multiple: int, broken: str) -> Buckets:
@@ -306,7 +285,7 @@ class HubMasks(HubPictures):
     kind = "mask"
 
 
-def _of_hub(name: str, split: str, settings: CaptionSettings) -> Found:
+def _of_hub(name: str, split: str, settings: CaptionSettings) -> CaptionedImages:
     rows, masks = hub_rows(name, None, split), None
     if settings.mask_column is not None:  # it is read without the images, and these without it
         column = column_of_type(name, rows, "Image", settings.mask_column, "--mask-column")
@@ -322,14 +301,14 @@ def _of_hub(name: str, split: str, settings: CaptionSettings) -> Found:
         raise ValueError(f"hf:{name}, split {split}, has no rows")
     captions = [settings.prompt] * len(rows) if captions is None else rows[captions]
     captions = [checked(text, f"the caption in row {row} of hf:{name}") for row, text in enumerate(captions)]
-    found = Found(HubPictures(name, rows, image_column), captions, masks)
+    found = CaptionedImages(HubPictures(name, rows, image_column), captions, masks)
     if settings.repeats_column is not None:
         numbers = enumerate(rows[settings.repeats_column])
         found.repeats = [checked_repeats(number, f"row {row} of hf:{name}") for row, number in numbers]
     return found
 
 
-def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Clips] | None) -> Found:
+def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Clips] | None) -> CaptionedImages:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images, or hf:NAME")
     listing = list_images(folder)
@@ -371,7 +350,7 @@ def _of_folder(folder: Path, settings: CaptionSettings, clips: Callable[..., Cli
         raise ValueError(f"{printable(str(folder / without[0]))} has no caption{more}: {remedy}")
     names = sorted(captions)
     pictures = clips(listing, {name: items.get(name, [name]) for name in names}) if clips else Files(listing, names)
-    found = Found(pictures, [captions[name] for name in names])
+    found = CaptionedImages(pictures, [captions[name] for name in names])
     _check_references(folder, names, references)
     for name in names if references else ():
         own = [(folder / files[name], f"the reference image of {printable(name)}") for files in references.values()]

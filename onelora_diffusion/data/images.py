@@ -53,7 +53,7 @@ class SizedImages(Dataset):
         image, label = self.source[index]
         return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
 
-    def read(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped.
 
         The frames of a clip are the second dimension.
@@ -119,7 +119,7 @@ class ClassifiedImages(SizedImages):
         return self.resolution, self.resolution
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels, label = self.read(index)
+        pixels, label = super().__getitem__(index)
         return pixels.float() / 127.5 - 1, label
 
 

@@ -50,7 +50,7 @@ def load(source, **arguments):
 def test_images_come_with_the_captions_of_a_metadata_jsonl(folder):
     write_metadata(folder, ROWS)
     dataset = load(folder)
-    assert (len(dataset), dataset.name, dataset.captions) == (3, "signs", CAPTIONS)
+    assert (len(dataset), dataset.dataset.name, dataset.captions) == (3, "signs", CAPTIONS)
     for index, colour in enumerate((RED, BLUE, GREEN)):
         image, caption = dataset[index, False]
         assert caption == index and image.dtype == torch.uint8 and image.shape == (3, 8, 8)
@@ -222,7 +222,7 @@ def shaped(folder, **sizes):
 def test_aspect_buckets_bring_each_image_to_its_shape(tmp_path):
     folder = shaped(tmp_path / "x", a=(40, 40), b=(40, 100), c=(41, 40), d=(100, 41))
     dataset = load_captioned(folder, "x", resolution=32, multiple=4, aspect_buckets=True)
-    assert dataset.buckets.sizes == [(20, 52), (32, 32), (52, 20)]
+    assert dataset.dataset.buckets.sizes == [(20, 52), (32, 32), (52, 20)]
     assert [tuple(dataset[index, False][0].shape) for index in range(4)] == [
         (3, 32, 32),
         (3, 20, 52),
@@ -251,7 +251,7 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
     for name in ("a.jpg", "b.png"):
         image.save(tmp_path / name, exif=exif)
     dataset = load_captioned(tmp_path, "x", resolution=32, multiple=4, aspect_buckets=True)
-    assert dataset.dataset.source.size(0) == (40, 16) and dataset.buckets.sizes[0] == (52, 20)
+    assert dataset.dataset.source.size(0) == (40, 16) and dataset.dataset.buckets.sizes[0] == (52, 20)
     for index in range(2):
         turned = dataset[index, False][0]
         assert turned[0, 3].float().mean() > 240 and turned[2, -3].float().mean() > 240
@@ -292,9 +292,9 @@ def test_a_broken_image_is_named_or_replaced_by_the_next_of_its_bucket(tmp_path,
         load_captioned(folder, **arguments)
 
     dataset = load_captioned(folder, **arguments, broken="skip")
-    assert dataset.buckets.of_image.tolist() == [1, 0, 0, 1, 1]  # e as the next after it, which is a
+    assert dataset.dataset.buckets.of_image.tolist() == [1, 0, 0, 1, 1]  # e as the next after it, which is a
     assert [dataset[index, False][1] for index in range(5)] == [0, 2, 2, 3, 0]
-    assert dataset.broken.tolist() == [False, True, False, False, True]
+    assert dataset.dataset.broken.tolist() == [False, True, False, False, True]
     said = "".join(capfd.readouterr())
     assert said.count("skipped: ") == 2 and "x/b.png is not" in said and "x/e.png is not" in said
 
@@ -359,14 +359,14 @@ def hub(monkeypatch, tmp_path):
 
 def test_images_and_captions_of_the_hub(hub):
     dataset = load("hf:signs/few")
-    assert (dataset.name, dataset.captions) == ("hf:signs/few", ["blue", "red", "broken"])
+    assert (dataset.dataset.name, dataset.captions) == ("hf:signs/few", ["blue", "red", "broken"])
     assert [dataset[index, False][0][:, 0, 0].tolist() for index in range(2)] == [list(BLUE), list(RED)]
     assert load("hf:signs/few", prompt="x", caption_column="none").captions == ["x"] * 3
     with pytest.raises(BrokenImageError, match="image 2 of hf:signs/few is not a readable image"):
         dataset[2, False]
     buckets = load_captioned(
         "hf:signs/few", resolution=32, multiple=4, aspect_buckets=True, image_column="picture", broken="skip"
-    ).buckets
+    ).dataset.buckets
     assert (buckets.sizes, buckets.of_image.tolist()) == ([(20, 52), (32, 32)], [0, 1, 0])
 
 
@@ -404,7 +404,7 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub, arguments, message):
 def test_without_a_source_there_are_handwritten_digits_in_words():
     captioned = load_captioned(None, resolution=16, multiple=4)
     digits = Digits("train", 16)
-    assert captioned.name == "handwritten digits" and len(captioned) == len(digits)
+    assert captioned.dataset.name == "handwritten digits" and len(captioned) == len(digits)
     for index in (0, 1, 2, 5):
         pixels, number = captioned[index, False]
         pixels_of_digit, digit = digits[index]

@@ -63,12 +63,15 @@ def test_the_first_frames_of_each_kind_of_clip_are_taken_in_their_order(tmp_path
     captioned = load(tmp_path)
     for name in ("walk", "turn.gif", "jump.png"):
         assert numbers(captioned, name) == [0, 1, 2, 3, 4]
-    assert captioned.buckets.sizes == [(32, 32), (5, 32, 32)] and captioned.buckets.of_image.tolist() == [1, 0, 1, 1]
+    assert captioned.dataset.buckets.sizes == [
+        (32, 32),
+        (5, 32, 32),
+    ] and captioned.dataset.buckets.of_image.tolist() == [1, 0, 1, 1]
     assert describe(captioned.dataset).endswith("3 clips of 5 frames and 1 single frames")
     assert captioned[1, False][0].shape == (3, 32, 32)
     mirrored, clip = captioned[3, True][0], captioned[3, False][0]
     assert (mirrored.flip(-1) == clip).all() and (clip[1, :, 16, 4] == 200).all() and (clip[1, :, 16, 28] == 0).all()
-    assert [part.tolist() for part in shards_of(4, captioned.buckets)] == [[1], [0, 2, 3]]
+    assert [part.tolist() for part in shards_of(4, captioned.dataset.buckets)] == [[1], [0, 2, 3]]
 
 
 def test_a_rate_takes_the_frames_that_are_shown_nearest_to_it(tmp_path):
@@ -102,7 +105,10 @@ def test_videos_are_read_upright_and_refused_by_name(tmp_path):
     at = content.index(upright, content.index(b"tkhd"))
     (tmp_path / "phone.mp4").write_bytes(content[:at] + turned + content[at + len(turned) :])
     captioned = load(tmp_path, aspect_buckets=True)
-    assert captioned.buckets.sizes == [(5, 24, 40), (5, 40, 24)] and captioned.buckets.of_image.tolist() == [1, 0, 0]
+    assert captioned.dataset.buckets.sizes == [
+        (5, 24, 40),
+        (5, 40, 24),
+    ] and captioned.dataset.buckets.of_image.tolist() == [1, 0, 0]
     phone = captioned[0, False][0]
     assert (phone[1, :, 2] > 150).all() and (phone[1, :, -2] < 50).all()  # what was on the left is on top
     for name in ("run.mp4", "run.webm"):
@@ -177,10 +183,10 @@ def test_a_damaged_video_is_skipped_as_pictures_are(tmp_path, capsys, aspect_buc
     with pytest.raises(BrokenImageError, match="b.mp4 is not a readable clip"):
         load(tmp_path, aspect_buckets=aspect_buckets)
     captioned = load(tmp_path, aspect_buckets=aspect_buckets, broken="skip")
-    assert captioned.dataset.source.names == ["a", "b.mp4", "c", "d.gif"] and len(captioned.buckets.sizes) == 1
+    assert captioned.dataset.source.names == ["a", "b.mp4", "c", "d.gif"] and len(captioned.dataset.buckets.sizes) == 1
     replaced = [captioned[index, False] for index in range(4)]
     assert [caption for _, caption in replaced] == [0, 2, 2, 0] and replaced[1][0].shape == (3, 5, 32, 32)
-    assert captioned.broken.tolist() == [False, True, False, True]
+    assert captioned.dataset.broken.tolist() == [False, True, False, True]
     assert [line.count("skipped: ") for line in capsys.readouterr().out.splitlines()] == [1, 1]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "b.mp4").write_bytes(b"no video")

@@ -279,11 +279,11 @@ def test_latents_of_images_in_buckets_keep_their_shapes(tmp_path, shapes, monkey
     monkeypatch.setattr(latent_cache, "BUCKET_SHARD_SIZE", 2)
     folder = build_cache(tmp_path, shapes.dataset, SmallVAE(), flip=True)
     assert len(shards(folder)) == 5  # of three wide images two files, of three square ones two, and one
-    cache = LatentCache(folder, 7, shapes.buckets)
+    cache = LatentCache(folder, 7, shapes.dataset.buckets)
     assert len(cache) == 7
     for index in range(7):
         moments, caption = cache[index, False]
-        height, width = shapes.buckets.sizes[shapes.buckets.of_image[index]]
+        height, width = shapes.dataset.buckets.sizes[shapes.dataset.buckets.of_image[index]]
         assert caption == index and moments.shape == (2, 1, height // 4, width // 4)
         assert_rounded(moments[0], torch.full_like(moments[0], (10 * index / 127.5 - 1) / 2), 2)
         assert not moments[1].any() and torch.equal(cache[index, True][0], moments)
@@ -291,8 +291,8 @@ def test_latents_of_images_in_buckets_keep_their_shapes(tmp_path, shapes, monkey
 
 def test_a_batch_of_a_bucket_comes_from_the_cache_as_from_the_images(tmp_path, shapes):
     vae = seeded_vae()
-    cache = LatentCache(build_cache(tmp_path, shapes.dataset, vae, flip=True), 7, shapes.buckets)
-    keys = StepKeyedBatches(0, 0, 3, 7, True, [slice(0, 3)], shapes.buckets.of_image)
+    cache = LatentCache(build_cache(tmp_path, shapes.dataset, vae, flip=True), 7, shapes.dataset.buckets)
+    keys = StepKeyedBatches(0, 0, 3, 7, True, [slice(0, 3)], shapes.dataset.buckets.of_image)
     loaders = [iter(DataLoader(examples, batch_sampler=keys)) for examples in (shapes, cache)]
     seen = set()
     for _ in range(7):
@@ -306,7 +306,7 @@ def test_a_batch_of_a_bucket_comes_from_the_cache_as_from_the_images(tmp_path, s
 def test_skipped_images_in_buckets_are_remembered_by_their_own_numbers(tmp_path, shapes):
     path = shapes.dataset.source.paths[2]
     path.write_bytes(path.read_bytes()[:60])
-    cache = LatentCache(build_cache(tmp_path, shapes.dataset, SmallVAE(), False), 7, shapes.buckets)
+    cache = LatentCache(build_cache(tmp_path, shapes.dataset, SmallVAE(), False), 7, shapes.dataset.buckets)
     assert cache.broken().tolist() == [False, False, True, False, False, False, False]
     assert [int(cache[index, False][1]) for index in range(7)] == [0, 1, 6, 3, 4, 5, 6]
 

@@ -50,10 +50,10 @@ def test_what_is_cached_predicts_what_its_pictures_and_captions_do(tmp_path, pic
         build_prompt_cache(tmp_path, images.captions, encode, identity_of(encoders), f"{name}, {LENGTH}"),
         images.captions,
     )
-    latents = LatentCache(build_cache(tmp_path, images.dataset, vae, flip=True), len(images), images.buckets)
+    latents = LatentCache(build_cache(tmp_path, images.dataset, vae, flip=True), len(images), images.dataset.buckets)
 
     shapes, dropped = set(), torch.tensor([False, True])
-    keys = StepKeyedBatches(0, 0, 2, len(images), True, [slice(0, 2)], images.buckets.of_image)
+    keys = StepKeyedBatches(0, 0, 2, len(images), True, [slice(0, 2)], images.dataset.buckets.of_image)
     batches = zip(
         *(DataLoader(examples, batch_sampler=keys) for examples in (images, latents)), range(4), strict=False
     )

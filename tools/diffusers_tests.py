@@ -133,8 +133,10 @@ def _is_cut(pipeline) -> bool:
     return all(same(short[name], long.get(name)) for name in short)
 
 
-def _tokenizer(cls, *args, **kwargs):
-    return make_tokenizer(77 if "CLIP" in cls.__name__ else 512, CHAT)
+def _tokenizer(cls, name: str, *args, **kwargs):
+    tokenizer = make_tokenizer(77 if "CLIP" in cls.__name__ else 512, CHAT)
+    tokenizer.padding_side = "left" if "gemma" in name else "right"
+    return tokenizer
 
 
 def _config(cls, *args, **kwargs):

@@ -37,7 +37,8 @@ from onelora_diffusion.families.references import REFERENCES, choose_references
 from onelora_diffusion.files import first_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
-import modular_pipelines  # noqa: F401  which adds to those
+import clip_pipelines  # noqa: F401  which adds to those, as the next one does
+import modular_pipelines  # noqa: F401
 from edit_pipelines import EDITS, EDITS_TOO
 from tiny_models import PIPELINES, make_pipeline
 
@@ -76,15 +77,17 @@ def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
 
 def replayed(pipeline, family: Recorded) -> float:
     """The relative difference from the stock pipeline's own steps, without guidance, and from its picture."""
-    steps, own_step, is_scaled = [], pipeline.scheduler.step, hasattr(pipeline.scheduler, "scale_model_input")
-    after, pictures, autoencoder = [], [], autoencoder_of(pipeline)
-    own_decode = autoencoder.decode
+    steps, scheduler, is_scaled = [], type(pipeline.scheduler), hasattr(pipeline.scheduler, "scale_model_input")
+    after, pictures, autoencoder, others = [], [], autoencoder_of(pipeline), family.record.others
+    own_step, own_decode = scheduler.step, autoencoder.decode
 
-    def step(output, time, sample, *args, **kwargs):
-        given = pipeline.scheduler.scale_model_input(sample, time) if is_scaled else sample
-        steps.append((output.flatten(), float(time), given.flatten().clone()))  # which some pipelines write over
-        stepped = own_step(output, time, sample, *args, **kwargs)
-        after.append(stepped[0].flatten())
+    def step(self, output, time, sample, *args, **kwargs):
+        given = self.scale_model_input(sample, time) if is_scaled else sample
+        values = output.flatten(), float(time), given.flatten().clone()  # which some pipelines write over
+        stepped = own_step(self, output, time, sample, *args, **kwargs)
+        if self is pipeline.scheduler or not others:  # whose schedulers are copies
+            steps.append(values)
+            after.append(stepped[0].flatten())
         return stepped
 
     def decode(*args, **kwargs):
@@ -102,11 +105,15 @@ def replayed(pipeline, family: Recorded) -> float:
     if family.record.references:
         picture = conditions[0].references[0].image()
         given[family.recorder.takes] = picture if family.recorder.takes_size else picture.resize((side, side))
-    pipeline.scheduler.step, autoencoder.decode = step, decode
+    autoencoder.decode = decode
     means = mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode))
-    with means if family.record.references else nullcontext():
+    switch = denoiser_of(pipeline).register_forward_pre_hook(
+        lambda denoiser, args, kwargs: (args, kwargs | family.record.switched), with_kwargs=True
+    )
+    with mock.patch.object(scheduler, "step", step), means if family.record.references else nullcontext():
         pipeline(prompt=PROMPTS[0], num_inference_steps=2, **given)
-    pipeline.scheduler.step, autoencoder.decode = own_step, own_decode
+    autoencoder.decode = own_decode
+    switch.remove()
     drawn = after[-1][place.order].reshape(1, *place.shape)
     found = family.decode(autoencoder, drawn / family.record.spread)
     expected = pictures[0][0] if pictures else drawn  # of pixels

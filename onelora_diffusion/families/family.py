@@ -244,7 +244,7 @@ def _missing(part: Tensor, shape: Sequence[int]) -> list[int]:
 
 def encodes_prompts(name: str) -> bool:
     """Whether a component of this name only encodes prompts."""
-    return "text_encoder" in name or "tokenizer" in name or name in ("processor", "text_processor")
+    return "text_encoder" in name or "tokenizer" in name or name in ("processor", "text_processor", "prompt_enhancer")
 
 
 def emptied(condition: Condition) -> Condition:

@@ -19,23 +19,27 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
     names = [n for n in ("true_cfg_scale", "guidance_scale") if n in parameters and (parameters[n].default or 0) > 1]
     own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
     for name in ["guider"] if own else names:
-        for guided in ({name: TRIED_SCALE}, {name: TRIED_SCALE, "negative_prompt": ""}):
+        alone = {name: TRIED_SCALE} | {other: scale for other, scale in record.off.items() if other != name}
+        for guided in (alone, alone | {"negative_prompt": ""}):
             try:
                 run, answers = guided_run(recorder, **guided)
             except NotTakenError:
-                if len(guided) > 1:
+                if guided != alone:
                     raise
                 continue
             rows = sum(len(call[record.noisy]) for call in run.calls)
             if rows == 2 or rows == 3 and record.references:
                 record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
-                if own and type(own[0]).__name__ != "ClassifierFreeGuidance":
+                if own and type(own[0]).__name__ != "ClassifierFreeGuidance" or len(alone) > 1:
                     record.offset = None
                 return
             if rows != 1:
                 raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
     if "guidance_scale" in parameters:
-        first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
+        try:
+            first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
+        except NotTakenError:  # it would guide from another prompt, and does not by default
+            return
         changed = [name for name in first if not same(first[name], second[name])]
         if len(changed) > 1:
             raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")

@@ -144,6 +144,8 @@ class Record:
         off: settings of its call without guidance.
         arrangement: how the arguments of the denoiser become values by name.
         noisy: the argument of the denoiser that is the noise.
+        others: those that are further noises, as of sound beside a clip, which are zeros here.
+        switched: the arguments, if any, by which the denoiser's output does not depend on `others`.
         takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
         factors: sizes of the output over those of the noisy argument.
         encoded: what `encode_prompt` returned of the short prompt.
@@ -174,6 +176,8 @@ class Record:
     off: dict = field(default_factory=dict)
     arrangement: Arrangement = field(default_factory=Arrangement)
     noisy: str = ""
+    others: list[str] = field(default_factory=list)
+    switched: dict[str, bool | None] = field(default_factory=dict)
     takes_lists: bool = False
     gives_lists: bool = False
     factors: tuple[float, ...] = ()

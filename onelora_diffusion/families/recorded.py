@@ -80,8 +80,10 @@ class Recorded(Family):
             own = self.recorder.parameters.keys() & {"image_guidance_scale"}  # from no image, which is left out
             guidance += f", by an {own.pop()} of 1" if own else ""
         clips = f"; clips have {record.stride} k + 1 frames" if record.stride else ""
+        apart = f" without {' and '.join(record.others)}" if record.others else ""
+        apart += "".join(f" ({name}={value})" for name, value in record.switched.items())
         lines = (
-            f"noise is {record.noisy} {place.argument} of latents {place.shape}, {times}, "
+            f"noise is {record.noisy} {place.argument} of latents {place.shape}{apart}, {times}, "
             f"the prediction is {'minus ' if place.sign < 0 else ''}the output",
             f"of the prompt: {prompted}; of the size: {', '.join(record.sized) or 'nothing'}"
             f"{'; of both: ' + ', '.join(record.together) if record.together else ''}"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from onelora_diffusion.denoisers import (
     autoencoder_name,
@@ -23,6 +23,7 @@ from onelora_diffusion.denoisers import (
     repeated_blocks,
 )
 from onelora_diffusion.families.arguments import copied, output_of, same
+from onelora_diffusion.families.family import encodes_prompts
 from onelora_diffusion.families.record import Record, Run
 from onelora_diffusion.families.references import BLANK, blank, references_of, taken_by
 from onelora_diffusion.files import first_line
@@ -145,7 +146,7 @@ class Recorder:
                 images = [image.resize(side[::-1]) for image in images]
             given[self.takes] = images[0] if len(images) == 1 else list(images)
         replaced = {
-            "scheduler": _scheduler(pipeline.scheduler, run, step, times),
+            "scheduler": _scheduler(pipeline.scheduler, run, step, times, bool(self.record.others)),
             "_progress_bar_config": {"disable": True},
         }
         if autoencoder := autoencoder_name(pipeline):
@@ -158,6 +159,9 @@ class Recorder:
             replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
         else:
             replaced["safety_checker"] = None  # of pictures, which what is drawn here are not
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in replaced and not encodes_prompts(name):
+                replaced[name] = _StandIn(part, _between_devices(part, device), device=device)
         replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
@@ -202,11 +206,14 @@ class Recorder:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             for more in variable:
                 arguments |= arguments.pop(more, {})
-            run.calls.append(dict(self.record.arrangement.named(copied(arguments))))
+            call = dict(self.record.arrangement.named(copied(arguments)))
+            others = {other: call[other] for other in self.record.others}
+            zeros = {other: torch.zeros_like(value) for other, value in others.items()}
+            run.calls.append(call | zeros | self.record.switched)
             run.called.append(name)
             if answer is None:
                 raise _Stop
-            return _Answer((answer(len(run.calls) - 1, arguments),))
+            return _Answer((answer(len(run.calls) - 1, arguments), *others.values()))
 
         return forward
 
@@ -282,13 +289,26 @@ class Recorder:
         return output_of(self.denoiser(**self.record.arrangement.nested(send_to_device(call, device))))
 
 
+def _between_devices(part: nn.Module, device: torch.device) -> Callable:
+    """A model that takes part in encoding prompts, which may be on another device than the call."""
+
+    def called(*args, **kwargs):
+        own = next((parameter.device for parameter in part.parameters()), device)
+        return send_to_device(part(*send_to_device(args, own), **send_to_device(kwargs, own)), device)
+
+    return called
+
+
 def _moved(value, images: Tensor):
     """A tensor, or a distribution of latents of which the mean is drawn, as images are on a device in a precision."""
     return value.to(images) if isinstance(value, Tensor) else type(value)(value.parameters.to(images), True)
 
 
-def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], times: Sequence[float] = ()):
-    """A scheduler like the pipeline's that records how it is used, and gives the denoiser its sample as it is."""
+def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], times: Sequence[float], has_others: bool):
+    """A scheduler like the pipeline's that records how it is used, and gives the denoiser its sample as it is.
+
+    Its copies record as well; where there are other noises, they are those of these, and do not.
+    """
     scheduler = type(own).from_config(own.config)
     before = dict(vars(scheduler))
     set_timesteps = scheduler.set_timesteps
@@ -300,7 +320,7 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], time
         run.attributes = {
             name: value
             for name, value in vars(scheduler).items()
-            if name not in ("set_timesteps", "step", "scale_model_input") and not same(value, before.get(name))
+            if name not in recording and not same(value, before.get(name))
         }
         set_timesteps(*args, **kwargs)
         if times:
@@ -322,8 +342,15 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], time
         scheduler._step_index = (getattr(scheduler, "_step_index", None) or 0) + 1  # which some pipelines turn back
         return _Answer((after, after))  # some read what is denoised as well
 
-    scheduler.set_timesteps, scheduler.step = recorded_set_timesteps, recorded_step
-    scheduler.scale_model_input = lambda sample, timestep=None: sample
+    def copied_scheduler(memo):
+        copied = type(own).from_config(own.config)
+        vars(copied).update({name: value for name, value in vars(scheduler).items() if name not in recording})
+        return copied
+
+    recording = {"set_timesteps": recorded_set_timesteps, "step": recorded_step}
+    recording |= {"scale_model_input": lambda sample, timestep=None: sample}
+    recording |= {"__deepcopy__": copied_scheduler} if has_others else {}
+    vars(scheduler).update(recording)
     return scheduler
 
 

@@ -1,7 +1,9 @@
 """Samplers against models whose samples are known by hand, stock diffusers and DiT's own code."""
 
+import gc
 import io
 import math
+import weakref
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from onelora_diffusion.sampling import (
     SamplerSettings,
     adapters_merged,
     as_uint8,
+    drawing,
     generate_images,
     image_generators,
     progress_bar,
@@ -566,3 +569,28 @@ def test_adapters_are_merged_unless_the_base_is_beside_them(guidance):
 def test_domain_guidance_needs_an_adapter():
     with pytest.raises(ValueError, match="domain guidance leads from the base to an adapter"):
         SamplerSettings(guidance="domain").check(make_dit(), SCHEDULER.config)
+
+
+def test_encoded_conditions_are_kept_for_the_last_ones_and_freed_with_their_user(monkeypatch):
+    family = SimpleNamespace(
+        encoders=lambda pipeline: {"text_encoder": nn.Linear(1, 1)},
+        encode_conditions=lambda pipeline, conditions, length: {"rows": torch.tensor([len(conditions[0]) + length])},
+    )
+    monkeypatch.setattr(drawing, "family_of", lambda pipeline: family)
+    encoded = drawing.EncodedConditions(SimpleNamespace(), 10)
+    first = encoded["night"]
+    assert first["rows"].tolist() == [15] and encoded["night"] is first
+    for number in range(drawing.KEPT_CONDITIONS - 1):
+        encoded[str(number)]
+    assert encoded["night"] is first
+    for number in range(drawing.KEPT_CONDITIONS):
+        encoded[f"another {number}"]
+    assert encoded["night"] is not first
+    alive, is_collected = weakref.ref(encoded["night"]["rows"]), gc.isenabled()
+    gc.disable()
+    try:
+        del encoded
+        assert alive() is None  # as nothing refers to itself, a GPU's memory waits for no collection
+    finally:
+        if is_collected:
+            gc.enable()

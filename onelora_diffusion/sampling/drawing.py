@@ -42,16 +42,17 @@ class EncodedConditions:
     """
 
     def __init__(self, pipeline, max_sequence_length: int | None = None):
-        self.pipeline, self.family, self.max_sequence_length = pipeline, family_of(pipeline), max_sequence_length
-        if self.family.encoders(pipeline):  # encoding without encoders costs nothing and is not cached
-            self._encode = lru_cache(KEPT_CONDITIONS)(self._encode)
+        family = family_of(pipeline)
+
+        @torch.no_grad()
+        def encode(condition: Condition) -> Conditions:
+            return family.encode_conditions(pipeline, [condition], max_sequence_length)
+
+        # Encoding without encoders costs nothing and is not cached.
+        self._encode = lru_cache(KEPT_CONDITIONS)(encode) if family.encoders(pipeline) else encode
 
     def __getitem__(self, condition: Condition) -> Conditions:
         return self._encode(condition)
-
-    @torch.no_grad()
-    def _encode(self, condition: Condition) -> Conditions:
-        return self.family.encode_conditions(self.pipeline, [condition], self.max_sequence_length)
 
 
 @torch.no_grad()

@@ -88,7 +88,13 @@ def print_report(report: dict) -> None:
         notes.append(f"The base knows its own {num_base} classes: asked for class i, it draws i mod {num_base}.")
     table = format_tables(title, list(results), rows) if adapters else format_table(title, list(results), rows)
     print(f"\n{table}")
-    for note in notes + notes_on_worth(report):
+    print_notes(report, notes)
+
+
+def print_notes(report: dict, notes: list[str]) -> None:
+    """Print notes, those that limit what the numbers mean, and how long they took."""
+    on_worth = dict.fromkeys(note for each in sections_of(report) for note in each["notes"])
+    for note in [*notes, *on_worth]:
         print(format_note(note))
     print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
 
@@ -107,11 +113,6 @@ def notes_of(report: dict) -> list[str]:
             notes.append(f"Reference: {describe(Origin(**reference), count)}.")
         notes.append(f"Features: {kind['name']}, {kind['num_features']} of them, resize: {kind['resize']}.")
     return list(dict.fromkeys(notes))
-
-
-def notes_on_worth(report: dict) -> list[str]:
-    """Notes that limit what the numbers mean, and how they were measured."""
-    return list(dict.fromkeys(note for each in sections_of(report) for note in each["notes"]))
 
 
 def describe_guidance(report: dict) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from onelora_diffusion.evaluation import summary
 from onelora_diffusion.evaluation.metrics import all_shown
-from onelora_diffusion.evaluation.report import format_bytes, format_note, format_table, write_figure
+from onelora_diffusion.evaluation.report import format_table, write_figure
 
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
@@ -33,9 +33,7 @@ def print_sweep(report: dict) -> None:
     title += f"{report['num_inference_steps']} steps, seed {report['seed']}{summary.LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")
     best = ", ".join(f"{name} at {scale:g}" for name, scale in report["best"].items())
-    for note in [f"Best: {best}.", *summary.notes_of(report), *summary.notes_on_worth(report)]:
-        print(format_note(note))
-    print(f"{report['seconds']:.0f} s, {format_bytes(report['peak_memory_bytes'])} of memory at most.")
+    summary.print_notes(report, [f"Best: {best}.", *summary.notes_of(report)])
 
 
 def plot_sweep(report: dict, picture: Path) -> None:

@@ -6,6 +6,7 @@ import diffusers
 from tiny_models import (
     HEADS,
     PIPELINES,
+    TOKENS,
     flow_prediction,
     make_ltx_vae,
     make_t5,
@@ -58,10 +59,53 @@ def make_ltx_i2v():
     return diffusers.LTXImageToVideoPipeline(**PIPELINES["ltx"]().components | {"vae": make_ltx_vae((True, True))})
 
 
+def make_hunyuan_video15_i2v():
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    parts = PIPELINES["hunyuan_video15"]().components
+    parts["transformer"] = type(parts["transformer"]).from_config(parts["transformer"].config, target_size=64)
+    return diffusers.HunyuanVideo15ImageToVideoPipeline(
+        **parts,
+        image_encoder=SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=8, patch_size=4)).eval(),
+        feature_extractor=SiglipImageProcessor(size={"height": 8, "width": 8}),
+    )
+
+
+def make_hunyuan_video_i2v(kind: str = "token_replace"):
+    """Its text encoder sees the picture as well, through a template of about as many tokens as the real one has."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = make_tokenizer(512)
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<image>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    text = DEFAULT_PROMPT_TEMPLATE["template"].partition("<image>")[2].partition("<|eot_id|>")[0]
+    tokenizer.add_tokens([text[start : start + 6] for start in range(0, len(text), 6)])
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = LlavaConfig(
+        text_config=TOKENS | sizes | {"model_type": "llama", "vocab_size": len(tokenizer), "num_hidden_layers": 3},
+        vision_config=sizes | {"model_type": "clip_vision_model", "image_size": 48, "patch_size": 2},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
+    parts = PIPELINES["hunyuan_video"]().components
+    channels = {"in_channels": 9} if kind == "latent_concat" else {}
+    own = {"guidance_embeds": kind == "token_replace", "image_condition_type": kind}
+    parts["transformer"] = type(parts["transformer"]).from_config(parts["transformer"].config, **channels, **own)
+    parts |= {"tokenizer": tokenizer, "text_encoder": LlavaForConditionalGeneration(config).eval()}
+    return diffusers.HunyuanVideoImageToVideoPipeline(
+        **parts, image_processor=CLIPImageProcessor(size=48, crop_size=48)
+    )
+
+
 FIRST_FRAMES = {
     "wan_i2v": partial(make_wan_i2v, 8),
     "wan22_i2v": partial(make_wan_i2v, boundary_ratio=0.5),
     "wan_ti2v_i2v": partial(make_wan_i2v, expand_timesteps=True),
     "ltx_i2v": make_ltx_i2v,
+    "hunyuan_video_i2v": make_hunyuan_video_i2v,
+    "hunyuan_video_i2v_concat": partial(make_hunyuan_video_i2v, "latent_concat"),
+    "hunyuan_video15_i2v": make_hunyuan_video15_i2v,
 }
 PIPELINES.update(FIRST_FRAMES)

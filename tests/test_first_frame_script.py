@@ -12,7 +12,9 @@ from tiny_models import make_pipeline
 from onelora_diffusion import OneLoRALoaderMixin, read_adapter
 from onelora_diffusion.cli import sample
 from onelora_diffusion.cli.train_text_to_image import main
+from onelora_diffusion.diffusion import training_losses
 from onelora_diffusion.sampling import image_generators
+from onelora_diffusion.training import task
 from onelora_diffusion.training.prompt_settings import PromptSettings
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -39,12 +41,16 @@ def settings_of(base, walks, output, **changes):
     return PromptSettings(**short | dict(max_sequence_length=24, learning_rate=0.05) | changes)
 
 
-def test_clips_are_learned_from_their_first_frames_and_drawn_as_the_stock_pipeline_does(walks, tmp_path):
+def test_clips_are_learned_from_their_first_frames_and_drawn_as_the_stock_pipeline_does(walks, tmp_path, monkeypatch):
     base, run = tmp_path / "wan", tmp_path / "run"
     make_pipeline("wan_ti2v_i2v").save_pretrained(base)
     picture = walks / "left" / "0.png"
     shown = dict(validation_prompt=("it walks left",), validation_reference=(picture,), sample_every=4, sample_steps=1)
+    masks, own = [], training_losses
+    monkeypatch.setattr(task, "training_losses", lambda *given: masks.append(given[5]) or own(*given))
     assert main(settings_of(base, walks, run, **shown, export_lora=())) == 0
+    assert len(masks) == 4 and all(mask.shape == (2, 1, 2, 4, 4) for mask in masks)
+    assert not any(mask[:, :, 0].any() for mask in masks) and all(mask[:, :, 1:].all() for mask in masks)
     assert read_adapter(run).training["references"] == 1
     asked = dict(adapter=run, prompts=("it walks left",), resolution=SIDE, per_class=1, num_inference_steps=2)
     sample.main(sample.Settings(**asked, reference=(picture,), output=tmp_path / "clips"))

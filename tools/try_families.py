@@ -32,7 +32,7 @@ from benchmarks.rounding import rounding
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
 from onelora_diffusion.families.family import Edit
 from onelora_diffusion.families.recorded import Recorded, line_in_words
-from onelora_diffusion.families.recording import ASKED
+from onelora_diffusion.families.recording import ASKED, FRAMES
 from onelora_diffusion.families.references import REFERENCES, choose_references
 from onelora_diffusion.files import first_line
 
@@ -205,11 +205,11 @@ def others() -> Counter:
 
 
 def editing() -> Iterator[str]:
-    """The pipeline classes of the installed diffusers that edit reference images by a prompt."""
+    """The pipeline classes of the installed diffusers that edit reference images by a prompt, and draw no clips."""
     for name, _ in classes():
         cls = getattr(diffusers, name)
         given, parts = inspect.signature(cls.__call__).parameters, inspect.signature(cls.__init__).parameters
-        more = given.keys() & (MORE - {*REFERENCES}) or "controlnet" in parts
+        more = given.keys() & ({*FRAMES} | MORE - {*REFERENCES}) or "controlnet" in parts
         is_edit = "prompt" in given and not given.keys().isdisjoint(REFERENCES) and not more
         if is_edit and {"transformer", "unet"} & parts.keys():
             yield name

@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small 
 from first_frame_pipelines import FIRST_FRAMES
 from tiny_models import make_pipeline
 
-from tools.diffusers_tests import pipelines_in
+from tools.diffusers_tests import NotMadeError, pipelines_in
 
 PROMPTS = ["a dog runs", "", "a violet triangle turns"]
 COLUMNS = "pipeline", "noise", "time", "of the prompt and the picture", "given clean", "guidance"
@@ -126,8 +127,8 @@ def drawn(pipeline, family: Recorded, edit: Edit) -> float:
         while not trajectory.is_done:
             batch.step([trajectory])
     latents = family.completed(trajectory.latents, encoded[edit])
-    found = family.decode(autoencoder_of(pipeline), latents)[0]
-    return float(((found / 2 + 0.5).clamp(0, 1).transpose(0, 1) - expected).abs().max())
+    found = (family.decode(autoencoder_of(pipeline), latents)[0] / 2 + 0.5).clamp(0, 1).transpose(0, 1)
+    return float((found[-len(expected) :] - expected).abs().max())  # HunyuanVideo drops the first frames of a kind
 
 
 def learned(pipeline, family: Recorded, edits: list[Edit]) -> tuple[float, float]:
@@ -168,6 +169,11 @@ def row_of(make: Callable, title: str) -> tuple[str, str]:
         pipeline = make()
         if not draws_from_first_frame(pipeline):
             return "", "of other kinds"
+    except NotMadeError as error:
+        return short("not made", str(error)), "not made"
+    except Exception as error:
+        return short("not made", f"{type(error).__name__}: {first_line(error)}"), "not made"
+    try:
         choose_references(pipeline, 1)
         choose_denoiser(pipeline, "transformer" if len(denoisers_in(pipeline)) > 1 else None)
         with torch.no_grad():
@@ -216,13 +222,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("diffusers", type=Path, nargs="?", help="a checkout of diffusers' repository")
     parser.add_argument("classes", nargs="*", help="class names of pipelines; default: all")
     asked = parser.parse_args(arguments)
-    makers = {name: lambda name=name: make_pipeline(name) for name in FIRST_FRAMES} if not asked.classes else {}
-    theirs = pipelines_in(asked.diffusers) if asked.diffusers else ()
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    made = {} if asked.classes else {name: type(make_pipeline(name)).__name__ for name in FIRST_FRAMES}
+    wanted = asked.classes or {*classes()} - {*made.values()}
+    rows = [(f"`{cls}`, {name}", partial(make_pipeline, name)) for name, cls in made.items()]
+    theirs = {
+        name: make for name, make in (pipelines_in(asked.diffusers) if asked.diffusers else ()) if name in wanted
+    }
     verdicts = Counter()
-    ours = ((f"`{type(make()).__name__}`, {name}", make) for name, make in makers.items())
-    theirs = {name: make for name, make in theirs if name in (asked.classes or classes())}
-    for title, make in [*ours, *((f"`{name}`", make) for name, make in theirs.items())]:
+    for title, make in [*rows, *((f"`{name}`", make) for name, make in theirs.items())]:
         row, verdict = alone(lambda make=make, title=title: row_of(make, title), title)
         if row:
             print(row, flush=True)

@@ -7,7 +7,7 @@ place for is refused, never guessed.
 
 import inspect
 from collections.abc import Sequence
-from math import inf, prod
+from math import ceil, inf, log, prod
 
 import torch
 from accelerate.utils import send_to_device
@@ -36,6 +36,7 @@ from onelora_diffusion.files import first_line
 SIDES = (64, 128, 256, 512, 1024, 32, 16)  # pixels: the first that a pipeline takes is what it is recorded at
 # Numbers are sent through a pipeline digit by digit: bfloat16 has the digits exactly, and they count up to 2^28.
 BASE, DIGITS = 128, 4
+FINE_BASE, COARSE = 16, 256.0  # digits of what bfloat16 has scaled and shifted, and a number to see by what
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
 STEPPED = ("model_output", "timestep", "sample", "args", "kwargs")  # what the steps of schedulers need
 TRIED_FRAMES = 25  # one and 24 more, which every number of frames a latent that autoencoders have divides
@@ -158,6 +159,9 @@ def find_noise_at(recorder: Recorder) -> None:
         if run is None:
             raise failure
         if len(run.calls) == 1 and not found:
+            given = [value for value in run.calls[0].values() if isinstance(value, Tensor) and value.ndim]
+            if rows := [len(value) for value in given if is_permuted(value[:1], run.samples[0])]:
+                raise recorder.refusal(f"its denoiser is given {rows[0]} rows for an image, also without guidance")
             raise recorder.refusal("what its denoiser is given is not its scheduler's sample, but computed from it")
         raise recorder.refusal(
             f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
@@ -234,27 +238,40 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         for value in (0.0, 1.0)
     )
     check_pixels(recorder, grey, white)
-    zeros, ones = grey.decoded, white.decoded
     given = 0 if run.decoded is None else run.decoded.numel() - len(numbers)  # clean in each step
     if run.decoded is None or given and record.frames == 1:
         raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
-    decoded = [zeros, ones, run.decoded]
-    if (
-        run.decoded.ndim == 4 and max(frames, record.frames) > 1
-    ):  # of an autoencoder of images, which has the frames as a batch
-        decoded = [latents.transpose(0, 1)[None] for latents in decoded]
-    zeros, ones, counted = (latents.float() for latents in decoded)
-    shift, scale = zeros, ones - zeros
-    order = ((counted - shift) / scale).flatten().cpu()
-    if given:  # those are as they are, whatever the sample
-        is_given = (scale == 0).flatten().cpu()
-        order[is_given] = -1.0
-    is_same = torch.equal(order.round().long().sort().values[given:], numbers)
-    if not is_same or (order - order.round()).abs().max() > 0.25:
-        raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
-    order = order.round().long()
-    latents = counted.shape[1:]
     is_clip = max(frames, record.frames) > 1
+
+    def decoded_of(run: Run) -> Tensor:
+        is_batch = run.decoded.ndim == 4 and is_clip  # of an autoencoder of images, which has the frames as a batch
+        return (run.decoded.transpose(0, 1)[None] if is_batch else run.decoded).float()
+
+    def order_by(run: Run) -> Tensor:
+        return ((decoded_of(run) - shift) / scale).flatten().cpu()
+
+    shift, scale, latents = decoded_of(grey), decoded_of(white) - decoded_of(grey), decoded_of(run).shape[1:]
+    is_given = (scale == 0).flatten().cpu() if given else torch.zeros(scale.numel(), dtype=torch.bool)
+
+    def is_whole(order: Tensor) -> bool:
+        own = order[~is_given]
+        found = torch.equal(own.round().long().sort().values, numbers)
+        return found and bool((own - own.round()).abs().max() <= 0.25)
+
+    order = order_by(run)
+    if not is_whole(order):  # a few bits may be left of numbers, and of what they are scaled and shifted by
+        ends = (
+            run_of(2, lambda number, sample, value=value: torch.full_like(sample, value))
+            for value in (-COARSE, COARSE)
+        )
+        below, above = map(decoded_of, ends)
+        scale = (above - below) / (2 * COARSE)
+        places = range(ceil(log(count + 1, FINE_BASE)))
+        runs = (run_of(2, lambda number, sample, place=place: _digit_of(sample, place)) for place in places)
+        order = sum(order_by(each).round() * FINE_BASE**place for place, each in enumerate(runs))
+    if not is_whole(order):
+        raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
+    order = torch.where(is_given, -1.0, order).round().long()
     if len(latents) == 4 and latents[1] != 1 and not is_clip or len(latents) not in (3, 4):
         raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
     shape = tuple(latents) if is_clip else (latents[0], *latents[-2:])
@@ -474,6 +491,8 @@ def find_sizes(recorder: Recorder, place: Place) -> None:
     record.multiple = next(taken, side)
     if recorder.counts:
         record.stride = _stride(recorder, place)
+        if record.frames > 1 and 1 + (place.shape[1] - 1) * record.stride != record.frames:
+            raise recorder.refusal(f"it draws clips of other numbers of frames than its {recorder.counts}")
 
 
 def _stride(recorder: Recorder, place: Place) -> int:
@@ -502,6 +521,12 @@ def _takes(recorder: Recorder, height: int, count: int) -> bool:
     except Exception:  # whatever a denoiser refuses a size by
         return False
     return tuple(output[0].shape) == record.output_shape(tuple(run.calls[0][record.noisy][0].shape))
+
+
+def _digit_of(sample: Tensor, place: int) -> Tensor:
+    """That digit of the numbers of a sample's values, to the base `FINE_BASE`."""
+    numbers = torch.arange(sample.numel(), device=sample.device) // FINE_BASE**place % FINE_BASE
+    return numbers.reshape(sample.shape).to(sample.dtype)
 
 
 def _digit(number: int, count: int) -> Tensor:

@@ -569,8 +569,12 @@ def _spread(times: Tensor, recorded, still: Tensor | None) -> Tensor:
 
     Those of `still` tokens, (1, ...) bool, are the recorded ones.
     """
-    shape = recorded.shape[1:] if isinstance(recorded, Tensor) else ()
+    if not isinstance(recorded, Tensor):
+        return times
+    shape = recorded.shape[1:]
     spread = times.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+    if recorded.is_floating_point():  # in its precision, which some denoisers do not change
+        spread = spread.to(recorded.dtype)
     return spread if still is None else torch.where(still, recorded.to(spread.dtype), spread)
 
 

@@ -301,7 +301,10 @@ def _between_devices(part: nn.Module, device: torch.device) -> Callable:
 
 def _moved(value, images: Tensor):
     """A tensor, or a distribution of latents of which the mean is drawn, as images are on a device in a precision."""
-    return value.to(images) if isinstance(value, Tensor) else type(value)(value.parameters.to(images), True)
+    if isinstance(value, Tensor):
+        return value.to(images)
+    is_mean = [True] * hasattr(value, "deterministic")  # of one that has a deviation
+    return type(value)(value.parameters.to(images), *is_mean)
 
 
 def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], times: Sequence[float], has_others: bool):

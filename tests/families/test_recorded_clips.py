@@ -128,3 +128,23 @@ def test_numbers_of_frames_that_a_model_does_not_take_name_those_that_it_does():
         ValueError, match="AnimateDiff takes no clips of 34 frames, RuntimeError: .* give 1 or 16 or 32"
     ):
         family.try_frames(34)
+
+
+@pytest.mark.parametrize("name", ["ltx", "hunyuan_video15"])  # latents are cast before decoding; the time is cast
+@torch.no_grad()
+def test_a_base_in_bfloat16_is_recorded_as_in_float32(name):
+    pipeline, exact = make_pipeline(name), stock(name)[1]
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.bfloat16)
+    family = family_of(pipeline)
+    found, expected = (each.place(64, 64, 5) for each in (family, exact))
+    for value in ("order", "packed", "unpacked"):
+        assert torch.equal(getattr(found, value), getattr(expected, value)), value
+    for value in ("scale", "shift"):
+        torch.testing.assert_close(getattr(found, value), getattr(expected, value), rtol=2**-7, atol=2**-7)
+    predicted = []
+    for own, of in ((pipeline, family), stock(name)):
+        latents, conditions = inputs(of, own, ["a dog runs"])
+        predicted.append(of.predict(denoiser_of(own), latents, torch.tensor([300.0]), conditions).float())
+    assert (predicted[0] - predicted[1]).abs().max() < 0.1 * predicted[1].abs().max()

@@ -8,6 +8,7 @@ from tiny_models import (
     BETAS,
     CHAT,
     HEADS,
+    LAYERS,
     PIPELINES,
     TOKENS,
     UNET,
@@ -20,6 +21,7 @@ from tiny_models import (
     make_qwen_vae,
     make_tokenizer,
     make_vae,
+    make_wan_vae,
 )
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -94,6 +96,54 @@ def make_qwen_edit(kind: str = "QwenImageEditPipeline"):
         processor=processor,
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16, **HEADS, **AXES
+        ),
+    )
+
+
+def make_joy_image():
+    """It decodes its reference's latents as well, and draws of the last ones."""
+    import diffusers
+
+    kind = diffusers.JoyImageEditPipeline  # which the oldest diffusers does not have
+    from diffusers.pipelines.joyimage import image_processor
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    image_processor.find_best_bucket = lambda *sides, **sizes: (64, 64)  # a megapixel otherwise
+    tokenizer = make_qwen_processor().tokenizer
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION))
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "head_dim": 8, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen3VLConfig(
+        text_config=TOKENS | LAYERS | text,
+        vision_config=vision | {"patch_size": 16, "deepstack_visual_indexes": [0]},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
+    return kind(
+        scheduler=flow_matching(),
+        vae=make_wan_vae(),
+        text_encoder=Qwen3VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+        processor=Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT),
+        transformer=diffusers.JoyImageEditTransformer3DModel(
+            patch_size=[1, 2, 2],
+            in_channels=4,
+            hidden_size=32,
+            num_attention_heads=2,
+            text_dim=16,
+            num_layers=2,
+            rope_dim_list=[4, 6, 6],
+            theta=256,
         ),
     )
 
@@ -180,6 +230,7 @@ EDITS = {
     "qwen_edit": make_qwen_edit,
     "qwen_edit_plus": partial(make_qwen_edit, "QwenImageEditPlusPipeline"),
     "longcat": make_longcat,
+    "joy_image": make_joy_image,
     "flux2": make_flux2,
     "pix2pix": make_pix2pix,
     "pix2pix_xl": make_pix2pix_xl,

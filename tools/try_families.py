@@ -117,7 +117,8 @@ def replayed(pipeline, family: Recorded) -> float:
     drawn = after[-1][place.order].reshape(1, *place.shape)
     found = family.decode(autoencoder, drawn / family.record.spread)
     expected = pictures[0][0] if pictures else drawn  # of pixels
-    worst = largest(found.flatten() - expected.flatten(), found)
+    expected = expected.flatten()[-found.numel() :]  # the last one, where reference images are decoded, too
+    worst = largest(found.flatten() - expected, found)
     for output, time, sample in steps:
         latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
         latents = latents / family.record.spread

@@ -106,7 +106,7 @@ def _probed(recorder: Recorder) -> Place:
     find_conditions(recorder)
     for name, dim in record.arrangement.dims.items():  # which were not known yet when the place was recorded
         place.constants[name] = place.constants[name].movedim(dim, 0)
-    find_sizes(recorder, place)
+    find_sizes(recorder, place, run.samples[0].numel())
     find_guidance(recorder, place)
     call = recorder.call(encoded=record.encoded)
     record.targets = targets_in(recorder.denoiser, blocks, lambda: recorder.answered(call))
@@ -219,7 +219,7 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     packed = torch.empty(len(moves), dtype=torch.long)
     packed[moves] = _from_digits(list(values[1:, moves]))
     numbers = packed[moves].sort().values
-    if not (_is_permutation(numbers, count) or record.frames > 1 and _are_some(numbers, count)):
+    if not (_is_permutation(numbers, count) or record.references and _are_some(numbers, count)):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
     is_flow = prediction_of(recorder.pipeline.scheduler.config) == "flow"
     record.mixes = is_flow and any(len(value.sign().unique()) > 1 for value in run.outputs)
@@ -238,14 +238,18 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         for value in (0.0, 1.0)
     )
     check_pixels(recorder, grey, white)
-    given = 0 if run.decoded is None else run.decoded.numel() - len(numbers)  # clean in each step
-    if run.decoded is None or given and record.frames == 1:
-        raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
     is_clip = max(frames, record.frames) > 1
 
     def decoded_of(run: Run) -> Tensor:
-        is_batch = run.decoded.ndim == 4 and is_clip  # of an autoencoder of images, which has the frames as a batch
-        return (run.decoded.transpose(0, 1)[None] if is_batch else run.decoded).float()
+        latents = run.decoded.float()
+        if len(latents) * len(numbers) == count and not is_clip:  # beside those of reference images
+            latents = latents[int(numbers[0]) // len(numbers)][None]
+        is_batch = latents.ndim == 4 and is_clip  # of an autoencoder of images, which has the frames as a batch
+        return latents.transpose(0, 1)[None] if is_batch else latents
+
+    given = 0 if run.decoded is None else decoded_of(run).numel() - len(numbers)  # clean in each step
+    if run.decoded is None or given and record.frames == 1:
+        raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
 
     def order_by(run: Run) -> Tensor:
         return ((decoded_of(run) - shift) / scale).flatten().cpu()
@@ -479,14 +483,13 @@ def drawn_side(recorder: Recorder, place: Place) -> int:
     return place.shape[-1] * record.pixels
 
 
-def find_sizes(recorder: Recorder, place: Place) -> None:
+def find_sizes(recorder: Recorder, place: Place, count: int) -> None:
     """The multiple of pixels that sides are taken in; the own side of a pipeline that draws one size alone."""
     record, side = recorder.record, recorder.record.side
     if place.shape[-2:] != (side // record.pixels,) * 2:
         drawn = " by ".join(map(str, place.shape[-2:]))
         raise recorder.refusal(f"asked for {side} by {side} pixels it draws another size, of {drawn} latents")
     multiples = (record.pixels * 2**power for power in range(12))
-    count = int(place.order.max()) + 1
     taken = (each for each in multiples if each < side and _takes(recorder, side + each, count))
     record.multiple = next(taken, side)
     if recorder.counts:

@@ -22,7 +22,7 @@ from onelora_diffusion.sampling.guidance import ImageRequest
 # Appended tokens, told guidance; two pictures as list; tokens of the prompt too, guided; one prompt a call; channels;
 # pictures that say how large what is drawn is, and guidance from no picture besides
 NUMBERS = dict.fromkeys(EDITS, 1) | {"flux2_klein": 2, "qwen_edit_plus": 2}
-del NUMBERS["pix2pix_xl"], NUMBERS["flux2"]  # which are as the smaller ones, and in tools/try_families.py
+del NUMBERS["pix2pix_xl"], NUMBERS["flux2"], NUMBERS["joy_image"]  # which are in tools/try_families.py
 SIDE = (64, 96)
 
 

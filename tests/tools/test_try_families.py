@@ -49,6 +49,13 @@ def test_an_edit_is_tried_with_a_reference_image(capsys):
     assert "| `sample` | w |" in row and tried == "1 tried: 1 work."
 
 
+def test_a_reference_may_stand_beside_the_noise_in_the_scheduler_too(capsys):
+    assert main(["--edits", "joy_image"]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("| `JoyImageEditPipeline` | `hidden_states` + | `timestep` 1·t | `encoder_hidden_states` | ")
+    assert "| `hidden_states`, `encoder_hidden_states` | its own | " in row
+
+
 def test_classes_are_tried_as_diffusers_tests_make_them(tmp_path, monkeypatch, capsys):
     for kind in ("z_image", "sd15"):
         folder = tmp_path / "tests" / "pipelines" / kind

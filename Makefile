@@ -37,6 +37,7 @@ check-gpu: .venv/installed
 # with DIFFUSERS=FOLDER, a checkout of its repository, also of every other class that its tests make.
 families: .venv/installed
 	$(BIN)/python -m tools.try_families $(if $(DIFFUSERS),--diffusers-tests $(DIFFUSERS))
+	$(BIN)/python -m tools.try_first_frames $(DIFFUSERS)
 
 # Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed

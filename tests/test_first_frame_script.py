@@ -41,7 +41,9 @@ def settings_of(base, walks, output, **changes):
     return PromptSettings(**short | dict(max_sequence_length=24, learning_rate=0.05) | changes)
 
 
-def test_clips_are_learned_from_their_first_frames_and_drawn_as_the_stock_pipeline_does(walks, tmp_path, monkeypatch):
+def test_clips_are_learned_from_their_first_frames_and_drawn_as_the_stock_pipeline_does(
+    walks, tmp_path, monkeypatch, capsys
+):
     base, run = tmp_path / "wan", tmp_path / "run"
     make_pipeline("wan_ti2v_i2v").save_pretrained(base)
     picture = walks / "left" / "0.png"
@@ -49,6 +51,8 @@ def test_clips_are_learned_from_their_first_frames_and_drawn_as_the_stock_pipeli
     masks, own = [], training_losses
     monkeypatch.setattr(task, "training_losses", lambda *given: masks.append(given[5]) or own(*given))
     assert main(settings_of(base, walks, run, **shown, export_lora=())) == 0
+    said = capsys.readouterr().out
+    assert "each clip is learned from its own first frame" in said and "--reference IMAGE" in said
     assert len(masks) == 4 and all(mask.shape == (2, 1, 2, 4, 4) for mask in masks)
     assert not any(mask[:, :, 0].any() for mask in masks) and all(mask[:, :, 1:].all() for mask in masks)
     assert read_adapter(run).training["references"] == 1

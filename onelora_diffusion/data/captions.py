@@ -187,6 +187,7 @@ def load_captioned(
     found.dataset = BucketedImages(named, pictures, buckets, broken)
     if first_frames:
         digests = (file_digest(str(paths[0]), times=False).hex() for paths in pictures.paths)
+        found.notes.append("each clip is learned from its own first frame")
         found.references = [(FirstFrame(found.dataset, index, digest),) for index, digest in enumerate(digests)]
     return found
 

@@ -191,7 +191,8 @@ class PromptSettings(CaptionSettings, RunSettings):
         """Commands to run with the adapter of a finished run."""
         prompt = with_trigger(self.prompt or "what is to be drawn", self.trigger)
         prompts = [] if self.images is None else ["--prompts", prompt]
-        references = ["--reference", *["IMAGE"] * len(self.reference_column)] if self.reference_column else []
+        number = len(self.reference_column) or bool(self.validation_reference)
+        references = ["--reference", *["IMAGE"] * number] if number else []
         return [command("sample.py", "--adapter", self.output_dir, *prompts, *references)]
 
 

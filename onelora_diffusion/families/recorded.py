@@ -395,8 +395,8 @@ class Recorded(Family):
         given = self.place(*self._size_of(latents)).given
         if not given.any():
             return latents
-        whole = latents.clone()
-        whole[:, given.to(latents.device)] = conditions["references.clean"].to(latents)
+        whole, clean = latents.clone(), conditions["references.clean"].to(latents)
+        whole[:, given.to(latents.device)] = clean[:, : int(given.sum())]  # rows of other sizes may be larger
         return whole
 
     def _referred(self, conditions: Conditions, size: tuple[int, int, int]) -> tuple[Place, Tensor]:

@@ -62,6 +62,8 @@ def test_the_first_frame_is_given_clean_at_time_zero_and_is_not_learned(monkeypa
     drawn = family.completed(latents, encoded)
     assert_rounded(drawn[:, :, 0], clean, pipeline.vae.encoder)
     assert torch.equal(drawn[:, :, 1:], latents[:, :, 1:])
+    beside_larger = torch.nn.functional.pad(encoded["references.clean"], (0, 7))  # as rows of a cache are
+    assert torch.equal(family.completed(latents, {"references.clean": beside_larger}), drawn)
 
 
 def test_a_clip_needs_its_first_frame():

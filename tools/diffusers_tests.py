@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import transformers
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from tiny_models import CHAT, LAYERS, TOKENS, make_encoder, make_qwen_vl, make_t5, make_tokenizer, make_vae
 from torch import nn
 
@@ -69,6 +69,8 @@ def made(case: type):
         pipeline.vae = make_vae(
             vae.config.latent_channels, levels=4
         )  # the pipeline counts on its eight pixels a latent
+    if isinstance(vae, AutoencoderKLWan) and vae.config.patch_size:  # of patches, and not made to encode
+        pipeline.vae = AutoencoderKLWan.from_config(vae.config, in_channels=vae.config.out_channels)
     _fit(pipeline, getattr(pipeline, "vae", None))
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):

@@ -90,6 +90,28 @@ def _rows_of(recorder: Recorder, run: Run) -> Iterator[dict]:
             }
 
 
+def unpadded(recorder: Recorder, run: Run, empty: dict, alone: dict) -> dict:
+    """The arguments of the empty prompt as in its own call, where a guided step pads them and is given a mask of that.
+
+    ValueError if they are others then.
+    """
+    if not any(isinstance(value, Tensor) and alone.get(name) is None for name, value in run.calls[0].items()):
+        return empty
+    for name, how in recorder.record.prompted.items():
+        if how.ragged is not None and isinstance(empty[name], Tensor):
+            dim = how.ragged + (how.kind == "rows")
+            empty[name] = empty[name].narrow(dim, 0, min(empty[name].shape[dim], alone[name].shape[dim]))
+    check_empty(recorder, empty, alone)
+    return empty
+
+
+def check_empty(recorder: Recorder, empty: dict, alone: dict) -> None:
+    """ValueError if the arguments of the empty prompt are others in a guided step than in its own call."""
+    if not all(near(empty[name], alone[name]) for name in empty):
+        name = type(recorder.pipeline).__name__
+        raise ValueError(f"{name} encodes the empty prompt in another way where it is guided from it")
+
+
 def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
     """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
     numbers, _ = empty_row(recorder, run, recorder.call())

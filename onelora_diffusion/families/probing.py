@@ -39,6 +39,7 @@ BASE, DIGITS = 128, 4
 FINE_BASE, COARSE = 16, 256.0  # digits of what bfloat16 has scaled and shifted, and a number to see by what
 OFF = ({}, {"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"true_cfg_scale": 1.0})
 STEPPED = ("model_output", "timestep", "sample", "args", "kwargs")  # what the steps of schedulers need
+NO_PICTURE = "asked for one frame it draws {}, of a clip: a base that draws no picture is not recorded, take another"
 TRIED_FRAMES = 25  # one and 24 more, which every number of frames a latent that autoencoders have divides
 
 
@@ -248,6 +249,8 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         return latents.transpose(0, 1)[None] if is_batch else latents
 
     given = 0 if run.decoded is None else decoded_of(run).numel() - len(numbers)  # clean in each step
+    if given < 0 and frames == record.frames == 1 and recorder.counts:
+        raise recorder.refusal(NO_PICTURE.format("more latents than its autoencoder decodes"))
     if run.decoded is None or given and record.frames == 1:
         raise recorder.refusal("what its autoencoder decodes are not the latents of its scheduler")
 
@@ -277,7 +280,7 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         raise recorder.refusal("what its autoencoder decodes is no affine permutation of its scheduler's sample")
     order = torch.where(is_given, -1.0, order).round().long()
     if len(latents) == 4 and latents[1] != 1 and not is_clip or len(latents) not in (3, 4):
-        raise recorder.refusal(f"its autoencoder decodes {tuple(latents)}, of more than one image")
+        raise recorder.refusal(NO_PICTURE.format(f"latents {tuple(latents)}"))
     shape = tuple(latents) if is_clip else (latents[0], *latents[-2:])
     latent_at = torch.empty(count, dtype=torch.long)
     latent_at[order[order >= 0]] = (order >= 0).nonzero().flatten()
@@ -436,11 +439,10 @@ def find_conditions(recorder: Recorder) -> None:
         name in ragged and short[name][0].ndim == 1 or [_numbers(call[name]) for call in (short, long)] == lengths
         for name in record.prompted
     )
+    expected = torch.arange(max(lengths, default=0)) < torch.tensor(lengths or [0])[:, None]
+    if not all(mask.shape == expected.shape and mask.bool().cpu().equal(expected) for mask in record.masks.values()):
+        record.masks, is_told = {}, False  # of other tokens as well: prompts of one length need none
     record.pads = (bool(record.masks) or is_told) and is_padded(recorder, short, both)
-    for name, mask in record.masks.items():
-        expected = torch.arange(max(lengths, default=0)) < torch.tensor(lengths or [0])[:, None]
-        if mask.shape != expected.shape or not torch.equal(mask.bool().cpu(), expected):
-            raise recorder.refusal(f"{name} is given for two prompts alone, and is no mask of their tokens")
 
 
 def is_padded(recorder: Recorder, alone: dict, both: dict) -> bool:

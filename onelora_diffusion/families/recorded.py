@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from onelora_diffusion.denoisers import TwoDenoisers, autoencoder_name, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
-from onelora_diffusion.families.arguments import filled, near, on, output_of, same, tensors_in
+from onelora_diffusion.families.arguments import filled, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.fitting import check_frames, check_sides
 from onelora_diffusion.families.given import clean_latents
-from onelora_diffusion.families.guided import empty_row, guided_run
+from onelora_diffusion.families.guided import check_empty, empty_row, guided_run, unpadded
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import place_at, probed
 from onelora_diffusion.families.record import Place
@@ -181,9 +181,9 @@ class Recorded(Family):
         if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
             guided, _ = guided_run(recorder, side, **record.guided | settings)
             _, empty = empty_row(recorder, guided, recorder.call(side=side, **settings))
-            if record.together and not all(near(empty[name], call[name]) for name in empty):
-                raise ValueError(f"{self.name} encodes the empty prompt in another way where it is guided from it")
-            call = call | empty
+            if record.together:
+                check_empty(recorder, empty, call)
+            call = call | unpadded(recorder, guided, empty, call)
         if record.together:
             tensors = list(tensors_in(run.encoded))
             if not same(filled(record.encoded, iter(tensors)), run.encoded):

@@ -148,3 +148,18 @@ def test_a_base_in_bfloat16_is_recorded_as_in_float32(name):
         latents, conditions = inputs(of, own, ["a dog runs"])
         predicted.append(of.predict(denoiser_of(own), latents, torch.tensor([300.0]), conditions).float())
     assert (predicted[0] - predicted[1]).abs().max() < 0.1 * predicted[1].abs().max()
+
+
+def test_a_base_that_draws_no_picture_is_refused():
+    pipeline = make_pipeline("wan")
+
+    class Clips(type(pipeline)):
+        @functools.wraps(type(pipeline).__call__)
+        def __call__(self, *args, num_frames, **kwargs):
+            return super().__call__(*args, num_frames=max(num_frames, 5), **kwargs)
+
+    pipeline.__class__ = Clips
+    with pytest.raises(
+        ValueError, match="asked for one frame it draws latents \\(4, 2, 16, 16\\), of a clip: a base that"
+    ):
+        family_of(pipeline)

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "flow"]
+Prediction = Literal["epsilon", "v_prediction", "flow", "edm"]
 
 # scheduler -> {(table, device, dtype): tensor}, so that a training step does not compute or copy tables again.
 _tables: WeakKeyDictionary = WeakKeyDictionary()
@@ -17,7 +17,8 @@ _tables: WeakKeyDictionary = WeakKeyDictionary()
 def prediction_of(scheduler_config: Mapping) -> Prediction:
     """What a model with this scheduler config predicts: the noise ε, v = √ᾱ ε - √(1-ᾱ) x_0, or ε - x_0 (flow).
 
-    ValueError for anything else, such as x_0 itself.
+    Of EDM (Karras et al. 2022) it is F, of which c_skip x_t + c_out F is x_0. ValueError for anything else, such as
+    x_0 itself.
     """
     # Only flow-matching schedulers have no prediction_type.
     name = scheduler_config.get("prediction_type", "flow_prediction" if "shift" in scheduler_config else None)
@@ -25,11 +26,15 @@ def prediction_of(scheduler_config: Mapping) -> Prediction:
         raise ValueError(
             f"the scheduler's prediction_type is {name!r}; known are 'epsilon', 'v_prediction' and 'flow_prediction'"
         )
-    return "flow" if name == "flow_prediction" else name
+    if name == "flow_prediction":
+        return "flow"
+    return "edm" if "sigma_data" in scheduler_config else name
 
 
 def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Tensor:
-    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, or of flow matching (1-σ_t) x_0 + σ_t ε: (batch, C, H, W).
+    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, of flow matching (1-σ_t) x_0 + σ_t ε, of EDM c_in (x_0 + σ_t ε).
+
+    It is (batch, C, H, W).
 
     `timesteps` (batch,) int64 are in [0, number of training steps); larger ones are noisier. The training schedule of
     a diffusers scheduler that `prediction_of` knows is used, not the one set by `set_timesteps`.
@@ -39,11 +44,14 @@ def add_noise(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> T
 
 
 def model_timesteps(timesteps: Tensor, scheduler) -> Tensor:
-    """The timestep input of the model, (batch,): the timestep itself, or for flow matching σ_t times their number."""
-    if prediction_of(scheduler.config) != "flow":
+    """What a model is told of time, (batch,): the timestep, of flow matching σ_t times their number, of EDM ¼ ln σ."""
+    prediction = prediction_of(scheduler.config)
+    if prediction in ("epsilon", "v_prediction"):
         return timesteps
-    table = device_table(noise_schedule, scheduler, timesteps.device, torch.float32)
-    return table[1, timesteps] * scheduler.config.num_train_timesteps
+    table = device_table(noise_schedule, scheduler, timesteps.device, torch.float32)[:, timesteps]
+    if prediction == "edm":
+        return 0.25 * (table[1] / table[0]).log()
+    return table[1] * scheduler.config.num_train_timesteps
 
 
 def training_losses(
@@ -61,10 +69,11 @@ def training_losses(
         vb   = KL(q(x_{t-1} | x_t, x_0) || p_θ(x_{t-1} | x_t)) in bits per dimension for t > 0,
                -log2 p_θ(x_0 | x_1) of a Gaussian discretised to 256 grey levels for t = 0
 
-    The target is ε, the velocity √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022), or of flow matching ε - x_0 (Esser et al.
-    2024). `vb` teaches the variance only: its mean is detached from the graph (Nichol & Dhariwal, "Improved Denoising
-    Diffusion Probabilistic Models", 2021, equations 14 to 16, as DiT was trained). Without a variance half, and of
-    flow matching, there is no `vb`, and loss = mse.
+    The target is ε, the velocity √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022), of flow matching ε - x_0 (Esser et al.
+    2024), or of EDM (x_0 - c_skip x_t) / c_out, whose plain mean square is the loss of Karras et al. 2022 (equation 8,
+    with their weights λ = 1 / c_out²). `vb` teaches the variance only: its mean is detached from the graph (Nichol &
+    Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equations 14 to 16, as DiT was trained).
+    Without a variance half, and of flow matching and EDM, there is no `vb`, and loss = mse.
 
     With a mask m, every mean of e over the N latents of a sample is Σ m e / Σ m, so that samples count alike whatever
     the areas of their masks: OneTrainer's loss with "normalize masked area loss". ai-toolkit divides by the mean mask
@@ -101,7 +110,7 @@ def training_losses(
     target = _target(x_start.to(dtype), noise.to(dtype), timesteps, scheduler)
     error = model_output[:, :channels].to(dtype) - target
     mse = _mean_flat((error if target_offset is None else error - target_offset.to(dtype)) ** 2, mask)
-    if model_output.shape[1] == channels or prediction_of(scheduler.config) == "flow":
+    if model_output.shape[1] == channels or prediction_of(scheduler.config) in ("flow", "edm"):
         return {"loss": mse, "mse": mse}
 
     mean_per_error, min_log_variance, log_variance_range = _at(_variance_bounds, timesteps, scheduler, error)
@@ -116,13 +125,23 @@ def training_losses(
 
 
 def _target(x_start: Tensor, noise: Tensor, timesteps: Tensor, scheduler) -> Tensor:
-    prediction = prediction_of(scheduler.config)
+    return target_at(_at(noise_schedule, timesteps, scheduler, x_start), x_start, noise, scheduler.config)
+
+
+def target_at(level: Tensor, x_start: Tensor, noise: Tensor, scheduler_config: Mapping) -> Tensor:
+    """What a model is to predict, (batch, C, ...), where it is given `level[0]` x_0 + `level[1]` ε."""
+    prediction = prediction_of(scheduler_config)
     if prediction == "epsilon":
         return noise
     if prediction == "flow":
         return noise - x_start
-    signal, sigma = _at(noise_schedule, timesteps, scheduler, x_start)
-    return signal * noise - sigma * x_start
+    signal, sigma = level
+    if prediction == "v_prediction":
+        return signal * noise - sigma * x_start
+    # c_skip = σ_data² / (σ² + σ_data²), c_out = ± σ σ_data / √(σ² + σ_data²): plus, unless it predicts a velocity.
+    data = scheduler_config["sigma_data"]
+    target = sigma / data * x_start - data * signal * noise
+    return -target if scheduler_config["prediction_type"] == "v_prediction" else target
 
 
 def _discretized_nll(x_start: Tensor, difference: Tensor, log_variance: Tensor) -> Tensor:
@@ -149,8 +168,18 @@ def _mean_flat(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def noise_schedule(scheduler, dtype: torch.dtype) -> Tensor:
-    """(2, T), the coefficients of x_0 and ε in x_t: √ᾱ and √(1-ᾱ), or for flow matching 1 - σ and σ, shifted."""
+    """(2, T), the coefficients of x_0 and ε in x_t: √ᾱ and √(1-ᾱ), for flow matching 1 - σ and σ, shifted.
+
+    For EDM they are c_in and c_in σ, c_in = 1 / √(σ² + σ_data²), at the T largest of the scheduler's own σ.
+    """
     config = scheduler.config
+    if prediction_of(config) == "edm":
+        from diffusers import EDMEulerScheduler  # as below
+
+        own = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "num_train_timesteps", "rho")
+        scheduler = EDMEulerScheduler(**{name: config[name] for name in own})
+        sigma = scheduler.sigmas[: config.num_train_timesteps].flip(0).to(dtype)
+        return torch.stack([torch.ones_like(sigma), sigma]) / (sigma**2 + config.sigma_data**2) ** 0.5
     if prediction_of(config) == "flow":
         from diffusers import FlowMatchEulerDiscreteScheduler  # importing the package does not import diffusers
 

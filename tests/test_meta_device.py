@@ -8,6 +8,7 @@ import copy
 import functools
 
 import pytest
+import scheduled_pipelines  # noqa: F401  which adds to the small pipelines
 import tiny_models
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
@@ -267,7 +268,7 @@ def recorded(name, dtype):
         return family_of(pipeline), family_of(pipeline).encode_conditions(pipeline, ["a bold Q", "7"])
 
 
-@pytest.fixture(params=["flux", "sd3", "pixart", "sana"])
+@pytest.fixture(params=["flux", "sd3", "pixart", "sana", "prx_pixel", "cosmos", "cosmos2"])
 def case(request):
     """What gives, for a precision, a small model and how the family of its pipeline calls it on the meta device."""
     return functools.partial(called, request.param)
@@ -278,7 +279,7 @@ def called(name, dtype=torch.float32):
     given = family.on_device(prompts, META)
     latents = torch.empty(2, *family.latent_shape(family.pipeline, 64, 64), device=META)
     timesteps = torch.empty(2, dtype=torch.long, device=META)
-    scheduler = DDIMScheduler() if name == "pixart" else FlowMatchEulerDiscreteScheduler()
+    scheduler = family.training_scheduler(family.pipeline)
 
     def losses(model):
         noisy = add_noise(latents, latents, timesteps, scheduler).to(model.dtype)

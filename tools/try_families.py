@@ -30,15 +30,19 @@ from PIL import Image
 
 from benchmarks.rounding import rounding
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of
+from onelora_diffusion.families.coordinates import Translated
 from onelora_diffusion.families.family import Edit
 from onelora_diffusion.families.recorded import Recorded, line_in_words
 from onelora_diffusion.families.recording import ASKED, FRAMES
 from onelora_diffusion.families.references import REFERENCES, choose_references
 from onelora_diffusion.files import first_line
+from onelora_diffusion.sampling.settings import SamplerSettings
+from onelora_diffusion.sampling.trajectory import scheduler_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
-import clip_pipelines  # noqa: F401  which adds to those, as the next one does
+import clip_pipelines  # noqa: F401  which adds to those, as the next ones do
 import modular_pipelines  # noqa: F401
+import scheduled_pipelines  # noqa: F401
 from edit_pipelines import EDITS, EDITS_TOO
 from tiny_models import PIPELINES, make_pipeline
 
@@ -82,11 +86,11 @@ def replayed(pipeline, family: Recorded) -> float:
     own_step, own_decode = scheduler.step, autoencoder.decode
 
     def step(self, output, time, sample, *args, **kwargs):
-        given = self.scale_model_input(sample, time) if is_scaled else sample
+        given = self.scale_model_input(sample, time) if is_scaled and not is_other else sample
         values = output.flatten(), float(time), given.flatten().clone()  # which some pipelines write over
         stepped = own_step(self, output, time, sample, *args, **kwargs)
         if self is pipeline.scheduler or not others:  # whose schedulers are copies
-            steps.append(values)
+            steps.extend([values] if "pred_original_sample" not in kwargs else [])  # it was asked for that before
             after.append(stepped[0].flatten())
         return stepped
 
@@ -94,7 +98,9 @@ def replayed(pipeline, family: Recorded) -> float:
         pictures.append(own_decode(*args, **kwargs))
         return pictures[-1]
 
-    side, place = family.record.side, family.place(*family.recorder.square)
+    side, place, unit = family.record.side, family.place(*family.recorder.square), family.record.unit
+    translated = scheduler_of(pipeline, family, SamplerSettings(num_inference_steps=2), place.shape)
+    is_other = isinstance(translated, Translated)
     settings = {name: value for name, value in ASKED.items() if name in family.recorder.parameters}
     conditions = conditions_of(family, PROMPTS[:1])
     encoded = family.encode_conditions(pipeline, conditions)
@@ -115,15 +121,20 @@ def replayed(pipeline, family: Recorded) -> float:
     autoencoder.decode = own_decode
     switch.remove()
     drawn = after[-1][place.order].reshape(1, *place.shape)
-    found = family.decode(autoencoder, drawn / family.record.spread)
+    found = family.decode(autoencoder, drawn / unit)
     expected = pictures[0][0] if pictures else drawn  # of pixels
     expected = expected.flatten()[-found.numel() :]  # the last one, where reference images are decoded, too
     worst = largest(found.flatten() - expected, found)
-    for output, time, sample in steps:
-        latents, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
-        latents = latents / family.record.spread
-        found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded)[:, : place.shape[0]]
-        worst = max(worst, largest(found * family.record.spread - expected, expected))
+    for number, (output, time, sample) in enumerate(steps):
+        given, expected = (values[place.order].reshape(1, *place.shape).float() for values in (sample, output))
+        latents = given / unit
+        if is_other:
+            translated.number, time = number, translated.timesteps[number]
+            given = translated.scale_model_input(latents, time)
+        found = family.predict(denoiser_of(pipeline), given / family.record.spread, torch.tensor([time]), encoded)
+        found = found[:, : place.shape[0]]
+        found = translated.output_of(found, latents) if is_other else found * family.record.spread
+        worst = max(worst, largest(found - expected, expected))
     return worst
 
 

@@ -284,7 +284,7 @@ def load(settings: Settings, device: torch.device, output: Path) -> tuple[Settin
     if settings.guidance_scale is None:
         settings = replace(settings, guidance_scale=drawn.default_guidance(drawn.defaults.guidance_scale))
     settings.check_family(drawn.family)
-    settings.check(drawn.denoiser, drawn.pipeline.scheduler.config)
+    settings.check(drawn.denoiser, drawn.family.training_scheduler(drawn.pipeline).config)
     drawn.place(settings, device)
     return settings, drawn
 

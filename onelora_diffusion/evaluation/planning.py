@@ -83,7 +83,7 @@ def make_plan(settings: Generate, accelerator: Accelerator) -> Plan:
     columns = columns_of(settings, list(drawn.adapters))
     for _, sampler in columns.values():
         sampler.check_family(drawn.family)
-        sampler.check(drawn.denoiser, drawn.pipeline.scheduler.config)
+        sampler.check(drawn.denoiser, drawn.family.training_scheduler(drawn.pipeline).config)
     drawn.place(settings, accelerator.device)
 
     default = measuring.default_for(own, settings.reference)

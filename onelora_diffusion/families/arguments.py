@@ -102,17 +102,26 @@ def batch_kind(one, two) -> str | None:
     return "shared" if same(one, two) else None
 
 
-def is_permuted(value, sample: Tensor) -> bool:
-    """Whether an argument for one image is the sample in another order, or has it beside other values."""
+def scale_of(value, sample: Tensor) -> float | None:
+    """The number s by which an argument for one image is s times the sample in another order.
+
+    It is 1 for the sample beside other values. None: the argument is something else.
+    """
     is_of_one = isinstance(value, list) or isinstance(value, Tensor) and value.ndim
     if not is_of_one or len(value) != 1 or not isinstance(value[0], Tensor):
-        return False
+        return None
     (entry,) = value
     if not entry.is_floating_point() or entry.numel() < sample.numel():
-        return False
+        return None
     if entry.numel() > sample.numel():
-        return bool(torch.isin(sample.to(entry), entry).all())
-    return torch.equal(entry.flatten().sort().values, sample.to(entry.dtype).flatten().sort().values)
+        return 1.0 if torch.isin(sample.to(entry), entry).all() else None
+    found, own = (values.to(entry.dtype).flatten().sort().values for values in (entry, sample))
+    if torch.equal(found, own):
+        return 1.0
+    found, own = found.float(), own.float()
+    scale = float(found.norm() / own.norm())
+    is_scaled = (found - scale * own).abs().max() <= 4 * torch.finfo(entry.dtype).eps * found.abs().max()
+    return scale if is_scaled else None
 
 
 def output_of(answer) -> Tensor | list:

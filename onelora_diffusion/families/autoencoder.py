@@ -23,7 +23,8 @@ def moments_of(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of images, as the autoencoder has them, (batch, C, ...) each."""
     encoded = vae.encode(in_range(images).to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean, encoded.latent_dist.std
+        mean = encoded.latent_dist.mode()
+        return mean, getattr(encoded.latent_dist, "std", torch.zeros_like(mean))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     return latents, torch.zeros_like(latents)
 

@@ -190,13 +190,18 @@ class Family:
         """The timesteps that the denoiser is trained on: all, or its share of them if there are two denoisers."""
         return range(scheduler.config.num_train_timesteps)
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
-        """The arguments with which the pipeline calls the scheduler's `set_timesteps` for this number of tokens.
+    def training_scheduler(self, pipeline):
+        """The scheduler that says how images are noised in training, and what is predicted; see `training_losses`."""
+        return pipeline.scheduler
+
+    def sampling_scheduler(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1):
+        """A new scheduler of the pipeline, with its timesteps set as the pipeline sets them for a number of tokens.
 
         Args:
             frames: the number of frames that the tokens of a clip are of, as its autoencoder has them.
         """
-        return {"num_inference_steps": num_inference_steps}
+        scheduler.set_timesteps(num_inference_steps=num_inference_steps)
+        return scheduler
 
     def guidance_scale(self, pipeline) -> float:
         """The pipeline's default strength of guidance."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.families.arguments import near, same
+from onelora_diffusion.families.coordinates import measured, unmixed
 from onelora_diffusion.families.record import Place, Run
 from onelora_diffusion.families.recording import SHORT, NotTakenError, Recorder
 
@@ -115,11 +116,13 @@ def check_empty(recorder: Recorder, empty: dict, alone: dict) -> None:
 def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
     """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
     numbers, _ = empty_row(recorder, run, recorder.call())
-    stepped = place.order >= 0
-    found = recorder.unmixed(run)[0].float().flatten().cpu()[place.order[stepped]]
+    outputs, sign, stepped = run.outputs, place.sign, place.order >= 0
+    if recorder.record.steps in ("flow", "image"):
+        outputs, sign = unmixed(run, measured(recorder, recorder.square, 2, recorder.record.frames)), 1
+    found = outputs[0].float().flatten().cpu()[place.order[stepped]]
     own, without = (answers[number].float().flatten().cpu()[place.unpacked[stepped]] for number in numbers)
     for offset in (0, 1):
-        guided = place.sign * (without + (TRIED_SCALE + offset) * (own - without))
+        guided = sign * (without + (TRIED_SCALE + offset) * (own - without))
         if (guided - found).abs().max() <= 0.05 * guided.abs().max():
             return offset
     return None

@@ -14,9 +14,19 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from onelora_diffusion.denoisers import autoencoder_of, denoisers_in
-from onelora_diffusion.diffusion import add_noise, prediction_of
-from onelora_diffusion.families.arguments import batch_kind, described, is_permuted, near, output_of, same, tensors_in
+from onelora_diffusion.diffusion import prediction_of
+from onelora_diffusion.families.arguments import batch_kind, described, near, output_of, same, scale_of, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
+from onelora_diffusion.families.coordinates import (
+    check_drawn,
+    find_steps,
+    measured,
+    odds_of,
+    precise_run,
+    sign_of,
+    times_of,
+    unmixed,
+)
 from onelora_diffusion.families.given import (
     PROBED_FRAMES,
     drawn_at_random,
@@ -28,7 +38,7 @@ from onelora_diffusion.families.guided import find_guidance
 from onelora_diffusion.families.noises import find_others, find_switch
 from onelora_diffusion.families.pictured import call_of_two, find_pictured
 from onelora_diffusion.families.record import Place, Prompted, Run
-from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Recorder
+from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Recorder, fresh
 from onelora_diffusion.families.references import blank
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.files import first_line
@@ -90,6 +100,7 @@ def _probed(recorder: Recorder) -> Place:
     if others := [name for name, part in parts if type(part) is type(recorder.denoiser) and name not in known]:
         raise recorder.refusal(f"beside its {recorder.component} it has {others[0]}, another that guides")
     find_noise(recorder)
+    find_steps(recorder)
     place, run = place_at(recorder, recorder.square)
     record, drawn = recorder.record, drawn_side(recorder, place)
     if drawn != record.side:  # it makes another size of the one that it is asked for: that is asked for then
@@ -101,7 +112,8 @@ def _probed(recorder: Recorder) -> Place:
                 f"asked for {asked} by {asked} pixels it draws latents of {place.shape[-2]} by {place.shape[-1]}, of "
                 f"which its autoencoder makes images of {drawn} by {drawn}, and those it does not draw"
             ) from error
-    find_times(recorder, run)
+    check_drawn(recorder, place, run.times)
+    find_times(recorder, run, place)
     find_share(recorder, run)
     find_pictured(recorder, place)
     find_conditions(recorder)
@@ -149,7 +161,7 @@ def find_noise_at(recorder: Recorder) -> None:
         record.arrangement.lists |= {n for n, value in run.calls[0].items() if "." not in n and _is_of_layers(value)}
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
-        found = [name for name, value in run.calls[0].items() if is_permuted(value, run.samples[0])]
+        found = [name for name, value in run.calls[0].items() if scale_of(value, run.samples[0])]
         found = found or record.frames > 1 and drawn_at_random(recorder, off) or []
         tried = off
         if len(run.calls) == 1 and len(found) == 1:
@@ -161,7 +173,7 @@ def find_noise_at(recorder: Recorder) -> None:
             raise failure
         if len(run.calls) == 1 and not found:
             given = [value for value in run.calls[0].values() if isinstance(value, Tensor) and value.ndim]
-            if rows := [len(value) for value in given if is_permuted(value[:1], run.samples[0])]:
+            if rows := [len(value) for value in given if scale_of(value[:1], run.samples[0])]:
                 raise recorder.refusal(f"its denoiser is given {rows[0]} rows for an image, also without guidance")
             raise recorder.refusal("what its denoiser is given is not its scheduler's sample, but computed from it")
         raise recorder.refusal(
@@ -209,22 +221,22 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
             SHORT, side, steps, answer, step, record.encoded, blank(sizes), frames=frames, **record.off
         )
 
-    run = run_of(steps, numbered)
-    if len(run.calls) != len(run.times) or len(run.times) < steps:  # a sampler of a higher order may take more
-        raise recorder.refusal(
-            f"its scheduler steps {len(run.times)} times where its denoiser is called {len(run.calls)} times"
-        )
-    count, taken = run.samples[0].numel(), [call[record.noisy] for call in run.calls]
+    run, own = run_of(steps, numbered), None
+    seen = run
+    if record.steps in ("flow", "image"):
+        own = measured(recorder, side, steps, frames)
+        seen = precise_run(recorder, side, steps, answer, frames, step=numbered, references=blank(sizes))
+    count, taken = run.samples[0].numel(), [call[record.noisy] for call in seen.calls]
     values = torch.stack([value[0].flatten().cpu() for value in taken[:steps]])
+    if own:
+        values = values / own.scale[:, None]
     moves = (values != values[0]).any(0)  # all others are constant, or of reference images
     packed = torch.empty(len(moves), dtype=torch.long)
-    packed[moves] = _from_digits(list(values[1:, moves]))
+    packed[moves] = _from_digits(list(values[1:, moves].round()))
     numbers = packed[moves].sort().values
     if not (_is_permutation(numbers, count) or record.references and _are_some(numbers, count)):
         raise recorder.refusal(f"{record.noisy} is no permutation of the scheduler's sample")
-    is_flow = prediction_of(recorder.pipeline.scheduler.config) == "flow"
-    record.mixes = is_flow and any(len(value.sign().unique()) > 1 for value in run.outputs)
-    outputs = recorder.unmixed(run)[:DIGITS]
+    outputs = [output.round() for output in unmixed(seen, own)[:DIGITS]] if own else run.outputs[:DIGITS]
     signs = {int(value.sign().unique()) if len(value.sign().unique()) == 1 else 0 for value in outputs}
     sign = signs.pop()
     unpacked = _from_digits([value * sign - 1 for value in outputs])
@@ -286,16 +298,20 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
     latent_at[order[order >= 0]] = (order >= 0).nonzero().flatten()
     packed[moves], packed[~moves] = latent_at[packed[moves]], len(order) + torch.arange(int((~moves).sum()))
     check_schedule(recorder, run)
-    if not 0.8 < run.spread < 1.2:  # a statistic, where a pipeline draws other numbers before its noise
-        if not is_flow:
+    if record.steps == "flow":
+        sign = sign_of(own)
+    elif not 0.8 < run.spread < 1.2:  # a statistic, where a pipeline draws other numbers before its noise
+        if prediction_of(recorder.pipeline.scheduler.config) != "flow":
             raise recorder.refusal(f"its noise is {run.spread:g} times that of its scheduler")
-        record.spread = round(run.spread, 5)
-    scale, shift = (scale * record.spread).reshape(shape).cpu(), shift.reshape(shape).cpu()
+        record.spread = record.unit = round(run.spread, 5)
+    run.times = times_of(recorder, own) if own else run.times
+    scale, shift = (scale * record.unit).reshape(shape).cpu(), shift.reshape(shape).cpu()
     if given:
         scale, shift = (scaled_as_others(moment, (order < 0).reshape(shape)) for moment in (scale, shift))
         if scale is None or shift is None:
             raise recorder.refusal("some of its latents are given clean, and the others are not scaled alike")
     return Place(
+        odds=odds_of(recorder, own) if record.steps == "flow" else 1.0,
         shape=shape,
         argument=tuple(taken[0][0].shape),
         order=order,
@@ -319,28 +335,19 @@ def check_pixels(recorder: Recorder, *runs: Run) -> None:
 
 
 def check_schedule(recorder: Recorder, run: Run) -> None:
-    """Its times are those of its scheduler, and noise is added as in training."""
-    scheduler = type(recorder.pipeline.scheduler).from_config(recorder.pipeline.scheduler.config)
+    """Its times are those of its scheduler."""
+    scheduler = fresh(recorder.pipeline.scheduler)
     for name, value in run.attributes.items():
         setattr(scheduler, name, value)
     scheduler.set_timesteps(**run.schedule)
     if scheduler.timesteps[: len(run.times)].tolist() != run.times:
         raise recorder.refusal("it steps at other times than its scheduler's set_timesteps has set")
-    if prediction_of(scheduler.config) == "flow":
-        return
-    clean, noise = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    first, is_known = scheduler.timesteps[:1], hasattr(scheduler, "alphas_cumprod")
-    if is_known:
-        scaled = scheduler.scale_model_input(scheduler.add_noise(clean, noise, first), first[0])
-        is_known = torch.allclose(scaled, add_noise(clean, noise, first.round().long(), scheduler), atol=1e-3)
-    if not is_known:
-        kind = type(scheduler).__name__
-        raise recorder.refusal(f"its {kind} does not give its denoiser √ᾱ x + √(1-ᾱ) ε of its betas")
 
 
-def find_times(recorder: Recorder, run: Run) -> None:
+def find_times(recorder: Recorder, run: Run, place: Place) -> None:
     """The arguments that change from step to step, as lines over the scheduler's timestep."""
-    times = torch.tensor(run.times, dtype=torch.float64)
+    most = recorder.pipeline.scheduler.config.num_train_timesteps
+    times = place.told(torch.tensor(run.times, dtype=torch.float64), most)
     for name in run.calls[0]:
         values = [call.get(name) for call in run.calls]
         if name == recorder.record.noisy or all(same(value, values[0]) for value in values):

@@ -21,8 +21,12 @@ class Run:
         times, outputs, samples: what `scheduler.step` got.
         schedule: arguments of `scheduler.set_timesteps`.
         attributes: what the pipeline set on the scheduler before that.
+        changed: tensors of the scheduler that the pipeline has changed after that.
+        scheduler: it, as it was in the first step.
+        stepped: the number of the denoiser's calls before the last step.
+        is_over: whether that was the last step that is asked for.
         encoded: what each call of a method that encodes prompts returned, and `encodes`, whether one is under way.
-        spread: the standard deviation of the first sample, over that of the scheduler's noise.
+        begin: the standard deviation of the first sample, and `spread`, over that of the scheduler's noise.
         drawn: the sample after the last step.
         decoded: what the autoencoder's `decode` got; where there is none, what was drawn.
         decoding: `args` and `kwargs` that it got beside.
@@ -36,8 +40,13 @@ class Run:
     samples: list[Tensor] = field(default_factory=list)
     schedule: dict = field(default_factory=dict)
     attributes: dict = field(default_factory=dict)
+    changed: dict = field(default_factory=dict)
+    scheduler: object = None
+    stepped: int = 0
+    is_over: bool = False
     encoded: list = field(default_factory=list)
     encodes: bool = False
+    begin: float = 1.0
     spread: float = 1.0
     drawn: Tensor | None = None
     decoded: Tensor | None = None
@@ -92,6 +101,7 @@ class Place:
         decoding: what it is given beside latents to decode, `args` and `kwargs`.
         constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
         still: by argument, the places (1, ...) of the time that keep their numbers, which are those of `constants`.
+        odds: s of the times T·τ that the denoiser is told of, τ / (1 - τ) = σ / (1 - σ) / s, at the time T·σ.
     """
 
     shape: tuple[int, ...]
@@ -106,6 +116,11 @@ class Place:
     decoding: dict
     constants: dict
     still: dict[str, Tensor] = field(default_factory=dict)
+    odds: float = 1.0
+
+    def told(self, times: Tensor, most: int) -> Tensor:
+        """The times of which the denoiser is told at times of `most`, (batch,)."""
+        return times if self.odds == 1 else times / (times / most * (1 - self.odds) + self.odds)
 
     def __post_init__(self):
         vars(self)["_on_devices"] = {}
@@ -149,7 +164,7 @@ class Record:
         takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
         factors: sizes of the output over those of the noisy argument.
         encoded: what `encode_prompt` returned of the short prompt.
-        times: by argument, a and b of a·t + b of the scheduler's time t.
+        times: by argument, a and b of a·t + b of the scheduler's time t, or where steps are of `flow`, of σ as such.
         share: the times t from which and below which this one of two denoisers computes.
         prompted: the arguments that follow the prompt, or what is in the reference images.
         sized, together: the arguments that follow the size, and those that follow the prompt and the size.
@@ -159,9 +174,12 @@ class Record:
         pixels: of a latent, along one side.
         stride: frames of a clip that become one of its latents, after the first; 0: the pipeline draws no clips.
         multiple: pixels of which sides are multiples.
-        spread: the standard deviation of the noise that the pipeline begins with, of flow matching; scales of places
-            have it as a factor.
-        mixes: whether its scheduler steps by a·x + b·o of the sample x and the output o, which depend on the time.
+        spread: the standard deviation of the noise that the pipeline begins with, of flow matching.
+        unit: a latent's 1 in the scheduler's samples; scales of places have it as a factor.
+        steps: what its steps mean, if not what its scheduler alone means by them: `flow` where they are those of flow
+            matching in other coordinates, `image` where the denoiser predicts the image, and the scheduler steps by
+            the velocity of that, `edm` where they are those of EDM.
+        least: of `image`, the σ that the pipeline divides by at least.
         guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
         offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
         told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b;
@@ -194,7 +212,9 @@ class Record:
     stride: int = 0
     multiple: int = 1
     spread: float = 1.0
-    mixes: bool = False
+    unit: float = 1.0
+    steps: str = ""
+    least: float = 0.0
     guided: dict = field(default_factory=dict)
     offset: int | None = 0
     told: tuple[str, float | None, float | None] | None = None

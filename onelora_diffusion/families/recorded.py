@@ -19,6 +19,7 @@ from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import filled, on, output_of, same, tensors_in
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
+from onelora_diffusion.families.coordinates import Translated, measured, times_of, training_scheduler
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
 from onelora_diffusion.families.fitting import check_frames, check_sides
 from onelora_diffusion.families.given import clean_latents
@@ -58,7 +59,7 @@ class Recorded(Family):
         else:
             place = probed(self.recorder)
         self.record = self.recorder.record
-        self._mixtures: dict[float, tuple[Tensor, Tensor]] = {}
+        self._training_scheduler = training_scheduler(self.recorder)
         self._first = place
         self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
         self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
@@ -371,8 +372,9 @@ class Recorded(Family):
             constants[name] = conditions[f"references.{name}"][0][tuple(map(slice, shape))]
         given |= {name: self._constant(name, value, batch) for name, value in constants.items()}
         given[record.noisy] = list(packed) if record.takes_lists else packed
+        told = place.told(times, self._training_scheduler.config.num_train_timesteps)
         for name, (by, start) in record.times.items():
-            given[name] = _spread(by * times + start, here.constants[name], here.still.get(name))
+            given[name] = _spread(by * told + start, here.constants[name], here.still.get(name))
         if record.told and "guidance" in conditions:
             given[record.told[0]] = self._told(conditions["guidance"])
         output = output_of(denoiser(**record.arrangement.nested(given)))
@@ -382,13 +384,16 @@ class Recorded(Family):
             raise ValueError(
                 f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
             )
-        is_plain = place.sign > 0 and not record.mixes and record.spread == 1
+        is_plain = place.sign > 0 and record.steps != "image" and record.spread == 1
         if is_plain and here.unpacked is None and output.shape[-2:] == latents.shape[-2:]:
             return output.reshape(batch, -1, *latents.shape[2:])  # with its variance, if there is one
         output = output.flatten(1)
         output = output[:, : latents[0].numel()] if here.unpacked is None else output[:, here.unpacked]
         own = place.sign * output.reshape(latents.shape)
-        own = (self._mixed(own, latents, times) if record.mixes else own) / record.spread
+        if record.steps == "image":
+            sigma = times / self._training_scheduler.config.num_train_timesteps
+            own = (latents - own) / sigma.clamp(min=record.least).view(-1, *[1] * (latents.ndim - 1))
+        own = own / record.spread
         return own if here.given is None else own.masked_fill(here.given, 0)  # of which nothing is predicted
 
     def completed(self, latents: Tensor, conditions: Conditions) -> Tensor:
@@ -426,15 +431,6 @@ class Recorded(Family):
                 outputs.append(self._predicted(denoiser, latents[rows], times[rows], own))
         return torch.cat(outputs)[torch.cat(groups).argsort()]
 
-    def _mixed(self, output: Tensor, sample: Tensor, times: Tensor) -> Tensor:
-        """The predictions of outputs of such samples, (batch, ...), at times (batch,)."""
-        if new := sorted(set(times.tolist()) - self._mixtures.keys()):
-            with torch.no_grad():
-                self._mixtures |= zip(new, zip(*self.recorder.mixture(new), strict=True), strict=True)
-        rows = torch.tensor([self._mixtures[time] for time in times.tolist()], device=output.device)
-        of_sample, of_output = rows.view(len(rows), 2, *[1] * (sample.ndim - 1)).unbind(1)
-        return of_sample * sample + of_output * output
-
     def _told(self, scales: Tensor) -> Tensor:
         """What the denoiser is told of strengths of guidance, (batch, ...)."""
         name, by, start = self.record.told
@@ -455,6 +451,9 @@ class Recorded(Family):
         given = self.place(*size).given if self.record.frames > 1 else torch.zeros(())
         return (~given[None, :1]).float() if given.any() else None
 
+    def training_scheduler(self, pipeline):
+        return self._training_scheduler
+
     def timestep_range(self, scheduler) -> range:
         if isinstance(self.denoiser, TwoDenoisers):
             return super().timestep_range(scheduler)
@@ -462,15 +461,24 @@ class Recorded(Family):
         mine = self._is_mine(times).nonzero().flatten().tolist()
         return range(mine[0], mine[-1] + 1)
 
-    def timesteps(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1) -> dict:
-        record, of_frame = self.record, num_tokens // frames
+    def sampling_scheduler(self, scheduler, num_inference_steps: int, num_tokens: int, frames: int = 1):
+        recorder, record, of_frame = self.recorder, self.record, num_tokens // frames
         height = max(side for side in range(1, int(of_frame**0.5) + 1) if of_frame % side == 0)
         side = (height * record.multiple, of_frame // height * record.multiple)
         frames = 1 + (frames - 1) * record.stride
-        run = self.recorder.run(SHORT, side, num_inference_steps, encoded=record.encoded, frames=frames, **record.off)
+        steps, is_other = None, record.steps in ("flow", "edm")
+        if is_other:
+            steps = measured(recorder, side, num_inference_steps, frames, scales=True)
+        given = {"encoded": record.encoded, "frames": frames, **record.off}
+        run = steps.run if is_other else recorder.run(SHORT, side, num_inference_steps, **given)
         for name, value in run.attributes.items():
             setattr(scheduler, name, value)
-        return run.schedule
+        scheduler.set_timesteps(**run.schedule)
+        for name, value in run.changed.items():
+            setattr(scheduler, name, value)
+        if not is_other:
+            return scheduler
+        return Translated(scheduler, steps, self.place(*side, frames).sign, record.unit, times_of(recorder, steps))
 
     def guidance_scale(self, pipeline) -> float:
         if self.record.guide == "guider":

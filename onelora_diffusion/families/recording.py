@@ -117,6 +117,9 @@ class Recorder:
         frames: int = 1,
         guider: float = 1.0,
         times: Sequence[float] = (),
+        scales: bool = False,
+        steps_itself: bool = False,
+        dtype: torch.dtype | None = None,
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -130,6 +133,9 @@ class Recorder:
             frames: the number of frames of the clip that is drawn; 1: that of the record.
             guider: the scale of guidance by the component that guides, where there is one; 1: none.
             times: those of the steps, of flow matching. (): as the pipeline sets them.
+            scales: whether the scheduler scales what the denoiser is given, as it does in earnest.
+            steps_itself: whether it also steps, from sample to sample; `step` is not called.
+            dtype: of the denoiser, as the pipeline sees it. None: its own.
 
         Raises:
             NotTakenError: the call fails.
@@ -140,13 +146,21 @@ class Recorder:
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
         given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
         given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
+        given |= {"intermediate_timesteps": None} if steps != 2 else {}  # of SANA-Sprint, which has them for two alone
         if self.record.references:
             images = references or blank([BLANK] * self.record.references)
             if side and not self.takes_size:
                 images = [image.resize(side[::-1]) for image in images]
             given[self.takes] = images[0] if len(images) == 1 else list(images)
         replaced = {
-            "scheduler": _scheduler(pipeline.scheduler, run, step, times, bool(self.record.others)),
+            "scheduler": _scheduler(
+                pipeline.scheduler,
+                run,
+                None if steps_itself else step,
+                times,
+                scales or steps_itself,
+                bool(self.record.others),
+            ),
             "_progress_bar_config": {"disable": True},
         }
         if autoencoder := autoencoder_name(pipeline):
@@ -166,7 +180,8 @@ class Recorder:
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         for name, part in denoisers_in(pipeline).items():
-            replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device)
+            own = {"dtype": dtype} if dtype else {}
+            replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device, **own)
         with _replaced(pipeline, replaced), _silence():
             try:
                 images = pipeline(**{name: value for name, value in given.items() if name in self.parameters})
@@ -206,6 +221,8 @@ class Recorder:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             for more in variable:
                 arguments |= arguments.pop(more, {})
+            if run.is_over:
+                raise _Stop
             call = dict(self.record.arrangement.named(copied(arguments)))
             others = {other: call[other] for other in self.record.others}
             zeros = {other: torch.zeros_like(value) for other, value in others.items()}
@@ -255,34 +272,6 @@ class Recorder:
 
         return answer
 
-    def mixture(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """At each time a and b of a·x + b·o, by which the scheduler steps from a sample x and an output o, (times,).
-
-        ValueError if they are not the same for all of the sample.
-        """
-        parts = []
-        for own, other in ((1.0, 0.0), (0.0, 1.0)):
-            run = self.run(
-                side=self.square,
-                steps=len(times) + 1,
-                answer=self.answering(lambda number, elements, value=other: torch.full((elements,), value)),
-                step=lambda number, sample, value=own: torch.full_like(sample, value),
-                encoded=self.record.encoded,
-                times=[*times[:1], *times],  # the first sample is noise
-                **self.record.off,
-            )
-            parts.append(torch.stack([output.flatten().double().cpu() for output in run.outputs[1:]]))
-        if any((part != part[:, :1]).any() for part in parts):
-            raise self.refusal("what its scheduler steps by is no sum of the sample and the denoiser's output")
-        return parts[0][:, 0], parts[1][:, 0]
-
-    def unmixed(self, run: Run) -> list[Tensor]:
-        """What the scheduler got in each step of a run, as far as it is the denoiser's output."""
-        if not self.record.mixes:
-            return run.outputs
-        mixture = zip(*(part.tolist() for part in self.mixture(run.times)), strict=True)
-        return [(out - a * x) / b for out, x, (a, b) in zip(run.outputs, run.samples, mixture, strict=True)]
-
     def answered(self, call: dict) -> Tensor | list:
         """What the denoiser itself answers to a recorded call."""
         device = next(self.denoiser.parameters()).device
@@ -307,14 +296,23 @@ def _moved(value, images: Tensor):
     return type(value)(value.parameters.to(images), *is_mean)
 
 
-def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], times: Sequence[float], has_others: bool):
-    """A scheduler like the pipeline's that records how it is used, and gives the denoiser its sample as it is.
+def fresh(scheduler):
+    """A new scheduler of the same configuration, of which a pipeline may have more than its class knows."""
+    with _silence():
+        return type(scheduler).from_config(scheduler.config)
 
+
+def _scheduler(own, run: Run, step: Callable | None, times: Sequence[float], scales: bool, has_others: bool):
+    """A scheduler like the pipeline's that records how it is used.
+
+    It gives the denoiser its sample as it is, unless it `scales`, and steps by `step`, or by itself if that is None.
     Its copies record as well; where there are other noises, they are those of these, and do not.
     """
-    scheduler = type(own).from_config(own.config)
-    before = dict(vars(scheduler))
-    set_timesteps = scheduler.set_timesteps
+    scheduler = fresh(own)
+    before, after = dict(vars(scheduler)), {}
+    set_timesteps, own_step = scheduler.set_timesteps, scheduler.step
+    # Some pipelines ask it for what is denoised, turn it back, and step by that.
+    denoises = "pred_original_sample" in inspect.signature(own_step).parameters
 
     @functools.wraps(set_timesteps)
     def recorded_set_timesteps(*args, **kwargs):
@@ -329,29 +327,43 @@ def _scheduler(own, run: Run, step: Callable[[int, Tensor], Tensor | None], time
         if times:
             scheduler.timesteps = torch.tensor(times, dtype=torch.float32)
             scheduler.sigmas = torch.tensor([*times, 0.0]) / scheduler.config.num_train_timesteps
+        after.update({name: copied(value) for name, value in vars(scheduler).items() if isinstance(value, Tensor)})
 
-    @functools.wraps(scheduler.step)
+    @functools.wraps(own_step)
     def recorded_step(model_output, timestep, sample, *args, **kwargs):
-        run.times.append(float(timestep))
+        if denoises and run.stepped == len(run.calls):  # it was turned back
+            for steps in (run.times, run.outputs, run.samples):
+                steps.pop()
+        run.stepped = len(run.calls)
+        run.times.append(float(torch.as_tensor(timestep).flatten()[0]))
         run.outputs.append(model_output)
         run.samples.append(sample.clone())  # some step in place
         if len(run.samples) == 1:
             noise = torch.randn(sample.numel(), generator=torch.Generator().manual_seed(0))  # that of the call
-            run.spread = float(sample.float().std() / noise.std() / getattr(scheduler, "init_noise_sigma", 1.0))
-        after = step(len(run.times) - 1, sample)
-        if after is None:
+            run.begin = float(sample.float().std() / noise.std())
+            run.spread = run.begin / getattr(scheduler, "init_noise_sigma", 1.0)
+            run.changed = {name: value for name, value in vars(scheduler).items() if name in after}
+            run.changed = {name: value for name, value in run.changed.items() if not same(value, after[name])}
+            run.scheduler = scheduler
+        if step is None:
+            stepped = own_step(model_output, timestep, sample, *args, **kwargs)
+            run.drawn = stepped[0]
+            return stepped
+        found = step(len(run.times) - 1, sample)
+        if found is None and not denoises:
             raise _Stop
-        run.drawn = after
+        run.is_over, found = found is None, sample if found is None else found
+        run.drawn = found
         scheduler._step_index = (getattr(scheduler, "_step_index", None) or 0) + 1  # which some pipelines turn back
-        return _Answer((after, after))  # some read what is denoised as well
+        return _Answer((found, model_output if denoises else found))  # some read what is denoised as well
 
     def copied_scheduler(memo):
-        copied = type(own).from_config(own.config)
+        copied = fresh(own)
         vars(copied).update({name: value for name, value in vars(scheduler).items() if name not in recording})
         return copied
 
     recording = {"set_timesteps": recorded_set_timesteps, "step": recorded_step}
-    recording |= {"scale_model_input": lambda sample, timestep=None: sample}
+    recording |= {} if scales else {"scale_model_input": lambda sample, timestep=None: sample}
     recording |= {"__deepcopy__": copied_scheduler} if has_others else {}
     vars(scheduler).update(recording)
     return scheduler

@@ -154,7 +154,7 @@ def generate_images(
     family, denoiser = family_of(pipeline), denoiser_of(pipeline)
     encoded = EncodedConditions(pipeline, max_sequence_length) if encoded is None else encoded
     settings.check_family(family)
-    settings.check(denoiser, pipeline.scheduler.config)
+    settings.check(denoiser, family.training_scheduler(pipeline).config)
     scale = family.guidance_scale(pipeline) if settings.guidance_scale is None else settings.guidance_scale
     at_once = images_at_once or family.images_at_once
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Family
+from onelora_diffusion.families.recording import fresh
 from onelora_diffusion.injection.routing import reroute_adapters, route_adapters
 from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest, first_weight
 from onelora_diffusion.sampling.schedulers import make_scheduler
@@ -128,7 +129,5 @@ def scheduler_of(
     if family.takes_samplers:
         sampler = settings.for_scheduler(own.config).sampler
         return make_scheduler(sampler, own.config, steps, num_tokens, learned_variance)
-    scheduler = type(own).from_config(own.config)
     frames = shape[1] if len(shape) == 4 else 1
-    scheduler.set_timesteps(**family.timesteps(scheduler, steps, num_tokens, frames))
-    return scheduler
+    return family.sampling_scheduler(fresh(own), steps, num_tokens, frames)

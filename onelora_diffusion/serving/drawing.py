@@ -52,7 +52,7 @@ class Drawing:
         ValueError if the base has no such class, sampler or size, the steps exceed `max_steps`, the subject is a class
         where the base draws prompts, or a prompt has `{trigger}` and the adapters no word for it.
         """
-        size, config = request.size or self.size, self.pipeline.scheduler.config
+        size, config = request.size or self.size, self.family.training_scheduler(self.pipeline).config
         self.family.check_resolution(self.pipeline, size)
         if size > self.size:
             raise ValueError(f"size is {size}; {self.size}, the base's own, is the most here")

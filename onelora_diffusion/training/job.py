@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from onelora_diffusion.denoisers import autoencoder_of, blocks_of, denoiser_of
+from onelora_diffusion.families import family_of
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.verbs import train_adapters
 from onelora_diffusion.processes import check_equal, on_every_process, say, told_by_main
@@ -201,7 +202,7 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
     if not job.waiting:
         return None
 
-    check_weighting(pipeline.scheduler, settings.snr_gamma, settings.loss_weighting)
+    check_weighting(family_of(pipeline).training_scheduler(pipeline), settings.snr_gamma, settings.loss_weighting)
     if settings.subjects is None:
         job.add(job.waiting.popleft(), checkpoint)
     while job.has_room:

@@ -271,7 +271,7 @@ def next_part(job: Job, training: Training, number: int) -> Part:
     if each > 1:
         numbers = numbers * each + caption_choices(settings.seed, step, size, each)[rows]
     conditions = task.conditions(numbers, training.drawn.label_drops[rows])
-    num_timesteps = task.pipeline.scheduler.config.num_train_timesteps
+    num_timesteps = task.family.training_scheduler(task.pipeline).config.num_train_timesteps
     guidance = guidance_excess(settings, step, training.drawn, num_timesteps)[rows]
     return Part(moments, conditions, training.drawn.rows(rows, job.accelerator.device), guidance, masks)
 

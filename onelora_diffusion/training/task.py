@@ -87,7 +87,9 @@ class Task:
         self.adapter_name = "default"  # in the transformer
         self.training_adapter: str | None = None  # a hash of the frozen adapter that serves in training, if any
         self.condition_drop = settings.condition_drop(self.family.is_guided)  # share of samples without condition
-        self.timesteps = self.family.timestep_range(pipeline.scheduler)  # those that are trained on
+        self.timesteps = self.family.timestep_range(
+            self.family.training_scheduler(pipeline)
+        )  # those that are trained on
         # [index, flip] -> (image or, if `is_cached`, its moments, number of its condition)
         self.examples, self.is_cached = FlippableImages(data.images), False
         # The caches that `encode` has built, of prompts and of latents, if there are any.
@@ -208,7 +210,7 @@ class Task:
             masks: (batch, 1, ...), what of each sample is learned (see `training_losses`).
             guidance: w − 1 of each sample, (batch,).
         """
-        settings, scheduler = self.settings, self.pipeline.scheduler
+        settings, scheduler = self.settings, self.family.training_scheduler(self.pipeline)
         x_start = sample_moments(moments, draws.posterior_noise)
         latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
         times = model_timesteps(draws.timesteps, scheduler)

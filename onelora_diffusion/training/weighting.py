@@ -34,11 +34,12 @@ def weighted_loss(losses: dict[str, Tensor], weights: Tensor | None) -> Tensor:
 def min_snr_weights(timesteps: Tensor, scheduler, gamma: float) -> Tensor:
     """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ) for a model that predicts noise, / (SNR + 1) for velocity: (batch,).
 
+    EDM's F is a velocity, too.
     Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023.
     """
     alphas_cumprod = device_table(_alphas_cumprod, scheduler, timesteps.device, torch.float32)[timesteps]
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_of(scheduler.config) == "v_prediction" else snr)
+    return snr.clamp(max=gamma) / (snr if prediction_of(scheduler.config) == "epsilon" else snr + 1)
 
 
 def flow_weights(timesteps: Tensor, scheduler, weighting: Weighting) -> Tensor:
@@ -50,4 +51,6 @@ def flow_weights(timesteps: Tensor, scheduler, weighting: Weighting) -> Tensor:
 
 
 def _alphas_cumprod(scheduler, dtype: torch.dtype) -> Tensor:
+    if prediction_of(scheduler.config) == "edm":
+        return 1 - noise_schedule(scheduler, dtype)[1] ** 2
     return scheduler.alphas_cumprod.to(dtype)

@@ -21,12 +21,13 @@ def learn_a_batch(pipeline, latents: Tensor, conditions: dict) -> tuple[Tensor, 
     vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(vectors) == len(target_layers(model, family.targets))
     noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
-    noisy = add_noise(latents, noise, timesteps, pipeline.scheduler)
-    times = model_timesteps(timesteps, pipeline.scheduler)
+    scheduler = family.training_scheduler(pipeline)
+    noisy = add_noise(latents, noise, timesteps, scheduler)
+    times = model_timesteps(timesteps, scheduler)
     optimizer, losses = torch.optim.Adam(vectors, lr=0.01), []
     for _ in range(4):
         output = family.predict(model, noisy, times, conditions)
-        loss = training_losses(output, latents, noise, timesteps, pipeline.scheduler)["loss"].mean()
+        loss = training_losses(output, latents, noise, timesteps, scheduler)["loss"].mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

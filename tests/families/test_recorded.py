@@ -5,7 +5,7 @@ import functools
 import diffusers
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, EDMEulerScheduler
+from diffusers import CogVideoXDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from families.learning import learn_a_batch
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import (
@@ -190,12 +190,14 @@ def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is
 
 
 def test_what_has_no_place_in_a_recording_is_refused():
-    pipeline = make_pipeline("pixart")
-    pipeline.scheduler = EDMEulerScheduler()  # which scales what the denoiser is given in another way
-    with pytest.raises(
-        ValueError, match="PixArtSigmaPipeline cannot be recorded: its EDMEulerScheduler does not give"
+    for name, scheduler in (
+        ("pixart", EulerDiscreteScheduler(interpolation_type="log_linear")),  # times of other noise than it steps by
+        ("sd3", DPMSolverMultistepScheduler(prediction_type="flow_prediction")),  # the noise of a diffusion
     ):
-        Recorded(pipeline)
+        pipeline = make_pipeline(name)
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"{type(pipeline).__name__} cannot be recorded: (given exact|what its)"):
+            Recorded(pipeline)
     pipeline = make_pipeline("sd3")
     times = torch.tensor([900.0, 500.0, 100.0], dtype=torch.float64)
     assert line_of(times, times**2, torch.float32) is None

@@ -9,6 +9,7 @@ from tiny_models import make_pipeline
 
 from onelora_diffusion.denoisers import autoencoder_name, autoencoder_of, denoiser_of
 from onelora_diffusion.families import family_of
+from onelora_diffusion.families.coordinates import measured
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
@@ -81,9 +82,11 @@ def test_an_autoencoder_is_what_encodes_and_decodes():
 
 def test_an_image_is_predicted_and_the_scheduler_gets_a_velocity():
     _, family = stock("prx_pixel")
-    of_sample, of_output = family.recorder.mixture([500.0, 100.0, 10.0])
-    torch.testing.assert_close(of_sample, torch.tensor([2.0, 10.0, 20.0], dtype=torch.float64), rtol=1e-6, atol=0)
-    assert torch.equal(of_output, -of_sample)
+    steps = measured(family.recorder, (64, 64), 3, times=(500.0, 100.0, 10.0))
+    expected = torch.tensor([2.0, 10.0, 20.0], dtype=torch.float64)
+    torch.testing.assert_close(steps.of_sample, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(steps.of_output, -expected, rtol=1e-6, atol=0)
+    assert family.record.steps == "image" and abs(family.record.least - 0.05) < 1e-6
 
 
 def test_a_strength_of_guidance_is_told_as_an_embedding():

@@ -1,10 +1,8 @@
 """Sizes of images and numbers of frames that a recorded pipeline's models do not take."""
 
-from itertools import chain
-
 import torch
-from accelerate.utils import send_to_device
-from torch.func import functional_call
+from accelerate.utils.operations import recursively_apply
+from torch import Tensor
 
 from onelora_diffusion.denoisers import autoencoder_of
 from onelora_diffusion.files import first_line
@@ -16,17 +14,22 @@ NEIGHBOURS = 4  # numbers of frames below and above one that is not taken, which
 def check_sides(family, height: int, width: int) -> None:
     """ValueError for a size that a recorded family's denoiser refuses, as one without places for so many tokens.
 
-    It is asked by shapes alone, on the meta device; one that needs values for its answer is not.
+    It is asked by shapes alone, on the meta device; one that needs values for its answer is not. Another of the same
+    configuration is asked: some keep what they have computed, as Z-Image's does, and a thread may be drawing.
     """
-    denoiser = family.recorder.denoiser
-    shapes = {name: value.to("meta") for name, value in chain(denoiser.named_parameters(), denoiser.named_buffers())}
-    call = send_to_device(family.place(height, width).constants, "meta")
+    own, call = family.recorder.denoiser, recursively_apply(_shape_of, family.place(height, width).constants)
+    with torch.device("meta"):
+        denoiser = type(own).from_config(own.config).to("meta")
     try:
-        functional_call(denoiser, shapes, (), family.record.arrangement.nested(call))
+        denoiser(**family.record.arrangement.nested(call))
     except ValueError as error:
         raise ValueError(f"{family.name} does not take {height} by {width} pixels: {first_line(error)}") from error
     except Exception:  # whatever operations raise that have no answer by shapes
         return
+
+
+def _shape_of(value: Tensor) -> Tensor:
+    return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
 
 
 def check_frames(family, frames: int) -> None:

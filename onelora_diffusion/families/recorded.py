@@ -215,6 +215,11 @@ class Recorded(Family):
             given = call[record.noisy][0].flatten()
             row["references"] = given[on(place.beside, given.device)][None]
         for name, how in record.prompted.items():
+            if call[name] is None:  # a mask that is left out where it has every token (Nucleus)
+                tokens = next(
+                    call[other].shape[:2] for other in record.prompted if getattr(call[other], "ndim", 0) == 3
+                )
+                call = call | {name: constants[name].new_ones(tokens)}
             value = call[name][None] if how.kind == "shared" else call[name][0][None]
             if how.ragged is not None:
                 own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged + 1]

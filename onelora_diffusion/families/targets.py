@@ -44,10 +44,16 @@ def targets_in(denoiser: nn.Module, blocks: tuple[str, ...], predict: Callable[[
 def _with_added(
     layers: dict[str, nn.Module], predict: Callable[[], Tensor | list]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A zero for each layer, by path, and a prediction in which it was added to the layer's output."""
+    """A zero for each layer, by path, and a prediction in which it was added to the layer's output.
+
+    It is not where a layer is called by the names of its arguments (AnimateDiff's motion modules): PEFT's take no such
+    call, and a LoRA of them would not serve in the stock pipeline.
+    """
     added = {path: torch.zeros((), device=layer.weight.device, requires_grad=True) for path, layer in layers.items()}
     hooks = [
-        layer.register_forward_hook(lambda module, args, output, path=path: output + added[path].to(output.dtype))
+        layer.register_forward_hook(
+            lambda module, args, output, path=path: output + added[path].to(output.dtype) if args else output
+        )
         for path, layer in layers.items()
     ]
     try:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from onelora_diffusion.adapters.weights import Weight
@@ -70,9 +70,7 @@ class OneLoRALoaderMixin:
     @classmethod
     def stock_class(cls) -> type[DiffusionPipeline]:
         """The class of diffusers from which this class is derived."""
-        return next(
-            c for c in cls.__mro__ if issubclass(c, DiffusionPipeline) and not issubclass(c, OneLoRALoaderMixin)
-        )
+        return next(c for c in cls.__mro__ if issubclass(c, ConfigMixin) and not issubclass(c, OneLoRALoaderMixin))
 
     def load_lora_weights(
         self,

@@ -208,7 +208,7 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
     while job.has_room:
         job.add_subject()
     transformer = denoiser_of(pipeline)
-    transformer.train()
+    transformer.eval()  # as it draws: in training mode some put out something else, as HiDream's does
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if settings.compile:

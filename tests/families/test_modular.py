@@ -8,6 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from rounding import rounding
 from tiny_models import make_pipeline
 
+from onelora_diffusion import OneLoRALoaderMixin, save_adapter
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.pipelines.base import load_base
@@ -62,7 +63,14 @@ def test_a_base_that_is_modular_alone_is_loaded_recorded_and_learns(tmp_path, hu
     assert family.conditioners(pipeline).keys() == {"text_conditioner"}
     pipeline.register_modules(**dict.fromkeys(family.encoders(pipeline)))  # as training does
     latents = torch.randn(2, *family.latent_shape(pipeline, 64, 96), generator=torch.Generator().manual_seed(0))
-    learn_a_batch(pipeline, latents, {name: rows[:2] for name, rows in conditions.items()})
+    noisy, times = learn_a_batch(pipeline, latents, two := {name: rows[:2] for name, rows in conditions.items()})
+    save_adapter(model, tmp_path / "adapter")
+    family_of(base := load_base("some/anima", condition=str))
+    served = OneLoRALoaderMixin.from_pipe(base)
+    served.load_lora_weights(tmp_path / "adapter")
+    with torch.no_grad():
+        found = family_of(served).predict(denoiser_of(served), noisy, times, two)
+        assert torch.equal(found, family.predict(model, noisy, times, two))
 
 
 def test_a_modular_folder_without_what_it_names_is_refused(tmp_path):

@@ -29,6 +29,7 @@ from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.families.arguments import Arrangement
 from onelora_diffusion.families.probing import line_of, place_at
 from onelora_diffusion.families.recording import ASKED, _StandIn
+from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
@@ -312,6 +313,57 @@ def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, 
     path.write_bytes(path.read_bytes()[:1000])
     assert recorded()[1] == probes and "is recorded anew" in capsys.readouterr().out
     assert recorded()[1] == 0
+
+
+@torch.no_grad()
+def test_whether_a_size_is_taken_is_asked_without_a_trace_in_the_denoiser():
+    """Z-Image's keeps the positions that it has computed."""
+    pipeline, family = stock("z_image")
+    latents, times, conditions = inputs(family, pipeline, ["a bold Q"])
+    denoiser_of(pipeline).rope_embedder.freqs_cis = None  # as before its first call
+    family.check_resolution(pipeline, 96)
+    found = family.predict(denoiser_of(pipeline), latents, times, conditions)
+    family.check_resolution(pipeline, 96)
+    assert torch.equal(family.predict(denoiser_of(pipeline), latents, times, conditions), found)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_left_out_where_it_has_every_token_is_one_of_these():
+    """As Nucleus' pipeline does, and PixArt's here."""
+    pipeline, letters = make_pipeline("pixart"), LENGTH - 2
+    family, own = family_of(pipeline), pipeline.encode_prompt
+    pipeline.encode_prompt = lambda *args, **kwargs: tuple(
+        None if value is not None and value.ndim == 2 and value.all() else value for value in own(*args, **kwargs)
+    )
+    prompts = ["a bold Q", "q" * letters, ""]
+    latents, times, conditions = inputs(family, pipeline, prompts, max_length=LENGTH)
+    assert conditions["encoder_attention_mask"].sum(1).tolist() == [len(prompt) + 2 for prompt in prompts]
+    expected = pipeline.transformer(
+        latents[1:2],
+        encoder_hidden_states=conditions["encoder_hidden_states"][1:2],
+        timestep=times[1:2],
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    assert_rounded(
+        family.predict(pipeline.transformer, latents, times, conditions)[1:2], expected, pipeline.transformer
+    )
+
+
+def test_a_layer_that_is_called_by_the_name_of_its_argument_is_no_default_target():
+    """PEFT's cannot be called so, and a LoRA of AnimateDiff's `proj_in` would not serve in the stock pipeline."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.named = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.named(input=self.own(x))
+
+    blocks = nn.ModuleList([Block(), Block()])
+    model = nn.ModuleDict({"blocks": blocks})
+    found = targets_in(model, ("blocks",), lambda: blocks[1](blocks[0](torch.ones(1, 2))))
+    assert found == ("blocks.0.own", "blocks.1.own")
 
 
 def test_arguments_have_the_images_of_a_batch_first_in_each_tensor():

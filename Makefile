@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NUMBERS := $(addprefix tests/,adapters tools/analysis evaluation injection pipelines storage test_diffusion.py test_sampling.py)
 
-.PHONY: quickstart quickstart-text serve adapter check-gpu families test fuzz test-other-kernels test-quantised test-serve \
+.PHONY: quickstart quickstart-text serve adapter check-gpu families promises test fuzz test-other-kernels test-quantised test-serve \
 	test-proxy test-ray browser \
 	test-floors test-install test-wandb test-optimizers types style docs notebook
 .DELETE_ON_ERROR:
@@ -38,6 +38,10 @@ check-gpu: .venv/installed
 families: .venv/installed
 	$(BIN)/python -m tools.try_families $(if $(DIFFUSERS),--diffusers-tests $(DIFFUSERS))
 	$(BIN)/python -m tools.try_first_frames $(DIFFUSERS)
+
+# What an adapter of each of them is promised to do: trained, resumed, drawn with, exported.
+promises: .venv/installed
+	$(BIN)/python -m tools.try_promises $(if $(DIFFUSERS),--diffusers-tests $(DIFFUSERS))
 
 # Two processes of one thread each; test-other-kernels has as many threads as there are cores.
 test: .venv/installed

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -237,9 +238,8 @@ def pipelines_of(names: list[str], folder: Path | None, edits: bool) -> Iterator
     """The title of each row, and what makes its pipeline: ours, then of other classes those of diffusers' tests."""
     tried, ours = set(), [*EDITS, *EDITS_TOO] if edits else [name for name in PIPELINES if name not in EDITS]
     for name in names or ours:
-        pipeline = make_pipeline(name)
-        cls = type(pipeline).__name__
-        yield f"`{cls}`{f', {name}' if cls in tried else ''}", lambda pipeline=pipeline: pipeline
+        cls = type(make_pipeline(name)).__name__
+        yield f"`{cls}`{f', {name}' if cls in tried else ''}", partial(make_pipeline, name)
         tried.add(cls)
     if names:
         return

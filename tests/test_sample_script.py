@@ -112,6 +112,17 @@ def full_disk():
     raise OSError(errno.ENOSPC, "No space left on device", "samples.npz")
 
 
+def test_a_disk_that_is_full_is_said_with_the_file_and_leaves_no_half(run_folder, tmp_path, monkeypatch):
+    def cut(part, frames, frame_rate):
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writing says it, without a name
+
+    monkeypatch.setattr(sample, "write_frames", cut)
+    with pytest.raises(SystemExit, match="sample.py: .*pngs/000000.png: No space left on device"):
+        sample.main(settings_for(run_folder, tmp_path / "pngs", num_images=2))
+    assert not [*tmp_path.rglob("*.part")]
+
+
 @pytest.fixture
 def breaks_off(monkeypatch):
     """Lets runs draw their first images, and then something happen; returns the list of what they draw from now on."""

@@ -1,6 +1,7 @@
 """train_text_to_image.py on a tiny pipeline of each family: what it learns, writes, and does not depend on."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from launching import launch
 from peft import PeftModel
 from PIL import Image
 from rounding import assert_rounded, rounding_of_images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import NAMED, RESOLUTION, make_dit_pipeline, make_pipeline, randomize
 
 from onelora_diffusion import (
@@ -85,7 +86,9 @@ def train(bases, signs, tmp_path):
 
 def settings_of(bases, signs, tmp_path, name, folder="run", **changes):
     short = dict(base=str(bases / name), base_precision="fp32", images=str(signs), output_dir=tmp_path / folder)
-    short |= dict(resolution=RESOLUTION[name], max_sequence_length=LENGTH, max_steps=4, batch_size=4, log_every=1)
+    short |= dict(
+        resolution=RESOLUTION.get(name, 16), max_sequence_length=LENGTH, max_steps=4, batch_size=4, log_every=1
+    )
     return PromptSettings(**short | dict(sample_every=0, checkpoint_every=2) | changes)
 
 
@@ -114,6 +117,41 @@ def draw(pipeline, name, prompts=tuple(COLOURS), **changes):
 
 def loaded(bases, name):
     return OneLoRALoaderMixin.from_pipe(DiffusionPipeline.from_pretrained(bases / name))
+
+
+def test_a_number_of_tokens_that_the_base_cannot_encode_is_named(train):
+    """One token is less than SD3's pipeline takes from T5's and CLIP's; the stock call fails in its own words."""
+    with pytest.raises(SystemExit, match="cannot be encoded to --max-sequence-length 1, where more may do: "):
+        train("sd3", max_sequence_length=1)
+
+
+@pytest.fixture
+def copied(bases):
+    """A base that a test may change: changes the first weights of a part by a function of their tensors by name."""
+
+    def change(name, part, by):
+        folder = shutil.copytree(bases / name, bases / "copied", dirs_exist_ok=True)
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file(by(load_file(file)), file, {"format": "pt"})
+        return folder
+
+    yield change
+    shutil.rmtree(bases / "copied")
+
+
+def test_a_base_whose_weights_change_between_two_starts_is_noticed(train, copied):
+    copied("sd3", "vae", dict)
+    train("copied", max_steps=2)
+    copied("sd3", "vae", lambda weights: {name: 1.01 * tensor for name, tensor in weights.items()})
+    with pytest.raises(SystemExit, match="step-00000002.* was trained on other weights than .*copied has now"):
+        train("copied")
+    train("copied", allow_changed_settings=True)
+
+
+def test_weights_that_a_base_lacks_are_named(train, copied):
+    copied("sd3", "transformer", lambda weights: {n: w for n, w in weights.items() if n != "norm_out.linear.bias"})
+    with pytest.raises(SystemExit, match="the files of its transformer lack norm_out.linear.bias"):
+        train("copied")
 
 
 @pytest.mark.parametrize("name", TRAINED)

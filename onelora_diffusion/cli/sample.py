@@ -238,10 +238,15 @@ class Pictures(AbstractContextManager):
             return False
 
     def keep(self, name: str, image: np.ndarray, frame_rate: float | None = None) -> None:
-        """Writes an image, (R, R, 3) uint8, or a clip, (frames, R, R, 3)."""
-        part = self.folder / f".{name}.part"
-        write_frames(part, [Image.fromarray(frame) for frame in (image if image.ndim == 4 else [image])], frame_rate)
-        os.replace(part, self.file(name))
+        """Writes an image, (R, R, 3) uint8, or a clip, (frames, R, R, 3); OSError names its file."""
+        part, file = self.folder / f".{name}.part", self.file(name)
+        try:
+            frames = [Image.fromarray(frame) for frame in (image if image.ndim == 4 else [image])]
+            write_frames(part, frames, frame_rate)
+            os.replace(part, file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
     def finish(self) -> None:
         """Leaves the images, where the folder is the output, and nothing else."""

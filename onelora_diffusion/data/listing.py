@@ -71,10 +71,12 @@ def list_images(root: str | Path) -> Listing:
     readable = {suffix for suffix in IMAGES if extensions.get(suffix) in Image.OPEN}
     for name, entry in _entries(found, runs, str(found.root), "", ()):
         suffix = os.path.splitext(entry.name)[1].lower()
-        if not entry.is_file():
-            found.left_out["links to nothing"] += 1
+        if suffix in readable and is_mask(name):
+            found.masks.append(name)  # also a broken link: its image is not to be learned as a whole
+        elif not entry.is_file():
+            found.left_out["broken links"] += 1
         elif suffix in readable:
-            (found.masks if is_mask(name) else found.images).append(name)
+            found.images.append(name)
         elif suffix in IMAGES:
             found.left_out[f"{suffix}, which this Pillow does not read"] += 1
         else:

@@ -11,7 +11,7 @@ changes, the cache is another folder.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from onelora_diffusion.families.family import padded
 from onelora_diffusion.files import digest, write_bytes
 
 
-class NotFiniteRowError(ValueError):
-    """An encoded row contains infinity or NaN; the message names the row."""
+class EncodingError(ValueError):
+    """What a row is made of cannot be encoded, or not to finite numbers; the message names it."""
 
 
 class RowCache(Dataset):
@@ -80,7 +80,7 @@ def build_rows(
         is_outdated: a function that tells whether a complete file must be encoded again; it reports the reason.
 
     Raises:
-        NotFiniteRowError: a row is not finite.
+        EncodingError: a row is not finite; also of `encode` itself.
         OSError: the disk is full; the message names the shard, and earlier shards are complete.
     """
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -121,7 +121,7 @@ def _check_finite(tensors: dict[str, Tensor], rows: np.ndarray, unit: str) -> No
             is_full = tensor.dtype == torch.float32
             remedy = "check the weights that encode it, and what it is" if is_full else "encode in float32"
             row = rows[int(wrong.nonzero()[0])]
-            raise NotFiniteRowError(f"{name} of {unit} {row} is not finite in {tensor.dtype}: {remedy}")
+            raise EncodingError(f"{name} of {unit} {row} is not finite in {tensor.dtype}: {remedy}")
 
 
 def split(rows: Sequence, size: int) -> list:
@@ -147,6 +147,17 @@ def weights_digest(model: nn.Module) -> str:
     with ThreadPoolExecutor() as threads:  # sha256 releases Python's global lock
         parts = threads.map(lambda item: digest(dict([item])), sorted(model.state_dict().items()))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def weights_sample(models: Iterable[nn.Module]) -> str:
+    """sha256 of the first and last values of each tensor, without those that are packed: other weights show there."""
+    parts: dict[str, Tensor] = {}
+    for number, model in enumerate(models):
+        for name, tensor in model.state_dict().items():
+            if type(tensor) is Tensor:
+                values = tensor.flatten()
+                parts[f"{number}.{name}"] = torch.cat([values[:16], values[-16:]])
+    return digest(parts)
 
 
 def config_of(model: nn.Module) -> dict:

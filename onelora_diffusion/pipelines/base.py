@@ -76,9 +76,29 @@ def load_base(
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             if is_modular:
                 return load_modular(folder, **settings)
-            return getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
+            pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
+            _check_weights(pipeline)
+            return pipeline
     except Exception as error:  # the safetensors reader or a wrong class may raise any error
-        raise ValueError(f"base model '{base or folder}' does not load: {first_line(error)}") from error
+        reason = first_line(error)
+        if not is_modular and (lost := _lost(folder, index)):
+            reason = f"its {INDICES[0]} names {', '.join(lost)}, of which it has no folder: copy or download it again"
+        raise ValueError(f"base model '{base or folder}' does not load: {reason}") from error
+
+
+def _check_weights(pipeline) -> None:
+    """ValueError for a weight that the files of a component lack, which diffusers leaves on the meta device."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    for part, module in modules.items():
+        lacks = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        if lacks:
+            raise ValueError(f"the files of its {part} lack {lacks[0]} (of {len(lacks)}): copy or download it again")
+
+
+def _lost(folder: Path, index: dict) -> list[str]:
+    """The components that the index of a pipeline names and its folder lacks, as half a copy does."""
+    parts = {name for name, value in index.items() if isinstance(value, list) and any(value) and name[0] != "_"}
+    return sorted(name for name in parts if not (folder / name).is_dir())
 
 
 def class_names(index: dict) -> dict[int, str] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from onelora_diffusion.data.row_cache import weights_sample
 from onelora_diffusion.denoisers import autoencoder_of, blocks_of, denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.files import digest
@@ -25,6 +26,7 @@ from onelora_diffusion.training.outputs import Outputs, diverged, no_update
 from onelora_diffusion.training.randomness import StepDraws, micro_batches
 from onelora_diffusion.training.resuming import (
     agree_on_checkpoint,
+    check_same_base,
     check_same_data,
     check_same_training_adapter,
     is_elsewhere,
@@ -78,6 +80,7 @@ class Job:
     clock: Clock  # the time of the command over all its resumes, with its budget
     held: ExitStack  # what is released at the end: locks of folders
     trainings: list[Training] = field(default_factory=list)  # those in the batch now
+    base: str = ""  # a hash of some of the base's values
     waiting: deque[Training] = field(default_factory=deque)  # subjects that have not begun in this process
     model: nn.Module | None = None  # the transformer as it was prepared for several processes
     ended: int = 0  # the number of trainings that have ended
@@ -99,13 +102,14 @@ class Job:
         trained = task.attach()
         if checkpoint:
             check_same_adapter(checkpoint.tensors, trained)
+            check_same_base(settings, checkpoint, self.base)
             check_same_training_adapter(settings, checkpoint, task.training_adapter)
         if settings.eval_every:
             from onelora_diffusion.training.evaluating import Evaluation
 
             training.evaluation = Evaluation(settings, accelerator, task.pipeline, task.data.images)
         training.run = run = Run(settings, accelerator, trained, training.clock)
-        run.data, run.training_adapter = task.data.identity, task.training_adapter
+        run.data, run.base, run.training_adapter = task.data.identity, self.base, task.training_adapter
         if checkpoint:
             run.restore(checkpoint)
             say(accelerator, f"resuming {checkpoint.path} after {format_duration(run.clock.seconds)}")
@@ -203,6 +207,8 @@ def prepare(settings: RunSettings, make_task: MakeTask, since: float | None, hel
         return None
 
     check_weighting(family_of(pipeline).training_scheduler(pipeline), settings.snr_gamma, settings.loss_weighting)
+    job.base = weights_sample(part for _, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module))
+    check_equal(accelerator, {"the base": job.base})
     if settings.subjects is None:
         job.add(job.waiting.popleft(), checkpoint)
     while job.has_room:

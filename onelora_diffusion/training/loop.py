@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from onelora_diffusion.command_line import one_line_errors, typed_as
 from onelora_diffusion.data.images import BrokenImageError
-from onelora_diffusion.data.row_cache import NotFiniteRowError
+from onelora_diffusion.data.row_cache import EncodingError
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Conditions
 from onelora_diffusion.families.family import joined
@@ -63,7 +63,7 @@ def start(settings: RunSettings, make_task: MakeTask, since: float | None = None
             # The message of an error in a loader process contains its traceback.
             broken = str(error).splitlines()[-1].split("BrokenImageError: ")[-1]
             raise SystemExit(f"{script}: {broken}") from None
-        except (NotFiniteRowError, OSError) as error:  # such as a full disk; the last good checkpoint is kept
+        except (EncodingError, OSError) as error:  # such as a full disk; the last good checkpoint is kept
             raise SystemExit(f"{script}: {error}") from None
         if settings.push_to_hub is not None and code == 0 and PartialState().is_main_process:
             with one_line_errors(settings.script):

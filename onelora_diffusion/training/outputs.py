@@ -229,5 +229,7 @@ def diverged(error: NonFiniteError, settings: RunSettings) -> str:
     go_on = "Go on from it with --allow-changed-settings and a lower --learning-rate, or start over with --fresh"
     if last_good is None:
         go_on = "Start over with --fresh and a lower --learning-rate"
+    if error.step == 1 and str(error).startswith("loss"):
+        go_on = "It is that of the base alone, which no update has changed yet: check its weights, or its precision"
     rate = settings.learning_rate * settings.rate_factor(error.step - 1)
     return f"{error}, with learning rate {rate:g}; last good checkpoint: {last_good or 'none'}. {go_on}"

@@ -89,6 +89,13 @@ def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIde
     raise ValueError(f"{checkpoint.path} was trained on other data: on {described}, and not on {now}. {REMEDY}")
 
 
+def check_same_base(settings: RunSettings, checkpoint: Checkpoint, now: str) -> None:
+    """ValueError if the weights of the base have changed; a checkpoint of an earlier version does not tell."""
+    if checkpoint.state.get("base", now) != now and not settings.allow_changed_settings:
+        base = settings.base or "the miniature"
+        raise ValueError(f"{checkpoint.path} was trained on other weights than {base} has now. {REMEDY}")
+
+
 def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, now: str | None) -> None:
     """ValueError if another adapter, or none, served while the checkpoint was trained, unless changes are allowed."""
     then = checkpoint.state.get("training_adapter")

@@ -40,6 +40,7 @@ class Run:
         self.best: dict | None = None  # the line of metrics that is best by the measure in the settings
         self.best_values: dict[str, Tensor] = {}  # the averages that were measured in `best`
         self.data: DataIdentity | None = None  # of the training data, once it is known
+        self.base: str | None = None  # a hash of some of the base's values
         self.training_adapter: str | None = None  # a hash of the adapter that serves in training, if there is one
 
     @property
@@ -61,7 +62,8 @@ class Run:
         """(tensors by name, other values for JSON), on every process; NonFiniteError if a loss is infinite or NaN."""
         losses = self.losses.read(self.accelerator, self.step)
         data = self.data and self.data._asdict()
-        known = {"rate_factors": self.rate_factors, "data": data, "training_adapter": self.training_adapter}
+        known = {"rate_factors": self.rate_factors, "data": data}
+        known |= {"base": self.base, "training_adapter": self.training_adapter}
         tensors = training_tensors(self.trained, self.averages, self.optimizer, self.best_values)
         return tensors, {
             "seconds": self.clock.seconds,

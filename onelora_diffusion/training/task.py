@@ -20,6 +20,7 @@ from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_
 from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
+from onelora_diffusion.data.row_cache import EncodingError
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
@@ -355,11 +356,19 @@ def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
     Those of samples have a cache of their own: choosing others does not encode the training data again.
     """
     family, pipeline, length = task.family, task.pipeline, task.settings.max_sequence_length
+
+    def encoded(conditions: list[Condition]) -> Conditions:
+        try:
+            return family.encode_conditions(pipeline, conditions, length)
+        except ValueError as error:
+            more = f" to --max-sequence-length {length}, where more may do" if length else ""
+            raise EncodingError(f"prompts cannot be encoded{more}: {error}") from error
+
     return [
         build_prompt_cache(
             task.settings.caches,
             conditions,
-            lambda conditions: family.encode_conditions(pipeline, conditions, length),
+            encoded,
             identity,
             f"{family.name}, {length or 'all'} tokens",
             **_share(task, stop),

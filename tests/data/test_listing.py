@@ -74,7 +74,7 @@ def test_linked_folders_are_read_and_loops_and_dead_links_are_counted(tmp_path):
     (root / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert classes(root) == {"a": 1, "b": 2}
     said = describe(captioned(root))
-    assert said == "pets: 3 images; left out: links to a folder that they are in (2); links to nothing (1)"
+    assert said == "pets: 3 images; left out: broken links (1); links to a folder that they are in (2)"
     (root / "c").symlink_to(tmp_path / "elsewhere")  # twice the same folder is no loop
     assert classes(root) == {"a": 1, "b": 2, "c": 2}
     (tmp_path / "link").symlink_to(root)

@@ -199,6 +199,10 @@ COLOURED[2:, :, 1] = 255
         (save("c.mask.png", HALF), "c.mask.png is the mask of no image: there is none of the name c"),
         (save("a.png.mask.png", HALF), "a.png.mask.png is the mask of no image: there is none of the name a.png"),
         (lambda folder: (folder / "a.mask.png").write_bytes(b"cut"), "a.mask.png is not a readable image"),
+        (
+            lambda folder: (folder / "a.mask.png").symlink_to("nowhere.png"),
+            "a.mask.png is not .*No such file",
+        ),
     ],
 )
 def test_what_is_no_mask_is_one_line(folder, change, message):

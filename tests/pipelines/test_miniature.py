@@ -1,5 +1,7 @@
 """The miniature inside the package: a real DiT pipeline, small, which knows letters and signs, and no digit."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,14 @@ def test_a_folder_is_loaded_like_the_miniature(pipeline):
     again = load_base(str(miniature_path()))
     for name, tensor in pipeline.transformer.state_dict().items():
         assert torch.equal(tensor, again.transformer.state_dict()[name])
+
+
+def test_a_base_of_which_a_copy_lacks_folders_names_them(tmp_path):
+    copied = shutil.copytree(miniature_text_path(), tmp_path / "copied")
+    for name in ("vae", "tokenizer"):
+        shutil.rmtree(copied / name)
+    with pytest.raises(ValueError, match="its model_index.json names tokenizer, vae, of which it has no folder: "):
+        load_base(copied, condition=str)
 
 
 def test_a_base_of_prompts_is_refused_where_classes_are_drawn(pipeline):

@@ -12,6 +12,8 @@ from onelora_diffusion.training.metrics import (
     check_finite,
     cut_lines_after,
 )
+from onelora_diffusion.training.outputs import diverged
+from onelora_diffusion.training.settings import RunSettings
 from onelora_diffusion.training.stopping import Clock
 
 
@@ -79,3 +81,11 @@ def test_a_resumed_run_knows_the_loss_it_had(accelerator, tmp_path, capsys):
         file.write_losses(window_of(*[0.5] * 20), step, learning_rate=0.1)
     out = capsys.readouterr()
     assert out.out.count("the loss is 2.6 times its lowest, at step 140: where it stays there, start over") == 1
+
+
+def test_a_loss_that_is_not_finite_before_any_update_is_the_bases(tmp_path):
+    settings = RunSettings(output_dir=tmp_path)
+    first, second = (diverged(NonFiniteError("loss is nan", step), settings) for step in (1, 2))
+    assert "of the base alone" in first and "lower" not in first
+    assert "lower" in diverged(NonFiniteError("a trained value is nan", 1), settings)
+    assert second.endswith("none. Start over with --fresh and a lower --learning-rate")

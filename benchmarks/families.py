@@ -217,7 +217,7 @@ def recorded_batch(family: Family, pipeline, batch: int, side: int) -> tuple:
     pixels = side * family.pixels_of_latent(pipeline)
     latents, target = torch.randn(2, batch, *family.latent_shape(pipeline, pixels, pixels))
     with torch.no_grad():
-        prompts = family.encode_conditions(pipeline, [PROMPT] * batch)
+        prompts = family.encode_conditions(pipeline, [family.at_size(PROMPT, pixels)] * batch)
     return latents, torch.linspace(100, 900, batch), prompts, target
 
 

@@ -55,6 +55,13 @@ def denoisers_in(pipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
+def guides_in(pipeline) -> dict[str, nn.Module]:
+    """Other models of the denoisers' class in a pipeline, by which it may guide, by the name of the component."""
+    known = denoisers_in(pipeline)
+    kinds = {type(part) for part in known.values()}
+    return {name: part for name, part in pipeline.components.items() if type(part) in kinds and name not in known}
+
+
 def choose_denoiser(pipeline, name: str | None) -> None:
     """Let `denoiser_of` answer the component `name` of a pipeline with two denoisers, or both; None for one of one.
 

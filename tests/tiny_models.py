@@ -1,10 +1,13 @@
 """Small random models and pipelines, of the classes that are used in earnest."""
 
+import functools
+import inspect
+
 import diffusers
 import torch
 
 from benchmarks.tiny_dit import make_dit, make_dit_pipeline, make_vae, randomize, vae_blocks
-from onelora_diffusion.denoisers import denoisers_in
+from onelora_diffusion.denoisers import denoisers_in, guides_in
 
 __all__ = ["make_dit", "make_dit_pipeline", "randomize"]
 
@@ -82,9 +85,9 @@ def make_qwen2_5_vl(width: int):
     return make_qwen_vl("Qwen2_5_VLForConditionalGeneration", width, rope, {})
 
 
-def make_qwen3_vl(width: int):
+def make_qwen3_vl(width: int, **changes):
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
-    text = {"head_dim": 8, "rope_parameters": rope}
+    text = {"head_dim": 8, "rope_parameters": rope} | changes
     return make_qwen_vl("Qwen3VLModel", width, text, {"deepstack_visual_indexes": [0]})
 
 
@@ -436,6 +439,47 @@ def make_kandinsky3():
     )
 
 
+def make_ideogram4():
+    """A pipeline that encodes prompt and size together, and is guided by a transformer of its own.
+
+    It pads prompts to 128 tokens, and not to 2,048.
+    """
+    call = inspect.unwrap(diffusers.Ideogram4Pipeline.__call__)
+    defaults = {name: each.default for name, each in inspect.signature(call).parameters.items() if name != "self"}
+    call.__defaults__ = tuple((defaults | {"max_sequence_length": 128}).values())
+    sizes = {"attention_head_dim": 12, "num_attention_heads": 2, "intermediate_size": 16, "adaln_dim": 8}
+    make = functools.partial(
+        diffusers.Ideogram4Transformer2DModel,
+        in_channels=16,
+        num_layers=2,
+        llm_features_dim=13 * 8,  # of the layers of its text encoder that it reads
+        mrope_section=(2, 2, 2),
+        **sizes,
+    )
+    return diffusers.Ideogram4Pipeline(
+        scheduler=flow_matching(shift=1.0),
+        vae=make_flux2_vae(),
+        text_encoder=make_qwen3_vl(8, num_hidden_layers=36),
+        tokenizer=make_tokenizer(512, CHAT),
+        transformer=make(),
+        unconditional_transformer=make(),
+    )
+
+
+def make_ldm():
+    """A pipeline without a method that encodes prompts, whose autoencoder and text encoder have other names."""
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    sizes = {"encoder_layers": 1, "encoder_ffn_dim": 16, "encoder_attention_heads": 2, "head_dim": 4, "d_model": 8}
+    return diffusers.LDMTextToImagePipeline(
+        vqvae=make_vae(4, shift_factor=None, levels=4),
+        bert=LDMBertModel(LDMBertConfig(vocab_size=259, max_position_embeddings=77, pad_token_id=0, **sizes)).eval(),
+        tokenizer=make_tokenizer(77),
+        unet=unet()[0],
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, **BETAS),
+    )
+
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PIPELINES = {
     "pixart": lambda: diffusers.PixArtSigmaPipeline(
@@ -685,6 +729,8 @@ PIPELINES = {
         tokenizer=make_tokenizer(512, CHAT),
         transformer=diffusers.OvisImageTransformer2DModel(out_channels=4, **FLUX),
     ),
+    "ideogram4": make_ideogram4,
+    "ldm": make_ldm,
     "ernie_image": lambda: diffusers.ErnieImagePipeline(
         scheduler=flow_matching(),
         vae=make_flux2_vae(),
@@ -716,7 +762,7 @@ def make_pipeline(name: str, seed: int = 0):
         import pytest
 
         pytest.skip(str(error))
-    for denoiser in denoisers_in(pipeline).values():
+    for denoiser in (denoisers_in(pipeline) | guides_in(pipeline)).values():
         for parameter in denoiser.eval().parameters():
             if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
                 torch.nn.init.normal_(parameter, std=0.1)

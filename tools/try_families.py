@@ -107,7 +107,8 @@ def replayed(pipeline, family: Recorded) -> float:
     encoded = family.encode_conditions(pipeline, conditions)
     for name, guider in family.recorder.guiders.items():
         pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
-    given = {"height": side, "width": side, "max_area": side * side} | settings | family.record.off
+    given = {"height": side, "width": side, "max_area": side * side} | dict.fromkeys(family.recorder.schedules)
+    given |= settings | family.record.off
     given = {name: value for name, value in given.items() if name in family.recorder.parameters}
     if family.record.references:
         picture = conditions[0].references[0].image()

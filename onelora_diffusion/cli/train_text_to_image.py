@@ -19,6 +19,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.data.buckets import side_and_frames
 from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
 from onelora_diffusion.data.captions import load_captioned
 from onelora_diffusion.data.identity import data_identity
@@ -58,6 +59,8 @@ def prepare_task(settings: PromptSettings, accelerator: Accelerator, pipeline=No
     family = family_of(pipeline, settings.caches)
     if is_new and isinstance(family, Recorded):
         accelerator.print(family)
+    if settings.caption_drop and family.is_guided and not family.guides_itself:
+        raise ValueError(f"{family.name} is guided by another model, which is not trained: leave --caption-drop out")
     resolution = settings.resolution or family.resolution(pipeline)
     family.check_resolution(pipeline, resolution)
     if settings.sample_size:
@@ -88,9 +91,9 @@ def captioned_data(
     more = [each for each in (captioned.masks, captioned.repeats, digests) if each]
     prompts, each = trained_prompts(captioned.captions, settings), 1 + settings.caption_shuffles
     named = [filled(prompt, settings.trigger) for prompt in settings.validation_prompt]
-    shown = named
+    shown = [family.at_size(prompt, settings.sample_size or resolution, settings.frames) for prompt in named]
+    images = [index for index in range(len(captioned)) for _ in range(each)]
     if captioned.references:
-        images = [index for index in range(len(captioned)) for _ in range(each)]
         sides, references = captioned.dataset.size_of, captioned.references
         frames, files = settings.frames, settings.validation_reference
         prompts = [Edit(prompt, references[i], sides(i), frames) for i, prompt in zip(images, prompts, strict=True)]
@@ -98,6 +101,10 @@ def captioned_data(
         shown = edits_of(named, files, number, size, "--validation-reference", frames)
     elif settings.validation_reference:
         raise ValueError("--validation-reference is not used: the base draws from no picture")
+    else:
+        buckets = captioned.dataset.buckets
+        sizes = map(side_and_frames, (buckets.sizes[buckets.of_image[i]] for i in images))
+        prompts = [family.at_size(prompt, *size) for prompt, size in zip(prompts, sizes, strict=True)]
     clips = {"frames": settings.frames, "frame_rate": family.frame_rate} if settings.frames > 1 else {}
     return TrainingData(
         images=captioned.dataset,

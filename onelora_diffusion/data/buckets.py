@@ -17,6 +17,11 @@ class Buckets(NamedTuple):
     """(images,) int64: the number of each image's bucket."""
 
 
+def side_and_frames(size: tuple[int, ...]) -> tuple[tuple[int, int], int]:
+    """(height, width) and the number of frames of a bucket."""
+    return size[-2:], size[0] if len(size) > 2 else 1
+
+
 def with_frames(buckets: Buckets, frames: int, is_clip: np.ndarray) -> Buckets:
     """The buckets of clips of so many frames, and those of the single images among them; empty ones are left out.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onelora_diffusion.data.row_cache import RowCache, build_rows, config_of, split, weights_digest
-from onelora_diffusion.families.family import Edit, emptied, padded
+from onelora_diffusion.families.family import Condition, Edit, Sized, emptied, padded
 
 SHARD_SIZE = 64  # prompts: a few megabytes each
 # Entries of a saved tokenizer that do not matter: its origin, and the padding and truncation of its last call.
@@ -24,7 +24,7 @@ NOT_OF_A_TOKENIZER = {"name_or_path", "is_local", "local_files_only", "transform
 class PromptCache(RowCache):
     """The encoded captions, or edits, read on demand from the files of a complete cache."""
 
-    def __init__(self, folder: Path, captions: Sequence[str | Edit]):
+    def __init__(self, folder: Path, captions: Sequence[Condition]):
         prompts = distinct(captions)
         super().__init__(folder, shards_of(prompts))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -55,8 +55,8 @@ class ConditionRows:
 
 def build_prompt_cache(
     parent: Path,
-    captions: Sequence[str | Edit],
-    encode: Callable[[list[str | Edit]], dict[str, Tensor]],
+    captions: Sequence[Condition],
+    encode: Callable[[list[Condition]], dict[str, Tensor]],
     encoders: dict,
     kind: str,
     *,
@@ -132,15 +132,17 @@ def tokenizer_digest(tokenizer) -> str:
     return sha256.hexdigest()
 
 
-def distinct(captions: Sequence[str | Edit]) -> list[str | Edit]:
+def distinct(captions: Sequence[Condition]) -> list[Condition]:
     """The distinct captions; the first are the empty ones, which replace dropped captions."""
     return list(dict.fromkeys([*(emptied(caption) or "" for caption in captions), *captions])) or [""]
 
 
-def as_json(edit: Edit) -> list:
-    """What tells edits apart: the prompt, the contents of the references, the size and the number of frames."""
-    size = [*edit.side, *([edit.frames] if edit.frames > 1 else [])]
-    return [edit.prompt, [reference.digest for reference in edit.references], size]
+def as_json(condition: Edit | Sized) -> list:
+    """What tells conditions apart: the prompt, what is in an edit's references, the size and the number of frames."""
+    size = [*condition.side, *([condition.frames] if condition.frames > 1 else [])]
+    if isinstance(condition, Sized):
+        return [condition.prompt, size]
+    return [condition.prompt, [reference.digest for reference in condition.references], size]
 
 
 def shards_of(prompts: list) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families.dit import DiT
-from onelora_diffusion.families.family import Conditions, Edit, Family
+from onelora_diffusion.families.family import Conditions, Edit, Family, Sized
 from onelora_diffusion.families.given import draws_from_first_frame
 from onelora_diffusion.families.recorded import Recorded
 from onelora_diffusion.families.references import choose_references, references_of
@@ -16,6 +16,7 @@ __all__ = [
     "Edit",
     "Family",
     "Recorded",
+    "Sized",
     "choose_references",
     "draws_from_first_frame",
     "family_of",

@@ -76,6 +76,10 @@ def near(first, second) -> bool:
     return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(second.abs().max()))
 
 
+def is_meta(value) -> bool:
+    return any(tensor.is_meta for tensor in tensors_in(value))
+
+
 def tensors_in(value) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

@@ -30,7 +30,22 @@ class Edit:
     frames: int = 1
 
 
-Condition = int | str | Edit | None
+@dataclass(frozen=True)
+class Sized:
+    """A prompt for images of one size, for bases that encode prompt and size together.
+
+    Attributes:
+        prompt: None stands for no condition.
+        side: (height, width) in pixels of the image to draw.
+        frames: the number of frames of the clip to draw.
+    """
+
+    prompt: str | None
+    side: tuple[int, int]
+    frames: int = 1
+
+
+Condition = int | str | Edit | Sized | None
 """The condition of an image: a class label, a prompt or an edit; None stands for no condition."""
 Conditions = dict[str, Tensor | list]
 """Encoded conditions, which a denoiser gets in addition to noise and time: by name, a tensor with a row for each
@@ -49,7 +64,8 @@ class Family:
         condition: `str` for prompts, `int` for class labels.
         targets: the linear layers that are adapted by default: those of the blocks, of the modulation that all blocks
             share, and of the output, like the paper's on a DiT. None: see `target_layers`.
-        is_guided: whether guidance uses the empty condition, which then is trained as well.
+        is_guided: whether guidance uses the empty condition.
+        guides_itself: whether the transformer computes that, which then is trained as well; or another model does.
         takes_samplers: whether samplers of `onelora_diffusion.sampling` can replace the pipeline's own scheduler.
         images_at_once: default number of images in a batch of the networks.
         frame_rate: frames a second of clips; None: the pipeline does not say.
@@ -67,6 +83,10 @@ class Family:
     images_at_once: ClassVar[int] = 1
     merges_adapters: ClassVar[bool] = False
     frame_rate: float | None = None
+
+    @property
+    def guides_itself(self) -> bool:
+        return self.is_guided
 
     def keep(self) -> None:
         """Write what took calls of the pipeline to find out, for the next start."""
@@ -90,6 +110,10 @@ class Family:
         """Encoded conditions as `predict` takes them on a device; what a batch is arranged by stays on the host."""
         return send_to_device(conditions, device, non_blocking=True)
 
+    def at_size(self, condition: Condition, size: int | tuple[int, int], frames: int = 1) -> Condition:
+        """The condition of images of a size, or of clips: the same, unless prompts are encoded for a size."""
+        return condition
+
     def check_conditions(self, pipeline, conditions: list[Condition]) -> None:
         """ValueError for a condition that the base with its active adapters cannot draw."""
 
@@ -101,8 +125,8 @@ class Family:
         """The models and tokenizers that only encode conditions, by name; None for one that the pipeline lacks."""
         return {name: part for name, part in pipeline.components.items() if encodes_prompts(name)}
 
-    def conditioners(self, pipeline) -> dict[str, nn.Module]:
-        """The models that take part in encoding conditions as well, by name, and are needed later."""
+    def conditioners(self, pipeline) -> dict[str, object]:
+        """The models and tokenizers that take part in encoding conditions as well, by name, and are needed later."""
         return {}
 
     # -----------------------------------------------------------------------------------------------
@@ -253,7 +277,9 @@ def encodes_prompts(name: str) -> bool:
 
 
 def emptied(condition: Condition) -> Condition:
-    """The empty condition that guides from a condition: of an edit, the empty prompt for the same references."""
+    """The empty condition that guides from a condition: of the same size, and of an edit for the same references."""
+    if isinstance(condition, Sized):
+        return replace(condition, prompt=None)
     return replace(condition, prompt="") if isinstance(condition, Edit) else None
 
 

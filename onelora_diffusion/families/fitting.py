@@ -60,7 +60,7 @@ def _refused(family, frames: int) -> str | None:
         drawn = family.decode(vae, torch.zeros(1, *place.shape, device=vae.device)).shape[2]
         if drawn != frames:
             return f"of whose latents its autoencoder makes {drawn}"
-        family.recorder.answered(place.constants)
+        family.recorder.answered(family.recorder.call(side=(side, side), frames=frames))
     except Exception as error:  # whatever a model refuses a number by
         return f"{type(error).__name__}: {first_line(error)}"
     return None

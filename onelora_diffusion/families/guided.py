@@ -17,7 +17,7 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
     """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
     record, parameters = recorder.record, recorder.parameters
     # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
-    names = [n for n in ("true_cfg_scale", "guidance_scale") if n in parameters and (parameters[n].default or 0) > 1]
+    names = [name for name in ("true_cfg_scale", "guidance_scale") if (recorder.default_of(name) or 0) > 1]
     own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
     for name in ["guider"] if own else names:
         alone = {name: TRIED_SCALE} | {other: scale for other, scale in record.off.items() if other != name}
@@ -28,6 +28,10 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
                 if guided != alone:
                     raise
                 continue
+            if beside := {*run.beside}:
+                (record.guiding,) = beside
+                record.guided = guided
+                return
             rows = sum(len(call[record.noisy]) for call in run.calls)
             if rows == 2 or rows == 3 and record.references:
                 record.guided, record.offset = guided, offset_of(recorder, place, run, answers)

@@ -17,7 +17,7 @@ from onelora_diffusion.families.record import Place, Prompted, Record
 from onelora_diffusion.families.recording import Recorder
 from onelora_diffusion.files import first_line, written_beside
 
-FORMAT = 4  # to be raised when a record means something else
+FORMAT = 5  # to be raised when a record means something else
 CLASSES = {cls.__name__: cls for cls in (Arrangement, Place, Prompted, Record)}
 SEQUENCES = {cls.__name__: cls for cls in (list, tuple, set)}
 
@@ -76,6 +76,8 @@ def kept(path: Path) -> tuple[Record, Place] | None:
 
 def _encoded(value, tensors: dict[str, Tensor]):
     """A value as JSON; its tensors are added to `tensors`, by number."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return {"shape": [str(value.dtype).removeprefix("torch."), *value.shape]}
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": str(len(tensors) - 1)}
@@ -98,6 +100,8 @@ def _decoded(value, tensors: dict[str, Tensor]):
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "shape":
+        return torch.empty(content[1:], dtype=getattr(torch, content[0]), device="meta")
     if kind == "dict":
         return {_decoded(name, tensors): _decoded(entry, tensors) for name, entry in content}
     if kind in CLASSES:

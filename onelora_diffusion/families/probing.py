@@ -27,6 +27,7 @@ from onelora_diffusion.families.coordinates import (
     times_of,
     unmixed,
 )
+from onelora_diffusion.families.family import longest
 from onelora_diffusion.families.given import (
     PROBED_FRAMES,
     drawn_at_random,
@@ -84,8 +85,6 @@ def _probed(recorder: Recorder) -> Place:
         )
     if recorder.record.references and draws_from_first_frame(recorder.pipeline):
         recorder.record.frames = PROBED_FRAMES
-    if not recorder.encoding:
-        raise recorder.refusal("it has no encode_prompt")
     for name in ("scheduler", *{"vae"} & recorder.pipeline.components.keys()):
         if getattr(recorder.pipeline, name, None) is None:
             raise recorder.refusal(f"it has no {name}")
@@ -96,9 +95,8 @@ def _probed(recorder: Recorder) -> Place:
         raise recorder.refusal(
             f"its {scheduler.__name__} steps by {' and '.join(more)}, too: give its base another one"
         )
-    parts, known = recorder.pipeline.components.items(), denoisers_in(recorder.pipeline)
-    if others := [name for name, part in parts if type(part) is type(recorder.denoiser) and name not in known]:
-        raise recorder.refusal(f"beside its {recorder.component} it has {others[0]}, another that guides")
+    if len(recorder.guides) > (len(recorder.counted) == 1):
+        raise recorder.refusal(f"beside {' and '.join(recorder.counted)} it has {' and '.join(recorder.guides)}")
     find_noise(recorder)
     find_steps(recorder)
     place, run = place_at(recorder, recorder.square)
@@ -121,6 +119,7 @@ def _probed(recorder: Recorder) -> Place:
         place.constants[name] = place.constants[name].movedim(dim, 0)
     find_sizes(recorder, place, run.samples[0].numel())
     find_guidance(recorder, place)
+    place.leave_out(record.together)
     call = recorder.call(encoded=record.encoded)
     record.targets = targets_in(recorder.denoiser, blocks, lambda: recorder.answered(call))
     return place
@@ -158,6 +157,8 @@ def find_noise_at(recorder: Recorder) -> None:
         except NotTakenError as error:  # guided by default, some need a prompt to guide from
             failure = error
             continue
+        if not run.calls:
+            raise recorder.refusal(f"its call does not call its {recorder.component}")
         record.arrangement.lists |= {n for n, value in run.calls[0].items() if "." not in n and _is_of_layers(value)}
         if not run.samples:
             raise recorder.refusal("its call ends before a step of its scheduler")
@@ -202,13 +203,17 @@ def _is_of_layers(value) -> bool:
     return is_list and all(isinstance(entry, Tensor) and entry.ndim > 1 and len(entry) == 1 for entry in value)
 
 
-def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), frames: int = 1) -> tuple[Place, Run]:
+def place_at(
+    recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), frames: int = 1, length: int | None = None
+) -> tuple[Place, Run]:
     """What the pipeline says of images of this size, or of clips of so many frames, and the run that says it.
 
     Args:
         sizes: width and height of each reference image. (): those of probes.
+        length: the number of tokens of prompts. None: the pipeline's own.
     """
     record, steps = recorder.record, DIGITS + 1
+    settings = record.off | longest(length)
     answer = recorder.answering(lambda number, elements: _digit(number, elements) + 1)
 
     def numbered(number, sample):
@@ -217,9 +222,7 @@ def place_at(recorder: Recorder, side: tuple[int, int], sizes: Sequence = (), fr
         return values.reshape(sample.shape).to(sample.device)
 
     def run_of(steps: int, step) -> Run:
-        return recorder.run(
-            SHORT, side, steps, answer, step, record.encoded, blank(sizes), frames=frames, **record.off
-        )
+        return recorder.run(SHORT, side, steps, answer, step, record.encoded, blank(sizes), frames=frames, **settings)
 
     run, own = run_of(steps, numbered), None
     seen = run
@@ -408,7 +411,9 @@ def find_conditions(recorder: Recorder) -> None:
     long = recorder.call(LONG)
     most = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     fewer = recorder.call(max_sequence_length=most // 2) if most else short
-    wide = recorder.call(side=(record.side, 2 * record.side), encoded=record.encoded)
+    # Edits are encoded for each size of their references anyway.
+    anew, side = record.encoded if record.references else None, (record.side, 2 * record.side)
+    wide, replayed = (recorder.call(side=side, encoded=encoded) for encoded in (anew, record.encoded))
     for name in dict.fromkeys((*short, *both)):
         if name == record.noisy or name in record.times:
             record.batched[name] = True
@@ -416,11 +421,13 @@ def find_conditions(recorder: Recorder) -> None:
         values = (short.get(name), long.get(name), both.get(name))
         kind = batch_kind(values[0], values[2])
         is_prompted = not same(values[0], values[1]) or not same(values[0], fewer.get(name))
-        is_prompted |= name in record.pictured
+        # or what is encoded follows the size, and that of another size is not to be had once the encoders are gone
+        is_prompted |= name in record.pictured or not same(wide.get(name), replayed.get(name))
+        is_prompted |= recorder.component in recorder.guides and isinstance(values[0], Tensor)
         if not same(values[0], wide.get(name)):
             (record.together if is_prompted else record.sized).append(name)
         if is_prompted:
-            record.prompted[name] = _prompted_as(recorder, name, kind, *values)
+            record.prompted[name] = (kind, *values)
         elif values[0] is None and isinstance(values[2], Tensor):
             record.masks[name] = values[2]
         elif kind is None:
@@ -430,16 +437,14 @@ def find_conditions(recorder: Recorder) -> None:
         record.batched[name] = kind in ("rows", "list")
     if not record.prompted:
         raise recorder.refusal("no argument of its denoiser follows the prompt")
+    record.prompted = {name: _prompted_as(recorder, name, *how) for name, how in record.prompted.items()}
     ragged = {name: how.ragged for name, how in record.prompted.items() if how.ragged is not None}
     if record.references and record.together:
         raise recorder.refusal(
             f"{record.together[0]} follows the prompt and the size together, and there are reference images"
         )
-    if ragged and record.together:
-        raise recorder.refusal(
-            f"{record.together[0]} follows the prompt and the size together, and {next(iter(ragged))} is as long as "
-            "the prompt"
-        )
+    if record.together:
+        return  # prompts are as long as they are, and those of one length and size are computed together
     lengths = [call[name][0].shape[dim] for call in (short, long) for name, dim in [*ragged.items()][:1]]
     is_told = any(
         # the mask of a prompt's tokens, or their number
@@ -472,6 +477,8 @@ def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, b
         raise recorder.refusal(f"{name} follows the prompt as {described(short)}, and is {described(both)} for two")
     first, second = (value.shape if kind == "shared" else value[0].shape for value in (short, long))
     ragged = [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+    if recorder.record.together:
+        return Prompted(kind, None)
     if len(first) != len(second) or len(ragged) > 1:
         raise recorder.refusal(f"{name} is {described(short)} for one prompt and {described(long)} for another")
     return Prompted(kind, ragged[0] if ragged else None)
@@ -525,7 +532,12 @@ def _takes(recorder: Recorder, height: int, count: int) -> bool:
     record = recorder.record
     try:
         run = recorder.run(
-            SHORT, (height, record.side), 2, recorder.answering(_digit), encoded=record.encoded, **record.off
+            SHORT,
+            (height, record.side),
+            2,
+            recorder.answering(_digit),
+            encoded=None if record.together else record.encoded,
+            **record.off,
         )
         if run.samples[0].numel() * record.side != count * height:
             return False

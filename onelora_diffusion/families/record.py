@@ -1,5 +1,6 @@
 """What is recorded of a pipeline: one run, and what is known of it from several."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from onelora_diffusion.families.arguments import Arrangement
+from onelora_diffusion.families.arguments import Arrangement, is_meta
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Run:
     Attributes:
         calls: arguments of the denoiser by name, those in dictionaries as `dictionary.name`.
         called: the component that is the denoiser in that call.
+        beside: the components of the denoiser's class that were called beside.
         times, outputs, samples: what `scheduler.step` got.
         schedule: arguments of `scheduler.set_timesteps`.
         attributes: what the pipeline set on the scheduler before that.
@@ -35,6 +37,7 @@ class Run:
 
     calls: list[dict] = field(default_factory=list)
     called: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
@@ -99,7 +102,8 @@ class Place:
         scale, shift: latents of the autoencoder are `scale · latents + shift`, of `shape`.
         frames: whether the autoencoder has a dimension of frames.
         decoding: what it is given beside latents to decode, `args` and `kwargs`.
-        constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used.
+        constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used; those
+            that are kept for each prompt and size are shapes alone, on the meta device.
         still: by argument, the places (1, ...) of the time that keep their numbers, which are those of `constants`.
         odds: s of the times T·τ that the denoiser is told of, τ / (1 - τ) = σ / (1 - σ) / s, at the time T·σ.
     """
@@ -135,6 +139,11 @@ class Place:
         """The places of the noisy argument that are no latents but constant, bool."""
         return self.packed >= len(self.order)
 
+    def leave_out(self, names: Iterable[str]) -> "Place":
+        """This, with the shapes alone of these constants."""
+        self.constants.update({name: send_to_device(self.constants[name], "meta") for name in names})
+        return self
+
     @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
     def on(self, device: torch.device, noisy: str) -> Placed:
         """What a call on a device needs of it, moved there once; `noisy` is the name of the noisy argument."""
@@ -142,7 +151,8 @@ class Place:
             beside = self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None
             in_order = torch.equal(self.unpacked, torch.arange(len(self.unpacked)))
             given = self.given if self.given.any() else None
-            moved = (self.packed, None if in_order else self.unpacked, beside, self.constants, self.still, given)
+            there = {name: value for name, value in self.constants.items() if not is_meta(value)}
+            moved = (self.packed, None if in_order else self.unpacked, beside, there, self.still, given)
             self._on_devices[device] = Placed(*send_to_device(moved, device))
         return self._on_devices[device]
 
@@ -181,6 +191,7 @@ class Record:
             the velocity of that, `edm` where they are those of EDM.
         least: of `image`, the σ that the pipeline divides by at least.
         guided: settings of its call, the scale first, by which images are guided from the empty prompt; {}: none are.
+        guiding: the component that computes what is guided from, which is not trained; "": the denoiser itself.
         offset: what is added to the scale in ε(∅) + w (ε(y) − ε(∅)); None: the pipeline guides by another formula.
         told: the argument of the denoiser that is told a strength w of guidance instead, and a and b of a·w + b;
             without those, an embedding of w.
@@ -216,6 +227,7 @@ class Record:
     steps: str = ""
     least: float = 0.0
     guided: dict = field(default_factory=dict)
+    guiding: str = ""
     offset: int | None = 0
     told: tuple[str, float | None, float | None] | None = None
     targets: tuple[str, ...] = ()

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -16,22 +17,25 @@ from torch import Tensor, nn
 
 from onelora_diffusion.denoisers import TwoDenoisers, autoencoder_name, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
-from onelora_diffusion.families.arguments import filled, on, output_of, same, tensors_in
+from onelora_diffusion.families.arguments import on, output_of, same
 from onelora_diffusion.families.autoencoder import moments_of
 from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
 from onelora_diffusion.families.coordinates import Translated, measured, times_of, training_scheduler
-from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, longest, padded
+from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, Sized, longest, padded, sides_of
 from onelora_diffusion.families.fitting import check_frames, check_sides
 from onelora_diffusion.families.given import clean_latents
-from onelora_diffusion.families.guided import check_empty, empty_row, guided_run, unpadded
+from onelora_diffusion.families.guided import empty_row, guided_run, unpadded
+from onelora_diffusion.families.guides import probed_guide
 from onelora_diffusion.families.kept import keep, kept, path_of
 from onelora_diffusion.families.probing import place_at, probed
 from onelora_diffusion.families.record import Place
 from onelora_diffusion.families.recording import SHORT, Recorder
+from onelora_diffusion.families.sized import row_of, rows_in, shapes_in
 from onelora_diffusion.files import digest
 from onelora_diffusion.injection.book import unwrapped
 
 ON_CPU = (".length", ".frames", ".sizes", ".shape", ".digest")  # endings of conditions that say how others are used
+GUIDE, GUIDED = "guide.", "guided.digest"  # beginnings of what another model is given; whether it computes a row
 ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
 PLACES = 64  # sizes of images, with those of their reference images, of which what was recorded is kept in memory
 
@@ -41,43 +45,50 @@ class Recorded(Family):
 
     Args:
         records: the folder in which `keep` keeps the record, and from which it is read the next time.
+        guided: the family whose pictures this one guides, by a model that is not trained; None: no other's.
 
     Raises:
         ValueError: the pipeline does what has no place in a record, with the argument that it does it to.
     """
 
-    def __init__(self, pipeline, records: Path | None = None):
+    def __init__(self, pipeline, records: Path | None = None, guided: "Recorded | None" = None):
         self.pipeline = pipeline
-        self.recorder = Recorder(pipeline)
-        self.denoiser = unwrapped(denoiser_of(pipeline))
+        self.recorder = Recorder(pipeline, guided and guided.record.guiding)
+        self.denoiser = self.recorder.denoiser if guided else unwrapped(denoiser_of(pipeline))
         self.transformer_class = type(self.recorder.denoiser).__name__
         self.name = type(pipeline).__name__.removesuffix("Pipeline")
         self.path = path_of(records, self.recorder) if records else None
         self.is_kept = self.path is not None and (found := kept(self.path)) is not None
         if self.is_kept:
             self.recorder.record, place = found
+        elif guided:
+            place = probed_guide(self.recorder, guided.recorder, guided.place(*guided.recorder.square))
         else:
             place = probed(self.recorder)
         self.record = self.recorder.record
         self._training_scheduler = training_scheduler(self.recorder)
         self._first = place
         self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
+        self._of_guide: dict[tuple, Conditions] = {}
         self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
+        self.guide = Recorded(pipeline, records, self) if self.record.guiding else None
+        self.is_sized = bool(self.record.together or self.guide and self.guide.record.together)
 
     def __str__(self) -> str:
         """What was found, in three lines."""
         record, place = self.record, self.place(*self.recorder.square)
         times = ", ".join(f"{name} = {line_in_words(*line)}" for name, line in record.times.items())
+        of_one = "of each size" if record.together else "one length"
         prompted = ", ".join(
-            f"{name} ({'one length' if how.ragged is None else 'of each length'})"
-            for name, how in record.prompted.items()
+            f"{name} ({of_one if how.ragged is None else 'of each length'})" for name, how in record.prompted.items()
         )
         blocks = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in self.recorder.blocks)
         guidance = f"told as {record.told[0]}" if record.told else "none"
         if self.is_guided:
             way = {0: "w", 1: "w - 1", None: "in a way of its own; pictures here are guided plainly by w"}
-            guidance = f"{record.guide} from the empty prompt, {way[record.offset]}"
+            source = f"its {record.guiding}, which is not trained" if record.guiding else "the empty prompt"
+            guidance = f"{record.guide} from {source}, {way[record.offset]}"
             own = self.recorder.parameters.keys() & {"image_guidance_scale"}  # from no image, which is left out
             guidance += f", by an {own.pop()} of 1" if own else ""
         clips = f"; clips have {record.stride} k + 1 frames" if record.stride else ""
@@ -99,23 +110,33 @@ class Recorded(Family):
         if self.path and not self.is_kept:
             keep(self.path, self.record, self._first)
         self.is_kept = True
+        if self.guide:
+            self.guide.keep()
 
-    def place(self, height: int, width: int, frames: int = 1, sizes: Sequence[tuple[int, int]] = ()) -> Place:
+    def place(
+        self,
+        height: int,
+        width: int,
+        frames: int = 1,
+        sizes: Sequence[tuple[int, int]] = (),
+        length: int | None = None,
+    ) -> Place:
         """What the pipeline says of images of this size, or of clips of so many frames, recorded once.
 
         Args:
             sizes: those of reference images.
+            length: the number of tokens of prompts, where these are encoded for a size. None: the pipeline's own.
         """
         frames = frames if frames > 1 else self.record.frames
-        key = (height, width, frames, *sizes)
+        key = (height, width, frames, *sizes, *([length] if length else []))
         if key not in self._places:
             with torch.no_grad():
-                place, _ = place_at(self.recorder, (height, width), sizes, frames)
+                place, _ = place_at(self.recorder, (height, width), sizes, frames, length)
             for name, how in self.record.prompted.items():
                 rows = place.constants.get(name)
                 if how.kind == "rows" and not same(rows, rows[:1].expand_as(rows)):
                     raise ValueError(f"{self.name} tells its denoiser another {name} of each frame")
-            self._places[key] = place
+            self._places[key] = place.leave_out(self.record.together)
             while len(self._places) > PLACES:
                 self._places.pop([*self._places][1])  # all but that of the recorded size
         return self._places[key]
@@ -142,21 +163,49 @@ class Recorded(Family):
         if "max_sequence_length" not in self.recorder.parameters:
             settings = {}  # the pipeline does not shorten prompts, and a longer one is an error
         with torch.no_grad():
-            encode = self._encoded_edit if self.record.references else self._encoded_row
-            rows = [encode(condition or "", max_length, settings) for condition in conditions]
+            encode = self._encoded_edit if self.record.references else self._encoded_prompt
+            rows = [encode(condition, max_length, settings) for condition in conditions]
         return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
-    def conditioners(self, pipeline) -> dict[str, nn.Module]:
+    def encoders(self, pipeline) -> dict[str, object]:
+        """None where the pipeline's call alone encodes, which needs them for other sizes, too."""
+        return super().encoders(pipeline) if self.recorder.encoding else {}
+
+    def conditioners(self, pipeline) -> dict[str, object]:
+        own = super().encoders(pipeline)
         others = {
-            *self.encoders(pipeline),
+            *own,
             *denoisers_in(pipeline),
             *([] if self.record.references else [autoencoder_name(pipeline)]),
         }
         others |= {*getattr(pipeline, "_exclude_from_cpu_offload", ())}  # such as a safety checker
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        return {name: part for name, part in modules.items() if name not in others}
+        found = {name: part for name, part in modules.items() if name not in others}
+        return found if self.recorder.encoding else own | found
 
-    def _encoded_edit(self, edit: Edit | str, max_length: int | None, settings: dict) -> dict[str, Tensor]:
+    def at_size(self, condition: Condition, size: int | tuple[int, int], frames: int = 1) -> Condition:
+        is_sized = self.is_sized and not isinstance(condition, Edit | Sized)
+        return Sized(condition, sides_of(size), frames) if is_sized else condition
+
+    @property
+    def guides_itself(self) -> bool:
+        return self.is_guided and self.guide is None
+
+    def _encoded_prompt(self, condition: str | Sized | None, max_length: int | None, settings: dict) -> dict:
+        if not self.is_sized:
+            return self._encoded_row(condition or "", max_length, settings)
+        asked, length = self.at_size(condition, self.recorder.square), settings.get("max_sequence_length")
+        row = self._encoded_row(asked.prompt or "", max_length, settings, asked.side, frames=asked.frames)
+        row["asked.shape"] = torch.tensor([[*asked.side, asked.frames, length or 0]])
+        if self.guide:  # what computes a row is a part of it, so that rows have one form
+            key = replace(asked, prompt=""), length
+            if key not in self._of_guide:
+                own = self.guide._encoded_prompt(key[0], max_length, settings)
+                self._of_guide = {key: {f"{GUIDE}{name}": value for name, value in own.items()}}
+            row |= self._of_guide[key] | {GUIDED: torch.tensor([asked.prompt is None])}
+        return row
+
+    def _encoded_edit(self, edit: Edit | str | None, max_length: int | None, settings: dict) -> dict[str, Tensor]:
         if not isinstance(edit, Edit):
             raise ValueError(f"{self.name} edits reference images here, and a prompt has none")
         images = [reference.image() for reference in edit.references]
@@ -174,22 +223,16 @@ class Recorded(Family):
     ) -> dict[str, Tensor]:
         recorder, record, settings = self.recorder, self.record, settings | given | {"frames": frames}
         side = side or recorder.square
-        place = self.place(*side, frames, sizes)
+        length = settings.get("max_sequence_length") if self.is_sized else None
+        place = self.place(*side, frames, sizes, length)
         whole = {"answer": recorder.answering(lambda number, elements: torch.zeros(elements))}
         whole |= {"step": lambda number, sample: sample}
         run = recorder.run(prompt, side, **record.off | settings | (whole if place.given.any() else {}))
         call = run.calls[0]
-        if self.is_guided and not prompt:  # as the pipeline encodes what it guides from, which may be another way
+        if self.guides_itself and not prompt:  # as the pipeline encodes what it guides from, which may be another way
             guided, _ = guided_run(recorder, side, **record.guided | settings)
             _, empty = empty_row(recorder, guided, recorder.call(side=side, **settings))
-            if record.together:
-                check_empty(recorder, empty, call)
-            call = call | unpadded(recorder, guided, empty, call)
-        if record.together:
-            tensors = list(tensors_in(run.encoded))
-            if not same(filled(record.encoded, iter(tensors)), run.encoded):
-                raise ValueError(f"{self.name} encodes a prompt to what is no tensor, and other for each")
-            return {f"encoded.{number}": tensor[None] for number, tensor in enumerate(tensors)}
+            call = call | (empty if record.together else unpadded(recorder, guided, empty, call))
         row = self._padded(call, max_length, place)
         return row | ({"references.clean": clean_latents(place, run.decoded)} if place.given.any() else {})
 
@@ -221,6 +264,9 @@ class Recorded(Family):
                 )
                 call = call | {name: constants[name].new_ones(tokens)}
             value = call[name][None] if how.kind == "shared" else call[name][0][None]
+            if record.together:
+                row |= row_of(name, value[0])
+                continue
             if how.ragged is not None:
                 own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged + 1]
                 most = length if record.references else max_length or own and own.default or ROOM
@@ -239,7 +285,7 @@ class Recorded(Family):
 
     def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
         kinds = {name: how.kind for name, how in self.record.prompted.items()}
-        stay = [name for name in conditions if name.startswith("encoded.") or name.endswith(ON_CPU)]
+        stay = [name for name in conditions if name.endswith(ON_CPU)]
         stay += [name for name in conditions if kinds.get(name) == "shared"]  # as a batch is arranged by these
         moved = {name: value for name, value in conditions.items() if name not in stay}
         return super().on_device(moved, device) | {name: conditions[name] for name in stay}
@@ -258,12 +304,15 @@ class Recorded(Family):
         """The images of a batch that are computed together.
 
         They are of one denoiser, of reference images of the same sizes, and, where the denoiser takes one alone, of
-        one length of their prompts.
+        one length of their prompts; where prompts are encoded for a size, of arguments of one shape.
         """
         record = self.record
         names = [n for n, how in record.prompted.items() if how.ragged is not None and how.kind != "list"]
         names = [] if record.pads or record.together else names
         keys = [conditions[f"{name}.length"] for name in names]
+        keys.extend(shapes_in(record.prompted if record.together else (), conditions))
+        if self.guide:
+            keys.append(conditions[GUIDED])
         if record.share != (-inf, inf):
             keys.append(self._is_mine(times).cpu())
         if record.references:
@@ -279,15 +328,18 @@ class Recorded(Family):
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
-    def _of_prompts(self, conditions: Conditions, size: tuple[int, int, int], place: Place, device) -> dict:
+    def _of_prompts(self, conditions: Conditions, place: Place, device) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
         record, unequal = self.record, None
-        if record.together:
-            return send_to_device(self._replayed(conditions, size), device)
         arguments = {}
         for name, how in record.prompted.items():
             rows, lengths = conditions[name], [0]
-            if how.ragged is not None:
+            if record.together:
+                arguments[name] = rows = rows_in(name, conditions)
+                if how.kind == "list":
+                    continue
+                rows = torch.stack(rows)
+            elif how.ragged is not None:
                 lengths = conditions[f"{name}.length"].tolist()
                 if how.kind == "list":
                     arguments[name] = [row.narrow(how.ragged, 0, n) for row, n in zip(rows, lengths, strict=True)]
@@ -300,35 +352,20 @@ class Recorded(Family):
             if how.kind == "rows":  # some have one for each frame
                 arguments[name] = rows.repeat_interleave(len(place.constants[name]), 0)
             else:
-                arguments[name] = self._moved(name, self._joined(name, list(rows)), device)
+                arguments[name] = self._moved(name, self._joined(name, rows), device)
         for name, mask in record.masks.items():
             if unequal:
                 valid = torch.arange(max(unequal)) < torch.tensor(unequal)[:, None]
                 arguments[name] = valid.to(device, mask.dtype, non_blocking=True)
         return arguments
 
-    def _replayed(self, conditions: Conditions, size: tuple[int, int, int]) -> dict:
-        """Arguments that follow prompt and size together, as the pipeline makes them of each encoded prompt."""
-        recorder, record = self.recorder, self.record
-        tensors = [rows for name, rows in conditions.items() if name.startswith("encoded.")]
-        encoded = [filled(record.encoded, iter(row)) for row in zip(*tensors, strict=True)]
-        calls = [recorder.call(side=size[:2], encoded=each, frames=size[2]) for each in encoded]
-        values = {name: [call[name] for call in calls] for name in record.prompted}
-        lists = {name: how.kind == "list" for name, how in record.prompted.items()}
-        arguments = {
-            name: self._joined(name, [entry for value in own for entry in value] if lists[name] else own)
-            for name, own in values.items()
-        }
-        return arguments
-
-    def _joined(self, name: str, values: list):
-        """One argument of the denoiser of those of single images."""
-        kind = self.record.prompted[name].kind
-        if kind == "shared" and not all(same(value, values[0]) for value in values):
+    def _joined(self, name: str, values: Tensor) -> Tensor:
+        """The argument that all images of a batch have, of those of single images."""
+        if not all(same(value, values[0]) for value in values):
             raise ValueError(
                 f"{self.name} has one {name} for a batch, and its prompts differ in it: make batches of one"
             )
-        return values[0] if kind == "shared" else torch.cat(values) if kind == "rows" else values
+        return values[0]
 
     # -----------------------------------------------------------------------------------------------
     # Predictions
@@ -359,10 +396,13 @@ class Recorded(Family):
     def _predicted(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         if len(groups := self._groups(times, conditions)) > 1:
             return self._predicted_in_groups(groups, denoiser, latents, times, conditions)
+        if self.guide and conditions[GUIDED][0]:
+            own = {n.removeprefix(GUIDE): value for n, value in conditions.items() if n.startswith(GUIDE)}
+            return self.guide.predict(getattr(self.pipeline, self.record.guiding), latents, times, own)
         denoiser = self._denoiser_at(times, denoiser)
         record, device, batch = self.record, latents.device, len(latents)
         latents = latents * record.spread
-        place, values = self.place(*self._size_of(latents)), latents.flatten(1)
+        place, values = self._place_of(conditions, self._size_of(latents)), latents.flatten(1)
         if record.references:
             place, references = self._referred(conditions, self._size_of(latents))
             values = torch.cat([values, references.to(values.dtype)], dim=1)
@@ -370,7 +410,7 @@ class Recorded(Family):
         if here.beside is not None and not record.references:
             values = torch.cat([values, here.beside.to(values.dtype).expand(batch, -1)], dim=1)
         packed = values[:, here.packed].reshape(batch, *place.argument).to(here.constants[record.noisy][0].dtype)
-        given = self._of_prompts(conditions, self._size_of(latents), place, device)
+        given = self._of_prompts(conditions, place, device)
         constants = {name: value for name, value in here.constants.items() if name not in given}
         for name in (name for name in constants if f"references.{name}" in conditions):
             shape = conditions[f"references.{name}.shape"][0].tolist()  # rows of other sizes may be larger
@@ -408,6 +448,16 @@ class Recorded(Family):
         whole, clean = latents.clone(), conditions["references.clean"].to(latents)
         whole[:, given.to(latents.device)] = clean[:, : int(given.sum())]  # rows of other sizes may be larger
         return whole
+
+    def _place_of(self, conditions: Conditions, size: tuple[int, int, int]) -> Place:
+        """What the pipeline says of images of this size, with a group's prompts."""
+        if not self.is_sized:
+            return self.place(*size)
+        *asked, length = conditions["asked.shape"][0].tolist()
+        if tuple(asked) != size:
+            was, wanted = ("{} by {} pixels in {} frames".format(*each) for each in (asked, size))
+            raise ValueError(f"{self.name} encodes prompts for a size: one for {was} is asked for {wanted}")
+        return self.place(*size, length=length or None)
 
     def _referred(self, conditions: Conditions, size: tuple[int, int, int]) -> tuple[Place, Tensor]:
         """What the pipeline says of a group's images with their references, and what of these is given, (batch, n)."""
@@ -488,8 +538,8 @@ class Recorded(Family):
     def guidance_scale(self, pipeline) -> float:
         if self.record.guide == "guider":
             return next(iter(self.recorder.guiders.values())).guidance_scale + (self.record.offset or 0)
-        named = self.recorder.parameters.get(self.record.guide or "guidance_scale")
-        return (named.default if named and named.default is not None else 1.0) + (self.record.offset or 0)
+        own = self.recorder.default_of(self.record.guide or "guidance_scale")
+        return (1.0 if own is None else own) + (self.record.offset or 0)
 
     # -----------------------------------------------------------------------------------------------
     # Images

@@ -20,6 +20,7 @@ from onelora_diffusion.denoisers import (
     autoencoder_of,
     denoiser_name,
     denoisers_in,
+    guides_in,
     repeated_blocks,
 )
 from onelora_diffusion.families.arguments import copied, output_of, same
@@ -72,23 +73,26 @@ class Recorder:
     """Calls a pipeline, its parts replaced.
 
     Attributes:
-        component: the pipeline's attribute that is the denoiser.
+        component: the pipeline's attribute that is the denoiser, or the one that guides, which the argument names.
+        counted: the components whose calls are recorded; `guides` are others of the denoiser's class, if any.
         blocks: paths of the lists of the denoiser's blocks.
         parameters: of the pipeline's call, by name.
         takes: the one that is the reference images; None: there is none.
         takes_size: whether the call takes a height and a width; else what it draws is as large as its reference image.
         encoding: the methods that encode prompts, by name.
         guiders: the components that guide, by name, where the call takes no scale.
+        schedules: the parameters that are a scale of guidance for each step in the place of one, with their defaults.
         counts, rates: the parameters that are the number of frames, and of frames a second; None: there is none.
         record: what is known of it so far.
         frame_rate: of clips, which some pipelines are told; None: this one does not say.
     """
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, component: str | None = None):
         from diffusers.guiders import BaseGuidance
 
         self.pipeline = pipeline
-        self.component = denoiser_name(pipeline)
+        self.component, self.guides = component or denoiser_name(pipeline), guides_in(pipeline)
+        self.counted = {component} if component else denoisers_in(pipeline).keys()
         self.denoiser = unwrapped(getattr(pipeline, self.component))
         self.blocks = repeated_blocks(self.denoiser)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -97,6 +101,11 @@ class Recorder:
         self.encoding = [name for name in dir(type(pipeline)) if re.match("_?encode_prompt", name)]
         self.record = Record(references=references_of(pipeline))
         self._blank: dict[tuple[int, ...], object] = {}
+        self.schedules = {
+            name: each.default
+            for name, each in self.parameters.items()
+            if "guidance" in name and _are_scales(each.default)
+        }
         self.counts = next((name for name in FRAMES if name in self.parameters), None)
         self.rates = next((name for name in RATES if name in self.parameters), None)
         self.frame_rate: float | None = self.parameters[self.rates].default if self.rates else None
@@ -120,6 +129,7 @@ class Recorder:
         scales: bool = False,
         steps_itself: bool = False,
         dtype: torch.dtype | None = None,
+        beside: Callable[[int, dict], object] | None = None,
         **settings,
     ) -> Run:
         """Calls the pipeline.
@@ -136,14 +146,18 @@ class Recorder:
             scales: whether the scheduler scales what the denoiser is given, as it does in earnest.
             steps_itself: whether it also steps, from sample to sample; `step` is not called.
             dtype: of the denoiser, as the pipeline sees it. None: its own.
+            beside: what models that are not `counted` return. None: ones, or what they compute where that shape is
+                not known yet.
 
         Raises:
             NotTakenError: the call fails.
         """
         pipeline, run = self.pipeline, Run()
         frames = frames if frames > 1 else self.record.frames
-        device = pipeline._execution_device if encoded is None else torch.device("cpu")
+        is_replayed = encoded is not None and self.encoding
+        device = torch.device("cpu") if is_replayed else pipeline._execution_device
         given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
+        given |= dict.fromkeys(self.schedules)
         given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
         given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
         given |= {"intermediate_timesteps": None} if steps != 2 else {}  # of SANA-Sprint, which has them for two alone
@@ -179,9 +193,11 @@ class Recorder:
         replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
-        for name, part in denoisers_in(pipeline).items():
-            own = {"dtype": dtype} if dtype else {}
-            replaced[name] = _StandIn(part, self._forward(name, run, answer), device=device, **own)
+        own = {"dtype": dtype} if dtype else {}
+        for name, part in (denoisers_in(pipeline) | self.guides).items():
+            is_counted = name in self.counted
+            forward = self._forward(name, run, answer) if is_counted else self._beside(name, part, run, beside)
+            replaced[name] = _StandIn(part, forward, device=device, **own)
         with _replaced(pipeline, replaced), _silence():
             try:
                 images = pipeline(**{name: value for name, value in given.items() if name in self.parameters})
@@ -234,6 +250,19 @@ class Recorder:
 
         return forward
 
+    def _beside(self, name: str, part, run: Run, answer: Callable | None) -> Callable:
+        """The forward of a model that is not counted."""
+        ones = self.answering(lambda number, elements: torch.ones(elements))
+
+        def forward(*args, **kwargs):
+            run.beside.append(name)
+            if not self.record.noisy:
+                return part(*args, **kwargs)
+            arguments = dict(inspect.signature(self.denoiser.forward).bind(*args, **kwargs).arguments)
+            return _Answer(((answer or ones)(0, arguments),))
+
+        return forward
+
     def _encoder(self, name: str, run: Run, encoded: list | None) -> Callable:
         """A method that encodes prompts, what it returns recorded or replayed unless another one has called it."""
         own = getattr(self.pipeline, name)
@@ -255,6 +284,12 @@ class Recorder:
     def call(self, prompt: str | list[str] = SHORT, side: tuple[int, int] | None = None, **settings) -> dict:
         """The arguments of the denoiser's first call, without guidance, at the recorded size."""
         return self.run(prompt, side or self.square, **{**self.record.off, **settings}).calls[0]
+
+    def default_of(self, name: str) -> float | None:
+        """The default of a scale of guidance: of a schedule in its place, that of the first step."""
+        own = self.parameters[name].default if name in self.parameters else None
+        first = next(iter(self.schedules.values()), (None,))[0]
+        return first if own is None and name == "guidance_scale" else own
 
     @property
     def square(self) -> tuple[int, int]:
@@ -286,6 +321,11 @@ def _between_devices(part: nn.Module, device: torch.device) -> Callable:
         return send_to_device(part(*send_to_device(args, own), **send_to_device(kwargs, own)), device)
 
     return called
+
+
+def _are_scales(value) -> bool:
+    """Whether a default is a scale for each step, as numbers of blocks are not."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, float) for each in value)
 
 
 def _moved(value, images: Tensor):

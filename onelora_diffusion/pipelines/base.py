@@ -63,7 +63,9 @@ def load_base(
         raise ValueError(f"base model '{base or folder}' is a {class_name}, which draws {draws}")
     settings = {"torch_dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     is_modular = not (folder / "model_index.json").is_file()
-    packed = dict.fromkeys(_denoisers(index), _packed(precision)) if precision in ("int8", "nf4") else {}
+    kinds = {*_denoisers(index).values()}  # of which a model that guides is, too
+    large = [name for name, part in index.items() if isinstance(part, list) and len(part) > 1 and part[1] in kinds]
+    packed = dict.fromkeys(large, _packed(precision)) if precision in ("int8", "nf4") else {}
     if packed and is_modular:
         settings["quantization_config"] = packed
     elif packed:

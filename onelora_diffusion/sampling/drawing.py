@@ -48,8 +48,8 @@ class EncodedConditions:
         def encode(condition: Condition) -> Conditions:
             return family.encode_conditions(pipeline, [condition], max_sequence_length)
 
-        # Encoding without encoders costs nothing and is not cached.
-        self._encode = lru_cache(KEPT_CONDITIONS)(encode) if family.encoders(pipeline) else encode
+        # To encode a class costs nothing, and is not cached.
+        self._encode = lru_cache(KEPT_CONDITIONS)(encode) if family.condition is str else encode
 
     def __getitem__(self, condition: Condition) -> Conditions:
         return self._encode(condition)
@@ -157,12 +157,14 @@ def generate_images(
     settings.check(denoiser, family.training_scheduler(pipeline).config)
     scale = family.guidance_scale(pipeline) if settings.guidance_scale is None else settings.guidance_scale
     at_once = images_at_once or family.images_at_once
+    side = size or family.resolution(pipeline)
 
     def request(k: int) -> ImageRequest:
         family.check_conditions(pipeline, [conditions[k]])
+        condition = family.at_size(conditions[k], side, frames)
         return ImageRequest(
-            condition=encoded[conditions[k]],
-            empty=encoded[emptied(conditions[k])],
+            condition=encoded[condition],
+            empty=encoded[emptied(condition)],
             generator=image_generators(seed, [indices[k]])[0],
             guidance_scale=scale,
             guidance=settings.guidance,

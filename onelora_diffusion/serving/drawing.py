@@ -35,7 +35,7 @@ class Drawing:
         self.size = self.family.resolution(pipeline)  # side of the images in pixels, if a request does not give one
         self.encoded = EncodedConditions(pipeline)
         self.draws_classes = self.family.condition is int  # otherwise requests name prompts
-        self.takes_negative_prompts = self.family.is_guided and not self.draws_classes
+        self.takes_negative_prompts = self.family.guides_itself and not self.draws_classes
         self.base_classes: dict[int, str] = {}
         if self.draws_classes:
             labels, names = range(self.transformer.config.num_embeds_ada_norm), class_names or {}
@@ -99,8 +99,8 @@ class Drawing:
     def start(self, request: Request, mixture: Mapping[str, float]) -> Trajectory:
         """Begin with image 0 of a completed request's seed; `mixture` has each adapter's weight by its name here."""
         image = ImageRequest(
-            condition=self.encoded[request.subject],
-            empty=self.encoded[request.negative_prompt or None],
+            condition=self.encoded[self.family.at_size(request.subject, request.size)],
+            empty=self.encoded[self.family.at_size(request.negative_prompt or None, request.size)],
             generator=image_generators(request.seed, [0])[0],
             guidance_scale=request.guidance_scale,
             guidance=request.guidance,

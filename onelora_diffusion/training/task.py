@@ -14,14 +14,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from onelora_diffusion.config import AdapterConfig
-from onelora_diffusion.data.buckets import Buckets
+from onelora_diffusion.data.buckets import Buckets, side_and_frames
 from onelora_diffusion.data.identity import DataIdentity
 from onelora_diffusion.data.latent_cache import LatentCache, build_cache, cache_size
 from onelora_diffusion.data.latents import FlippableImages, sample_moments
 from onelora_diffusion.data.listing import describe
 from onelora_diffusion.data.prompt_cache import ConditionRows, PromptCache, build_prompt_cache, identity_of
 from onelora_diffusion.data.row_cache import EncodingError
-from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in
+from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in, guides_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
 from onelora_diffusion.families.family import Condition, emptied, joined
@@ -87,7 +87,7 @@ class Task:
         self.subject: str | None = None  # the name of what it learns, if it is one of several tasks on one base
         self.adapter_name = "default"  # in the transformer
         self.training_adapter: str | None = None  # a hash of the frozen adapter that serves in training, if any
-        self.condition_drop = settings.condition_drop(self.family.is_guided)  # share of samples without condition
+        self.condition_drop = settings.condition_drop(self.family.guides_itself)  # share of samples without condition
         self.timesteps = self.family.timestep_range(
             self.family.training_scheduler(pipeline)
         )  # those that are trained on
@@ -134,8 +134,15 @@ class Task:
         if self.data.held:
             found["held"] = list(self.data.held.conditions)
         if self.settings.prior_weight:
-            found["prior"] = [self.settings.prior_prompt]
+            sizes = map(side_and_frames, self.data.buckets.sizes)
+            found["prior"] = [self.family.at_size(self.settings.prior_prompt, *size) for size in sizes]
         return found
+
+    def _bucket_of(self, latents: Tensor) -> int:
+        """The number of the bucket of a batch's latents (batch, C, ...)."""
+        sizes = map(side_and_frames, self.data.buckets.sizes)
+        shapes = (self.family.latent_shape(self.pipeline, *side, frames) for side, frames in sizes)
+        return next(number for number, shape in enumerate(shapes) if shape == tuple(latents.shape[1:]))
 
     def activate(self) -> None:
         """Let the transformer compute with this adapter alone."""
@@ -219,7 +226,8 @@ class Task:
         first = torch.zeros(len(latents), dtype=torch.long)
         with self.accelerator.autocast():
             if keeps_prior:
-                prior = self.on_device(self.prior.embeddings(first, first.bool()))
+                prior = self.prior.embeddings(first + self._bucket_of(latents), first.bool())
+                prior = self.on_device(prior)
                 of_base = self._of_base(latents, times, prior)
                 both = predict(model, torch.cat([latents, latents]), times.repeat(2), joined([conditions, prior]))
                 output, of_prior = both.chunk(2)
@@ -336,18 +344,18 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     for encoder in [*encoders.values(), *conditioners.values()]:
         if isinstance(encoder, nn.Module):
             encoder.to(device)
-    prompts = [_encode_prompts(task, identity, stop) for task in tasks] if encoders else []
+    prompts = [_encode_prompts(task, identity, stop) for task in tasks] if identity else []
     pipeline.register_modules(**dict.fromkeys(encoders))
     dtype = autoencoder.dtype
     autoencoder.to(device, torch.float32)  # it stays there for all steps
     latents = [[_encode_images(task, data, stop) for data in task.encoded_data] for task in tasks]
     if not any(None in each for each in latents):
         autoencoder.to("cpu", dtype)
-    shown = denoisers_in(pipeline).values() if any(task.data.shown for task in tasks) else [denoiser_of(pipeline)]
-    for denoiser in shown:
+    shown = denoisers_in(pipeline) | guides_in(pipeline) if any(task.data.shown for task in tasks) else {}
+    for denoiser in [denoiser_of(pipeline), *shown.values()]:
         denoiser.to(device)
     for number, task in enumerate(tasks):
-        task.folders = prompts[number] if encoders else None, latents[number]
+        task.folders = prompts[number] if identity else None, latents[number]
 
 
 def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:

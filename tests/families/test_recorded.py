@@ -9,14 +9,10 @@ from diffusers import CogVideoXDPMScheduler, DPMSolverMultistepScheduler, EulerD
 from families.learning import learn_a_batch
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import (
-    CHAT,
     NAMED,
     UNET,
-    flow_matching,
     make_clip,
-    make_flux2_vae,
     make_pipeline,
-    make_qwen3_vl,
     make_tokenizer,
     make_vae,
     randomize,
@@ -52,7 +48,9 @@ STOCK = [
     "wan",
     "krea2",
     "ernie_image",
-]  # UNets; a mask; lists; frames; both; lengths
+    "ideogram4",
+    "ldm",
+]  # UNets; a mask; lists; frames; both; lengths; both, and another model guides; no `encode_prompt`
 
 
 @functools.cache
@@ -121,7 +119,7 @@ def test_each_image_of_a_batch_is_predicted_as_alone_at_its_own_time(name):
 def test_pictures_are_those_of_the_stock_pipeline(name):
     pipeline, family = stock(name)
     encoded, steps = EncodedConditions(pipeline), 3
-    plain = name != "qwen_image"  # which guides in a way of its own
+    plain = name not in ("qwen_image", "ldm")  # which guide in a way of their own, and not by default
     scale = 3.0 if plain else 1.0
     request = ImageRequest(
         condition=encoded["a bold Q"],
@@ -131,6 +129,7 @@ def test_pictures_are_those_of_the_stock_pipeline(name):
     )
     found = draw(pipeline, [request], SamplerSettings(num_inference_steps=steps), 64)
     asked = {key: value for key, value in ASKED.items() if key in family.recorder.parameters}
+    asked |= dict.fromkeys(family.recorder.schedules)
     told = family.record.guided | {family.record.guide or "guidance_scale": scale} if plain else {}
     latents = image_generators(0, [0])[0]
     noise = torch.randn(1, *family.latent_shape(pipeline, 64, 64), generator=latents)
@@ -442,25 +441,6 @@ def make_unclip():
         scheduler=diffusers.DDIMScheduler(),
         vae=make_vae(4, shift_factor=None),
     )
-
-
-def test_a_second_model_that_guides_is_refused():
-    make = getattr(diffusers, "Ideogram4Transformer2DModel", None) or pytest.skip("diffusers has no Ideogram 4")
-    sizes = {"attention_head_dim": 12, "num_attention_heads": 2, "intermediate_size": 16, "adaln_dim": 8}
-    own, other = (
-        make(in_channels=16, num_layers=1, llm_features_dim=8, mrope_section=(2, 2, 2), **sizes) for _ in range(2)
-    )
-    pipeline = diffusers.Ideogram4Pipeline(
-        scheduler=flow_matching(),
-        vae=make_flux2_vae(),
-        text_encoder=make_qwen3_vl(8),
-        tokenizer=make_tokenizer(512, CHAT),
-        transformer=own,
-        unconditional_transformer=other,
-    )
-    message = "beside its transformer it has unconditional_transformer, another that guides"
-    with pytest.raises(ValueError, match=f"Ideogram4Pipeline cannot be recorded: {message}"):
-        Recorded(pipeline)
 
 
 def test_an_argument_that_is_drawn_at_random_in_each_call_is_refused():

@@ -6,7 +6,8 @@ import torch
 
 from onelora_diffusion.families.coordinates import measured, unmixed
 from onelora_diffusion.families.guided import TRIED_SCALE
-from onelora_diffusion.families.probing import find_conditions, find_times, place_at
+from onelora_diffusion.families.probing import find_times, place_at
+from onelora_diffusion.families.prompted import find_conditions
 from onelora_diffusion.families.record import Place
 from onelora_diffusion.families.recording import SHORT, Recorder
 

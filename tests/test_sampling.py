@@ -573,7 +573,7 @@ def test_domain_guidance_needs_an_adapter():
 
 def test_encoded_conditions_are_kept_for_the_last_ones_and_freed_with_their_user(monkeypatch):
     family = SimpleNamespace(
-        encoders=lambda pipeline: {"text_encoder": nn.Linear(1, 1)},
+        condition=str,
         encode_conditions=lambda pipeline, conditions, length: {"rows": torch.tensor([len(conditions[0]) + length])},
     )
     monkeypatch.setattr(drawing, "family_of", lambda pipeline: family)

@@ -61,12 +61,13 @@ def edits_of(family: Recorded) -> list[Edit]:
 
 def stock_call(pipeline, family: Recorded, edit: Edit, **settings) -> tuple[list, torch.Tensor]:
     """What the pipeline's scheduler got in each step, and the clip (frames, 3, height, width) from 0 to 1."""
-    steps, scheduler, autoencoder = [], pipeline.scheduler, autoencoder_of(pipeline)
+    steps, scheduler, autoencoder = [], type(pipeline.scheduler), autoencoder_of(pipeline)
     own = scheduler.step
 
-    def step(output, time, sample, *args, **kwargs):
-        steps.append((output.flatten(), float(time), sample.flatten().clone()))
-        return own(output, time, sample, *args, **kwargs)
+    def step(self, output, time, sample, *args, **kwargs):
+        if self is pipeline.scheduler or not family.record.others:  # whose schedulers are copies
+            steps.append((output.flatten(), float(time), sample.flatten().clone()))
+        return own(self, output, time, sample, *args, **kwargs)
 
     recorder, (height, width) = family.recorder, edit.side
     for name, guider in recorder.guiders.items():
@@ -75,11 +76,15 @@ def stock_call(pipeline, family: Recorded, edit: Edit, **settings) -> tuple[list
     given |= {recorder.counts: edit.frames, recorder.rates: recorder.frame_rate, "max_area": height * width} | settings
     given |= {recorder.takes: edit.references[0].image(), "prompt": edit.prompt, "num_inference_steps": 2}
     given = {name: value for name, value in given.items() if name in recorder.parameters}
+    switch = denoiser_of(pipeline).register_forward_pre_hook(
+        lambda denoiser, args, kwargs: (args, kwargs | family.record.switched), with_kwargs=True
+    )
     with (
         mock.patch.object(scheduler, "step", step),
         mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode)),
     ):
         clip = pipeline(**given)[0][0]
+    switch.remove()
     return steps, clip
 
 
@@ -133,7 +138,7 @@ def drawn(pipeline, family: Recorded, edit: Edit) -> float:
 
 def learned(pipeline, family: Recorded, edits: list[Edit]) -> tuple[float, float]:
     """The loss of two clips before and after four updates; ValueError if it does not fall each time by all vectors."""
-    model, scheduler = denoiser_of(pipeline).requires_grad_(False), pipeline.scheduler
+    model, scheduler = denoiser_of(pipeline).requires_grad_(False), family.training_scheduler(pipeline)
     conditions = family.encode_conditions(pipeline, edits[:2])
     inject_adapter(model, AdapterConfig(targets=family.targets))
     vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]

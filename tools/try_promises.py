@@ -87,6 +87,7 @@ def draw(pipeline, family: Recorded) -> Tensor:
         pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
     side = family.record.side
     given = {"height": side, "width": side, "max_area": side * side} | ASKED | family.record.off
+    given |= dict.fromkeys(family.recorder.schedules)
     given |= {"prompt": PROMPTS[0], "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
     if family.record.references:
         picture = REFERENCES[0].image()
@@ -101,7 +102,8 @@ def routed(pipeline, family: Recorded, names: list[str | None]) -> float | None:
     """The relative difference of a batch, each image with its adapter, from single runs; None: it is refused."""
     model, conditions = denoiser_of(pipeline), conditions_of(family, PROMPTS[: len(names)])
     latents = torch.randn(len(names), *family.latent_shape(pipeline, *family.recorder.square))
-    times = model_timesteps(spread(family.timestep_range(pipeline.scheduler), len(names)), pipeline.scheduler)
+    scheduler = family.training_scheduler(pipeline)
+    times = model_timesteps(spread(family.timestep_range(scheduler), len(names)), scheduler)
     encoded, alone = family.encode_conditions(pipeline, conditions), []
     for row, name in enumerate(names):
         one = family.encode_conditions(pipeline, [conditions[row]])

@@ -215,6 +215,8 @@ def test_two_transformers_are_trained_together_into_one_file(train, bases, tmp_p
         train("sd3", denoisers="transformer_2")
     with pytest.raises(SystemExit, match="StableDiffusion3Pipeline has no both; it has transformer"):
         train("sd3", denoisers="both")
+    with pytest.raises(SystemExit, match="--sample-steps is 1001; this base takes 1 to 1000"):
+        train("sd3", validation_prompt=("night",), sample_every=2, sample_steps=1001)
     with pytest.raises(SystemExit, match="--denoisers both trains no --subjects: choose transformer or transformer_2"):
         train("wan22", denoisers="both", subjects=tmp_path, images=None)
     shared = dict(denoisers="both", learning_rate=0.05, max_sequence_length=None)

@@ -88,9 +88,11 @@ class Task:
         self.adapter_name = "default"  # in the transformer
         self.training_adapter: str | None = None  # a hash of the frozen adapter that serves in training, if any
         self.condition_drop = settings.condition_drop(self.family.guides_itself)  # share of samples without condition
-        self.timesteps = self.family.timestep_range(
-            self.family.training_scheduler(pipeline)
-        )  # those that are trained on
+        scheduler = self.family.training_scheduler(pipeline)
+        self.timesteps = self.family.timestep_range(scheduler)  # those that are trained on
+        most = scheduler.config.num_train_timesteps
+        if settings.sample_every and settings.sample_steps > most:
+            raise ValueError(f"--sample-steps is {settings.sample_steps}; this base takes 1 to {most}")
         # [index, flip] -> (image or, if `is_cached`, its moments, number of its condition)
         self.examples, self.is_cached = FlippableImages(data.images), False
         # The caches that `encode` has built, of prompts and of latents, if there are any.

@@ -48,15 +48,26 @@ def load_modular(folder: Path, **settings):
     from diffusers import ModularPipeline
 
     pipeline = ModularPipeline.from_pretrained(folder, trust_remote_code=False)
-    pipeline.load_components(**settings)
-    specs = {name: pipeline.get_component_spec(name) for name in pipeline.null_component_names}
+    unused = _without_rewriting(pipeline)
+    pipeline.load_components(names=[name for name in pipeline.components if name not in unused], **settings)
+    missing = set(pipeline.null_component_names) - unused
+    specs = {name: pipeline.get_component_spec(name) for name in sorted(missing)}
     if missing := [name for name, spec in specs.items() if spec.pretrained_model_name_or_path]:
         raise ValueError(f"its {missing[0]} does not")  # diffusers has said why, and goes on
     return as_pipeline(pipeline)
 
 
+def _without_rewriting(pipeline) -> set[str]:
+    """Take out the blocks that put other words for a prompt (FLUX.3's), and return the components of these alone."""
+    blocks = pipeline._blocks.sub_blocks
+    rewriting = [n for n, block in blocks.items() if "prompt" in [out.name for out in block.intermediate_outputs]]
+    parts = {part.name for name in rewriting for part in blocks.pop(name).expected_components}
+    return parts - {part.name for part in pipeline._blocks.expected_components}
+
+
 def as_pipeline(pipeline):
     """A modular pipeline, which is changed, with what a recording asks of a pipeline; ValueError as `load_modular`."""
+    _without_rewriting(pipeline)
     kind, blocks = type(pipeline), pipeline._blocks.sub_blocks
     needs = {name: [part.name for part in block.expected_components] for name, block in blocks.items()}
     encoding = [name for name, parts in needs.items() if any(map(encodes_prompts, parts))]

@@ -6,7 +6,7 @@ import torch
 from families.learning import learn_a_batch
 from huggingface_hub.errors import EntryNotFoundError
 from rounding import rounding
-from tiny_models import make_pipeline
+from tiny_models import PIPELINES, make_pipeline
 
 from onelora_diffusion import OneLoRALoaderMixin, save_adapter
 from onelora_diffusion.denoisers import denoiser_of
@@ -30,6 +30,16 @@ def test_a_modular_pipeline_is_recorded_as_the_stock_pipeline_of_its_components(
     )
     assert torch.equal(found, expected) and found.std() > 0.01
     assert torch.equal(own.decode(modular.vae, latents), stock.decode(pipeline.vae, latents))
+
+
+@torch.no_grad()
+def test_a_block_that_writes_prompts_anew_is_left_out():
+    if "flux3_modular" not in PIPELINES:
+        pytest.skip("diffusers has no FLUX.3")
+    pipeline = make_pipeline("flux3_modular")
+    family, model = family_of(pipeline), denoiser_of(pipeline)
+    assert pipeline.prompt_upsampler is None and list(family.record.prompted) == ["encoder_hidden_states"]
+    assert max(replayed(pipeline, family), batched(pipeline, family)) < 10 * rounding(model)
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""Train a new adapter of a pipeline on one batch."""
+"""Train a new adapter of a pipeline on one batch, and try that it serves single images of it."""
 
 import torch
+from rounding import assert_rounded
 from torch import Tensor
 
-from onelora_diffusion import AdapterConfig, inject_adapter
+from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import family_of
@@ -35,3 +36,16 @@ def learn_a_batch(pipeline, latents: Tensor, conditions: dict) -> tuple[Tensor, 
         optimizer.step()
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     return noisy, times
+
+
+@torch.no_grad()
+def assert_routed(family, model, noisy, times, conditions):
+    """Of a batch of two, the adapter serves the first alone, as in a batch of its own, and it does something."""
+    with route_adapters(model, ["default", None]):
+        routed = family.predict(model, noisy, times, conditions)
+    adapted = family.predict(model, noisy, times, conditions)
+    with route_adapters(model, [None, None]):
+        base = family.predict(model, noisy, times, conditions)
+    assert_rounded(routed[:1], adapted[:1], model)
+    assert_rounded(routed[1:], base[1:], model)
+    assert (adapted - base).abs().max() > 1e-3

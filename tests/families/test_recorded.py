@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from families.learning import learn_a_batch
+from families.learning import assert_routed, learn_a_batch
 from rounding import assert_rounded, rounding_of_images
 from tiny_models import (
     NAMED,
@@ -154,15 +154,7 @@ def test_an_adapter_learns_and_samples_have_adapters_of_their_own(name):
         with pytest.raises(ValueError, match="does not keep samples apart"), route_adapters(model, ["default", None]):
             family.predict(model, noisy, times, conditions)
         return
-    with torch.no_grad(), route_adapters(model, ["default", None]):
-        routed = family.predict(model, noisy, times, conditions)
-    with torch.no_grad():
-        adapted = family.predict(model, noisy, times, conditions)
-        with route_adapters(model, [None, None]):
-            base = family.predict(model, noisy, times, conditions)
-    assert_rounded(routed[:1], adapted[:1], model)
-    assert_rounded(routed[1:], base[1:], model)
-    assert (adapted - base).abs().max() > 1e-3
+    assert_routed(family, model, noisy, times, conditions)
 
 
 def test_prompts_of_unequal_length_are_predicted_length_by_length_where_there_is_no_mask():

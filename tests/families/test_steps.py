@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler
-from families.learning import learn_a_batch
-from rounding import assert_rounded, rounding_of_images
+from families.learning import assert_routed, learn_a_batch
+from rounding import rounding_of_images
 from scheduled_pipelines import SCHEDULED
 from tiny_models import make_pipeline
 
-from onelora_diffusion import route_adapters
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Recorded, family_of
@@ -114,15 +113,7 @@ def test_an_adapter_learns_and_samples_have_adapters_of_their_own(name):
     latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     conditions = family.encode_conditions(pipeline, ["a bold Q", "a bold O"])
     noisy, times = learn_a_batch(pipeline, latents, conditions)
-    with torch.no_grad(), route_adapters(model, ["default", None]):
-        routed = family.predict(model, noisy, times, conditions)
-        with route_adapters(model, ["default"] * 2):
-            adapted = family.predict(model, noisy, times, conditions)
-        with route_adapters(model, [None, None]):
-            base = family.predict(model, noisy, times, conditions)
-    assert_rounded(routed[:1], adapted[:1], model)
-    assert_rounded(routed[1:], base[1:], model)
-    assert (adapted - base).abs().max() > 1e-3
+    assert_routed(family, model, noisy, times, conditions)
 
 
 def test_a_known_schedule_of_edm_is_trained_by_its_scheduler_s_own_noise():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import shlex
@@ -75,6 +76,13 @@ def check_flags(arguments: list[str], elsewhere: dict[str, str]) -> None:
         flag = word.split("=")[0]
         if flag.startswith("--") and (here := elsewhere.get(flag[2:].replace("-", "_"))):
             raise ValueError(f"{flag} is a name of other scripts; here there is {here}")
+
+
+def check_installed(what: str, package: str | None) -> None:
+    """ValueError if a package is missing that a flag, or what is named, needs; None is none."""
+    if package and importlib.util.find_spec(package) is None:
+        extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
+        raise ValueError(f"{what} needs a package that is missing: pip install {extra}")
 
 
 def typed_as(script: str) -> str:

@@ -20,7 +20,8 @@ def load_dataset(
 ) -> Dataset:
     """A data set of `(image, label)`: image float32 (3, resolution, resolution) in [-1, 1], label an int.
 
-    It has the attributes `name`, `num_classes` and `id2label: dict[int, str]`.
+    It has the attributes `name`, `num_classes` and `id2label: dict[int, str]`. ValueError for an unknown name, or for
+    `classes` or columns where none can be chosen; FileNotFoundError says what to do about missing files.
 
     Args:
         name: a row of `data.table.DATASETS`. `torchvision:CLASS` is a classification data set of torchvision, and
@@ -34,10 +35,6 @@ def load_dataset(
             `hf:` always does.
         broken: what to do about an unreadable photograph: `fatal` or `skip` (see `data.images.SizedImages`).
         image_column, label_column: for `hf:`, the columns to read (see `data.from_hub.hub_images`).
-
-    Raises:
-        ValueError: an unknown name, or `classes` or columns for a data set that cannot choose.
-        FileNotFoundError: the files are missing; the message says what to do.
     """
     kind, rest = kind_of(name)
     check_columns(name, image_column, label_column)

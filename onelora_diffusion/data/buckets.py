@@ -11,10 +11,8 @@ STEPS = 16  # steps in which the shorter side falls from the resolution to 0; ha
 class Buckets(NamedTuple):
     """The sizes to which images are resized; all images of a batch are in one bucket."""
 
-    sizes: list[tuple[int, ...]]
-    """Height and width in pixels of each bucket; of clips the number of frames, height and width."""
-    of_image: np.ndarray
-    """(images,) int64: the number of each image's bucket."""
+    sizes: list[tuple[int, ...]]  # height and width in pixels of each; of clips number of frames, height and width
+    of_image: np.ndarray  # (images,) int64: the number of each image's bucket
 
 
 def side_and_frames(size: tuple[int, ...]) -> tuple[tuple[int, int], int]:
@@ -23,11 +21,7 @@ def side_and_frames(size: tuple[int, ...]) -> tuple[tuple[int, int], int]:
 
 
 def with_frames(buckets: Buckets, frames: int, is_clip: np.ndarray) -> Buckets:
-    """The buckets of clips of so many frames, and those of the single images among them; empty ones are left out.
-
-    Args:
-        is_clip: (images,) bool.
-    """
+    """The buckets of clips of so many frames, where `is_clip`, (images,) bool, and of single images; no empty ones."""
     used, of_image = np.unique(2 * buckets.of_image + is_clip, return_inverse=True)
     sizes = [((frames,) if number % 2 else ()) + buckets.sizes[number // 2] for number in used]
     return Buckets(sizes, of_image)

@@ -12,11 +12,7 @@ MOST_TOKENS = 10_000  # of a prompt, some twenty times what text encoders read
 
 
 def filled(text: str, trigger: str | None) -> str:
-    """A text with the trigger word in place of `{trigger}` and `[trigger]`.
-
-    Raises:
-        ValueError: it has such a place, and there is no word.
-    """
+    """A text with the trigger word in place of `{trigger}` and `[trigger]`; ValueError if these need a word."""
     if trigger is None and (place := PLACES.search(text)):
         raise ValueError(f"{printable(repr(text), 100)} has {place[0]}: give the word by --trigger")
     return PLACES.sub(lambda place: trigger, text)
@@ -25,15 +21,13 @@ def filled(text: str, trigger: str | None) -> str:
 def filled_by(prompts: Sequence[str], triggers: Iterable[str | None]) -> list[str]:
     """Prompts with the trigger word of the adapters that draw them, as their files have it, in its places.
 
-    Raises:
-        ValueError: a prompt has such a place, and the adapters have no trigger word, or several.
+    ValueError if a prompt has such a place, and the adapters have no trigger word, or several.
     """
     words = sorted({str(word) for word in triggers if word})
-    there = (
-        f"the adapters have {printable(' and '.join(words), 200)}" if words else "no adapter here has a trigger word"
-    )
     for prompt in prompts if len(words) != 1 else ():
         if place := PLACES.search(prompt):
+            several = f"the adapters have {printable(' and '.join(words), 200)}"
+            there = several if words else "no adapter here has a trigger word"
             raise ValueError(f"{printable(repr(prompt), 100)} has {place[0]}, and {there}: write the word")
     return [filled(prompt, "".join(words)) for prompt in prompts]
 
@@ -47,11 +41,7 @@ def with_trigger(caption: str, trigger: str | None) -> str:
 
 
 def tag_orders(caption: str, number: int, keep: int, random: np.random.Generator) -> list[str]:
-    """A caption as it is written, then with its tags, separated by commas, in `number` random orders.
-
-    Args:
-        keep: the number of first tags that stay in their places.
-    """
+    """A caption as it is, then with its tags, parted by commas, in `number` random orders; `keep` first ones stay."""
     tags = [tag.strip() for tag in caption.split(",")]
     first, others = tags[:keep], tags[keep:]
     return [caption, *(", ".join([*first, *random.permutation(others)]) for _ in range(number))]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from onelora_diffusion.data import digits
 from onelora_diffusion.data.buckets import Buckets, nearest_buckets, with_frames
 from onelora_diffusion.data.clips import Clips, check_bytes, is_video, items_of
-from onelora_diffusion.data.decoding import BrokenImageError, opened
+from onelora_diffusion.data.decoding import BrokenImageError, of_readable, opened
 from onelora_diffusion.data.from_hub import column_of_type, hub_rows
 from onelora_diffusion.data.identity import file_digest
 from onelora_diffusion.data.images import Pictures, SizedImages, crop_to
@@ -70,18 +70,15 @@ class CaptionSettings:
     frames."""
 
     @property
-    def columns_beside_images(self) -> list[str]:
-        captions = None if self.prompt else self.caption_column
-        columns = captions, self.mask_column, self.repeats_column, *self.reference_column
+    def asked_columns(self) -> list[str]:
+        """The columns that a table has to have besides those of images and captions."""
+        columns = self.mask_column, self.repeats_column, *self.reference_column
         return [column for column in columns if column is not None]
 
 
 @dataclass(eq=False)
 class CaptionedImages(FlippableImages):
-    """`[index, flip] -> (image, caption index)`: image uint8 (3, height, width), mirrored if `flip`.
-
-    A clip is (3, frames, height, width).
-    """
+    """`[index, flip] -> (image, caption index)`: uint8 (3, height, width), or a clip (3, frames, height, width)."""
 
     dataset: Dataset  # `[index] -> (image, caption index)`: the images as they are stored and, once loaded, cropped
     captions: list[str]  # one for each image; one that replaces an unreadable image comes with its own caption
@@ -126,6 +123,10 @@ def load_captioned(
 ) -> CaptionedImages:
     """Load images and their captions from a folder or the hub; the handwritten digits if `settings.images` is None.
 
+    FileNotFoundError if the folder, all images, or an image that the metadata names is missing. BrokenImageError, with
+    `aspect_buckets`, for an image whose size cannot be read. ValueError if captions are missing, empty, too long or
+    given twice, a mask belongs to no image, a number of times is none, or a clip is too short.
+
     Args:
         resolution: side of the square in pixels to which images are cropped; with `settings.aspect_buckets` that of a
             square with about as many pixels (see `data.buckets`).
@@ -134,12 +135,6 @@ def load_captioned(
         broken: what to do about an unreadable image: `fatal` or `skip` (see `data.images.SizedImages`).
         frame_rate: frames a second that are taken of videos and animated images; None takes each one.
         first_frames: whether the reference image of each clip is its own first frame.
-
-    Raises:
-        FileNotFoundError: the folder, all images, or an image that the metadata names is missing.
-        ValueError: captions are missing, empty, too long or given twice, a mask belongs to no image, a number of times
-            is none, `resolution` is no multiple of `multiple`, or a clip is too short.
-        BrokenImageError: with `aspect_buckets`, an image whose size cannot be read.
     """
     source, frames = settings.images, settings.frames
     check_multiple(resolution, multiple)
@@ -176,7 +171,8 @@ def load_captioned(
     if found.repeats:
         found.notes.append(f"by their repeats, an epoch has {sum(found.repeats):,} images")
     if settings.aspect_buckets:
-        buckets = bucketed(pictures, resolution, multiple, broken)
+        sizes = of_readable(len(pictures), pictures.size, broken, "images")
+        buckets = nearest_buckets(sizes, resolution, multiple)
     else:
         buckets = Buckets([(resolution, resolution)], np.zeros(len(pictures), np.int64))
     if frames > 1:
@@ -190,25 +186,6 @@ def load_captioned(
         found.notes.append("each clip is learned from its own first frame")
         found.references = [(FirstFrame(found.dataset, index, digest),) for index, digest in enumerate(digests)]
     return found
-
-
-def bucketed(pictures: Pictures, resolution: int, multiple: int, broken: str) -> Buckets:
-    """The bucket of each image. Unless fatal, an image of unreadable size gets the bucket of the next one."""
-    sizes: list[tuple[int, int]] = []
-    unread = 0
-    for index in range(len(pictures)):
-        try:
-            size = pictures.size(index)
-        except BrokenImageError:
-            if broken == "fatal":
-                raise
-            unread += 1
-        else:
-            sizes += [size] * (unread + 1)
-            unread = 0
-    if not sizes:
-        raise BrokenImageError(f"none of the {len(pictures)} images can be read")
-    return nearest_buckets(sizes + [sizes[0]] * unread, resolution, multiple)
 
 
 def checked(caption: str, named: str) -> str:
@@ -389,14 +366,14 @@ def _check_references(folder: Path, names: Iterable[str], files: dict[str, dict[
 
 def _table_of(folder: Path, tables: list[str], settings: CaptionSettings) -> Table | None:
     """The table of a folder, if it is needed; ValueError if it is, and there is none or there are several."""
-    columns = settings.mask_column, settings.repeats_column, *settings.reference_column
-    wanted = [column for column in columns if column]
+    wanted = settings.asked_columns
     if wanted and len(tables) != 1:
         there = f"several, {printable(', '.join(tables), 200)}" if tables else "none"
         raise ValueError(f"{wanted[0]!r} is a column of a table, {' or '.join(METADATA)}, and {folder} has {there}")
     if len(tables) != 1 or settings.prompt and not wanted:
         return None
-    return Table(folder, tables[0], settings.image_column or FILE_COLUMN, settings.columns_beside_images)
+    captions = [] if settings.prompt else [settings.caption_column]
+    return Table(folder, tables[0], settings.image_column or FILE_COLUMN, captions + wanted)
 
 
 def _captions_of(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from onelora_diffusion.data.decoding import BrokenImageError, decoded, opened
+from onelora_diffusion.data.decoding import BrokenImageError, decoded, of_readable, opened
 from onelora_diffusion.data.images import Pictures
 from onelora_diffusion.data.listing import Listing
 from onelora_diffusion.files import printable
@@ -36,13 +36,9 @@ class Clips(Pictures):
 
     Args:
         items: the files by the name of each item: a video, an image, or the frames of a folder.
-        number: the frames of a clip that are taken, from its first one on.
+        number: the frames of a clip that are taken, from its first one on; ValueError if it has fewer.
         rate: frames a second that are taken of a video or an animated image; None takes each one.
-        broken: `skip` takes a file whose frames cannot be counted for what the next one is.
-
-    Raises:
-        ValueError: a clip has fewer frames, or a video cannot be read without PyAV.
-        BrokenImageError: the frames of a file, or with `skip` of all, cannot be counted.
+        broken: what to do about a file whose frames cannot be counted (see `data.decoding.of_readable`).
     """
 
     def __init__(
@@ -58,20 +54,10 @@ class Clips(Pictures):
                 f"{self.named(self.names.index(videos[0]))} is read by PyAV, which is missing: "
                 "pip install 'onelora-diffusion[video]'; or save its frames as images in a folder"
             )
-        found, unread = [], 0
-        for index, files in enumerate(items.values()):
-            try:
-                is_clip = self._has_frames(index, len(files))
-            except BrokenImageError:
-                if broken == "fatal":
-                    raise
-                unread += 1
-            else:
-                found += [is_clip] * (unread + 1)
-                unread = 0
-        if not found:
-            raise BrokenImageError(f"none of the {len(items)} clips and images can be read")
-        self.is_clip = np.array(found + found[:1] * unread)
+        numbers = list(map(len, items.values()))
+        self.is_clip = np.array(
+            of_readable(len(items), lambda i: self._has_frames(i, numbers[i]), broken, "clips and images")
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,8 +71,9 @@ class Clips(Pictures):
         if files > 1 or file != self.root / self.names[index]:
             there, unit = files, "frames"
         elif is_video(file.name) or is_animated(file, named):
-            with self._counted(index) as times:
-                there, unit = self._number_of(times), "frames" + (f" at {self.rate:g} a second" if self.rate else "")
+            with self._timed(index, are_decoded=False) as timed:
+                there = self._number_of(second for second, _ in timed)
+            unit = "frames" + (f" at {self.rate:g} a second" if self.rate else "")
         else:
             return False
         if there < self.number:
@@ -104,18 +91,6 @@ class Clips(Pictures):
                 break
         return there
 
-    @contextmanager
-    def _counted(self, index: int) -> Iterator[Iterator[Fraction]]:
-        """Context manager: the seconds of a file's frames, in any order, which are not decoded."""
-        path, named = self.paths[index][0], self.named(index)
-        if is_video(path.name):
-            with opened_video(path, named) as (container, stream):
-                packets = (packet for packet in container.demux(stream) if packet.size and packet.pts is not None)
-                yield (packet.pts * stream.time_base for packet in packets)
-        else:
-            with opened(path, named) as image:
-                yield (second for second, _ in frames_of_image(image))
-
     def opened(self, index: int):
         return opened(self.paths[index][0], self.named(index))
 
@@ -127,11 +102,12 @@ class Clips(Pictures):
             return first.height, first.width
 
     @contextmanager
-    def _timed(self, index: int) -> Iterator[Iterator[Timed]]:
+    def _timed(self, index: int, are_decoded: bool = True) -> Iterator[Iterator[Timed]]:
+        """Context manager: the frames of a file; unless `are_decoded`, those of a video are packets, in any order."""
         path, named = self.paths[index][0], self.named(index)
         if is_video(path.name):
             with opened_video(path, named) as (container, stream):
-                yield frames_of_video(container, stream)
+                yield frames_of_video(container, stream) if are_decoded else packets_of_video(container, stream)
         else:
             with opened(path, named) as image:
                 yield frames_of_image(image)
@@ -156,10 +132,8 @@ def items_of(listing: Listing, captioned: Iterable[str], but: Collection[str] = 
     """The clips and images of a folder by name, each with its files.
 
     A video file is a clip, and so are the images of a subfolder together, in the order of the numbers in their names.
-    Images in the folder itself, and those that have a caption of their own, are each by themselves.
-
-    Args:
-        but: images that are none of those, such as reference images.
+    Images in the folder itself, and those that have a caption of their own, are each by themselves. Those of `but` are
+    none of these, such as reference images.
     """
     own = set(captioned)
     items = {name: [name] for name in listing.others if is_video(name)}
@@ -202,6 +176,11 @@ def opened_video(path: Path, named: str) -> Iterator[tuple]:
             yield container, stream
     except (av.FFmpegError, StopIteration) as error:
         raise BrokenImageError(f"{named} is not a readable clip: {error or 'it has no frames'}") from error
+
+
+def packets_of_video(container, stream) -> Iterator[tuple]:
+    packets = (packet for packet in container.demux(stream) if packet.size and packet.pts is not None)
+    return ((packet.pts * stream.time_base, packet) for packet in packets)
 
 
 def frames_of_video(container, stream) -> Iterator[Timed]:

@@ -2,10 +2,11 @@
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -26,6 +27,8 @@ TURNS = {
 # ICC's name of the colour space of each mode.
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
 BITS, PHOTOMETRIC = 258, 262  # TIFF tags
+
+T = TypeVar("T")
 
 
 class BrokenImageError(ValueError):
@@ -50,15 +53,35 @@ def opened(file, named: str) -> Iterator[Image.Image]:
         raise BrokenImageError(f"{named} is not a readable image: {error}") from error
 
 
+def of_readable(number: int, read: Callable[[int], T], broken: str, named: str) -> list[T]:
+    """`read` of each index below `number`; unless `broken` is `fatal`, an unreadable image gets that of the next one.
+
+    BrokenImageError, with what the images are `named`, if none can be read.
+    """
+    found: list[T] = []
+    unread = 0
+    for index in range(number):
+        try:
+            value = read(index)
+        except BrokenImageError:
+            if broken == "fatal":
+                raise
+            unread += 1
+        else:
+            found += [value] * (unread + 1)
+            unread = 0
+    if not found:
+        raise BrokenImageError(f"none of the {number} {named} can be read")
+    return found + found[:1] * unread
+
+
 def decoded(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert an image to upright 8-bit RGB; of several frames, the first is taken.
 
     The image is rotated and mirrored as its EXIF or XMP data say. A colour profile is converted to sRGB; it is ignored
     if it is damaged or belongs to another colour space, as in browsers. Transparent pixels become `background`. 16-bit
-    grey values, integers from 0 to 65535, and floating-point values from 0 to 1 are scaled to 0..255.
-
-    Raises:
-        ValueError: the range of the grey values is not known.
+    grey values, integers from 0 to 65535, and floating-point values from 0 to 1 are scaled to 0..255; ValueError for
+    other ranges.
     """
     image.load()
     if image.mode == "RGB" and not image.info:
@@ -100,20 +123,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def in_8_bits(image: Image.Image, file_format: str | None, tags: dict) -> Image.Image:
-    """Convert grey values of more than 8 bits or in floating point to 8 bits; ValueError if their range is not known.
-
-    Args:
-        tags: the tags of a TIFF file by their numbers.
-    """
+    """Convert grey values of more than 8 bits or in floating point to 8 bits; `tags` are those of a TIFF by number."""
     values, mode, bits = np.asarray(image), image.mode, tags.get(BITS, (16,))[0]
     low, high = values.min(), values.max()
     if mode.startswith("I;16"):
         top = 2**bits - 1
     elif mode == "I" and (file_format in ("PNG", "PPM") or (bits == 32 and low >= 0 and 255 < high <= 65535)):
         top = 65535
-    elif mode == "F" and low >= 0 and high <= 1:
-        top = 1
-    elif low == high == 0:
+    elif low == high == 0 or mode == "F" and low >= 0 and high <= 1:
         top = 1
     else:
         raise ValueError(
@@ -134,9 +151,8 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """The transform from a colour profile to sRGB; None if it is sRGB, damaged, or not for images of this mode."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != SPACES.get(mode):
-            return None
-        if (source.profile.profile_description or "").startswith("sRGB"):
+        is_srgb = (source.profile.profile_description or "").startswith("sRGB")
+        if is_srgb or source.profile.xcolor_space.strip() != SPACES.get(mode):
             return None
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (OSError, ValueError, ImageCms.PyCMSError):

@@ -16,16 +16,14 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's pac
 class FashionMNIST(SmallImages):
     """Fashion-MNIST with a margin of two black pixels (-1), 32 by 32; resized if the resolution is not 32.
 
+    FileNotFoundError if the files are missing; ValueError if the split or a class is unknown, or a file is damaged.
+
     Args:
         root: the folder that holds `FashionMNIST/raw/` (torchvision's layout), or the raw files themselves, gzipped
             or not. None looks in `data`, and then in the folder of Debian's package.
         split: `train` (60,000 images) or `test` (10,000).
         classes: the chosen ones of the ten classes by number; None takes sandal, sneaker and ankle boot.
         download: let torchvision download missing files (30 MB).
-
-    Raises:
-        FileNotFoundError: the files are missing.
-        ValueError: the split or a class is unknown, or a file is damaged.
     """
 
     name = "fashion-mnist"

@@ -28,10 +28,8 @@ def hub_images(asked) -> ClassifiedImages:
     """Load a data set of images and labels by its name on the hub, or from a local folder.
 
     Without a root folder, downloads are in the library's own cache. Without the name of a column, the only one of its
-    type is taken. If labels are texts or integers, the distinct ones in sorted order are the classes.
-
-    Raises:
-        ValueError: the library, the data set, the split or a column is missing, or a row has no label.
+    type is taken. If labels are texts or integers, the distinct ones in sorted order are the classes. ValueError if
+    the library, the data set, the split or a column is missing, or a row has no label.
     """
     name, rows = asked.name, hub_rows(asked.name, asked.root, asked.split)
     image_column = column_of_type(name, rows, "Image", asked.image_column, "--image-column")

@@ -15,11 +15,8 @@ def torchvision_images(asked) -> ClassifiedImages:
     """Load `torchvision.datasets.<name>` from a root folder; classes without names are named by their labels.
 
     `train` is the default split of the class (such as `trainval` of OxfordIIITPet), or all images of a data set that
-    has no splits. Any other split is chosen by its own name.
-
-    Raises:
-        ValueError: the class or the split does not exist, or the labels are no classes.
-        FileNotFoundError: the files are missing.
+    has no splits. Any other split is chosen by its own name. ValueError if the class or the split does not exist, or
+    the labels are no classes; FileNotFoundError if the files are missing.
     """
     name, root, split = asked.name, asked.root or "data", asked.split
     kind = class_of(name)

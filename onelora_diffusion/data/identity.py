@@ -24,10 +24,8 @@ class DataIdentity(NamedTuple):
 
     name: str
     images: int
-    classes: list[str] | None
-    """Names of the classes in the order of their labels; None for images with captions."""
-    fingerprint: str
-    """sha256 of names, labels or captions, and of the files (see the function `fingerprint`)."""
+    classes: list[str] | None  # the names in the order of their labels; None for images with captions
+    fingerprint: str  # sha256 of names, labels or captions, and of the files (see the function `fingerprint`)
 
     def __str__(self) -> str:
         """One line of text, equal for equal identities."""
@@ -42,14 +40,11 @@ class DataIdentity(NamedTuple):
 
 
 def data_identity(dataset: Dataset, captions: Sequence[str] | None = None, *more: Dataset | Sequence) -> DataIdentity:
-    """The identity of a data set of `onelora_diffusion.data`.
+    """The identity of a data set of `onelora_diffusion.data`; OSError names a file that could not be read now.
 
     Args:
         captions: the captions of a data set without classes, one for each image.
         more: what else is trained on, such as masks.
-
-    Raises:
-        OSError: the system could not read a file now; it names the file.
     """
     classes = [dataset.id2label[label] for label in range(dataset.num_classes)] if captions is None else None
     source = getattr(dataset, "source", dataset)
@@ -62,10 +57,7 @@ def fingerprint(dataset: Dataset, times: bool = True) -> str:
 
     Of each file it covers the name relative to the root, the size, the first and last 16 KiB and, with `times`, the
     time of the last change. So it misses a change only in the middle of a file of more than 32 KiB whose size (and,
-    with `times`, time) stays the same.
-
-    Raises:
-        OSError: the system could not read a file now; it names the file.
+    with `times`, time) stays the same. OSError names a file that could not be read now.
     """
     sha256 = hashlib.sha256()
     files: list[str] = []

@@ -24,17 +24,14 @@ SPLITS = ("train", "val", "validation", "test")
 class SizedImages(Dataset):
     """Crops the images of a source of (PIL image, label) to a size.
 
-    Args:
-        broken: `fatal` raises a BrokenImageError for an unreadable image; `skip` names it on stderr and replaces it by
-            the next readable one, so that an index stands for the same image in every run.
-
-    Attributes:
-        broken: (images,) bool, True for images that were found unreadable; loader processes share it.
+    `broken` is what to do about an unreadable image: `fatal` raises a BrokenImageError; `skip` names it on stderr and
+    replaces it by the next readable one, so that an index stands for the same image in every run.
     """
 
     def __init__(self, name: str, source: Dataset, broken: str = "fatal"):
         self.name, self.source = name, source
         self.skips = broken == "skip"
+        # (images,) those that were found unreadable; loader processes share it.
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -110,8 +107,7 @@ class ClassifiedImages(SizedImages):
         split: str = "",
     ):
         super().__init__(name, source, broken)
-        self.split = split
-        self.resolution = resolution
+        self.split, self.resolution = split, resolution
         self.id2label = dict(enumerate(map(printable, class_names)))
         self.num_classes = len(class_names)
 
@@ -142,11 +138,7 @@ def food101(asked) -> ClassifiedImages:
 
 
 class ClassFolders(Dataset):
-    """(PIL image, label) of all images below `listing.root/<class>/`.
-
-    Raises:
-        FileNotFoundError: there are no images, or a class has none.
-    """
+    """(PIL image, label) of all images below `listing.root/<class>/`; FileNotFoundError if a class has none."""
 
     def __init__(self, listing: Listing, part: str = ""):
         self.root, self.listing = str(listing.root / part), listing
@@ -178,9 +170,7 @@ def image_folder(asked) -> ClassifiedImages:
     """Load the images in `root/<split>/<class>/`, or in `root/<class>/` if there are no splits; that is all `train`.
 
     There are splits if all folders with images in `root` are named as splits: `train` beside `bus` is a class.
-
-    Raises:
-        FileNotFoundError: there are no images, the split is missing, or a class has no images.
+    FileNotFoundError if there are no images, the split is missing, or a class has no images.
     """
     root, split = asked.root, asked.split
     if root is None:

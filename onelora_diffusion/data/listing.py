@@ -26,26 +26,19 @@ LABELS = ("labels", "targets", "_labels")  # attributes with the labels, of data
 
 @dataclass
 class Listing:
-    """The content of a folder and its subfolders.
+    """The content of a folder and its subfolders: paths relative to `root`, separated by /.
 
     Hidden files and folders (`.ipynb_checkpoints`, `._1.png`) and those of operating systems (`__MACOSX`, `Thumbs.db`)
     are ignored. Links to folders are followed.
-
-    Attributes:
-        root: the absolute path of the folder.
-        folders, images, masks, others: paths of folders, images, masks (`is_mask`) and other files relative to
-            `root`, separated by /.
-        left_out: the number of files that were left out, by reason.
-        used: the masks and other files that are read, such as captions.
     """
 
-    root: Path
+    root: Path  # absolute
     folders: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    masks: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)  # see `is_mask`
     others: list[str] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    used: set[str] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)  # the number of files that were left out, by reason
+    used: set[str] = field(default_factory=set)  # the masks and other files that are read, such as captions
 
     def describe_left_out(self) -> str:
         """The files that were left out and the reasons, as text; "" if there are none."""
@@ -61,11 +54,7 @@ class Listing:
 
 
 def list_images(root: str | Path) -> Listing:
-    """List the images below a folder, sorted by the path of their folder and then by name.
-
-    Raises:
-        OSError: a folder cannot be read; the message names it.
-    """
+    """List the images below a folder, sorted by their folder and then by name; OSError names an unreadable folder."""
     found, runs = Listing(Path(root).absolute()), []
     extensions = Image.registered_extensions()
     readable = {suffix for suffix in IMAGES if extensions.get(suffix) in Image.OPEN}
@@ -123,16 +112,11 @@ def describe(dataset) -> str:
     source, words = getattr(dataset, "source", dataset), f"{dataset.name}: {counted(dataset)}"
     if names := getattr(dataset, "id2label", None):
         words += f" of {len(names)} classes"
-        labels = labels_of(dataset)
-        if labels is not None:
+        if (labels := labels_of(dataset)) is not None:
             counts = Counter(map(int, labels))
             each = [counts[label] for label in names]
-            if len(names) <= 10:
-                words += (
-                    f" ({', '.join(f'{name} {count:,}' for name, count in zip(names.values(), each, strict=True))})"
-                )
-            else:
-                words += f" ({min(each):,} to {max(each):,} images a class)"
+            listed = ", ".join(f"{name} {counts[label]:,}" for label, name in names.items())
+            words += f" ({listed if len(names) <= 10 else f'{min(each):,} to {max(each):,} images a class'})"
     listing = getattr(source, "listing", None)
     left_out = listing.describe_left_out() if listing else ""
     return f"{words}; left out: {left_out}" if left_out else words

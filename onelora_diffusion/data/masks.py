@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from onelora_diffusion.data.decoding import BrokenImageError, decoded
-from onelora_diffusion.data.images import crop_to
+from onelora_diffusion.data.images import Pictures, crop_to
 from onelora_diffusion.data.listing import MASK_ENDINGS, Listing, is_mask, masked_by
 from onelora_diffusion.files import printable
 
@@ -19,14 +19,9 @@ SAME = 8  # most that the colours of a grey pixel differ, by the rounding of JPE
 
 
 class Masks(Dataset):
-    """The masks of some images of a data set.
+    """The masks of some images of a data set: `of_image` has the numbers of an image and of its mask in `source`."""
 
-    Args:
-        source: the masks, `data.images.Pictures`.
-        of_image: for each mask of `source` that is used, the number of its image and its own.
-    """
-
-    def __init__(self, source: Dataset, of_image: Sequence[tuple[int, int]]):
+    def __init__(self, source: Pictures, of_image: Sequence[tuple[int, int]]):
         self.source, self.of_image = source, list(of_image)
 
     def __len__(self) -> int:
@@ -35,13 +30,9 @@ class Masks(Dataset):
     def on_grid(self, images: Dataset, grid: Callable[[int, int], tuple[int, int]]) -> dict[int, Tensor]:
         """The masks (h, w) by the number of their image, float32 from 0 to 1: cropped as it is, the mean of each cell.
 
-        Args:
-            images: the images of all numbers, `data.captions.BucketedImages`.
-            grid: (h, w), the cells of an image that is cropped to height by width pixels.
-
-        Raises:
-            ValueError: a mask has another size than its image, has colours, or is black.
-            BrokenImageError: a mask cannot be read, or an image, unless such images are skipped.
+        `images` are `data.captions.BucketedImages`; `grid` gives the cells (h, w) of an image that is cropped to
+        height by width pixels. ValueError if a mask has another size than its image, has colours, or is black;
+        BrokenImageError if a mask cannot be read, or an image, unless such images are skipped.
         """
         found = {}
         for image, mask in self.of_image:
@@ -89,11 +80,8 @@ def is_mask_of_clip(name: str) -> bool:
 def masks_beside(listing: Listing, stems: Mapping[str, str], of_table: Mapping[str, str]) -> dict[str, str]:
     """The names of masks by those of their images: those of a table, or else NAME.mask.png beside NAME.jpg.
 
-    Args:
-        stems: the images and clips that are learned, with their names without the ending.
-
-    Raises:
-        ValueError: a mask belongs to no image, an image has two masks, or a table leaves masks out.
+    `stems` are the names of the images and clips that are learned, each without its ending. ValueError if a mask
+    belongs to no image, an image has two masks, or a table leaves masks out.
     """
     if of_table:
         if unnamed := sorted(set(listing.masks) - set(of_table.values())):

@@ -16,23 +16,21 @@ FILE_COLUMN = "file_name"
 class Table:
     """A table with a row for each image.
 
+    FileNotFoundError if an image is missing; ValueError if the table is empty or cannot be read, lacks a column, or
+    names an image twice or outside.
+
     Args:
         root: the folder of the data set, to which the names of images are relative.
         name: the path of the table in it; the files that it names are relative to its own folder.
         file_column: the column of the paths of images.
         columns: the other columns that are read.
-
-    Attributes:
-        rows: by the name of each image, its row, and that in messages.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: the table is empty or cannot be read, lacks a column, or names an image twice or outside.
     """
 
     def __init__(self, root: Path, name: str, file_column: str, columns: Sequence[str]):
         self.path, self.inside = root / name, os.path.dirname(name)
-        self.rows: dict[str, tuple[dict, str]] = {}
+        self.rows: dict[
+            str, tuple[dict, str]
+        ] = {}  # by the name of each image: its row, and what names it in messages
         for line, row in rows_of(self.path):
             named = printable(f"line {line} of {self.path}")
             for column in (file_column, *columns):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,11 @@ class PromptCache(RowCache):
         return {name: padded([row[name][None] for row in rows]) for name in rows[0]}
 
 
+@dataclass
 class ConditionRows:
-    """The counterpart in memory for conditions that are cheap to encode, such as classes.
+    """The counterpart in memory for conditions that are cheap to encode, such as classes."""
 
-    Args:
-        rows: tensors of all conditions by name; row 0 is the empty condition.
-    """
-
-    def __init__(self, rows: dict[str, Tensor]):
-        self.rows = rows
+    rows: dict[str, Tensor]  # tensors of all conditions by name; row 0 is the empty condition
 
     def embeddings(self, numbers: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         index = torch.where(dropped, 0, numbers + 1)
@@ -103,11 +100,7 @@ def build_prompt_cache(
 
 
 def identity_of(parts: dict[str, object]) -> dict:
-    """The configurations and hashes of text encoders and tokenizers by name, as JSON.
-
-    Args:
-        parts: models and tokenizers of transformers by name; None for one that the pipeline does not have.
-    """
+    """The configurations and hashes of models and tokenizers of transformers by name, as JSON; None is left out."""
     return {
         name: {"weights": weights_digest(part), "config": config_of(part)}
         if isinstance(part, nn.Module)

@@ -13,17 +13,11 @@ COLUMNS = {"prompt", "group", "image"}
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file.
-
-    Attributes:
-        prompts: the prompts, in the order of the file.
-        groups: the group of each prompt; its images are compared with the reference images of this group.
-        images: the reference images of each group: (path, group).
-    """
+    """The prompts of a file."""
 
     prompts: tuple[str, ...]
-    groups: tuple[str, ...]
-    images: tuple[tuple[Path, str], ...] = ()
+    groups: tuple[str, ...]  # of each prompt; its images are compared with the reference images of this group
+    images: tuple[tuple[Path, str], ...] = ()  # the reference images: (path, group)
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -31,11 +25,8 @@ def read_prompts(path: Path) -> PromptFile:
 
     A `.csv` or `.jsonl` has a column `prompt`. Its column `image` names a reference image, or a folder of them,
     relative to the file; its column `group` says which prompts share their reference images. Any other file has one
-    prompt a line.
-
-    Raises:
-        FileNotFoundError: the file, or an image that it names, is missing.
-        ValueError: the file is no text or has no prompt, a prompt is empty or too long, or some rows have no image.
+    prompt a line. FileNotFoundError if the file, or an image that it names, is missing; ValueError if it is no text or
+    has no prompt, a prompt is empty or too long, or some rows have no image.
     """
     prompts, groups, images = [], [], {}
     for line, row in rows_of(path):

@@ -27,16 +27,11 @@ class ReferenceImage:
 
 @dataclass(frozen=True)
 class FirstFrame:
-    """The first frame of a clip, as it is learned: cropped, and of another clip where it is skipped as unreadable.
+    """The first frame of a clip, as it is learned: cropped, and of another clip where it is skipped as unreadable."""
 
-    Attributes:
-        clips: `[index] -> (pixels (3, frames, height, width), number)`.
-        digest: a hash of the clip's file.
-    """
-
-    clips: Dataset = field(compare=False)
+    clips: Dataset = field(compare=False)  # `[index] -> (pixels (3, frames, height, width), number)`
     index: int = field(compare=False)
-    digest: str
+    digest: str  # a hash of the clip's file
 
     def image(self) -> Image.Image:
         pixels, _ = self.clips[self.index]
@@ -44,14 +39,9 @@ class FirstFrame:
 
 
 def reference_image(path: Path, named: str) -> ReferenceImage:
-    """The reference image in a file, of which the size is read.
+    """The reference image in a file, which `named` names in errors, of which the size is read.
 
-    Args:
-        named: what names the file, for errors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        BrokenImageError: it is no image.
+    FileNotFoundError if there is no such file; BrokenImageError if it is no image.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{named} is {printable(str(path), 200)}, and there is no such file")
@@ -66,15 +56,11 @@ def edits_of(
     """Edits of reference images by prompts.
 
     Args:
-        files: those of all prompts, or of each in turn.
-        each: number of reference images of a prompt.
+        files: those of all prompts, or of each in turn; an error if one is missing or no image (`reference_image`).
+        each: number of reference images of a prompt; ValueError if there are other than so many for all, or for each.
         size: side of the edits in pixels, or height and width.
         flag: what gives the files, for errors.
         frames: of the clips that begin with them; 1: images are drawn.
-
-    Raises:
-        FileNotFoundError, BrokenImageError: a file is missing or no image.
-        ValueError: there are other than `each` files for all prompts, or for each of them.
     """
     if prompts and len(files) not in (each, each * len(prompts)):
         raise ValueError(

@@ -20,8 +20,7 @@ def checked_repeats(number: object, named: str) -> int:
 def repeats_by_folder(names: Sequence[str]) -> list[int]:
     """How often each image counts by its path: N below a folder `N_name`, the nearest of several, else once.
 
-    Raises:
-        ValueError: no folder has such a name, or a number is 0 or too large.
+    ValueError if no folder has such a name, or a number is 0 or too large.
     """
     folders = [numbered_folder(name) for name in names]
     if not any(folders):

@@ -32,11 +32,7 @@ class EncodingError(ValueError):
 
 
 class RowCache(Dataset):
-    """The rows of a complete cache, read on demand from its files.
-
-    Args:
-        shards: the row numbers in each file.
-    """
+    """The rows of a complete cache, read on demand from its files; `shards` are the row numbers in each."""
 
     def __init__(self, folder: Path, shards: list[np.ndarray]):
         self.shards = [load_file(shard_path(folder, number)) for number in range(len(shards))]
@@ -71,17 +67,14 @@ def build_rows(
     """Encode the rows that the cache lacks, and return its folder in `parent`.
 
     The shards are dealt out to the processes by their numbers. The cache is complete once all processes have returned,
-    unless `is_stopped` has ended one of them early. A damaged shard is reported and encoded again.
+    unless `is_stopped` has ended one of them early. A damaged shard is reported and encoded again. EncodingError if a
+    row is not finite; OSError, which names the shard, if the disk is full: earlier shards are complete.
 
     Args:
         inputs: all inputs on which the rows depend, as JSON.
         shards: the row numbers in each file; the tensors of these rows are padded by zeros to one shape.
         encode: a function from batches of row numbers to the tensors of each batch, `(rows, ...)` by name.
         is_outdated: a function that tells whether a complete file must be encoded again; it reports the reason.
-
-    Raises:
-        EncodingError: a row is not finite; also of `encode` itself.
-        OSError: the disk is full; the message names the shard, and earlier shards are complete.
     """
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = parent / f"{name.replace(':', '-').replace('/', '-')}-{key[:12]}"

@@ -3,7 +3,7 @@ share."""
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -19,27 +19,17 @@ from onelora_diffusion.data.images import food101, image_folder
 class Defaults:
     """The default settings of a data set; the values given here suit photographs."""
 
-    recipe: str = "food101.yaml"
-    """The training recipe, a file in cli/recipes/."""
-    resolution: int = 256
-    """Side of the real images in pixels."""
-    features: str = "inception"
-    """The features by which generated and real images are compared."""
-    guidance_scale: float | None = 4.0
-    """The guidance scale of sample pictures; None is the pipeline's own."""
-    eval_guidance_scale: float | None = 1.5
-    """The guidance scale of images to measure; distances are smallest with less guidance than people prefer."""
-    eval_images: int | None = 10_000
-    """Number of images to measure; None is four for each prompt."""
+    recipe: str = "food101.yaml"  # the training recipe, a file in cli/recipes/
+    resolution: int = 256  # side of the real images in pixels
+    features: str = "inception"  # by which generated and real images are compared
+    guidance_scale: float | None = 4.0  # of sample pictures; None is the pipeline's own
+    eval_guidance_scale: float | None = 1.5  # of images to measure: distances want less guidance than people do
+    eval_images: int | None = 10_000  # number of images to measure; None is four for each prompt
     eval_steps: int = 50
-    compares_base: bool = False
-    """Whether the base is measured in addition to the adapter."""
-    has_distance: bool = True
-    """Whether the distance between all generated and all real images is measured, whatever else is."""
-    metrics: tuple[str, ...] = ()
-    """The further metrics if none are asked for."""
-    images_at_once: int | None = None
-    """Number of images in each batch of the networks during an evaluation; None is the family's default."""
+    compares_base: bool = False  # whether the base is measured in addition to the adapter
+    has_distance: bool = True  # whether the distance of all generated and real images is measured, whatever else is
+    metrics: tuple[str, ...] = ()  # the further metrics if none are asked for
+    images_at_once: int | None = None  # in each batch of the networks, in evaluations; None is the family's default
 
 
 @dataclass(frozen=True)
@@ -59,23 +49,14 @@ class Request:
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """A row of `DATASETS`.
-
-    Attributes:
-        load: the function from a `Request` to the data set.
-        defaults: the default settings.
-        classes: the names of all classes, if some of them can be chosen by number.
-        has_columns: whether the columns of images and labels can be chosen.
-        of_many: for a row that stands for many data sets, a word for the part of the name after the colon.
-        check_name: a function that raises ValueError if that part is known to be wrong.
-    """
+    """A row of `DATASETS`."""
 
     load: Callable[[Request], Dataset]
-    defaults: Defaults = field(default_factory=Defaults)
-    classes: tuple[str, ...] = ()
-    has_columns: bool = False
-    of_many: str = ""
-    check_name: Callable[[str], object] = lambda name: None
+    defaults: Defaults = Defaults()
+    classes: tuple[str, ...] = ()  # the names of all classes, if some of them can be chosen by number
+    has_columns: bool = False  # whether the columns of images and labels can be chosen
+    of_many: str = ""  # for a row that stands for many data sets, a word for the part of the name after the colon
+    check_name: Callable[[str], object] = lambda name: None  # ValueError if that part is known to be wrong
 
 
 DATASETS = {

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
+from onelora_diffusion.command_line import check_flags, check_installed, command, typed_as, with_switches
 from onelora_diffusion.data.caption_texts import MOST_TOKENS, with_trigger
 from onelora_diffusion.data.captions import CaptionSettings
 from onelora_diffusion.launch import asked_by_launcher
@@ -14,7 +14,6 @@ from onelora_diffusion.storage.naming import Naming
 from onelora_diffusion.training.settings import (
     DIFFUSERS_FLAGS,
     RunSettings,
-    check_installed,
     check_settings,
     first_flags,
     read_recipe,

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 import tyro
 import yaml
 
-from onelora_diffusion.command_line import check_flags, command, typed_as, with_switches
+from onelora_diffusion.command_line import check_flags, check_installed, command, typed_as, with_switches
 from onelora_diffusion.config import PARTS, AdapterConfig
 from onelora_diffusion.data.table import EMBEDDED, check_columns, defaults_of, kind_of
 from onelora_diffusion.files import keys_once
@@ -501,13 +500,6 @@ def check_settings(settings: RunSettings) -> None:
     optimizers = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}
     check_installed(f"--optimizer {settings.optimizer}", optimizers.get(settings.optimizer))
     check_installed(f"--track {settings.track}", None if settings.track == "none" else settings.track)
-
-
-def check_installed(flag: str, package: str | None) -> None:
-    """ValueError if a package is missing that a flag needs; None is none."""
-    if package and importlib.util.find_spec(package) is None:
-        extra = '"onelora-diffusion[track]"' if package == "tensorboard" else package
-        raise ValueError(f"{flag} needs a package that is missing: pip install {extra}")
 
 
 def refuse(others: dict[str, bool], flag: str) -> None:

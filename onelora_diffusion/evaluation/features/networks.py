@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, normalize, resize
 
+from onelora_diffusion.command_line import check_installed
 from onelora_diffusion.evaluation.features.base import Features
 from onelora_diffusion.remote import is_in_reach
 
@@ -36,10 +37,9 @@ class Published:
         `folder` has config.json and model.safetensors; None takes the published weights, from the hub's cache or the
         hub. ValueError if `transformers` is not installed, FileNotFoundError if there are no such weights.
         """
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(f"{self.hub_id} needs a package that is missing: pip install transformers") from None
+        check_installed(self.hub_id, "transformers")
+        import transformers
+
         of_class = getattr(transformers, class_name)
         if folder is not None:
             weights = Path(folder) / "model.safetensors"

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -100,8 +101,7 @@ def measure_cache(settings: CacheSettings) -> dict:
             torch.autograd.grad(loss, trained)
             synchronize()
 
-        drawn = draw_step(settings.seed, 0, settings.batch_size, (4, size, size), 1000, 0.0)
-        drawn = drawn.rows(slice(None), device)
+        drawn = send_to_device(draw_step(settings.seed, 0, settings.batch_size, (4, size, size), 1000, 0.0), device)
         labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=device)
         jobs = {}
         for name in batches:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -210,7 +211,8 @@ class Updates:
             (config.in_channels, *[config.sample_size] * 2),
             self.scheduler.config.num_train_timesteps,
             job.label_drop,
-        ).rows(slice(None), device)
+        )
+        drawn = send_to_device(drawn, device)
         examples = [self.latents[key] for key in self.batches.global_batch(step)]
         moments, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
         x_start = sample_moments(moments, drawn.posterior_noise)

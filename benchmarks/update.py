@@ -7,6 +7,7 @@ from torch import nn
 
 from onelora_diffusion.data.latents import sample_moments
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
+from onelora_diffusion.families.arguments import on
 from onelora_diffusion.families.dit import DiT
 from onelora_diffusion.injection.verbs import adapter_state_dict
 from onelora_diffusion.training.ema import ExponentialMovingAverage
@@ -40,11 +41,12 @@ class Update:
         prompts = {"class_labels": torch.where(drawn.label_drops, 3, self.labels)}
         prompts = send_to_device(prompts, self.device, non_blocking=True)
         x_start = sample_moments(self.moments, draws.posterior_noise)
-        latents = add_noise(x_start, draws.noise, draws.timesteps, self.scheduler).to(self.model.dtype)
+        timesteps = on(draws.timesteps, self.device)
+        latents = add_noise(x_start, draws.noise, timesteps, self.scheduler).to(self.model.dtype)
         times = model_timesteps(draws.timesteps, self.scheduler)
         output = DiT().predict(self.model, latents, times, prompts)
-        losses = training_losses(output, x_start, draws.noise, draws.timesteps, self.scheduler)
-        weights = loss_weights(draws.timesteps, self.scheduler, 5.0, "none")
+        losses = training_losses(output, x_start, draws.noise, timesteps, self.scheduler)
+        weights = loss_weights(timesteps, self.scheduler, 5.0, "none")
         losses["loss"] = losses["loss"] + (weights - 1) * losses["mse"]
         losses["loss"].mean().backward()
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)

@@ -6,9 +6,13 @@ Copies from the host are none on the meta device, but a GPU's work is waited for
 import contextlib
 import copy
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import edit_pipelines  # noqa: F401  which adds to the small pipelines
+import first_frame_pipelines  # noqa: F401
 import pytest
-import scheduled_pipelines  # noqa: F401  which adds to the small pipelines
+import scheduled_pipelines  # noqa: F401
 import tiny_models
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
@@ -22,11 +26,16 @@ from benchmarks.sampled import sample_latents
 from benchmarks.update import Update
 from onelora_diffusion import AdapterConfig, adapter_state_dict, inject_adapter, route_adapters, set_adapters
 from onelora_diffusion.config import METHODS
-from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
-from onelora_diffusion.families import family_of
+from onelora_diffusion.denoisers import choose_denoiser, denoiser_of, denoisers_in, guides_in
+from onelora_diffusion.diffusion import prediction_of
+from onelora_diffusion.families import Edit, choose_references, family_of
+from onelora_diffusion.families.family import joined
 from onelora_diffusion.sampling import SamplerSettings, generate_images, image_generators
+from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest, first_weight
 from onelora_diffusion.sampling.schedulers import fitting_samplers
-from onelora_diffusion.training.weighting import loss_weights
+from onelora_diffusion.training.randomness import draw_step
+from onelora_diffusion.training.task import Task
+from tools.try_families import Picture
 
 META = torch.device("meta")
 NAMES = [name for name in METHODS if not name.startswith("peft:")]
@@ -228,7 +237,7 @@ def test_images_are_decoded_without_waiting(dtype):
     with copies_from_host() as copies:
         ((_, images),) = generate_images(pipeline, [0, 1], 0, [0, 1], settings, images_at_once=None)
     assert images.is_meta and images.shape == (2, 3, 8, 8) and images.dtype == torch.uint8
-    assert len(copies) == 3  # the first noise, and which images are guided how much
+    assert len(copies) == 1  # the first noise
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -268,34 +277,36 @@ def recorded(name, dtype):
         return family_of(pipeline), family_of(pipeline).encode_conditions(pipeline, ["a bold Q", "7"])
 
 
-@pytest.fixture(params=["flux", "sd3", "pixart", "sana", "prx_pixel", "cosmos", "cosmos2"])
-def case(request):
-    """What gives, for a precision, a small model and how the family of its pipeline calls it on the meta device."""
-    return functools.partial(called, request.param)
-
-
 def called(name, dtype=torch.float32):
+    """A small model, and what gives its losses on the meta device, as the family of its pipeline calls it."""
     family, prompts = recorded(name, dtype)
-    given = family.on_device(prompts, META)
-    latents = torch.empty(2, *family.latent_shape(family.pipeline, 64, 64), device=META)
-    timesteps = torch.empty(2, dtype=torch.long, device=META)
-    scheduler = family.training_scheduler(family.pipeline)
+    return copy.deepcopy(family.denoiser), losses_of(family, prompts, family.latent_shape(family.pipeline, 64, 64))
+
+
+def losses_of(family, prompts, shape):
+    """What gives a model's losses of two samples, as a step of training computes them, at a high and a low noise."""
+    is_flow = prediction_of(family.training_scheduler(family.pipeline).config) == "flow"
+    weighting = {"snr_gamma": None, "loss_weighting": "cosmap"} if is_flow else {"snr_gamma": 5.0}
+    task = SimpleNamespace(family=family, pipeline=family.pipeline, accelerator=SimpleNamespace(autocast=nullcontext))
+    task.settings = SimpleNamespace(**{"prior_weight": 0, "loss_weighting": "none"} | weighting)
+    moments = torch.empty(2, 2, *shape, device=META)
 
     def losses(model):
-        noisy = add_noise(latents, latents, timesteps, scheduler).to(model.dtype)
-        output = family.predict(model, noisy, model_timesteps(timesteps, scheduler), given)
-        weighting = (5.0, "none") if name == "pixart" else (None, "cosmap")
-        weights = loss_weights(timesteps, scheduler, *weighting)
-        return weights * training_losses(output, latents, latents, timesteps, scheduler)["mse"]
+        drawn = draw_step(0, 0, 2, shape, 1000, label_drop=0.1)._replace(timesteps=torch.tensor([50, 900]))
+        given, draws = family.on_device(prompts, META), drawn.rows(slice(2), META)
+        return Task.losses(task, model, moments.to(first_weight(model).dtype), given, draws)["loss"]
 
-    return copy.deepcopy(family.denoiser), losses
+    return losses
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_families_wait_for_nothing(case, dtype):
+NAMED = ["flux", "sd3", "pixart", "sana", "prx_pixel", "cosmos", "cosmos2"]
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, torch.float32) for name in NAMED), ("flux", torch.bfloat16)])
+def test_families_wait_for_nothing(name, dtype):
     """With adapters of many methods, all of which serve at once and train; then with two of them by sample."""
     methods = ["1lora", "lora", "bitfit", "mora6", "dora", "vera"][: None if dtype == torch.float32 else 2]
-    model, losses = case(dtype)
+    model, losses = called(name, dtype)
     model = on_meta(*(AdapterConfig(method) for method in methods), dtype=dtype, model=model)
     names = list("abcdef"[: len(methods)])
     set_adapters(model, names)
@@ -308,8 +319,47 @@ def test_families_wait_for_nothing(case, dtype):
         assert copies_of_second(lambda: losses(model)) == []
 
 
-def test_full_fine_tuning_of_families_waits_for_nothing(case):
-    model, losses = case()
+@pytest.mark.parametrize("name", NAMED)
+def test_full_fine_tuning_of_families_waits_for_nothing(name):
+    model, losses = called(name)
     model = on_meta(AdapterConfig("full"), model=model)
     assert copies_of_second(lambda: losses(model).mean().backward()) == []
     assert trained(model) and all(parameter.grad.is_meta for parameter in trained(model))
+
+
+# Two denoisers; prompts kept for a size, and another model that guides; an embedding of the strength of guidance;
+# reference images of two sizes; a clean first frame.
+GROUPED = ["wan22", "ideogram4", "lcm", "kontext", "wan_ti2v_i2v"]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_is_computed_in_groups_waits_for_nothing(name, monkeypatch):
+    """In training, and in a step of sampling where one image of two is guided."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())  # which has no meta device
+    pipeline = tiny_models.make_pipeline(name)
+    is_edit, frames = name in ("kontext", "wan_ti2v_i2v"), 5 if name == "wan_ti2v_i2v" else 1
+    choose_references(pipeline, int(is_edit))
+    choose_denoiser(pipeline, "both" if name == "wan22" else None)
+    family, model = family_of(pipeline), denoiser_of(pipeline)
+    asked = ["a bold Q", "a violet triangle, upside down", ""]
+    if is_edit:
+        pictures = [Picture((64, 64)), Picture((96, 64))]
+        asked = [Edit(prompt, (pictures[number % 2],), (64, 64), frames) for number, prompt in enumerate(asked)]
+    with torch.no_grad():
+        first, second, empty = (family.encode_conditions(pipeline, [family.at_size(each, 64)]) for each in asked)
+    shape = family.latent_shape(pipeline, 64, 64, frames)
+    for part in (denoisers_in(pipeline) | guides_in(pipeline)).values():
+        nn.Module.to(part, META)
+    inject_adapter(model, AdapterConfig(targets=family.targets)).to(META)
+    losses = losses_of(family, joined([first, second]), shape)
+    assert copies_of_second(lambda: losses(model).mean().backward()) == []
+    assert all(parameter.grad.is_meta for parameter in trained(model))
+
+    requests = [
+        ImageRequest(condition=each, empty=empty, generator=None, guidance_scale=scale)
+        for each, scale in ((first, 1.0), (second, 4.0), (first, 4.0))
+    ]
+    denoise = GuidedDenoiser(family, model, requests, interval=(200, 600))
+    latents, times = torch.empty(3, *shape, device=META), torch.tensor([100.0, 300.0, 900.0])
+    with torch.no_grad():
+        assert copies_of_second(lambda: denoise(latents, times)) == []

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from onelora_diffusion.families.arguments import on
 from onelora_diffusion.families.family import Condition, Conditions, Family
 
 
@@ -47,6 +48,7 @@ class DiT(Family):
             raise ValueError(f"size is {' by '.join(map(str, sides))}; this base draws {own} by {own} pixels")
 
     def predict(self, denoiser: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        times = on(times, latents.device)
         return denoiser(latents, timestep=times, class_labels=conditions["class_labels"]).sample
 
 

@@ -169,7 +169,8 @@ class Encoding(Family):
     def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
         kinds = {name: how.kind for name, how in self.record.prompted.items()}
         stay = [name for name in conditions if name.endswith(ON_CPU)]
-        stay += [name for name in conditions if kinds.get(name) == "shared"]  # as a batch is arranged by these
+        # As a batch is arranged by these, or a strength of guidance is looked up.
+        stay += [name for name in conditions if kinds.get(name) == "shared" or name == "guidance"]
         moved = {name: value for name, value in conditions.items() if name not in stay}
         return super().on_device(moved, device) | {name: conditions[name] for name in stay}
 
@@ -197,7 +198,7 @@ class Encoding(Family):
         if self.guide:
             keys.append(conditions[GUIDED])
         if record.share != (-inf, inf):
-            keys.append(self._is_mine(times).cpu())
+            keys.append(self._is_mine(times))
         if record.references:
             keys.extend(conditions["references.sizes"].flatten(1).unbind(1))
             keys.append(conditions["references.digest"])

@@ -194,8 +194,9 @@ class Family:
             denoiser: the transformer, possibly wrapped for several processes.
             latents: normalised; of prompts they may be in any precision, since the transformer computes in that of
                 the encoded ones.
-            times: (batch,), the time of each image, as given by `model_timesteps` for the family's scheduler.
-            conditions: the result of `encode_conditions`, (batch, ...).
+            times: (batch,), the time of each image, as given by `model_timesteps` for the family's scheduler; on the
+                CPU, so that what follows from them waits for no device.
+            conditions: the result of `encode_conditions`, (batch, ...), as `on_device` moves it.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Recorded(Encoding):
         self._first = place
         self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
         self._of_guide: dict[tuple, Conditions] = {}
+        self._embedded = lru_cache(PLACES)(self._embedding)
         self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
         self.guide = Recorded(pipeline, records, self) if self.record.guiding else None
@@ -182,6 +183,7 @@ class Recorded(Encoding):
             return self.guide.predict(getattr(self.pipeline, self.record.guiding), latents, times, own)
         denoiser = self._denoiser_at(times, denoiser)
         record, device, batch = self.record, latents.device, len(latents)
+        times = on(times, device)
         latents = latents * record.spread
         place, values = self._place_of(conditions, self._size_of(latents)), latents.flatten(1)
         if record.references:
@@ -202,7 +204,7 @@ class Recorded(Encoding):
         for name, (by, start) in record.times.items():
             given[name] = _spread(by * told + start, here.constants[name], here.still.get(name))
         if record.told and "guidance" in conditions:
-            given[record.told[0]] = self._told(conditions["guidance"])
+            given[record.told[0]] = on(self._told(conditions["guidance"]), device)
         output = output_of(denoiser(**record.arrangement.nested(given)))
         output = torch.stack(output) if isinstance(output, list) else output
         expected = record.output_shape(place.argument)
@@ -263,18 +265,20 @@ class Recorded(Encoding):
         outputs = []
         for rows in groups:
             with book.routed_rows(rows.tolist()) if is_routed else nullcontext():
-                own = {name: condition[rows] for name, condition in conditions.items()}
-                outputs.append(self._predicted(denoiser, latents[rows], times[rows], own))
-        return torch.cat(outputs)[torch.cat(groups).argsort()]
+                own = {name: _chosen(condition, rows) for name, condition in conditions.items()}
+                outputs.append(self._predicted(denoiser, _chosen(latents, rows), times[rows], own))
+        return _chosen(torch.cat(outputs), torch.cat(groups).argsort())
 
     def _told(self, scales: Tensor) -> Tensor:
         """What the denoiser is told of strengths of guidance, (batch, ...)."""
-        name, by, start = self.record.told
+        _, by, start = self.record.told
         if by is not None:
             return by * scales + start
-        encoded = self.record.encoded
-        rows = [self.recorder.call(encoded=encoded, guidance_scale=scale)[name] for scale in scales.tolist()]
-        return torch.cat(rows).to(scales.device)
+        return torch.cat([self._embedded(scale) for scale in scales.tolist()])
+
+    def _embedding(self, scale: float) -> Tensor:
+        """What the pipeline makes of a strength of guidance, for one image."""
+        return self.recorder.call(encoded=self.record.encoded, guidance_scale=scale)[self.record.told[0]]
 
     def _constant(self, name: str, value, batch: int):
         """A constant argument for so many images."""
@@ -398,6 +402,10 @@ class Recorded(Encoding):
     def try_frames(self, frames: int) -> None:
         if frames > 1:
             check_frames(self, frames)
+
+
+def _chosen(value: Tensor, rows: Tensor) -> Tensor:
+    return value[on(rows, value.device)]
 
 
 def _rows_for(value, batch: int):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from onelora_diffusion.adapters.weights import Weight
 from onelora_diffusion.families import Conditions, Family
+from onelora_diffusion.families.arguments import on
 from onelora_diffusion.families.family import joined
 from onelora_diffusion.injection.routing import Entry, Guidance, warn_of_trained_guidance
 
@@ -54,8 +55,8 @@ class GuidedDenoiser:
         rows = [request.condition for request in requests] + [requests[image].empty for image in self.guided]
         self.conditions = joined(rows) | ({} if family.is_guided else {"guidance": torch.tensor(scales)})
         self.conditions = family.on_device(self.conditions, self.device)
-        self.index = torch.tensor(self.guided, dtype=torch.long, device=self.device)
-        self.scales = torch.tensor([scales[image] for image in self.guided], device=self.device)
+        self.index = on(torch.tensor(self.guided, dtype=torch.long), self.device)
+        self.scales = on(torch.tensor([scales[image] for image in self.guided]), self.device)
         self.entries = self._entries(requests)
 
     def _entries(self, requests: Sequence[ImageRequest]) -> list[Entry] | None:
@@ -89,12 +90,11 @@ class GuidedDenoiser:
         per_image = (-1, *[1] * (latents.ndim - 1))
         guided = without + self.scales.view(per_image) * (own - without)
         if not is_inside.all():
-            guided = torch.where(is_inside.to(self.device).view(per_image), guided, own)
+            guided = torch.where(on(is_inside, self.device).view(per_image), guided, own)
         with_condition[self.index, :channels] = guided
         return with_condition
 
     def _predict(self, latents: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
-        times = times.to(self.device, non_blocking=True)
         return self.family.predict(self.transformer, latents.to(self.dtype), times, conditions).float()
 
 

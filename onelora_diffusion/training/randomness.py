@@ -75,7 +75,9 @@ class StepDraws(NamedTuple):
     label_drops: Tensor  # (batch,) bool, True for samples that train the null label
 
     def rows(self, rows: slice, device: torch.device) -> "StepDraws":
-        return StepDraws(*(drawn[rows].to(device, non_blocking=True) for drawn in self))
+        """Those of some samples, the noise on a device; what a batch is arranged by stays on the CPU."""
+        posterior_noise, noise, *others = (drawn[rows] for drawn in self)
+        return StepDraws(*(each.to(device, non_blocking=True) for each in (posterior_noise, noise)), *others)
 
 
 def draw_step(

@@ -24,6 +24,7 @@ from onelora_diffusion.data.row_cache import EncodingError
 from onelora_diffusion.denoisers import autoencoder_of, denoiser_of, denoisers_in, guides_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Conditions, family_of
+from onelora_diffusion.families.arguments import on
 from onelora_diffusion.families.family import Condition, emptied, joined
 from onelora_diffusion.injection.book import disable_adapter
 from onelora_diffusion.injection.routing import route_adapters
@@ -221,8 +222,8 @@ class Task:
             guidance: w − 1 of each sample, (batch,).
         """
         settings, scheduler = self.settings, self.family.training_scheduler(self.pipeline)
-        x_start = sample_moments(moments, draws.posterior_noise)
-        latents = add_noise(x_start, draws.noise, draws.timesteps, scheduler)
+        x_start, timesteps = sample_moments(moments, draws.posterior_noise), on(draws.timesteps, moments.device)
+        latents = add_noise(x_start, draws.noise, timesteps, scheduler)
         times = model_timesteps(draws.timesteps, scheduler)
         predict, offset = self.family.predict, None
         first = torch.zeros(len(latents), dtype=torch.long)
@@ -240,10 +241,10 @@ class Task:
                 away = (output.detach().float() - self._of_base(latents, times, empty).float())[:, : x_start.shape[1]]
                 offset = guidance.to(away).view(-1, *[1] * (away.ndim - 1)) * away
         if (learned := self.family.learned(tuple(x_start.shape[1:]))) is not None:
-            learned = learned.to(x_start.device).expand(len(x_start), -1, -1, -1, -1)
+            learned = on(learned, x_start.device).expand(len(x_start), -1, -1, -1, -1)
             masks = learned if masks is None else masks * learned
-        losses = training_losses(output, x_start, draws.noise, draws.timesteps, scheduler, masks, offset)
-        weights = loss_weights(draws.timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
+        losses = training_losses(output, x_start, draws.noise, timesteps, scheduler, masks, offset)
+        weights = loss_weights(timesteps, scheduler, settings.snr_gamma, settings.loss_weighting)
         losses |= {"loss": weighted_loss(losses, weights)}
         if keeps_prior:
             losses["prior"] = (of_prior.float() - of_base.float()).square().flatten(1).mean(1)

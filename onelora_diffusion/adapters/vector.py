@@ -83,14 +83,7 @@ class Vectors:
     @staticmethod
     def stacked(mixtures: list["Vectors"]) -> "Vectors":
         """Stack each part of K mixtures; a missing part is filled with values that change nothing (0, or 1 for γ)."""
-        kinds = dict.fromkeys(kind for vectors in mixtures for kind in vectors.b)
-        return Vectors(
-            {kind: _stack([vectors.b.get(kind) for vectors in mixtures], 0) for kind in kinds},
-            _stack([vectors.beta for vectors in mixtures], 0),
-            _stack([vectors.gamma for vectors in mixtures], 1),
-            _all_of_base(mixtures),
-            per_sample=True,
-        )
+        return replace(Vectors._joined(mixtures, _stack), per_sample=True)
 
     @staticmethod
     def weighted_sum(group: list[tuple["Vectors", float]]) -> "Vectors":
@@ -102,12 +95,18 @@ class Vectors:
     @staticmethod
     def combined(group: list[tuple["Vectors", float | torch.Tensor]]) -> "Vectors":
         """As `weighted_sum`, without branches on the weights, so that compiled code is right for all their values."""
-        kinds = dict.fromkeys(kind for vectors, _ in group for kind in vectors.b)
+        weights = [weight for _, weight in group]
+        return Vectors._joined([vectors for vectors, _ in group], lambda parts, neutral: _sum(parts, weights, neutral))
+
+    @staticmethod
+    def _joined(group: list["Vectors"], join) -> "Vectors":
+        """Join each part of a group by `join(parts, neutral)`, of which the neutral value changes nothing."""
+        kinds = dict.fromkeys(kind for vectors in group for kind in vectors.b)
         return Vectors(
-            {kind: _sum([(vectors.b.get(kind), weight) for vectors, weight in group], 0) for kind in kinds},
-            _sum([(vectors.beta, weight) for vectors, weight in group], 0),
-            _sum([(vectors.gamma, weight) for vectors, weight in group], 1),
-            _all_of_base([vectors for vectors, _ in group]),
+            {kind: join([vectors.b.get(kind) for vectors in group], 0) for kind in kinds},
+            join([vectors.beta for vectors in group], 0),
+            join([vectors.gamma for vectors in group], 1),
+            {kind: of_base for vectors in group for kind, of_base in vectors.of_base.items()},
         )
 
 
@@ -216,12 +215,8 @@ def build_vectors(layers: dict[str, nn.Linear], config: AdapterConfig) -> dict[s
     return {path: VectorAdapter(linear, config) for path, linear in layers.items()}
 
 
-def _all_of_base(group: list[Vectors]) -> dict[Compression, torch.Tensor | None]:
-    return {kind: of_base for vectors in group for kind, of_base in vectors.of_base.items()}
-
-
-def _sum(parts: list[tuple[torch.Tensor | None, float | torch.Tensor]], neutral: float) -> torch.Tensor | None:
-    present = [(part, weight) for part, weight in parts if part is not None]
+def _sum(parts: list[torch.Tensor | None], weights: list[float | torch.Tensor], neutral: float) -> torch.Tensor | None:
+    present = [(part, weight) for part, weight in zip(parts, weights, strict=True) if part is not None]
     if not present:
         return None
     # This skips the zeros of the general formula, since it runs at every forward.

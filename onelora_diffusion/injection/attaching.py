@@ -113,11 +113,12 @@ def state_dict_of(adapter: dict[str, LayerAdapter]) -> dict[str, nn.Parameter]:
 
 
 def build_with_values(
-    model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str
+    model: nn.Module, config: AdapterConfig, values: dict[str, torch.Tensor], source: str, is_whole: bool = True
 ) -> dict[str, LayerAdapter]:
     """Build the layer adapters of a new adapter with given values, on the devices on which the model's layers compute.
 
-    ValueError, which names `source`, if the settings build no adapter or a tensor is missing, unknown or misshapen.
+    Unless `is_whole`, tensors that are not given stay as they start, which changes no output. ValueError, which names
+    `source`, if the settings build no adapter or a tensor is missing, unknown or misshapen.
     """
     adapter = build_for_values(model, config, values, source)
     device = _execution_device(model)
@@ -127,10 +128,10 @@ def build_with_values(
         if device is not None:
             module.to(device)
     own = state_dict_of(adapter)
-    check_shapes(own, values, source)
+    check_shapes(own, values if is_whole else own | values, source)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(values[name])
+        for name, tensor in values.items():
+            own[name].copy_(tensor)
     return adapter
 
 

@@ -242,12 +242,7 @@ class AdapterBook:
             self.pause()
 
     def merge(self, adapter_names: str | Iterable[str] | None, scale: float = 1.0, check_finite: bool = True) -> None:
-        """Merge adapters, with their weights times `scale`, into the base's weights.
-
-        Those that are active now are active again after `unmerge`. None takes the active ones; one that is not active
-        has the weight 1. ValueError, and nothing is changed, if adapters are merged already, there are none to merge,
-        an adapter cannot be merged into a layer, or a weight would become NaN or infinite.
-        """
+        """`merge_adapter`, with the adapters' weights times `scale`; that of one that is not active is 1."""
         with self.lock:
             self.require_unmerged("others are merged")
             names = self.serving if adapter_names is None else self.choose_all(adapter_names)
@@ -257,14 +252,12 @@ class AdapterBook:
             weights = {name: self.check_weight(weight, name) for name, weight in weights.items()}
             before = self.weights, self.is_paused
             self.activate(weights)
-            done = []
             try:
                 self._check_mergeable()
                 for seat in self._in_merge_order():
                     seat.merge(check_finite)
-                    done.append(seat)
             except ValueError as error:
-                for seat in reversed(done):
+                for seat in reversed(self._in_merge_order()):
                     seat.unmerge()
                 self._activate_as(*before)
                 raise ValueError(f"{error}: nothing was merged") from None

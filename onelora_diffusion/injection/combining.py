@@ -44,19 +44,10 @@ def combine_adapters(
         total = type(group[0][0]).summed(group, names, path)
         tensors |= {f"{path}.{part}": tensor for part, tensor in total.items()}
     config = _config_of_sum(book.model, book, mixture)
-    for path in target_layers(book.model, config.targets):  # a part that one of them trains is added at every layer
-        features = book.model.get_submodule(path).out_features
-        neutral = {
-            "b": torch.zeros(features if config.rank == 1 else (config.rank, features)) if config.sum else None,
-            "beta": torch.zeros(features) if config.bias else None,
-            "gamma": torch.ones(features) if config.scale else None,
-        }
-        for part, values in neutral.items():
-            if values is not None:
-                tensors.setdefault(f"{path}.onelora_{part}", values)
     with_table = [name for name in mixture if book.configs[name].num_classes is not None]
     id2label = book.origins.get(with_table[-1], {}).get("id2label") if with_table else None
-    adapter = build_with_values(book.model, config, tensors, source=f"the sum of {', '.join(mixture)}")
+    source = f"the sum of {', '.join(mixture)}"  # of which every layer has each part that one of the adapters has
+    adapter = build_with_values(book.model, config, tensors, source, is_whole=False)
     attach_adapter(book.model, config, adapter_name, adapter, is_to_train=False)
     book.origins[adapter_name] = {"id2label": id2label or {}, "base": None, "training": {}}
     return model

@@ -79,7 +79,7 @@ def target_layers(
     unused = unused_layers(model)
     linears = {
         path: m
-        for path, m in outer_modules(model)
+        for path, m in base_modules(model, inside_peft=False)
         if (is_linear(m) and not (is_dit(model) and path in unused)) or (path in (targets or ()) and is_pointwise(m))
     }
     unreached = {f"{path}.out_proj" for path, m in base_modules(model) if isinstance(m, nn.MultiheadAttention)}
@@ -123,8 +123,13 @@ def _without_copies(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str,
     return {path: module for path, module in layers.items() if path not in copies}
 
 
-def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without adapters and the modules made for them; the number of adapters costs no time."""
+def base_modules(
+    model: nn.Module, remove_duplicate: bool = True, inside_peft: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without adapters and the modules made for them; the number of adapters costs no time.
+
+    With `inside_peft` also those inside layers of PEFT.
+    """
     seen, ahead = set(), [("", model)]
     while ahead:
         path, module = ahead.pop()
@@ -132,7 +137,7 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
             continue
         seen.add(module)
         yield path, module
-        for name, child in reversed(module._modules.items()):
+        for name, child in reversed(module._modules.items()) if inside_peft or not is_tuned(module) else ():
             if child is not None and name not in ("onelora", "onelora_swap") and not is_made_here(child):
                 ahead.append((f"{path}.{name}" if path else name, child))
 
@@ -140,15 +145,6 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
 def is_made_here(module: nn.Module) -> bool:
     """Whether a module is the fused q, k, v layer that was made for adapters, and not part of the base."""
     return module.__dict__.get("is_made_for_adapters", False)
-
-
-def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`base_modules` without the modules inside layers of PEFT."""
-    tuned = ""
-    for path, module in base_modules(model):
-        if not (tuned and path.startswith(tuned)):
-            tuned = f"{path}." if is_tuned(module) else ""
-            yield path, module
 
 
 def is_tuned(module: nn.Module) -> bool:
@@ -247,9 +243,9 @@ def full_layers(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layers with weights, by path. Those of a DiT have none."""
-    added = added_paths(model)
-    norms = {path: m for path, m in outer_modules(model) if "Norm" in type(m).__name__ and _has_weights(m)}
-    return {path: norm for path, norm in norms.items() if path not in added}
+    modules, added = base_modules(model, inside_peft=False), added_paths(model)
+    norms = {path: module for path, module in modules if "Norm" in type(module).__name__ and path not in added}
+    return {path: norm for path, norm in norms.items() if _has_weights(norm)}
 
 
 def _has_weights(module: nn.Module) -> bool:

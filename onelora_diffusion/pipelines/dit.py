@@ -80,7 +80,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
             adapter_names: the adapter of each class, as in the call; None takes the active adapter.
         """
         names = [label] if isinstance(label, str) else list(label)
-        return self._resolve(names, _entries(adapter_names, len(names)))
+        return self._resolve(names, self._mixtures(adapter_names, len(names)))
 
     @torch.no_grad()
     def __call__(
@@ -120,12 +120,12 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
             class_labels = class_labels.flatten().tolist()
         elif isinstance(class_labels, int | str):
             class_labels = [class_labels]
-        entries = _entries(adapter_names, len(class_labels))
-        labels = self._resolve(class_labels, entries)
+        mixtures = self._mixtures(adapter_names, len(class_labels))
+        labels = self._resolve(class_labels, mixtures)
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-        if entries is not None and scale != 1:
-            entries = [{name: scaled(weight, scale) for name, weight in _mixture(e).items()} for e in entries]
-        mixtures = [self._active()] if entries is None else [_mixture(entry) for entry in entries]
+        entries = None
+        if adapter_names is not None:
+            entries = [{name: scaled(weight, scale) for name, weight in mixture.items()} for mixture in mixtures]
         if guidance_scale is None:
             is_trained = all(is_trained_with_guidance(self._adapted_model(), mixture) for mixture in mixtures)
             guidance_scale = 1.0 if is_trained else 4.0
@@ -169,14 +169,20 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         id2label = self._book().origins.get(name, {}).get("id2label") or {}
         return dict(sorted((part.strip(), label) for label, names in id2label.items() for part in names.split(",")))
 
-    def _resolve(self, classes: Sequence[int | str], entries: list[Entry] | None) -> list[int]:
-        """The labels of class names and numbers, each in the class table of its image's adapter."""
-        if entries is None:
-            mixtures = [self._active()] * len(classes)
-        else:
-            mixtures = [_mixture(entry) for entry in entries]
-            for name in {name for mixture in mixtures for name in mixture}:
-                adapters_of(self._adapted_model()).check_present(name)
+    def _mixtures(self, adapter_names: str | Sequence[Entry] | None, batch_size: int) -> list[Mapping[str, Weight]]:
+        """The weights of each image's adapters by name; None takes the active adapters for all."""
+        if adapter_names is None:
+            return [self._active()] * batch_size
+        entries = [adapter_names] * batch_size if isinstance(adapter_names, str) else list(adapter_names)
+        if len(entries) != batch_size:
+            raise ValueError(f"{len(entries)} adapter names for {batch_size} class labels; one each is needed")
+        mixtures = [{entry: 1.0} if isinstance(entry, str) else entry or {} for entry in entries]
+        for name in {name for mixture in mixtures for name in mixture}:
+            adapters_of(self._adapted_model()).check_present(name)
+        return mixtures
+
+    def _resolve(self, classes: Sequence[int | str], mixtures: list[Mapping[str, Weight]]) -> list[int]:
+        """The labels of class names and numbers, each in the class table of its image's adapters."""
         return [self._label(wanted, mixture) for wanted, mixture in zip(classes, mixtures, strict=True)]
 
     def _label(self, wanted: int | str, weights: Mapping[str, Weight]) -> int:
@@ -223,16 +229,3 @@ def _plain_transformer(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
         plain = DiTTransformer2DModel.from_config(model.config, num_embeds_ada_norm=rows - 1)
     plain.load_state_dict(weights, assign=True)
     return plain
-
-
-def _entries(adapter_names: str | Sequence[Entry] | None, batch_size: int) -> list[Entry] | None:
-    if adapter_names is None:
-        return None
-    entries = [adapter_names] * batch_size if isinstance(adapter_names, str) else list(adapter_names)
-    if len(entries) != batch_size:
-        raise ValueError(f"{len(entries)} adapter names for {batch_size} class labels; one each is needed")
-    return entries
-
-
-def _mixture(entry: Entry) -> Mapping[str, Weight]:
-    return {entry: 1.0} if isinstance(entry, str) else entry or {}

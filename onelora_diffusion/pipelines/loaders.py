@@ -241,14 +241,10 @@ class OneLoRALoaderMixin:
         adapter_names: str | Sequence[str] | None = None,
         adapter_weights: Weight | Sequence[Weight] | None = None,
     ) -> None:
-        """Activate the named adapters: the model computes with the weighted sum of their vectors.
+        """Activate the named adapters, as `set_adapters` of a model does.
 
-        Args:
-            adapter_names: None takes the active adapter, whose weight is changed.
-            adapter_weights: one for all adapters or one for each: a number, or numbers by block, as in
-                `{"transformer_blocks.3": 0.5, "*.attn1": 0}`, or diffusers' nested form for a UNet,
-                `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`. Weights for text encoders are ignored with a
-                warning.
+        A weight may also have diffusers' nested form, `{"unet": {"down": 0.5, "up": {"block_0": 0.2}}}`; weights for
+        text encoders are ignored with a warning.
         """
         is_for_each = isinstance(adapter_weights, list | tuple)
         chosen = dict.fromkeys(name for _, names in self._chosen(adapter_names) for name in names)
@@ -318,11 +314,8 @@ class OneLoRALoaderMixin:
     ) -> None:
         """Merge adapters, times `lora_scale`, into the base's weights, so that they need no computation.
 
-        Args:
-            components: names of components; None takes all. Text encoders have no adapters and are ignored.
-            safe_fusing: raise an error, and change nothing, if a fused weight is NaN or infinite (`safe_merging` of
-                `merge_adapter`).
-            adapter_names: the adapters to merge with their weights; None takes the active ones.
+        `components` are names of components, of which text encoders are ignored; None takes all. `safe_fusing` and
+        `adapter_names` are as `safe_merging` and `adapter_names` of `merge_adapter`.
         """
         check_components(components, self._models())
         if adapter_names is None:
@@ -427,8 +420,6 @@ class OneLoRALoaderMixin:
     def _chosen(self, adapter_names: str | Iterable[str] | None) -> list[tuple[AdapterBook, list[str]]]:
         """(a component's book, its named adapters) for each component that has any; names are as for `choose_all`."""
         books = list(self._adapted().values())
-        if len(books) == 1:
-            return [(books[0], books[0].choose_all(adapter_names))]
         present = dict.fromkeys(name for book in books for name in book.adapters)
         if adapter_names is None:
             names = dict.fromkeys(book.choose(None) for book in books)

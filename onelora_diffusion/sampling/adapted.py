@@ -182,16 +182,7 @@ def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: S
 
 
 def _load_prompts(
-    base,
-    named_by,
-    adapters,
-    files,
-    prompts,
-    classes,
-    references,
-    resolution: int | tuple[int, int] | None,
-    mixed_precision: str,
-    frames: int | None,
+    base, named_by, adapters, files, prompts, classes, references, resolution, mixed_precision, frames
 ) -> AdaptedPipeline:
     facts = [file.training for file in adapters.values()]
     if facts and all(training.get("dataset") == CAPTIONED for training in facts):

@@ -36,7 +36,8 @@ class Engine:
                 self.settle(ticket, error=error)
             except Exception as error:  # out of memory, or a programming error: it must not end the others
                 self._fail([ticket], error)
-        for group in self._groups():
+        for batch_key in dict.fromkeys(ticket.batch_key for ticket in self.running):
+            group = [ticket for ticket in self.running if ticket.batch_key == batch_key]
             try:
                 self._draw(group)
             except Exception as error:
@@ -70,13 +71,6 @@ class Engine:
             return self.cache.load(needed)
         finally:
             self.drawing.refresh(self.running.values())
-
-    def _groups(self) -> list[list[Ticket]]:
-        """The requests with equal batch keys."""
-        groups: dict[tuple, list[Ticket]] = {}
-        for ticket in self.running:
-            groups.setdefault(ticket.batch_key, []).append(ticket)
-        return list(groups.values())
 
     def _draw(self, group: list[Ticket]) -> None:
         """Take a step of requests with equal batch keys, and answer those whose last step it was."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import features_of, is_pointwise
+from onelora_diffusion.adapters.base_layer import is_pointwise
 from onelora_diffusion.adapters.compressions import groups
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.denoisers import TwoDenoisers
@@ -254,9 +254,6 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
 
     targets = tuple(layers)
     names = next(iter(values.values()))  # every layer has the same names
-    for path, linear in target_layers(model, targets).items():
-        if path not in values:  # its path only ends in the path of a layer of the file
-            values[path] = _neutral(linear, names)
     if set(names) == {"beta"}:
         config = AdapterConfig("bitfit", targets=targets)
     elif "b" in names:
@@ -268,12 +265,11 @@ def import_foreign(model: nn.Module, tensors: dict[str, torch.Tensor], settings:
         method = "dora" if "lora_magnitude_vector.weight" in names else "lora"
         peft_config = {"lora_bias": True} if "lora_B.bias" in names else None
         config = AdapterConfig(method, len(names["lora_A.weight"]), targets, peft_config=peft_config)
-    return AdapterFile(
-        config=config,
-        tensors={f"{path}.onelora_{name}": t for path, parts in values.items() for name, t in parts.items()},
-        fingerprint=None,
-        base=settings.get("base_model_name_or_path"),
-    )
+    tensors = {f"{path}.onelora_{name}": t for path, parts in values.items() for name, t in parts.items()}
+    if others := {path: layer for path, layer in target_layers(model, targets).items() if path not in values}:
+        # Their paths only end in the path of a layer of the file; an adapter starts as one that changes nothing.
+        tensors |= state_dict_of(config.recipe.build(others, config))
+    return AdapterFile(config, tensors, fingerprint=None, base=settings.get("base_model_name_or_path"))
 
 
 def paths_by_name(model: nn.Module) -> dict[str, str]:
@@ -389,19 +385,3 @@ def _sums_groups(layer: tuple[torch.Tensor, ...]) -> bool:
     a = layer[0]
     rank, features = a.shape
     return rank <= features and torch.equal(a, groups(rank, features, a.device) * a.diagonal()[:, None])
-
-
-def _neutral(linear: nn.Linear, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values that do not change a layer, for a layer that only shares the end of its name with one in the file."""
-    rank, (in_features, out_features) = len(parts.get("lora_A.weight", ())), features_of(linear)
-    shapes = {
-        "b": (*parts.get("b", torch.empty(0)).shape[:-1], out_features),
-        "beta": (out_features,),
-        "lora_A.weight": (rank, in_features),
-        "lora_B.weight": (out_features, rank),
-        "lora_B.bias": (out_features,),
-    }
-    neutral = {name: torch.zeros(shape) for name, shape in shapes.items() if name in parts}
-    if "lora_magnitude_vector.weight" in parts:
-        neutral["lora_magnitude_vector.weight"] = linear.weight.detach().float().flatten(1).norm(dim=1)
-    return neutral

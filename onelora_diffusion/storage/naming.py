@@ -3,6 +3,7 @@
 The native names are those that diffusers' own converters of checkpoints read (`diffusers.loaders.single_file_utils`).
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ ALL_NAMINGS = get_args(Naming)
 COMFYUI = "diffusion_model."  # the prefix of native names in ComfyUI's files
 KOHYA = "lora_unet_"  # the prefix of names in kohya's files, which have underscores for dots
 
-# For each class, lines of `native name = diffusers' path`. `*` is the number of a block. Braces on both sides stand
-# for several lines; braces on the right alone for a native layer that has the rows of those layers, in that order.
+# For each class, lines of `native name = diffusers' path`, or of one name that is both. `*` is the number of a block.
+# Braces on both sides stand for several lines; braces on the right alone for a native layer that has the rows of those
+# layers, in that order.
 _DOUBLE_BLOCKS = """
     double_blocks.*.img_attn.qkv = transformer_blocks.*.attn.{to_q,to_k,to_v}
     double_blocks.*.txt_attn.qkv = transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj}
@@ -38,14 +40,12 @@ _SINGLE_BLOCKS = """
 _FLUX_AND_CHROMA = f"""
     {_DOUBLE_BLOCKS}
     {_SINGLE_BLOCKS}
-    double_blocks.*.img_mlp.{{0,2}} = transformer_blocks.*.ff.net.{{0.proj,2}}
-    double_blocks.*.txt_mlp.{{0,2}} = transformer_blocks.*.ff_context.net.{{0.proj,2}}
+    double_blocks.*.{{img,txt}}_mlp.{{0,2}} = transformer_blocks.*.{{ff,ff_context}}.net.{{0.proj,2}}
 """
 TABLES = {
     "FluxTransformer2DModel": f"""
         {_FLUX_AND_CHROMA}
-        time_in.{{in,out}}_layer = time_text_embed.timestep_embedder.linear_{{1,2}}
-        guidance_in.{{in,out}}_layer = time_text_embed.guidance_embedder.linear_{{1,2}}
+        {{time,guidance}}_in.{{in,out}}_layer = time_text_embed.{{timestep,guidance}}_embedder.linear_{{1,2}}
         vector_in.{{in,out}}_layer = time_text_embed.text_embedder.linear_{{1,2}}
         double_blocks.*.{{img,txt}}_mod.lin = transformer_blocks.*.{{norm1,norm1_context}}.linear
         single_blocks.*.modulation.lin = single_transformer_blocks.*.norm.linear
@@ -58,44 +58,37 @@ TABLES = {
     """,
     "Flux2Transformer2DModel": f"""
         {_DOUBLE_BLOCKS}
-        time_in.{{in,out}}_layer = time_guidance_embed.timestep_embedder.linear_{{1,2}}
-        guidance_in.{{in,out}}_layer = time_guidance_embed.guidance_embedder.linear_{{1,2}}
+        {{time,guidance}}_in.{{in,out}}_layer = time_guidance_embed.{{timestep,guidance}}_embedder.linear_{{1,2}}
         double_stream_modulation_{{img,txt}}.lin = double_stream_modulation_{{img,txt}}.linear
         single_stream_modulation.lin = single_stream_modulation.linear
-        double_blocks.*.img_mlp.{{0,2}} = transformer_blocks.*.ff.linear_{{in,out}}
-        double_blocks.*.txt_mlp.{{0,2}} = transformer_blocks.*.ff_context.linear_{{in,out}}
+        double_blocks.*.{{img,txt}}_mlp.{{0,2}} = transformer_blocks.*.{{ff,ff_context}}.linear_{{in,out}}
         single_blocks.*.linear{{1,2}} = single_transformer_blocks.*.attn.{{to_qkv_mlp_proj,to_out}}
         final_layer.adaLN_modulation.1 = norm_out.linear
     """,
     "SD3Transformer2DModel": """
-        context_embedder = context_embedder
-        t_embedder.mlp.{0,2} = time_text_embed.timestep_embedder.linear_{1,2}
-        y_embedder.mlp.{0,2} = time_text_embed.text_embedder.linear_{1,2}
+        context_embedder
+        {t,y}_embedder.mlp.{0,2} = time_text_embed.{timestep,text}_embedder.linear_{1,2}
         joint_blocks.*.x_block.attn.qkv = transformer_blocks.*.attn.{to_q,to_k,to_v}
         joint_blocks.*.x_block.attn2.qkv = transformer_blocks.*.attn2.{to_q,to_k,to_v}
         joint_blocks.*.context_block.attn.qkv = transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj}
         joint_blocks.*.{x,context}_block.attn.proj = transformer_blocks.*.attn.{to_out.0,to_add_out}
         joint_blocks.*.x_block.attn2.proj = transformer_blocks.*.attn2.to_out.0
         joint_blocks.*.{x,context}_block.adaLN_modulation.1 = transformer_blocks.*.{norm1,norm1_context}.linear
-        joint_blocks.*.x_block.mlp.fc{1,2} = transformer_blocks.*.ff.net.{0.proj,2}
-        joint_blocks.*.context_block.mlp.fc{1,2} = transformer_blocks.*.ff_context.net.{0.proj,2}
+        joint_blocks.*.{x,context}_block.mlp.fc{1,2} = transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}
         final_layer.adaLN_modulation.1 = norm_out.linear
         final_layer.linear = proj_out
     """,
     "WanTransformer3DModel": """
-        time_embedding.{0,2} = condition_embedder.time_embedder.linear_{1,2}
-        text_embedding.{0,2} = condition_embedder.text_embedder.linear_{1,2}
+        {time,text}_embedding.{0,2} = condition_embedder.{time,text}_embedder.linear_{1,2}
         time_projection.1 = condition_embedder.time_proj
         img_emb.proj.{1,3} = condition_embedder.image_embedder.ff.net.{0.proj,2}
-        blocks.*.self_attn.{q,k,v,o} = blocks.*.attn1.{to_q,to_k,to_v,to_out.0}
-        blocks.*.cross_attn.{q,k,v,o} = blocks.*.attn2.{to_q,to_k,to_v,to_out.0}
+        blocks.*.{self_attn,cross_attn}.{q,k,v,o} = blocks.*.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
         blocks.*.cross_attn.{k,v}_img = blocks.*.attn2.add_{k,v}_proj
         blocks.*.ffn.{0,2} = blocks.*.ffn.net.{0.proj,2}
         head.head = proj_out
     """,
     "HunyuanVideoTransformer3DModel": f"""
-        time_in.mlp.{{0,2}} = time_text_embed.timestep_embedder.linear_{{1,2}}
-        guidance_in.mlp.{{0,2}} = time_text_embed.guidance_embedder.linear_{{1,2}}
+        {{time,guidance}}_in.mlp.{{0,2}} = time_text_embed.{{timestep,guidance}}_embedder.linear_{{1,2}}
         vector_in.{{in,out}}_layer = time_text_embed.text_embedder.linear_{{1,2}}
         txt_in.input_embedder = context_embedder.proj_in
         txt_in.t_embedder.mlp.{{0,2}} = context_embedder.time_text_embed.timestep_embedder.linear_{{1,2}}
@@ -108,8 +101,7 @@ TABLES = {
         double_blocks.*.txt_attn_qkv = transformer_blocks.*.attn.{{add_q_proj,add_k_proj,add_v_proj}}
         double_blocks.*.{{img,txt}}_attn_proj = transformer_blocks.*.attn.{{to_out.0,to_add_out}}
         double_blocks.*.{{img,txt}}_mod.linear = transformer_blocks.*.{{norm1,norm1_context}}.linear
-        double_blocks.*.img_mlp.fc{{1,2}} = transformer_blocks.*.ff.net.{{0.proj,2}}
-        double_blocks.*.txt_mlp.fc{{1,2}} = transformer_blocks.*.ff_context.net.{{0.proj,2}}
+        double_blocks.*.{{img,txt}}_mlp.fc{{1,2}} = transformer_blocks.*.{{ff,ff_context}}.net.{{0.proj,2}}
         {_SINGLE_BLOCKS}
         single_blocks.*.modulation.linear = single_transformer_blocks.*.norm.linear
         final_layer.adaLN_modulation.1 = norm_out.linear
@@ -119,14 +111,13 @@ TABLES = {
         patchify_proj = proj_in
         adaln_single.linear = time_embed.linear
         adaln_single.emb.timestep_embedder.linear_{1,2} = time_embed.emb.timestep_embedder.linear_{1,2}
-        caption_projection.linear_{1,2} = caption_projection.linear_{1,2}
-        transformer_blocks.*.attn1.{to_q,to_k,to_v,to_out.0} = transformer_blocks.*.attn1.{to_q,to_k,to_v,to_out.0}
-        transformer_blocks.*.attn2.{to_q,to_k,to_v,to_out.0} = transformer_blocks.*.attn2.{to_q,to_k,to_v,to_out.0}
-        transformer_blocks.*.ff.net.{0.proj,2} = transformer_blocks.*.ff.net.{0.proj,2}
-        proj_out = proj_out
+        caption_projection.linear_{1,2}
+        transformer_blocks.*.attn{1,2}.{to_q,to_k,to_v,to_out.0}
+        transformer_blocks.*.ff.net.{0.proj,2}
+        proj_out
     """,
     "Lumina2Transformer2DModel": """
-        x_embedder = x_embedder
+        x_embedder
         cap_embedder.1 = time_caption_embed.caption_embedder.1
         t_embedder.mlp.{0,2} = time_caption_embed.timestep_embedder.linear_{1,2}
         BLOCKS.*.attention.qkv = BLOCKS.*.attn.{to_q,to_k,to_v}
@@ -138,12 +129,12 @@ TABLES = {
     """,
     "ZImageTransformer2DModel": """
         x_embedder = all_x_embedder.2-1
-        cap_embedder.1 = cap_embedder.1
-        t_embedder.mlp.{0,2} = t_embedder.mlp.{0,2}
+        cap_embedder.1
+        t_embedder.mlp.{0,2}
         BLOCKS.*.attention.qkv = BLOCKS.*.attention.{to_q,to_k,to_v}
         BLOCKS.*.attention.out = BLOCKS.*.attention.to_out.0
-        BLOCKS.*.feed_forward.w{1,2,3} = BLOCKS.*.feed_forward.w{1,2,3}
-        BLOCKS.*.adaLN_modulation.0 = BLOCKS.*.adaLN_modulation.0
+        BLOCKS.*.feed_forward.w{1,2,3}
+        BLOCKS.*.adaLN_modulation.0
         final_layer.adaLN_modulation.1 = all_final_layer.2-1.adaLN_modulation.1
         final_layer.linear = all_final_layer.2-1.linear
     """,
@@ -258,18 +249,17 @@ def _lines(table: str) -> list[tuple[str, list[str]]]:
     lines = []
     for line in filter(None, map(str.strip, table.splitlines())):
         for block in BLOCKS if "BLOCKS" in line else ("",):
-            native, paths = (_expanded(side.replace("BLOCKS", block)) for side in line.split(" = "))
-            lines += (
-                [(native[0], paths)] if len(native) == 1 else [(n, [p]) for n, p in zip(native, paths, strict=True)]
-            )
+            sides = line.replace("BLOCKS", block).split(" = ")
+            native, paths = _expanded(sides[0]), _expanded(sides[-1])
+            is_fused = len(native) == 1
+            lines += [(native[0], paths)] if is_fused else [(n, [p]) for n, p in zip(native, paths, strict=True)]
     return lines
 
 
 def _expanded(name: str) -> list[str]:
-    """a{b,c}d -> abd, acd"""
-    before, brace, rest = name.partition("{")
-    inside, _, after = rest.partition("}")
-    return [f"{before}{choice}{after}" for choice in inside.split(",")] if brace else [name]
+    """a{b,c}{d,e} -> abd, abe, acd, ace"""
+    parts = (part.split(",") for part in re.split("[{}]", name))
+    return ["".join(choice) for choice in itertools.product(*parts)]
 
 
 def by_diffusers_paths(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

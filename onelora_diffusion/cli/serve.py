@@ -9,12 +9,13 @@ SIGTERM ends it, once what waits is drawn.
 """
 
 import logging
+import os
 import sys
 import threading
 
 import tyro
 
-from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
+from onelora_diffusion.command_line import Stopped, one_line_errors, quieten, typed_as
 from onelora_diffusion.serving.loading import ServeSettings, load_batcher, make_service
 
 
@@ -49,7 +50,12 @@ def run(arguments: list[str]) -> None:
     if any(word.startswith("--max-wait-ms") for word in arguments):
         sys.exit("serve.py: --max-wait-ms is gone, since a request joins the running batch at its next step: drop it")
     quieten()
-    main(tyro.cli(ServeSettings, args=arguments, description=__doc__, prog=typed_as("serve.py")))
+    settings = tyro.cli(ServeSettings, args=arguments, description=__doc__, prog=typed_as("serve.py"))
+    try:
+        main(settings)
+    except Stopped as stopped:
+        sys.stdout.flush()
+        os._exit(stopped.code)  # a step that the networks are still in would abort the interpreter's own end
 
 
 if __name__ == "__main__":

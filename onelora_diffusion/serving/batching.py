@@ -19,6 +19,8 @@ from onelora_diffusion.serving.settings import BatchSettings
 
 logger = logging.getLogger(__name__)
 
+LAST_STEP_S = 5.0  # seconds for which the end of the server waits for a step of the networks
+
 
 class Batcher:
     """A thread that draws the requests of the queue by a `Drawing`; it alone runs the model.
@@ -101,14 +103,17 @@ class Batcher:
         self._thread.join()
 
     def close(self) -> None:
-        """Answer all requests that have no picture yet with `Stopping`, and end the thread."""
+        """Answer all requests that have no picture yet with `Stopping`, and end the thread.
+
+        A step that is being computed is waited for, but no longer than `LAST_STEP_S`: the process may end without it.
+        """
         with self._changed:
             self._is_open = False
             for ticket in [*self._waiting.clear(), *self._drawing]:
                 if not ticket.picture.done():
                     ticket.picture.set_exception(Stopping())
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(LAST_STEP_S)
 
     def state(self) -> dict:
         """Counters since the start, the length of the queue and the memory of the adapters."""

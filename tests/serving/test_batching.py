@@ -8,6 +8,7 @@ import pytest
 import torch
 from serving.servers import Held, make_pipeline, serving, wait_until, write_adapters
 
+from onelora_diffusion.serving import batching
 from onelora_diffusion.serving.batching import BatchSettings
 from onelora_diffusion.serving.drawing import Drawing
 from onelora_diffusion.serving.queue import Busy, Stopping
@@ -272,19 +273,22 @@ def test_a_step_that_fails_is_told_in_one_line_and_the_thread_goes_on(pipeline, 
         assert batcher.is_alive and batcher.state()["failed"] == 1
 
 
-def test_closing_tells_those_who_wait_and_those_who_come(pipeline, folder):
+def test_closing_tells_those_who_wait_and_those_who_come_and_waits_for_no_long_step(pipeline, folder, monkeypatch):
     drawing = Held(pipeline)
+    monkeypatch.setattr(batching, "LAST_STEP_S", 0.01)
     with serving(pipeline, folder, drawing=drawing, max_batch=1) as batcher:
         first = batcher.submit(PLAIN)
         wait_until(lambda: drawing.drawn)
         second = batcher.submit(PLAIN)
-        threading.Timer(0.1, drawing.go.set).start()
         batcher.close()
+        assert batcher.is_alive  # the step is not done
         for ticket in (first, second):
             with pytest.raises(Busy, match="the server is being stopped"):
                 ticket.picture.result(0)
         with pytest.raises(Busy, match="the server is being stopped"):
             batcher.submit(PLAIN)
+        drawing.go.set()
+        batcher.drain()
         assert not batcher.is_alive
 
 

@@ -98,8 +98,7 @@ def nearest(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 def authenticity(generated: Tensor, real: Tensor) -> float:
     """The share of generated images that are farther from their nearest real image than it is from another real one.
 
-    (Alaa et al., ICML 2022, as dgm-eval has it.) Copies of training images make it small. ValueError for one real
-    image.
+    (Alaa et al., ICML 2022, as dgm-eval has it.) Copies of training images make it small. ValueError for one image.
     """
     if len(real) < 2:
         raise ValueError("1 real image: authenticity needs two or more")
@@ -164,10 +163,9 @@ def extrapolate(generated: Tensor, reference: FeatureStatistics, counts: Sequenc
     firsts = (generated[:count].double() for count in counts)
     statistics = (FeatureStatistics(first.mean(0), torch.cov(first.T), len(first)) for first in firsts)
     distances = [frechet_distance(each, reference) for each in statistics]
-    inverse = 1 / np.array(counts)
+    inverse, spread = 1 / np.array(counts), np.var(distances)
     slope, limit = np.polyfit(inverse, distances, 1)
     residual = np.array(distances) - (limit + slope * inverse)
-    spread = np.var(distances)
     r_squared = 1 - np.mean(residual**2) / spread if spread > 0 else 1.0
     return Extrapolation(counts, distances, float(limit), float(slope), float(r_squared))
 

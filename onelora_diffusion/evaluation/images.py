@@ -48,12 +48,30 @@ class ImageSet(Dataset):
             yield list(indices[number * batch_size : (number + 1) * batch_size]), batch
 
 
-class FolderImages(ImageSet):
+class CroppedImages(ImageSet):
+    """Image files of any kind and size, cropped to R by R as for training; `groups` has the group of each."""
+
+    crop = "ADM centre crop"
+
+    def __init__(self, name: str, files: Sequence[Path], resolution: int, groups: Sequence[str] | None = None):
+        self.name, self.files, self.resolution, self.groups = name, files, resolution, groups
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with opened(self.files[index], f"'{printable(str(self.files[index]))}'") as image:
+            return pil_to_tensor(crop_to(decoded(image), self.resolution, self.resolution))
+
+
+class FolderImages(CroppedImages):
     """The PNG files of a folder, sorted by name, as uint8 (3, R, R), decoded in the same way as for training.
 
     Other files are ignored and counted in `notes`. ValueError or FileNotFoundError, at once, if there are no images,
     or if one is unreadable, not square, or of another size than the first.
     """
+
+    crop = "none"
 
     def __init__(self, folder: str | Path):
         self.name = str(folder)
@@ -70,13 +88,6 @@ class FolderImages(ImageSet):
                     f"'{file}' is {size}x{size}, but '{self.files[0].name}' is {self.resolution}x{self.resolution}: "
                     "bring all images to one size first, as the reference was"
                 )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        with opened(self.files[index], f"'{self.files[index]}'") as image:
-            return pil_to_tensor(decoded(image))
 
 
 class NpzImages(ImageSet):
@@ -132,22 +143,6 @@ class DatasetImages(ImageSet):
 
     def __getitem__(self, index: int) -> Tensor:
         return as_uint8(self.dataset[index][0])
-
-
-class CroppedImages(ImageSet):
-    """Image files of any kind and size, cropped to R by R as for training; `groups` has the group of each."""
-
-    crop = "ADM centre crop"
-
-    def __init__(self, name: str, files: Sequence[Path], resolution: int, groups: Sequence[str] | None = None):
-        self.name, self.files, self.resolution, self.groups = name, files, resolution, groups
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        with opened(self.files[index], printable(str(self.files[index]))) as image:
-            return pil_to_tensor(crop_to(decoded(image), self.resolution, self.resolution))
 
 
 def open_images(path: str | Path) -> FolderImages | NpzImages:

@@ -56,10 +56,7 @@ def real_images(
     settings, images: Path | None, dataset: str, resolution: int, classes: tuple[int, ...] | None = None
 ) -> ImageSet:
     """The images at a path if one is given, else those of the data set, possibly of some classes only."""
-    if images:
-        return open_images(images)
-    real = settings.load(dataset, resolution, classes)
-    return DatasetImages(real, resolution)
+    return open_images(images) if images else DatasetImages(settings.load(dataset, resolution, classes), resolution)
 
 
 def references_of(

@@ -1,6 +1,7 @@
 """Recognition: the share of generated images that a classifier trained on real ones assigns to their class."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from sklearn.svm import SVC
@@ -47,14 +48,12 @@ def class_numbers(dataset: str, names: Sequence[str]) -> tuple[int, ...] | None:
     return tuple(map(classes.index, names)) if set(names) <= set(classes) else None
 
 
+@dataclass
 class Recognition:
-    """Counts the images that a classifier, which has `predict(images)`, `describe()` and `accuracy`, reads as asked.
+    """Counts the images that a classifier reads as asked."""
 
-    `numbers` has the classifier's class for each label.
-    """
-
-    def __init__(self, classifier, numbers: Sequence[int]):
-        self.classifier, self.numbers = classifier, numbers
+    classifier: object  # with `predict(images)`, `describe()` and `accuracy`
+    numbers: Sequence[int]  # the classifier's class for each label
 
     def count(self, images: Tensor, labels: Sequence[int]) -> int:
         asked = torch.tensor([self.numbers[label] for label in labels])
@@ -62,10 +61,7 @@ class Recognition:
 
 
 def recognition_of(dataset: str, names: Sequence[str], features, resolution: int) -> Recognition | None:
-    """The recognition for labels with these names, by the data set's classifier or that of the compared features.
-
-    None if there is no classifier for them.
-    """
+    """The recognition for labels with these names, by the data set's classifier or that of the features, if any."""
     numbers = class_numbers(dataset, names)
     if numbers and dataset in CLASSIFIERS:
         return Recognition(CLASSIFIERS[dataset](resolution), numbers)

@@ -14,17 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from onelora_diffusion.command_line import typed_as
 from onelora_diffusion.evaluation.features import UNTOLD, kind_of_width
 from onelora_diffusion.evaluation.npz import Header, read_headers
 from onelora_diffusion.evaluation.statistics import FeatureStatistics, Measured, Origin
-from onelora_diffusion.files import printable, write_bytes
+from onelora_diffusion.files import printable, write_bytes, write_tensors
 
 LARGEST_WIDTH = 8192  # most features; the covariance of more takes over half a gigabyte
 PICKLES = (".pkl", ".pickle")
+# Names of means and covariances, then of spatial ones: in our files and in ADM's.
+OURS = ("mean", "covariance"), ("spatial_mean", "spatial_covariance")
+ADMS = ("mu", "sigma"), ("mu_s", "sigma_s")
 
 
 def is_statistics(path: Path) -> bool:
@@ -44,10 +46,20 @@ def check_no_pickle(path: Path) -> None:
 
 
 def save_statistics(path: str | Path, measured: Measured) -> Path:
-    """Write statistics and their origin atomically; an .npz has ADM's layout."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, _npz(measured) if path.suffix == ".npz" else _safetensors(measured))
+    """Write statistics and their origin atomically; an .npz has ADM's layout, without the features of each image."""
+    path, count, origin = Path(path), measured.statistics.count, json.dumps(dataclasses.asdict(measured.origin))
+    names = ADMS if path.suffix == ".npz" else OURS
+    tensors = dict(zip(names[0], (measured.statistics.mean, measured.statistics.covariance), strict=True))
+    if measured.spatial:
+        tensors |= dict(zip(names[1], (measured.spatial.mean, measured.spatial.covariance), strict=True))
+    if names is OURS:
+        features = {} if measured.kept is None else {"features": measured.kept}
+        write_tensors(path, tensors | {"count": torch.tensor(count)} | features, {"statistics": origin})
+    else:
+        content = BytesIO()
+        np.savez(content, **tensors, count=count, origin=origin)  # other tools ignore the last two
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content.getvalue())
     return path
 
 
@@ -65,20 +77,6 @@ def load_statistics(path: str | Path, keep: bool = False) -> Measured:
     return _from_npz(path, keep) if path.suffix == ".npz" else _from_safetensors(path, keep)
 
 
-def _safetensors(measured: Measured) -> bytes:
-    tensors = {
-        "mean": measured.statistics.mean.contiguous(),
-        "covariance": measured.statistics.covariance.contiguous(),
-        "count": torch.tensor(measured.statistics.count),
-    }
-    if measured.spatial:
-        tensors["spatial_mean"] = measured.spatial.mean.contiguous()
-        tensors["spatial_covariance"] = measured.spatial.covariance.contiguous()
-    if measured.kept is not None:
-        tensors["features"] = measured.kept.contiguous()
-    return save(tensors, metadata={"statistics": json.dumps(dataclasses.asdict(measured.origin))})
-
-
 def _from_safetensors(path: Path, keep: bool) -> Measured:
     try:
         with safe_open(path, framework="pt") as file:
@@ -91,7 +89,7 @@ def _from_safetensors(path: Path, keep: bool) -> Measured:
                 FeatureStatistics(*_moments(path, file.get_tensor(mean), file.get_tensor(covariance)), count)
                 if mean in names
                 else None
-                for mean, covariance in (("mean", "covariance"), ("spatial_mean", "spatial_covariance"))
+                for mean, covariance in OURS
             )
             kept = file.get_tensor("features") if keep and "features" in names else None
     except (SafetensorError, RuntimeError) as error:
@@ -102,18 +100,6 @@ def _from_safetensors(path: Path, keep: bool) -> Measured:
     return Measured(statistics, origin, kept, spatial)
 
 
-def _npz(measured: Measured) -> bytes:
-    arrays = {"mu": measured.statistics.mean.numpy(), "sigma": measured.statistics.covariance.numpy()}
-    if measured.spatial:
-        arrays |= {"mu_s": measured.spatial.mean.numpy(), "sigma_s": measured.spatial.covariance.numpy()}
-    # Other tools ignore these two.
-    arrays |= {"count": np.array(measured.statistics.count)}
-    arrays |= {"origin": np.array(json.dumps(dataclasses.asdict(measured.origin)))}
-    content = BytesIO()
-    np.savez(content, **arrays)
-    return content.getvalue()
-
-
 def _from_npz(path: Path, keep: bool) -> Measured:
     headers, kept = read_headers(path), None
     if "reps" in headers and "mu" not in headers:
@@ -122,12 +108,11 @@ def _from_npz(path: Path, keep: bool) -> Measured:
             raise ValueError(f"'{path}': reps is {tuple(rows.shape)}, not (images, d) of two images or more")
         mean, covariance, count, kept = rows.mean(0), torch.cov(rows.T), len(rows), rows.float()
     else:
-        mean, covariance = (_array(path, headers, name) for name in ("mu", "sigma"))
+        mean, covariance = (_array(path, headers, name) for name in ADMS[0])
         count = int(_array(path, headers, "count")) if "count" in headers else None
     statistics, spatial = FeatureStatistics(*_moments(path, mean, covariance), count), None
     if "mu_s" in headers:
-        mean, covariance = (_array(path, headers, name) for name in ("mu_s", "sigma_s"))
-        spatial = FeatureStatistics(*_moments(path, mean, covariance), count)
+        spatial = FeatureStatistics(*_moments(path, *(_array(path, headers, name) for name in ADMS[1])), count)
     if "origin" in headers:
         if headers["origin"].dtype.kind != "U" or headers["origin"].num_bytes > 100_000:
             raise ValueError(f"'{path}': origin is {headers['origin'].dtype} {headers['origin'].shape}, not a text")

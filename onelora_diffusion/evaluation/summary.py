@@ -60,15 +60,12 @@ def describe(origin: Origin, count: int | None) -> str:
 
 def print_report(report: dict) -> None:
     """Print the table and the notes that are needed to judge it."""
-    results, sections = report["results"], sections_of(report)
-    count = report["num_images"]
+    results, count = report["results"], report["num_images"]
     title = "images of a file" if count is None else f"{count:,} images"
     if "sampler" in report:
         title += f" each, {report['sampler'] or 'own sampler'}, {report['num_inference_steps']} steps"
         title += f", {describe_guidance(report)}, seed {report['seed']}" + LABELS[report["labels"]]
-    rows = {}
-    for each in sections:
-        rows |= result_rows(each)
+    rows = {name: row for each in sections_of(report) for name, row in result_rows(each).items()}
     if report.get("adapter"):
         blank = [""] * (len(results) - 1)
         rows["num_trainable_params"] = [*blank, f"{report['num_trainable_params']:,}"]
@@ -78,10 +75,8 @@ def print_report(report: dict) -> None:
         rows["trained"] = [sizes.get(name, "") for name in results]
 
     notes = notes_of(report)
-    if report.get("classifier"):
-        notes.append(
-            f"Recognition: the share read as the class asked for, by a {report['classifier']['description']}."
-        )
+    if classifier := report.get("classifier"):
+        notes.append(f"Recognition: the share read as the class asked for, by a {classifier['description']}.")
     if "images_at_once" in report:
         notes.append(f"Generated in {in_words(report)}, {report['images_at_once']} images at once.")
     if len(results) > 1 and (num_base := report.get("num_base_classes")):

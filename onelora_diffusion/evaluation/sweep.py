@@ -9,11 +9,11 @@ from onelora_diffusion.evaluation.report import format_table, write_figure
 
 def curves(report: dict) -> dict[str, tuple[str, list[float]]]:
     """(key, value at each strength) of each metric, by its name in tables."""
-    found = {}
-    for each in summary.sections_of(report):
-        results = list(each["results"].values())
-        found |= {name: (key, [result[key] for result in results]) for key, name in summary.names_of(each).items()}
-    return found
+    return {
+        name: (key, [result[key] for result in each["results"].values()])
+        for each in summary.sections_of(report)
+        for key, name in summary.names_of(each).items()
+    }
 
 
 def best_scales(report: dict) -> dict[str, float]:
@@ -26,9 +26,8 @@ def best_scales(report: dict) -> dict[str, float]:
 
 def print_sweep(report: dict) -> None:
     """Print a column for each strength, and the best strength for each metric."""
-    rows = {}
-    for each in summary.sections_of(report):
-        rows |= {name: [cell.split(" ±")[0] for cell in row] for name, row in summary.result_rows(each).items()}
+    rows = {name: row for each in summary.sections_of(report) for name, row in summary.result_rows(each).items()}
+    rows = {name: [cell.split(" ±")[0] for cell in row] for name, row in rows.items()}
     title = f"{report['num_images']:,} images at each guidance, {report['sampler'] or 'own sampler'}, "
     title += f"{report['num_inference_steps']} steps, seed {report['seed']}{summary.LABELS[report['labels']]}"
     print(f"\n{format_table(title, list(report['results']), rows)}")

@@ -26,9 +26,8 @@ from onelora_diffusion.training.outputs import Outputs, diverged, no_update
 from onelora_diffusion.training.randomness import StepDraws, micro_batches
 from onelora_diffusion.training.resuming import (
     agree_on_checkpoint,
-    check_same_base,
     check_same_data,
-    check_same_training_adapter,
+    check_same_weights,
     is_elsewhere,
 )
 from onelora_diffusion.training.run import Run
@@ -102,8 +101,7 @@ class Job:
         trained = task.attach()
         if checkpoint:
             check_same_adapter(checkpoint.tensors, trained)
-            check_same_base(settings, checkpoint, self.base)
-            check_same_training_adapter(settings, checkpoint, task.training_adapter)
+            check_same_weights(settings, checkpoint, self.base, task.training_adapter)
         if settings.eval_every:
             from onelora_diffusion.training.evaluating import Evaluation
 

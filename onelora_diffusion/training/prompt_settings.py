@@ -20,8 +20,7 @@ from onelora_diffusion.training.settings import (
     refuse,
 )
 
-# The packages that load a base as int8 or nf4.
-QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}  # the packages that load a base as such
 
 
 @dataclass
@@ -111,9 +110,7 @@ class PromptSettings(CaptionSettings, RunSettings):
 
     def condition_drop(self, is_guided: bool) -> float:
         """Share of samples that train without their condition."""
-        if self.caption_drop is None:
-            return 0.1 if is_guided else 0.0
-        return self.caption_drop
+        return 0.1 * is_guided if self.caption_drop is None else self.caption_drop
 
     def check(self) -> None:
         """ValueError for settings that are known to be wrong before any file is read."""
@@ -126,12 +123,8 @@ class PromptSettings(CaptionSettings, RunSettings):
         if self.denoisers == "both" and (self.subjects is not None or self.rates_by_sum):
             with_them = "--subjects" if self.subjects is not None else "--rates-by-sum"
             raise ValueError(f"--denoisers both trains no {with_them}: choose transformer or transformer_2")
-        if self.frames < 1:
-            raise ValueError(f"--frames must be at least 1, not {self.frames}")
         if self.frame_rate is not None and not (0 < self.frame_rate <= 1000 and self.frames > 1):
             raise ValueError(f"--frame-rate {self.frame_rate:g} needs --frames, and is above 0 and up to 1000")
-        if not 0 <= self.prior_weight < float("inf"):
-            raise ValueError(f"--prior-weight must be at least 0 and finite, not {self.prior_weight}")
         if self.prior_prompt and not self.prior_weight:
             raise ValueError(f"--prior-prompt {self.prior_prompt!r} is not used: give --prior-weight")
         if self.keep_tags and not self.caption_shuffles:
@@ -146,8 +139,6 @@ class PromptSettings(CaptionSettings, RunSettings):
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
         self._check_beside_others()
-        if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
-            raise ValueError(f"--caption-drop is a share from 0 to 1, not {self.caption_drop}")
         package = QUANTISERS.get(self.base_precision)
         check_installed(f"--base-precision {self.base_precision}", package)
         if package and self.method == "full":

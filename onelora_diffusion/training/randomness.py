@@ -6,6 +6,7 @@ of the step.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Literal, NamedTuple
@@ -116,6 +117,7 @@ def micro_batches(batch_size: int, num_processes: int, process_index: int, accum
     return [slice(i * size, (i + 1) * size) for i in range(first, first + accumulation)]
 
 
+@dataclass
 class StepKeyedBatches:
     """An endless batch sampler for DataLoader: the (index, flip) pairs of a process's micro-batches, in order.
 
@@ -123,28 +125,20 @@ class StepKeyedBatches:
     images are in buckets, each bucket has its own sequence and all images of a batch are in one bucket. The buckets of
     an epoch's batches are in random order, and a bucket has as many batches as its images have filled by then. So in
     the long run all images are shown equally often. A bucket with fewer images than a batch repeats them within it.
-
-    Args:
-        rows: the rows of the global batch for each micro-batch.
-        bucket_of: (images,) int64, the number of each image's bucket; None puts all images into one bucket.
-        images: (images,) the images that are trained on, in a larger data set; None takes all of it.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        first_step: int,
-        batch_size: int,
-        num_images: int,
-        flip: bool,
-        rows: list[slice],
-        bucket_of: np.ndarray | None = None,
-        images: np.ndarray | None = None,
-    ):
-        self.seed, self.first_step, self.batch_size = seed, first_step, batch_size
-        self.num_images, self.flip, self.rows = num_images, flip, rows
-        self.bucket_of = np.zeros(num_images, np.int64) if bucket_of is None else bucket_of
-        self.images = np.arange(num_images) if images is None else images
+    seed: int
+    first_step: int
+    batch_size: int
+    num_images: int
+    flip: bool
+    rows: list[slice]  # of the global batch, for each micro-batch
+    bucket_of: np.ndarray | None = None  # (images,) int64, the number of each image's bucket; None puts all into one
+    images: np.ndarray | None = None  # (images,) those that are trained on, in a larger data set; None takes all of it
+
+    def __post_init__(self):
+        self.bucket_of = np.zeros(self.num_images, np.int64) if self.bucket_of is None else self.bucket_of
+        self.images = np.arange(self.num_images) if self.images is None else self.images
         self.sizes = np.bincount(self.bucket_of)
         self.order = lru_cache(maxsize=2)(self.order)
         self.permutation = lru_cache(maxsize=4 * len(self.sizes))(self.permutation)

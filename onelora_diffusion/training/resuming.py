@@ -89,17 +89,14 @@ def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIde
     raise ValueError(f"{checkpoint.path} was trained on other data: on {described}, and not on {now}. {REMEDY}")
 
 
-def check_same_base(settings: RunSettings, checkpoint: Checkpoint, now: str) -> None:
-    """ValueError if the weights of the base have changed; a checkpoint of an earlier version does not tell."""
-    if checkpoint.state.get("base", now) != now and not settings.allow_changed_settings:
-        base = settings.base or "the miniature"
-        raise ValueError(f"{checkpoint.path} was trained on other weights than {base} has now. {REMEDY}")
-
-
-def check_same_training_adapter(settings: RunSettings, checkpoint: Checkpoint, now: str | None) -> None:
-    """ValueError if another adapter, or none, served while the checkpoint was trained, unless changes are allowed."""
-    then = checkpoint.state.get("training_adapter")
-    if then != now and not settings.allow_changed_settings:
+def check_same_weights(settings: RunSettings, checkpoint: Checkpoint, base: str, now: str | None) -> None:
+    """ValueError if `base`, a hash of its values, or `now`, that of the training adapter, is not that of before."""
+    if settings.allow_changed_settings:
+        return
+    if checkpoint.state.get("base", base) != base:  # a checkpoint of an earlier version does not tell
+        named = settings.base or "the miniature"
+        raise ValueError(f"{checkpoint.path} was trained on other weights than {named} has now. {REMEDY}")
+    if (then := checkpoint.state.get("training_adapter")) != now:
         told = "with another --training-adapter" if then and now else f"{'with' if then else 'without'} one"
         given = settings.training_adapter or "none"
         raise ValueError(f"{checkpoint.path} was trained {told}, and --training-adapter is {given}. {REMEDY}")

@@ -61,8 +61,7 @@ class Run:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors by name, other values for JSON), on every process; NonFiniteError if a loss is infinite or NaN."""
         losses = self.losses.read(self.accelerator, self.step)
-        data = self.data and self.data._asdict()
-        known = {"rate_factors": self.rate_factors, "data": data}
+        known = {"rate_factors": self.rate_factors, "data": self.data and self.data._asdict()}
         known |= {"base": self.base, "training_adapter": self.training_adapter}
         tensors = training_tensors(self.trained, self.averages, self.optimizer, self.best_values)
         return tensors, {

@@ -272,9 +272,8 @@ class Settings(RunSettings):
         kind_of(self.dataset)
         check_columns(self.dataset, self.image_column, self.label_column)
         check_settings(self)
-        if not 0 <= self.label_drop <= 1:
-            raise ValueError(f"--label-drop is a share from 0 to 1, not {self.label_drop}")
-        check_trained_guidance(self)
+        if self.trained_guidance == 1 and (self.guidance_start or self.guidance_cutoff < 1):
+            raise ValueError("--guidance-start and --guidance-cutoff are not used: give --trained-guidance")
 
     def next_steps(self) -> list[str]:
         """Commands to run with the adapter of a finished run."""
@@ -302,16 +301,28 @@ OF_A_MACHINE = {
 
 LARGER_IS_BETTER = {"recognition"}
 
-AT_LEAST = {
-    **{"validation_images": 0, "validate_every": 1},
-    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1),
-    **dict.fromkeys(("subjects_at_once", "keep_checkpoints", "max_steps", "sample_steps", "eval_steps"), 1),
-    **dict.fromkeys(("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb"), 0),
-    **dict.fromkeys(("caption_shuffles", "keep_tags", "guidance_start"), 0),
-    "eval_images": 2,
-    "resolution": 1,
-}
-POSITIVE = ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma")
+FROM_0 = ("seed", "warmup_steps", "sample_every", "eval_every", "num_workers", "latent_cache_gb", "validation_images")
+FROM_0 += ("caption_shuffles", "keep_tags", "guidance_start")
+FROM_1 = ("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "validate_every", "max_steps")
+FROM_1 += ("subjects_at_once", "keep_checkpoints", "sample_steps", "eval_steps", "resolution", "frames")
+# What a number has to be, whether one is, and the settings of which that is true.
+RANGES = (
+    ("must be at least 0", lambda number: number >= 0, FROM_0),
+    ("must be at least 1", lambda number: number >= 1, FROM_1),
+    ("must be at least 2", lambda number: number >= 2, ("eval_images",)),
+    ("must be at least 0 and finite", lambda number: 0 <= number < math.inf, ("prior_weight",)),
+    (
+        "must be more than 0 and finite",
+        lambda number: 0 < number < math.inf,
+        ("logit_std", "learning_rate", "class_learning_rate", "max_grad_norm", "snr_gamma"),
+    ),
+    ("must be finite", math.isfinite, ("guidance_scale", "eval_guidance_scale", "logit_mean")),
+    ("is a share from 0 to 1", lambda number: 0 <= number <= 1, ("label_drop", "caption_drop")),
+    ("is a share above 0, at most 1", lambda number: 0 < number <= 1, ("guidance_cutoff",)),
+    # At 2 the target runs away from the prediction.
+    ("must be at least 1 and below 2", lambda number: 1 <= number < 2, ("trained_guidance",)),
+    ("is from -1 to 1.75", lambda number: -1 <= number <= 1.75, ("mode_scale",)),
+)
 
 # Flags of diffusers' training scripts that have another name here.
 DIFFUSERS_FLAGS = {
@@ -462,14 +473,11 @@ def _as_flag(field: dataclasses.Field, value) -> list[str]:
 def check_settings(settings: RunSettings) -> None:
     """ValueError for settings of any run that are known to be wrong before any file is read."""
     settings.adapter_config()
-    for name, least in AT_LEAST.items():
-        value = getattr(settings, name, None)
-        if isinstance(value, int | float) and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    for name in POSITIVE:
-        value = getattr(settings, name, None)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 and finite, not {value}")
+    for must, is_right, names in RANGES:
+        for name in names:
+            value = getattr(settings, name, None)
+            if isinstance(value, int | float) and not is_right(value):
+                raise ValueError(f"--{name.replace('_', '-')} {must}, not {value}")
     if settings.max_train_time is None and settings.max_steps is None:
         raise ValueError("training would never end: give --max-train-time or --max-steps")
     if settings.max_train_time is not None and not parse_duration(settings.max_train_time):
@@ -478,21 +486,13 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError(f"the {settings.lr_schedule} schedule ends at --max-steps: give one")
     if not settings.ema_decay or not all(0 <= decay < 1 for decay in settings.ema_decay):
         raise ValueError(f"--ema-decay is at least 0 and below 1, not {settings.ema_decay}")
-    if not -1 <= settings.mode_scale <= 1.75:
-        raise ValueError(f"--mode-scale is from -1 to 1.75, not {settings.mode_scale}")
-    for name in ("guidance_scale", "eval_guidance_scale", "logit_mean"):
-        value = getattr(settings, name, None)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {value}")
     if settings.engine == "fsdp2" and (settings.method == "full" or settings.norms):
         raise ValueError(
             "--engine fsdp2 shares out the frozen base: --method full and --norms put weights in its place"
         )
-    if settings.keep_best and not (
-        settings.validation_images if settings.keep_best == "validation_loss" else settings.eval_every
-    ):
-        needed = "--validation-images" if settings.keep_best == "validation_loss" else "--eval-every"
-        raise ValueError(f"--keep-best {settings.keep_best} is never measured: give {needed}")
+    needed = "validation_images" if settings.keep_best == "validation_loss" else "eval_every"
+    if settings.keep_best and not getattr(settings, needed):
+        raise ValueError(f"--keep-best {settings.keep_best} is never measured: give --{needed.replace('_', '-')}")
     if settings.validation_split is not None and not settings.validation_images:
         raise ValueError(f"--validation-split {settings.validation_split} is not used: give --validation-images")
     if settings.subjects is not None:
@@ -507,16 +507,6 @@ def refuse(others: dict[str, bool], flag: str) -> None:
     for other, is_given in others.items():
         if is_given:
             raise ValueError(f"{other} does not go with {flag}")
-
-
-def check_trained_guidance(settings: Settings) -> None:
-    """ValueError for settings of guidance that is trained in which are wrong, or without it."""
-    if not 1 <= settings.trained_guidance < 2:  # at 2 the target runs away from the prediction
-        raise ValueError(f"--trained-guidance must be at least 1 and below 2, not {settings.trained_guidance}")
-    if not 0 < settings.guidance_cutoff <= 1:
-        raise ValueError(f"--guidance-cutoff is a share above 0, at most 1, not {settings.guidance_cutoff}")
-    if settings.trained_guidance == 1 and (settings.guidance_start or settings.guidance_cutoff < 1):
-        raise ValueError("--guidance-start and --guidance-cutoff are not used: give --trained-guidance")
 
 
 def check_subjects(settings: RunSettings) -> None:

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from onelora_diffusion.denoisers import blocks_of
 from onelora_diffusion.families import Family
@@ -38,8 +39,6 @@ def shard_base(transformer: nn.Module, family: Family, trained: dict[str, Tensor
 def average_gradients(trained: dict[str, Tensor]) -> None:
     """Average the gradients over all processes in one message."""
     gradients = [tensor.grad for tensor in trained.values()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = parameters_to_vector(gradients)
     distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    vector_to_parameters(flat / distributed.get_world_size(), gradients)

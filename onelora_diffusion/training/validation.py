@@ -66,17 +66,12 @@ class Validation:
                 yield moments, task.on_device(conditions), self._draws(chosen, shape), masks
 
     def _draws(self, samples: list[tuple[int, int]], shape: tuple[int, ...]) -> StepDraws:
-        posterior_noise, noise, timesteps = [], [], []
         first, part = self.task.timesteps.start, len(self.task.timesteps) / TIMES
+        noises, timesteps = [], []
         for index, time in samples:
             random = keyed_generator(0, VALIDATION, index * TIMES + time)
-            posterior_noise.append(random.standard_normal(shape, dtype=np.float32))
-            noise.append(random.standard_normal(shape, dtype=np.float32))
+            noises.append(random.standard_normal((2, *shape), dtype=np.float32))  # of the posterior; to be predicted
             timesteps.append(first + int((time + random.random()) * part))
-        drawn = StepDraws(
-            torch.from_numpy(np.stack(posterior_noise)),
-            torch.from_numpy(np.stack(noise)),
-            torch.tensor(timesteps),
-            torch.zeros(len(samples), dtype=torch.bool),
-        )
+        drops = torch.zeros(len(samples), dtype=torch.bool)
+        drawn = StepDraws(*torch.from_numpy(np.stack(noises, axis=1)), torch.tensor(timesteps), drops)
         return drawn.rows(slice(None), self.task.accelerator.device)

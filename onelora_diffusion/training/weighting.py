@@ -34,8 +34,7 @@ def weighted_loss(losses: dict[str, Tensor], weights: Tensor | None) -> Tensor:
 def min_snr_weights(timesteps: Tensor, scheduler, gamma: float) -> Tensor:
     """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ) for a model that predicts noise, / (SNR + 1) for velocity: (batch,).
 
-    EDM's F is a velocity, too.
-    Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023.
+    EDM's F is a velocity, too. (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023.)
     """
     alphas_cumprod = device_table(_alphas_cumprod, scheduler, timesteps.device, torch.float32)[timesteps]
     snr = alphas_cumprod / (1 - alphas_cumprod)

@@ -76,23 +76,12 @@ def near(first, second) -> bool:
     return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(second.abs().max()))
 
 
-def is_meta(value) -> bool:
-    return any(tensor.is_meta for tensor in tensors_in(value))
-
-
 def tensors_in(value) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from tensors_in(entry)
-
-
-def filled(value, tensors: Iterator[Tensor]):
-    """The same with other tensors in the places of its own."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    return type(value)(filled(entry, tensors) for entry in value) if isinstance(value, list | tuple) else value
 
 
 def batch_kind(one, two) -> str | None:

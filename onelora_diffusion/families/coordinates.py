@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from onelora_diffusion.diffusion import noise_schedule, prediction_of, target_at
-from onelora_diffusion.families.arguments import filled, tensors_in
 from onelora_diffusion.families.record import Place, Run
-from onelora_diffusion.families.recording import SHORT, Recorder
+from onelora_diffusion.families.recording import Recorder
 
 STEPS = 5
 TIMES = (500.0, 100.0, 50.0, 20.0, 5.0)  # at which it is seen by what σ a pipeline divides at least
@@ -53,19 +52,10 @@ def measured(
 
     ValueError if they are not the same for all of the sample.
     """
-    runs = [
-        precise_run(
-            recorder,
-            side,
-            steps,
-            recorder.answering(lambda number, elements, value=value: torch.full((elements,), value)),
-            frames,
-            step=lambda number, sample: sample if number else sample / sample.std(),
-            times=times,
-            scales=scales,
-        )
-        for value in (0.0, LARGE)
-    ]
+    how = {"frames": frames, "times": times, "scales": scales, "precise": True}
+    how["step"] = lambda number, sample: sample if number else sample / sample.std()
+    answers = (recorder.answering_all(value) for value in (0.0, LARGE))
+    runs = [recorder.alone(side, steps, answer, **how) for answer in answers]
     run, noisy, found = runs[0], recorder.record.noisy, []
     if len(run.calls) != len(run.times):  # a sampler of a higher order may take more
         raise recorder.refusal(
@@ -84,17 +74,6 @@ def measured(
             raise recorder.refusal("what its scheduler steps by is no sum of the sample and the denoiser's output")
         found.append(torch.stack([scale, of_sample, of_output[0]]))
     return Steps(*torch.stack(found, dim=1), run)
-
-
-def precise_run(recorder: Recorder, side: tuple[int, int], steps: int, answer, frames: int = 1, **how) -> Run:
-    """A run whose samples and answers are in float32, whatever the denoiser computes in."""
-    record = recorder.record
-    encoded = filled(
-        record.encoded, (t.float() if t.is_floating_point() else t for t in [*tensors_in(record.encoded)])
-    )
-    return recorder.run(
-        SHORT, side, steps, answer, encoded=encoded, frames=frames, dtype=torch.float32, **how, **record.off
-    )
 
 
 def find_steps(recorder: Recorder) -> None:
@@ -262,7 +241,7 @@ def check_drawn(recorder: Recorder, place: Place, times: Sequence[float]) -> Non
         output = output.reshape(1, *shape).to(given[0])
         return list(output) if record.gives_lists else output
 
-    run = precise_run(recorder, recorder.square, STEPS, answer, steps_itself=True)
+    run = recorder.alone(None, STEPS, answer, step=None, precise=True)
     drawn = run.drawn.flatten().cpu().double()[place.order[stepped]] / record.unit
     far = float((drawn - picture[stepped]).square().mean().sqrt())
     if not far < FAR:

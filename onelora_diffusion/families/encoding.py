@@ -12,7 +12,7 @@ from onelora_diffusion.families.arguments import on, same
 from onelora_diffusion.families.family import Condition, Conditions, Edit, Family, Sized, longest, padded, sides_of
 from onelora_diffusion.families.given import clean_latents
 from onelora_diffusion.families.guided import empty_row, guided_run, unpadded
-from onelora_diffusion.families.record import Place, Record
+from onelora_diffusion.families.record import Place, Prompted, Record
 from onelora_diffusion.families.recording import Recorder
 from onelora_diffusion.families.sized import row_of, rows_in, shapes_in
 from onelora_diffusion.files import digest
@@ -42,12 +42,9 @@ class Encoding(Family):
         raise NotImplementedError
 
     def encode_conditions(self, pipeline, conditions: list[Condition], max_length: int | None = None) -> Conditions:
-        settings = longest(max_length)
-        if "max_sequence_length" not in self.recorder.parameters:
-            settings = {}  # the pipeline does not shorten prompts, and a longer one is an error
+        encode = self._encoded_edit if self.record.references else self._encoded_prompt
         with torch.no_grad():
-            encode = self._encoded_edit if self.record.references else self._encoded_prompt
-            rows = [encode(condition, max_length, settings) for condition in conditions]
+            rows = [encode(condition, max_length) for condition in conditions]
         return {name: padded([row[name] for row in rows]) for name in rows[0]}
 
     def encoders(self, pipeline) -> dict[str, object]:
@@ -56,11 +53,7 @@ class Encoding(Family):
 
     def conditioners(self, pipeline) -> dict[str, object]:
         own = super().encoders(pipeline)
-        others = {
-            *own,
-            *denoisers_in(pipeline),
-            *([] if self.record.references else [autoencoder_name(pipeline)]),
-        }
+        others = {*own, *denoisers_in(pipeline), *([] if self.record.references else [autoencoder_name(pipeline)])}
         others |= {*getattr(pipeline, "_exclude_from_cpu_offload", ())}  # such as a safety checker
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         found = {name: part for name, part in modules.items() if name not in others}
@@ -74,97 +67,99 @@ class Encoding(Family):
     def guides_itself(self) -> bool:
         return self.is_guided and self.guide is None
 
-    def _encoded_prompt(self, condition: str | Sized | None, max_length: int | None, settings: dict) -> dict:
+    def _length(self, max_length: int | None) -> int | None:
+        """The number of tokens that the pipeline is told; None: it shortens no prompts, and long ones are errors."""
+        return max_length if "max_sequence_length" in self.recorder.parameters else None
+
+    def _encoded_prompt(self, condition: str | Sized | None, max_length: int | None) -> dict[str, Tensor]:
         if not self.is_sized:
-            return self._encoded_row(condition or "", max_length, settings)
-        asked, length = self.at_size(condition, self.recorder.square), settings.get("max_sequence_length")
-        row = self._encoded_row(asked.prompt or "", max_length, settings, asked.side, frames=asked.frames)
+            return self._encoded_row(condition or "", max_length)
+        asked, length = self.at_size(condition, self.recorder.square), self._length(max_length)
+        row = self._encoded_row(asked.prompt or "", max_length, asked.side, asked.frames)
         row["asked.shape"] = torch.tensor([[*asked.side, asked.frames, length or 0]])
         if self.guide:  # what computes a row is a part of it, so that rows have one form
             key = replace(asked, prompt=""), length
             if key not in self._of_guide:
-                own = self.guide._encoded_prompt(key[0], max_length, settings)
+                own = self.guide._encoded_prompt(key[0], max_length)
                 self._of_guide = {key: {f"{GUIDE}{name}": value for name, value in own.items()}}
             row |= self._of_guide[key] | {GUIDED: torch.tensor([asked.prompt is None])}
         return row
 
-    def _encoded_edit(self, edit: Edit | str | None, max_length: int | None, settings: dict) -> dict[str, Tensor]:
+    def _encoded_edit(self, edit: Edit | str | None, max_length: int | None) -> dict[str, Tensor]:
         if not isinstance(edit, Edit):
             raise ValueError(f"{self.name} edits reference images here, and a prompt has none")
         images = [reference.image() for reference in edit.references]
         if len(images) != self.record.references:
             raise ValueError(f"{self.name} is given {len(images)} reference images, not {self.record.references}")
-        sizes = [image.size for image in images]
-        row = self._encoded_row(
-            edit.prompt, max_length, settings, edit.side, sizes, references=images, frames=edit.frames
-        )
-        row["references.sizes"] = torch.tensor([[edit.side, *sizes]])
+        row = self._encoded_row(edit.prompt, max_length, edit.side, edit.frames, references=images)
+        row["references.sizes"] = torch.tensor([[edit.side, *(image.size for image in images)]])
         return row | ({"references.frames": torch.tensor([edit.frames])} if edit.frames > 1 else {})
 
     def _encoded_row(
-        self, prompt: str, max_length: int | None, settings: dict, side=None, sizes=(), frames=1, **given
+        self, prompt: str, max_length: int | None, side: tuple[int, int] | None = None, frames: int = 1, **references
     ) -> dict[str, Tensor]:
-        recorder, record, settings = self.recorder, self.record, settings | given | {"frames": frames}
-        side = side or recorder.square
-        length = settings.get("max_sequence_length") if self.is_sized else None
-        place = self.place(*side, frames, sizes, length)
-        whole = {"answer": recorder.answering(lambda number, elements: torch.zeros(elements))}
-        whole |= {"step": lambda number, sample: sample}
-        run = recorder.run(prompt, side, **record.off | settings | (whole if place.given.any() else {}))
+        recorder, record, length = self.recorder, self.record, self._length(max_length)
+        side, settings = side or recorder.square, longest(length) | references | {"frames": frames}
+        sizes = [image.size for image in references.get("references", ())]
+        place = self.place(*side, frames, sizes, length if self.is_sized else None)
+        is_given = bool(place.given.any())
+        whole = {"answer": recorder.answering_all(0.0), "step": lambda number, sample: sample} if is_given else {}
+        run = recorder.run(prompt, side, **record.off | settings | whole)
         call = run.calls[0]
         if self.guides_itself and not prompt:  # as the pipeline encodes what it guides from, which may be another way
             guided, _ = guided_run(recorder, side, **record.guided | settings)
             _, empty = empty_row(recorder, guided, recorder.call(side=side, **settings))
             call = call | (empty if record.together else unpadded(recorder, guided, empty, call))
-        row = self._padded(call, max_length, place)
-        return row | ({"references.clean": clean_latents(place, run.decoded)} if place.given.any() else {})
-
-    def _padded(self, call: dict, max_length: int | None, place: Place) -> dict[str, Tensor]:
-        """The prompt's arguments of a call, (1, ...) each, with their lengths where those of prompts differ.
-
-        With reference images, also what of them is in the noisy argument, and all else, which may follow their sizes
-        through the tokens that a prompt has for them; and prompts are as long as they are.
-        """
-        record, constants = self.record, place.constants
-        own = {name: value for name, value in call.items() if record.references and isinstance(value, Tensor)}
-        for name in (record.noisy, *record.times, *record.prompted):
-            own.pop(name, None)
-        for name in call.keys() - {*record.prompted, *record.times, *own, record.noisy}:
-            device = call[name].device if isinstance(call[name], Tensor) else "cpu"
-            if not same(call[name], send_to_device(constants.get(name), device)):
-                raise ValueError(f"{self.name} tells its denoiser another {name} of this prompt than of others")
-        row = {}
-        if record.references:
-            row |= {f"references.{name}": value[None] for name, value in own.items()}
-            row |= {f"references.{name}.shape": torch.tensor([[*value.shape]]) for name, value in own.items()}
-            row["references.digest"] = torch.tensor([int(digest(own)[:15], 16)])
-            given = call[record.noisy][0].flatten()
-            row["references"] = given[on(place.beside, given.device)][None]
+        self._check_constants(call, place)
+        row = self._references_row(call, place) if record.references else {}
         for name, how in record.prompted.items():
-            if call[name] is None:  # a mask that is left out where it has every token (Nucleus)
-                tokens = next(
-                    call[other].shape[:2] for other in record.prompted if getattr(call[other], "ndim", 0) == 3
-                )
-                call = call | {name: constants[name].new_ones(tokens)}
-            value = call[name][None] if how.kind == "shared" else call[name][0][None]
-            if record.together:
-                row |= row_of(name, value[0])
+            row |= self._prompt_row(name, how, call, max_length, place)
+        return row | ({"references.clean": clean_latents(place, run.decoded)} if is_given else {})
+
+    def _is_kept(self, name: str, value) -> bool:
+        """Whether an argument is kept for each edit: it may follow sizes by the tokens that a prompt has of images."""
+        record = self.record
+        is_other = name not in (record.noisy, *record.times, *record.prompted)
+        return bool(record.references) and isinstance(value, Tensor) and is_other
+
+    def _check_constants(self, call: dict, place: Place) -> None:
+        """ValueError if an argument that is not of the prompt is another one for it."""
+        for name, value in call.items():
+            if name in (*self.record.prompted, *self.record.times, self.record.noisy) or self._is_kept(name, value):
                 continue
-            if how.ragged is not None:
-                own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged + 1]
-                most = length if record.references else max_length or own and own.default or ROOM
-                if length > most:
-                    raise ValueError(
-                        f"{self.name} has {length} tokens of a prompt in {name}, more than the {most} asked for"
-                    )
-                missing = list(value.shape)
-                missing[how.ragged + 1] = most - length
-                value = torch.cat([value, value.new_zeros(missing)], how.ragged + 1)
-                row[f"{name}.length"] = torch.tensor([length])
-            elif record.references:
-                row[f"{name}.shape"] = torch.tensor([[*value.shape[1:]]])
-            row[name] = value
-        return row
+            device = value.device if isinstance(value, Tensor) else "cpu"
+            if not same(value, send_to_device(place.constants.get(name), device)):
+                raise ValueError(f"{self.name} tells its denoiser another {name} of this prompt than of others")
+
+    def _references_row(self, call: dict, place: Place) -> dict[str, Tensor]:
+        """What is kept of a call's reference images: what the noisy argument has of them, and all that is kept."""
+        own = {name: value for name, value in call.items() if self._is_kept(name, value)}
+        row = {f"references.{name}": value[None] for name, value in own.items()}
+        row |= {f"references.{name}.shape": torch.tensor([[*value.shape]]) for name, value in own.items()}
+        row["references.digest"] = torch.tensor([int(digest(own)[:15], 16)])
+        given = call[self.record.noisy][0].flatten()
+        return row | {"references": given[on(place.beside, given.device)][None]}
+
+    def _prompt_row(self, name: str, how: Prompted, call: dict, max_length: int | None, place: Place) -> dict:
+        """An argument of a call that follows the prompt, (1, ...), with its length where that of prompts differs."""
+        record, value = self.record, call[name]
+        if value is None:  # a mask that is left out where it has every token (Nucleus)
+            tokens = next(call[n].shape[:2] for n in record.prompted if getattr(call[n], "ndim", 0) == 3)
+            value = place.constants[name].new_ones(tokens)
+        value = value if how.kind == "shared" else value[0]
+        if record.together:
+            return row_of(name, value)
+        if how.ragged is None:
+            shape = {f"{name}.shape": torch.tensor([[*value.shape]])} if record.references else {}
+            return {name: value[None]} | shape
+        own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged]
+        most = length if record.references else max_length or own and own.default or ROOM  # edits are not padded
+        if length > most:
+            raise ValueError(f"{self.name} has {length} tokens of a prompt in {name}, more than the {most} asked for")
+        missing = list(value.shape)
+        missing[how.ragged] = most - length
+        value = torch.cat([value, value.new_zeros(missing)], how.ragged)
+        return {name: value[None], f"{name}.length": torch.tensor([length])}
 
     def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:
         kinds = {name: how.kind for name, how in self.record.prompted.items()}
@@ -173,16 +168,6 @@ class Encoding(Family):
         stay += [name for name in conditions if kinds.get(name) == "shared" or name == "guidance"]
         moved = {name: value for name, value in conditions.items() if name not in stay}
         return super().on_device(moved, device) | {name: conditions[name] for name in stay}
-
-    @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
-    def _moved(self, name: str, value, device: torch.device):
-        """An argument of a batch on the device, where one that is the same as in the last call still is."""
-        if self.record.prompted[name].kind != "shared" or value.device == device:
-            return value
-        last = self._last_shared.get(name, (None, None))
-        if last[0] is None or last[1].device != device or not same(last[0], value):
-            last = self._last_shared[name] = (value, value.to(device, non_blocking=True))
-        return last[1]
 
     def _groups(self, times: Tensor, conditions: Conditions) -> list[Tensor]:
         """The images of a batch that are computed together.
@@ -212,41 +197,45 @@ class Encoding(Family):
         lowest, highest = self.record.share
         return ((times >= lowest) & (times < highest)).long()
 
-    def _of_prompts(self, conditions: Conditions, place: Place, device) -> dict:
+    def _of_prompts(self, conditions: Conditions, place: Place, device: torch.device) -> dict:
         """Arguments of the denoiser that follow the prompt, cut to the longest of the batch."""
-        record, unequal = self.record, None
-        arguments = {}
+        record, unequal, arguments = self.record, None, {}
         for name, how in record.prompted.items():
-            rows, lengths = conditions[name], [0]
+            rows = conditions[name]
             if record.together:
-                arguments[name] = rows = rows_in(name, conditions)
-                if how.kind == "list":
-                    continue
-                rows = torch.stack(rows)
+                rows = rows_in(name, conditions)
             elif how.ragged is not None:
                 lengths = conditions[f"{name}.length"].tolist()
                 if how.kind == "list":
-                    arguments[name] = [row.narrow(how.ragged, 0, n) for row, n in zip(rows, lengths, strict=True)]
-                    continue
-                rows = rows.narrow(how.ragged + 1, 0, max(lengths))
+                    rows = [row.narrow(how.ragged, 0, n) for row, n in zip(rows, lengths, strict=True)]
+                else:
+                    rows = rows.narrow(how.ragged + 1, 0, max(lengths))
+                    unequal = lengths if len(set(lengths)) > 1 else unequal
             elif f"{name}.shape" in conditions:  # it follows the sizes of reference images, which are one here
                 rows = rows[(slice(None), *map(slice, conditions[f"{name}.shape"][0].tolist()))]
-            if len(set(lengths)) > 1:
-                unequal = lengths
-            if how.kind == "rows":  # some have one for each frame
+            if how.kind == "list":
+                arguments[name] = [*rows]
+            elif how.kind == "shared":
+                arguments[name] = self._shared(name, rows, device)
+            else:  # some have one for each frame
+                rows = torch.stack(rows) if record.together else rows
                 arguments[name] = rows.repeat_interleave(len(place.constants[name]), 0)
-            else:
-                arguments[name] = self._moved(name, self._joined(name, rows), device)
-        for name, mask in record.masks.items():
-            if unequal:
-                valid = torch.arange(max(unequal)) < torch.tensor(unequal)[:, None]
-                arguments[name] = valid.to(device, mask.dtype, non_blocking=True)
+        if unequal:
+            valid = torch.arange(max(unequal)) < torch.tensor(unequal)[:, None]
+            masks = record.masks.items()
+            arguments |= {name: valid.to(device, mask.dtype, non_blocking=True) for name, mask in masks}
         return arguments
 
-    def _joined(self, name: str, values: Tensor) -> Tensor:
-        """The argument that all images of a batch have, of those of single images."""
+    @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
+    def _shared(self, name: str, values: Tensor | list[Tensor], device: torch.device) -> Tensor:
+        """The argument that all images of a batch have, on the device, where that of the last call still is."""
         if not all(same(value, values[0]) for value in values):
             raise ValueError(
                 f"{self.name} has one {name} for a batch, and its prompts differ in it: make batches of one"
             )
-        return values[0]
+        if values[0].device == device:
+            return values[0]
+        own, moved = self._last_shared.get(name, (None, None))
+        if not same(own, values[0]) or moved.device != device:
+            own, moved = self._last_shared[name] = values[0], values[0].to(device, non_blocking=True)
+        return moved

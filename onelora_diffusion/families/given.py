@@ -6,7 +6,6 @@ The scheduler takes no step with them, or what it makes of them is dropped; thei
 import torch
 from torch import Tensor
 
-from onelora_diffusion.families.arguments import same
 from onelora_diffusion.families.record import Place
 from onelora_diffusion.families.recording import NotTakenError, Recorder
 
@@ -26,13 +25,6 @@ def draws_from_first_frame(pipeline) -> bool:
     except NotTakenError:
         return True
     return False
-
-
-def drawn_at_random(recorder: Recorder, off: dict) -> list[str]:
-    """The arguments of the denoiser, for one image, that are others by another generator."""
-    generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    first, other = (recorder.run(side=recorder.square, generator=own, **off).calls[0] for own in generators)
-    return [name for name, value in first.items() if not same(value, other.get(name)) and len(value) == 1]
 
 
 def still_in(calls: list[dict], noisy: str) -> dict[str, Tensor]:

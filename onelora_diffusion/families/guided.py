@@ -1,6 +1,6 @@
 """What the recorded calls of a stock pipeline say of its guidance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
                 return
             rows = sum(len(call[record.noisy]) for call in run.calls)
             if rows == 2 or rows == 3 and record.references:
-                record.guided, record.offset = guided, offset_of(recorder, place, run, answers)
-                if own and type(own[0]).__name__ != "ClassifierFreeGuidance" or len(alone) > 1:
-                    record.offset = None
+                numbers, _ = empty_row(recorder, run, recorder.call())
+                is_known = len(alone) == 1 and (not own or type(own[0]).__name__ == "ClassifierFreeGuidance")
+                offset = offset_of(recorder, run, [answers[number] for number in numbers], [place, place])
+                record.guided, record.offset = guided, offset if is_known else None
                 return
             if rows != 1:
                 raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
@@ -117,16 +118,22 @@ def check_empty(recorder: Recorder, empty: dict, alone: dict) -> None:
         raise ValueError(f"{name} encodes the empty prompt in another way where it is guided from it")
 
 
-def offset_of(recorder: Recorder, place: Place, run: Run, answers: list[Tensor]) -> int | None:
-    """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula."""
-    numbers, _ = empty_row(recorder, run, recorder.call())
-    outputs, sign, stepped = run.outputs, place.sign, place.order >= 0
+def offset_of(recorder: Recorder, run: Run, answers: Sequence[Tensor], places: Sequence[Place]) -> int | None:
+    """What is added to the pipeline's scale in ε(∅) + w (ε(y) − ε(∅)); None if it guides by another formula.
+
+    Args:
+        run: a guided step, in which ε(y) and ε(∅) are of these `answers`, each at its place.
+    """
+    outputs, signs, order = run.outputs, [place.sign for place in places], places[0].order
     if recorder.record.steps in ("flow", "image"):
-        outputs, sign = unmixed(run, measured(recorder, recorder.square, 2, recorder.record.frames)), 1
-    found = outputs[0].float().flatten().cpu()[place.order[stepped]]
-    own, without = (answers[number].float().flatten().cpu()[place.unpacked[stepped]] for number in numbers)
+        outputs, signs = unmixed(run, measured(recorder, recorder.square, 2, recorder.record.frames)), (1, 1)
+    found = outputs[0].float().flatten().cpu()[order[order >= 0]]
+    own, without = (
+        sign * answer.float().flatten().cpu()[place.unpacked[order >= 0]]
+        for sign, answer, place in zip(signs, answers, places, strict=True)
+    )
     for offset in (0, 1):
-        guided = sign * (without + (TRIED_SCALE + offset) * (own - without))
+        guided = without + (TRIED_SCALE + offset) * (own - without)
         if (guided - found).abs().max() <= 0.05 * guided.abs().max():
             return offset
     return None

@@ -6,14 +6,19 @@ from itertools import chain
 import torch
 
 from onelora_diffusion.families.arguments import same
-from onelora_diffusion.families.recording import SHORT, Recorder
+from onelora_diffusion.families.recording import Recorder
+
+
+def drawn_at_random(recorder: Recorder, **settings) -> list[str]:
+    """The arguments of the denoiser that are others by another generator."""
+    generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    first, other = (recorder.run(side=recorder.square, generator=own, **settings).calls[0] for own in generators)
+    return [name for name, value in first.items() if not same(value, other.get(name))]
 
 
 def find_others(recorder: Recorder) -> bool:
     """Whether a pipeline draws more than one of its denoiser's arguments at random: all but the first are others."""
-    generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    first, again = (recorder.run(SHORT, recorder.square, generator=own).calls[0] for own in generators)
-    _, *recorder.record.others = [name for name, value in first.items() if not same(value, again.get(name))] or [""]
+    recorder.record.others = drawn_at_random(recorder)[1:]
     return bool(recorder.record.others)
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from onelora_diffusion.families.arguments import Arrangement, is_meta
+from onelora_diffusion.families.arguments import Arrangement, tensors_in
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Place:
             beside = self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None
             in_order = torch.equal(self.unpacked, torch.arange(len(self.unpacked)))
             given = self.given if self.given.any() else None
-            there = {name: value for name, value in self.constants.items() if not is_meta(value)}
+            there = {n: value for n, value in self.constants.items() if not any(t.is_meta for t in tensors_in(value))}
             moved = (self.packed, None if in_order else self.unpacked, beside, there, self.still, given)
             self._on_devices[device] = Placed(*send_to_device(moved, device))
         return self._on_devices[device]

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from math import inf
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from onelora_diffusion.families.family import Conditions
 from onelora_diffusion.families.fitting import check_frames, check_sides
 from onelora_diffusion.families.guides import probed_guide
 from onelora_diffusion.families.kept import keep, kept, path_of
-from onelora_diffusion.families.probing import place_at, probed
+from onelora_diffusion.families.placing import place_at
+from onelora_diffusion.families.probing import probed
 from onelora_diffusion.families.record import Place
-from onelora_diffusion.families.recording import SHORT, Recorder
+from onelora_diffusion.families.recording import Recorder
 from onelora_diffusion.injection.book import unwrapped
 
 PLACES = 64  # sizes of images, with those of their reference images, of which what was recorded is kept in memory
@@ -144,10 +145,10 @@ class Recorded(Encoding):
         self.recorder.frame_rate = rate
         self._places = {size: place for size, place in self._places.items() if size[2] == 1}
 
-    def _size_of(self, latents: Tensor) -> tuple[int, int, int]:
-        """Height and width in pixels, and the number of frames."""
-        height, width = (side * self.record.pixels for side in latents.shape[-2:])
-        return height, width, 1 + (latents.shape[2] - 1) * self.record.stride if latents.ndim == 5 else 1
+    def _size_of(self, latents: Sequence[int]) -> tuple[int, int, int]:
+        """Height and width in pixels, and the number of frames, of the shape (C, ...) of latents."""
+        frames = 1 + (latents[1] - 1) * self.record.stride if len(latents) == 4 else 1
+        return latents[-2] * self.record.pixels, latents[-1] * self.record.pixels, frames
 
     # -----------------------------------------------------------------------------------------------
     # Predictions
@@ -181,17 +182,25 @@ class Recorded(Encoding):
         if self.guide and conditions[GUIDED][0]:
             own = {n.removeprefix(GUIDE): value for n, value in conditions.items() if n.startswith(GUIDE)}
             return self.guide.predict(getattr(self.pipeline, self.record.guiding), latents, times, own)
-        denoiser = self._denoiser_at(times, denoiser)
-        record, device, batch = self.record, latents.device, len(latents)
-        times = on(times, device)
-        latents = latents * record.spread
-        place, values = self._place_of(conditions, self._size_of(latents)), latents.flatten(1)
-        if record.references:
-            place, references = self._referred(conditions, self._size_of(latents))
-            values = torch.cat([values, references.to(values.dtype)], dim=1)
+        chosen, times = self._denoiser_at(times, denoiser), on(times, latents.device)
+        place, latents = self._place_of(conditions, self._size_of(latents.shape[1:])), latents * self.record.spread
+        given = self._arguments(latents, times, conditions, place)
+        output = output_of(chosen(**self.record.arrangement.nested(given)))
+        output = torch.stack(output) if isinstance(output, list) else output
+        expected = self.record.output_shape(place.argument)
+        if tuple(output.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
+            )
+        return self._prediction(output, latents, times, place)
+
+    def _arguments(self, latents: Tensor, times: Tensor, conditions: Conditions, place: Place) -> dict:
+        """The arguments of the denoiser by name for latents as the scheduler has them."""
+        record, device, batch, values = self.record, latents.device, len(latents), latents.flatten(1)
         here = place.on(device, record.noisy)
-        if here.beside is not None and not record.references:
-            values = torch.cat([values, here.beside.to(values.dtype).expand(batch, -1)], dim=1)
+        if here.beside is not None:
+            own = conditions["references"][:, : len(here.beside)] if record.references else here.beside
+            values = torch.cat([values, own.to(values.dtype).expand(batch, -1)], dim=1)
         packed = values[:, here.packed].reshape(batch, *place.argument).to(here.constants[record.noisy][0].dtype)
         given = self._of_prompts(conditions, place, device)
         constants = {name: value for name, value in here.constants.items() if name not in given}
@@ -205,16 +214,14 @@ class Recorded(Encoding):
             given[name] = _spread(by * told + start, here.constants[name], here.still.get(name))
         if record.told and "guidance" in conditions:
             given[record.told[0]] = on(self._told(conditions["guidance"]), device)
-        output = output_of(denoiser(**record.arrangement.nested(given)))
-        output = torch.stack(output) if isinstance(output, list) else output
-        expected = record.output_shape(place.argument)
-        if tuple(output.shape[1:]) != expected:
-            raise ValueError(
-                f"{self.name}'s transformer puts out {tuple(output.shape[1:])} here, recorded were {expected}"
-            )
+        return given
+
+    def _prediction(self, output: Tensor, latents: Tensor, times: Tensor, place: Place) -> Tensor:
+        """What the denoiser's output predicts of latents as the scheduler has them."""
+        record, here = self.record, place.on(latents.device, self.record.noisy)
         is_plain = place.sign > 0 and record.steps != "image" and record.spread == 1
         if is_plain and here.unpacked is None and output.shape[-2:] == latents.shape[-2:]:
-            return output.reshape(batch, -1, *latents.shape[2:])  # with its variance, if there is one
+            return output.reshape(len(latents), -1, *latents.shape[2:])  # with its variance, if there is one
         output = output.flatten(1)
         output = output[:, : latents[0].numel()] if here.unpacked is None else output[:, here.unpacked]
         own = place.sign * output.reshape(latents.shape)
@@ -225,7 +232,7 @@ class Recorded(Encoding):
         return own if here.given is None else own.masked_fill(here.given, 0)  # of which nothing is predicted
 
     def completed(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        given = self.place(*self._size_of(latents)).given
+        given = self.place(*self._size_of(latents.shape[1:])).given
         if not given.any():
             return latents
         whole, clean = latents.clone(), conditions["references.clean"].to(latents)
@@ -233,7 +240,15 @@ class Recorded(Encoding):
         return whole
 
     def _place_of(self, conditions: Conditions, size: tuple[int, int, int]) -> Place:
-        """What the pipeline says of images of this size, with a group's prompts."""
+        """What the pipeline says of images of this size, with a group's prompts and reference images."""
+        if self.record.references:
+            asked, *sizes = map(tuple, conditions["references.sizes"][0].tolist())
+            if asked != size[:2]:
+                raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {size[0]} by {size[1]}")
+            frames = int(conditions["references.frames"][0]) if "references.frames" in conditions else 1
+            if frames != size[2]:
+                raise ValueError(f"a clip of {frames} frames is asked for {size[2]}")
+            return self.place(*size, sizes)
         if not self.is_sized:
             return self.place(*size)
         *asked, length = conditions["asked.shape"][0].tolist()
@@ -241,17 +256,6 @@ class Recorded(Encoding):
             was, wanted = ("{} by {} pixels in {} frames".format(*each) for each in (asked, size))
             raise ValueError(f"{self.name} encodes prompts for a size: one for {was} is asked for {wanted}")
         return self.place(*size, length=length or None)
-
-    def _referred(self, conditions: Conditions, size: tuple[int, int, int]) -> tuple[Place, Tensor]:
-        """What the pipeline says of a group's images with their references, and what of these is given, (batch, n)."""
-        asked, *sizes = map(tuple, conditions["references.sizes"][0].tolist())
-        if asked != size[:2]:
-            raise ValueError(f"an edit of {asked[0]} by {asked[1]} pixels is asked for {size[0]} by {size[1]}")
-        frames = int(conditions["references.frames"][0]) if "references.frames" in conditions else 1
-        if frames != size[2]:
-            raise ValueError(f"a clip of {frames} frames is asked for {size[2]}")
-        place = self.place(*size, sizes)
-        return place, conditions["references"][:, : int(place.beside.sum())]
 
     def _predicted_in_groups(self, groups, denoiser, latents, times, conditions) -> Tensor:
         book = getattr(unwrapped(denoiser), "_onelora", None)
@@ -281,14 +285,16 @@ class Recorded(Encoding):
         return self.recorder.call(encoded=self.record.encoded, guidance_scale=scale)[self.record.told[0]]
 
     def _constant(self, name: str, value, batch: int):
-        """A constant argument for so many images."""
-        if isinstance(value, Tensor):
-            return _rows_for(value, batch) if self.record.batched.get(name) else value
-        return list(value) * batch if self.record.batched.get(name) and isinstance(value, list | tuple) else value
+        """A constant argument, for one image or for the frames of one clip, for so many."""
+        if not self.record.batched.get(name):
+            return value
+        if isinstance(value, Tensor) and value.ndim:
+            # As a pipeline gives it: one row after the other in memory, which some denoisers count on.
+            return value.expand(batch, *value.shape).flatten(0, 1).contiguous()
+        return list(value) * batch if isinstance(value, list | tuple) else value
 
     def learned(self, latents: tuple[int, ...]) -> Tensor | None:
-        size = (*(side * self.record.pixels for side in latents[-2:]), 1 + (latents[1] - 1) * self.record.stride)
-        given = self.place(*size).given if self.record.frames > 1 else torch.zeros(())
+        given = self.place(*self._size_of(latents)).given if self.record.frames > 1 else torch.zeros(())
         return (~given[None, :1]).float() if given.any() else None
 
     def training_scheduler(self, pipeline):
@@ -309,8 +315,7 @@ class Recorded(Encoding):
         steps, is_other = None, record.steps in ("flow", "edm")
         if is_other:
             steps = measured(recorder, side, num_inference_steps, frames, scales=True)
-        given = {"encoded": record.encoded, "frames": frames, **record.off}
-        run = steps.run if is_other else recorder.run(SHORT, side, num_inference_steps, **given)
+        run = steps.run if is_other else recorder.alone(side, num_inference_steps, frames=frames)
         for name, value in run.attributes.items():
             setattr(scheduler, name, value)
         scheduler.set_timesteps(**run.schedule)
@@ -344,7 +349,7 @@ class Recorded(Encoding):
         return torch.stack([(mean - shift) / scale, std / scale.abs()], dim=1)
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        place = self.place(*self._size_of(latents))
+        place = self.place(*self._size_of(latents.shape[1:]))
         latents = latents.float() * on(place.scale, latents.device) + on(place.shift, latents.device)
         given, more = to_autoencoder(latents, place).to(vae.dtype), send_to_device(place.decoding, latents.device)
         with torch.no_grad():
@@ -366,15 +371,12 @@ class Recorded(Encoding):
 
     def resolution(self, pipeline) -> int:
         own = None if self.recorder.takes_size else denoiser_of(pipeline).config.get("sample_size")
-        if own:  # else that of its reference image
-            return own * self.record.pixels
-        if not hasattr(self, "_own_side"):
-            answer = self.recorder.answering(lambda number, elements: torch.zeros(elements))
-            run = self.recorder.run(
-                answer=answer, step=lambda number, sample: sample, encoded=self.record.encoded, **self.record.off
-            )
-            self._own_side = run.decoded.shape[-2] * self.record.pixels
-        return self._own_side
+        return own * self.record.pixels if own else self._own_side  # that of its reference image
+
+    @cached_property
+    def _own_side(self) -> int:
+        how = {"encoded": self.record.encoded, "step": lambda number, sample: sample, **self.record.off}
+        return self.recorder.run(answer=self.recorder.answering_all(0.0), **how).decoded.shape[-2] * self.record.pixels
 
     def check_resolution(self, pipeline, *sides: int) -> None:
         super().check_resolution(pipeline, *sides)
@@ -406,14 +408,6 @@ class Recorded(Encoding):
 
 def _chosen(value: Tensor, rows: Tensor) -> Tensor:
     return value[on(rows, value.device)]
-
-
-def _rows_for(value, batch: int):
-    """An argument for one image, or for the frames of one clip, for so many."""
-    if not isinstance(value, Tensor) or not value.ndim:
-        return value
-    # As a pipeline gives it: one row after the other in memory, which some denoisers count on.
-    return value.expand(batch, *value.shape).flatten(0, 1).contiguous()
 
 
 def _spread(times: Tensor, recorded, still: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from math import prod
 from types import SimpleNamespace
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from PIL import Image
 from torch import Tensor, nn
 
@@ -120,15 +120,14 @@ class Recorder:
         side: tuple[int, int] | None = None,
         steps: int = 2,
         answer: Callable[[int, dict], object] | None = None,
-        step: Callable[[int, Tensor], Tensor | None] = lambda number, sample: None,
+        step: Callable[[int, Tensor], Tensor | None] | None = lambda number, sample: None,
         encoded: list | None = None,
         references: Sequence[Image.Image] | None = None,
         frames: int = 1,
         guider: float = 1.0,
         times: Sequence[float] = (),
         scales: bool = False,
-        steps_itself: bool = False,
-        dtype: torch.dtype | None = None,
+        precise: bool = False,
         beside: Callable[[int, dict], object] | None = None,
         **settings,
     ) -> Run:
@@ -137,15 +136,14 @@ class Recorder:
         Args:
             side: (height, width) in pixels. None: what the pipeline draws by itself.
             answer: what the denoiser returns of its call's number and arguments. None: the first call is the last.
-            step: the sample after that step. None: it is the last.
+            step: the sample after that step; None from it: that was the last. None in its place: the scheduler's own.
             encoded: what `encode_prompt` returned before, in place of its own.
             references: the reference images. None: blank ones, where there are any.
             frames: the number of frames of the clip that is drawn; 1: that of the record.
             guider: the scale of guidance by the component that guides, where there is one; 1: none.
             times: those of the steps, of flow matching. (): as the pipeline sets them.
-            scales: whether the scheduler scales what the denoiser is given, as it does in earnest.
-            steps_itself: whether it also steps, from sample to sample; `step` is not called.
-            dtype: of the denoiser, as the pipeline sees it. None: its own.
+            scales: whether the scheduler scales what the denoiser is given, as it does in earnest and where it steps.
+            precise: whether all is computed in float32, whatever the denoiser computes in.
             beside: what models that are not `counted` return. None: ones, or what they compute where that shape is
                 not known yet.
 
@@ -153,38 +151,15 @@ class Recorder:
             NotTakenError: the call fails.
         """
         pipeline, run = self.pipeline, Run()
-        frames = frames if frames > 1 else self.record.frames
+        given = self.arguments(prompt, side, steps, references, frames, **settings)
         is_replayed = encoded is not None and self.encoding
         device = torch.device("cpu") if is_replayed else pipeline._execution_device
-        given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
-        given |= dict.fromkeys(self.schedules)
-        given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
-        given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
-        given |= {"intermediate_timesteps": None} if steps != 2 else {}  # of SANA-Sprint, which has them for two alone
-        if self.record.references:
-            images = references or blank([BLANK] * self.record.references)
-            if side and not self.takes_size:
-                images = [image.resize(side[::-1]) for image in images]
-            given[self.takes] = images[0] if len(images) == 1 else list(images)
-        replaced = {
-            "scheduler": _scheduler(
-                pipeline.scheduler,
-                run,
-                None if steps_itself else step,
-                times,
-                scales or steps_itself,
-                bool(self.record.others),
-            ),
-            "_progress_bar_config": {"disable": True},
-        }
+        encoded = convert_to_fp32(encoded) if precise else encoded
+        scheduler = _scheduler(pipeline.scheduler, run, step, times, scales or step is None, bool(self.record.others))
+        replaced = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         if autoencoder := autoencoder_name(pipeline):
-            parts = {
-                "decode": _decoder(run),
-                "encode": self._image_encoder(),
-                "device": device,
-                "dtype": torch.float32,
-            }
-            replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **parts)
+            own = {"decode": _decoder(run), "encode": self._image_encoder(), "device": device, "dtype": torch.float32}
+            replaced[autoencoder] = _StandIn(getattr(pipeline, autoencoder), **own)
         else:
             replaced["safety_checker"] = None  # of pictures, which what is drawn here are not
         for name, part in pipeline.components.items():
@@ -193,14 +168,14 @@ class Recorder:
         replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
-        own = {"dtype": dtype} if dtype else {}
+        own = {"device": device} | ({"dtype": torch.float32} if precise else {})
         for name, part in (denoisers_in(pipeline) | self.guides).items():
             is_counted = name in self.counted
             forward = self._forward(name, run, answer) if is_counted else self._beside(name, part, run, beside)
-            replaced[name] = _StandIn(part, forward, device=device, **own)
+            replaced[name] = _StandIn(part, forward, **own)
         with _replaced(pipeline, replaced), _silence():
             try:
-                images = pipeline(**{name: value for name, value in given.items() if name in self.parameters})
+                images = pipeline(**given)
                 if not autoencoder:
                     run.decoded, run.images = run.drawn, images[0]
             except _Stop:
@@ -214,6 +189,29 @@ class Recorder:
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
         return run
+
+    def arguments(
+        self,
+        prompt: str | list[str],
+        side: tuple[int, int] | None,
+        steps: int,
+        references: Sequence[Image.Image] | None = None,
+        frames: int = 1,
+        **settings,
+    ) -> dict:
+        """Those of the pipeline's call, of settings those that it takes; see `run`."""
+        frames = frames if frames > 1 else self.record.frames
+        given = ASKED | {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
+        given |= dict.fromkeys(self.schedules)
+        given |= settings | ({"height": side[0], "width": side[1], "max_area": prod(side)} if side else {})
+        given |= {self.counts: frames, self.rates: self.frame_rate} if frames > 1 else {}
+        given |= {"intermediate_timesteps": None} if steps != 2 else {}  # of SANA-Sprint, which has them for two alone
+        if self.record.references:
+            images = references or blank([BLANK] * self.record.references)
+            if side and not self.takes_size:
+                images = [image.resize(side[::-1]) for image in images]
+            given[self.takes] = images[0] if len(images) == 1 else list(images)
+        return {name: value for name, value in given.items() if name in self.parameters}
 
     def _image_encoder(self) -> Callable:
         """The autoencoder's `encode` on its device and in its precision; images of one colour are encoded once."""
@@ -252,14 +250,14 @@ class Recorder:
 
     def _beside(self, name: str, part, run: Run, answer: Callable | None) -> Callable:
         """The forward of a model that is not counted."""
-        ones = self.answering(lambda number, elements: torch.ones(elements))
+        answer = answer or self.answering_all(1.0)
 
         def forward(*args, **kwargs):
             run.beside.append(name)
             if not self.record.noisy:
                 return part(*args, **kwargs)
             arguments = dict(inspect.signature(self.denoiser.forward).bind(*args, **kwargs).arguments)
-            return _Answer(((answer or ones)(0, arguments),))
+            return _Answer((answer(0, arguments),))
 
         return forward
 
@@ -280,6 +278,11 @@ class Recorder:
             return run.encoded[-1]
 
         return encode
+
+    def alone(self, side: tuple[int, int] | None = None, steps: int = 2, answer: Callable | None = None, **how) -> Run:
+        """A call without guidance, by what was encoded before, at the recorded size by default."""
+        how = {"encoded": self.record.encoded} | self.record.off | how
+        return self.run(SHORT, side or self.square, steps, answer, **how)
 
     def call(self, prompt: str | list[str] = SHORT, side: tuple[int, int] | None = None, **settings) -> dict:
         """The arguments of the denoiser's first call, without guidance, at the recorded size."""
@@ -306,6 +309,10 @@ class Recorder:
             return list(value) if record.gives_lists else value
 
         return answer
+
+    def answering_all(self, value: float) -> Callable[[int, dict], object]:
+        """A denoiser that answers this number in every place."""
+        return self.answering(lambda number, elements: torch.full((elements,), value))
 
     def answered(self, call: dict) -> Tensor | list:
         """What the denoiser itself answers to a recorded call."""

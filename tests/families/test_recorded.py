@@ -23,7 +23,8 @@ from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.denoisers import choose_denoiser, denoiser_of, repeated_blocks
 from onelora_diffusion.families import Recorded, family_of
 from onelora_diffusion.families.arguments import Arrangement
-from onelora_diffusion.families.probing import line_of, place_at
+from onelora_diffusion.families.placing import place_at
+from onelora_diffusion.families.probing import line_of
 from onelora_diffusion.families.recording import ASKED, _StandIn
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.injection.layers import target_layers

@@ -21,16 +21,13 @@ from torch import nn
 from onelora_diffusion.denoisers import DENOISERS
 from onelora_diffusion.families.arguments import same
 from onelora_diffusion.families.recording import ASKED, LONG, SHORT, Recorder
+from tools.stock_calls import NotMadeError
 
 TRIED_SIDE = 64
 # What a recording asks for by itself, of a call's arguments.
 RECORDED = {*ASKED, "height", "width", "num_inference_steps", "num_frames", "return_dict"}
 WIDTH = 32  # of the tests' own small text encoders
 DEVELOPERS = ("parameterized", "requests_mock")  # which tests import, and making components does not need
-
-
-class NotMadeError(Exception):
-    """A test loads a part of which nothing here makes a small one."""
 
 
 def pipelines_in(folder: Path) -> Iterator[tuple[str, Callable]]:

@@ -15,12 +15,10 @@ Exits with 1 if a difference is more than rounding, a loss does not fall, or a v
 import argparse
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
@@ -30,21 +28,30 @@ from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.denoisers import autoencoder_of, choose_denoiser, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
 from onelora_diffusion.families import Edit, Recorded, choose_references, draws_from_first_frame
-from onelora_diffusion.families.recorded import line_in_words
-from onelora_diffusion.families.recording import ASKED, FRAMES
+from onelora_diffusion.families.recording import FRAMES
 from onelora_diffusion.families.references import REFERENCES
-from onelora_diffusion.files import first_line
 from onelora_diffusion.sampling import SamplerSettings
 from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
 from onelora_diffusion.sampling.trajectory import RunningBatch
-from tools.try_families import Picture, alone, largest, mean_of
+from tools.stock_calls import (
+    Picture,
+    batched,
+    failed,
+    guidance_in_words,
+    refused,
+    steps_apart,
+    stock_call,
+    times_in_words,
+    told,
+    walk,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
 from first_frame_pipelines import FIRST_FRAMES
 from tiny_models import make_pipeline
 
-from tools.diffusers_tests import NotMadeError, pipelines_in
+from tools.diffusers_tests import pipelines_in
 
 PROMPTS = ["a dog runs", "", "a violet triangle turns"]
 COLUMNS = "pipeline", "noise", "time", "of the prompt and the picture", "given clean", "guidance"
@@ -59,65 +66,14 @@ def edits_of(family: Recorded) -> list[Edit]:
     return [Edit(prompt, (picture,), side, family.record.frames) for prompt, picture in pairs]
 
 
-def stock_call(pipeline, family: Recorded, edit: Edit, **settings) -> tuple[list, torch.Tensor]:
-    """What the pipeline's scheduler got in each step, and the clip (frames, 3, height, width) from 0 to 1."""
-    steps, scheduler, autoencoder = [], type(pipeline.scheduler), autoencoder_of(pipeline)
-    own = scheduler.step
-
-    def step(self, output, time, sample, *args, **kwargs):
-        if self is pipeline.scheduler or not family.record.others:  # whose schedulers are copies
-            steps.append((output.flatten(), float(time), sample.flatten().clone()))
-        return own(self, output, time, sample, *args, **kwargs)
-
-    recorder, (height, width) = family.recorder, edit.side
-    for name, guider in recorder.guiders.items():
-        pipeline.register_modules(**{name: guider.new(guidance_scale=settings.get("guider", 1.0))})
-    given = ASKED | {"height": height, "width": width, "generator": torch.Generator().manual_seed(0)}
-    given |= {recorder.counts: edit.frames, recorder.rates: recorder.frame_rate, "max_area": height * width} | settings
-    given |= {recorder.takes: edit.references[0].image(), "prompt": edit.prompt, "num_inference_steps": 2}
-    given = {name: value for name, value in given.items() if name in recorder.parameters}
-    switch = denoiser_of(pipeline).register_forward_pre_hook(
-        lambda denoiser, args, kwargs: (args, kwargs | family.record.switched), with_kwargs=True
-    )
-    with (
-        mock.patch.object(scheduler, "step", step),
-        mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode)),
-    ):
-        clip = pipeline(**given)[0][0]
-    switch.remove()
-    return steps, clip
-
-
-def replayed(pipeline, family: Recorded, edit: Edit, encoded: dict) -> float:
-    place = family.place(*edit.side, edit.frames)
-    stepped, worst = place.order >= 0, 0.0
-    for output, time, sample in stock_call(pipeline, family, edit, **family.record.off)[0]:
-        latents = torch.zeros(len(place.order))
-        latents[stepped] = sample[place.order[stepped]].float()
-        latents = latents.reshape(1, *place.shape) / family.record.spread
-        found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded) * family.record.spread
-        worst = max(worst, largest(found.flatten()[stepped] - output[place.order[stepped]], output))
-    return worst
-
-
-def batched(pipeline, family: Recorded, edits: list[Edit]) -> float:
-    model, encoded = denoiser_of(pipeline), family.encode_conditions(pipeline, edits)
-    latents = torch.randn(len(edits), *family.place(*edits[0].side, edits[0].frames).shape)
-    times = torch.tensor([100.0, 500.0, 900.0])
-    together, alone = family.predict(model, latents, times, encoded), []
-    for row, edit in enumerate(edits):
-        own = family.encode_conditions(pipeline, [edit])
-        alone.append(family.predict(model, latents[row : row + 1], times[row : row + 1], own))
-    return largest(together - torch.cat(alone), together)
-
-
 def drawn(pipeline, family: Recorded, edit: Edit) -> float:
     """The difference of a clip that is drawn here from the stock pipeline's, from its first sample on."""
-    record, scale = family.record, family.guidance_scale(pipeline)
+    record, scale, place = family.record, family.guidance_scale(pipeline), family.place(*edit.side, edit.frames)
     guided = record.guided if family.is_guided and record.offset is not None else record.off
-    told = guided | ({record.guide: scale - record.offset} if guided == record.guided and record.guided else {})
-    steps, expected = stock_call(pipeline, family, edit, **told)
-    encoded, place = EncodedConditions(pipeline), family.place(*edit.side, edit.frames)
+    asked = guided | ({record.guide: scale - record.offset} if guided == record.guided and record.guided else {})
+    call = stock_call(pipeline, family, edit, **asked)
+    expected, first = call.returned[0][0], call.steps[0][2][place.order[place.order >= 0]].float() / record.spread
+    encoded = EncodedConditions(pipeline)
     request = ImageRequest(
         condition=encoded[edit],
         empty=encoded[Edit("", edit.references, edit.side, edit.frames)],
@@ -126,9 +82,7 @@ def drawn(pipeline, family: Recorded, edit: Edit) -> float:
     )
     with closing(RunningBatch(pipeline, family)) as batch:
         trajectory = batch.start([request], SamplerSettings(num_inference_steps=2), place.shape)
-        stepped = (place.order >= 0).reshape(1, *place.shape)
-        first = steps[0][2][place.order[place.order >= 0]].float() / family.record.spread
-        trajectory.latents[stepped] = first
+        trajectory.latents[(place.order >= 0).reshape(1, *place.shape)] = first
         while not trajectory.is_done:
             batch.step([trajectory])
     latents = family.completed(trajectory.latents, encoded[edit])
@@ -167,43 +121,36 @@ def learned(pipeline, family: Recorded, edits: list[Edit]) -> tuple[float, float
 def row_of(make: Callable, title: str) -> tuple[str, str]:
     """The row of what `make` makes, and whether it works, is refused, or is wrong."""
 
-    def short(how: str, why: str) -> str:
-        return f"| {title} | {how}: {why} |" + " |" * (len(COLUMNS) - 2)
-
     try:
         pipeline = make()
         if not draws_from_first_frame(pipeline):
-            return "", "of other kinds"
-    except NotMadeError as error:
-        return short("not made", str(error)), "not made"
+            return "", ""
     except Exception as error:
-        return short("not made", f"{type(error).__name__}: {first_line(error)}"), "not made"
+        return failed(title, error, "not made")
     try:
         choose_references(pipeline, 1)
         choose_denoiser(pipeline, "transformer" if len(denoisers_in(pipeline)) > 1 else None)
         with torch.no_grad():
             family = Recorded(pipeline)
     except ValueError as error:
-        return short("refused", first_line(error).partition("cannot be recorded: ")[2] or first_line(error)), "refused"
+        return refused(title, error)
     try:
         edits, record, place = edits_of(family), family.record, family.place(*family.recorder.square)
         with torch.no_grad():
-            encoded = family.encode_conditions(pipeline, edits[:1])
-            differences = [replayed(pipeline, family, edits[0], encoded), batched(pipeline, family, edits)]
-            differences.append(drawn(pipeline, family, edits[0]))
+            replayed = steps_apart(pipeline, family, edits[0], stock_call(pipeline, family, edits[0], **record.off))
+            differences = replayed, batched(pipeline, family, edits), drawn(pipeline, family, edits[0])
         before, after = learned(pipeline, family, edits)
     except Exception as error:
-        return short("fails", f"{type(error).__name__}: {first_line(error)}"), "wrong"
-    guidance = {0: "w", 1: "w − 1", None: "its own"}[record.offset] if family.is_guided else "none"
+        return failed(title, error)
     frames = f"{int(place.given[0, :, 0, 0].sum())} of {place.shape[1]} frames" if place.given.any() else "none"
     is_right = max(differences) < 10 * rounding(denoiser_of(pipeline))
     cells = (
         title,
         f"`{record.noisy}`",
-        ", ".join(f"`{name}` {line_in_words(*line)}" for name, line in record.times.items()),
+        times_in_words(family),
         ", ".join(f"`{name}`" for name in dict.fromkeys((*record.prompted, *record.pictured))),
         frames,
-        guidance,
+        guidance_in_words(family),
         " / ".join(f"{each:.0e}" for each in differences),
         f"{before:.3f} → {after:.3f}",
     )
@@ -231,16 +178,9 @@ def main(arguments: list[str]) -> int:
     made = {} if asked.classes else {name: type(make_pipeline(name)).__name__ for name in FIRST_FRAMES}
     wanted = asked.classes or {*classes()} - {*made.values()}
     rows = [(f"`{cls}`, {name}", partial(make_pipeline, name)) for name, cls in made.items()]
-    theirs = {
-        name: make for name, make in (pipelines_in(asked.diffusers) if asked.diffusers else ()) if name in wanted
-    }
-    verdicts = Counter()
-    for title, make in [*rows, *((f"`{name}`", make) for name, make in theirs.items())]:
-        row, verdict = alone(lambda make=make, title=title: row_of(make, title), title)
-        if row:
-            print(row, flush=True)
-            verdicts[verdict] += 1
-    print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
+    theirs = dict(pipelines_in(asked.diffusers)) if asked.diffusers else {}
+    rows += [(f"`{name}`", make) for name, make in theirs.items() if name in wanted]
+    print(told(verdicts := walk(rows, row_of, len(COLUMNS))))
     return 1 if "wrong" in verdicts else 0
 
 

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -44,58 +45,37 @@ from onelora_diffusion.command_line import quieten
 from onelora_diffusion.denoisers import BOTH, autoencoder_of, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families import Recorded, choose_references, family_of
-from onelora_diffusion.families.recording import ASKED
-from onelora_diffusion.files import first_line
 from onelora_diffusion.storage.adapter_file import WEIGHTS_NAME
 from onelora_diffusion.training import loop
 from onelora_diffusion.training.job import prepare
 from onelora_diffusion.training.prompt_settings import PromptSettings
 from onelora_diffusion.training.stopping import Stop
-from tools.try_families import (
-    EDITS,
+from tools.stock_calls import (
     PROMPTS,
+    REFERENCES,
+    STEPS,
     NotMadeError,
-    Picture,
-    alone,
     batched,
     conditions_of,
     failed,
     largest,
-    mean_of,
-    pipelines_of,
-    replayed,
+    stock_call,
+    told,
+    walk,
 )
+from tools.try_families import EDITS, pipelines_of, replayed
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (20, 40, 230), "night": (5, 5, 5)}
-REFERENCES = [Picture((64, 96)), Picture((96, 64)), Picture((64, 96), turned=True)]
 UPDATES = 8  # of one fixed batch
-STEPS = 2  # of a picture
 WIDTHS = 8, 5, 12, 7, 7, 5, 8, 7  # of the columns
 PROMISES = ("replayed", "batch", "loss", "vectors", "two", "drawn", "exported", "resumed")
 
 
 def draw(pipeline, family: Recorded) -> Tensor:
     """What the stock pipeline's autoencoder makes of a prompt, without guidance; from its own noise of one seed."""
-    autoencoder, decoded = autoencoder_of(pipeline), []
-    own_decode = autoencoder.decode
-
-    def decode(*args, **kwargs):
-        decoded.append(own_decode(*args, **kwargs))
-        return decoded[-1]
-
-    for name, guider in family.recorder.guiders.items():
-        pipeline.register_modules(**{name: guider.new(guidance_scale=1.0)})
-    side = family.record.side
-    given = {"height": side, "width": side, "max_area": side * side} | ASKED | family.record.off
-    given |= dict.fromkeys(family.recorder.schedules)
-    given |= {"prompt": PROMPTS[0], "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
-    if family.record.references:
-        picture = REFERENCES[0].image()
-        given[family.recorder.takes] = picture if family.recorder.takes_size else picture.resize((side, side))
-    means = mock.patch.object(autoencoder, "encode", mean_of(autoencoder.encode))
-    with mock.patch.object(autoencoder, "decode", decode), means if family.record.references else nullcontext():
-        images = pipeline(**{name: value for name, value in given.items() if name in family.recorder.parameters})
-    return decoded[0][0] if decoded else 2 * torch.as_tensor(images[0]) - 1  # of pixels
+    (condition,) = conditions_of(family, PROMPTS[:1])
+    call = stock_call(pipeline, family, condition, **family.record.off)
+    return call.decoded[0][0] if call.decoded else 2 * torch.as_tensor(call.returned[0][0]) - 1  # of pixels
 
 
 def routed(pipeline, family: Recorded, names: list[str | None]) -> float | None:
@@ -245,7 +225,8 @@ class Promises:
         pipeline = OneLoRALoaderMixin.from_pipe(pipeline)
         pipeline.load_lora_weights(self.folder / "whole", "whole")
         own = 10 * rounding(denoiser_of(pipeline))  # as in the table of what was found
-        differences = {"replayed": replayed(pipeline, family), "batch": batched(pipeline, family)}
+        differences = {"replayed": replayed(pipeline, family)}
+        differences["batch"] = batched(pipeline, family, conditions_of(family))
         picture = draw(pipeline, family)
         changed = float((picture - plain).abs().mean() / 2)
         pipeline.load_lora_weights(self.folder / "fixed", "fixed")
@@ -295,13 +276,9 @@ def main(arguments: list[str]) -> int:
         names = [name for name in asked.names if (name in EDITS) == edits]
         with redirect_stdout(StringIO()):  # which classes are not tried is said by the other walk
             found = list(pipelines_of(names, asked.diffusers_tests, edits)) if names or not asked.names else []
-        for title, make in found:
-            title = title.replace("`", "").replace("Pipeline", "")
-            row, verdict = alone(lambda make=make, title=title, n=int(edits): tried(make, title, n), title)
-            if row:
-                print(row, flush=True)
-            verdicts[verdict] += 1
-    print(f"\n{verdicts.total()} tried: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.")
+        rows = ((title.replace("`", "").replace("Pipeline", ""), make) for title, make in found)
+        verdicts += walk(rows, partial(tried, references=int(edits)), len(PROMISES) + 1)
+    print(told(verdicts))
     return 1 if any(verdict not in ("keep all", "not recorded") for verdict in verdicts) else 0
 
 
@@ -322,7 +299,7 @@ def tried(make: Callable, title: str, references: int) -> tuple[str, str]:
         try:
             found = Promises(make, references, Path(folder)).kept()
         except (Exception, SystemExit) as error:
-            return failed(title, f"{type(error).__name__}: {first_line(error)}")
+            return failed(title, error)
     broken = [name for name, (_, is_kept) in found.items() if not is_kept]
     row = line_of(title, (text + "!" * (not is_kept) for text, is_kept in found.values()))
     return row, f"break {' and '.join(broken)}" if broken else "keep all"

@@ -11,7 +11,7 @@ from tiny_models import make_pipeline
 
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import Edit, choose_references, draws_from_first_frame, family_of
-from tools.try_families import Picture
+from tools.stock_calls import Picture
 from tools.try_first_frames import PROMPTS, row_of
 
 FRAMES = 5

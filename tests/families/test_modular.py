@@ -12,7 +12,8 @@ from onelora_diffusion import OneLoRALoaderMixin, save_adapter
 from onelora_diffusion.denoisers import denoiser_of
 from onelora_diffusion.families import family_of
 from onelora_diffusion.pipelines.base import load_base
-from tools.try_families import batched, replayed
+from tools.stock_calls import batched, conditions_of
+from tools.try_families import replayed
 
 PROMPTS = ["a bold Q", "", "a violet triangle"]
 
@@ -39,7 +40,7 @@ def test_a_block_that_writes_prompts_anew_is_left_out():
     pipeline = make_pipeline("flux3_modular")
     family, model = family_of(pipeline), denoiser_of(pipeline)
     assert pipeline.prompt_upsampler is None and list(family.record.prompted) == ["encoder_hidden_states"]
-    assert max(replayed(pipeline, family), batched(pipeline, family)) < 10 * rounding(model)
+    assert max(replayed(pipeline, family), batched(pipeline, family, conditions_of(family))) < 10 * rounding(model)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_base_that_is_modular_alone_is_loaded_recorded_and_learns(tmp_path, hu
     assert family.record.times == {"timestep": (1e-3, 0.0)} and family.record.sized == ["padding_mask"]
     assert family.is_guided and family.guidance_scale(pipeline) == 4.0
     with torch.no_grad():
-        assert max(replayed(pipeline, family), batched(pipeline, family)) < 10 * rounding(model)
+        assert max(replayed(pipeline, family), batched(pipeline, family, conditions_of(family))) < 10 * rounding(model)
     conditions = family.encode_conditions(pipeline, PROMPTS)
     assert family.encoders(pipeline).keys() == {"text_encoder", "tokenizer", "t5_tokenizer"}
     assert family.conditioners(pipeline).keys() == {"text_conditioner"}

@@ -5,7 +5,8 @@ import sys
 import time
 
 from onelora_diffusion.families.arguments import same
-from tools.try_families import alone, main
+from tools.stock_calls import alone
+from tools.try_families import main
 
 TESTS = """
 from tiny_models import PIPELINES, make_tokenizer
@@ -77,8 +78,8 @@ def test_classes_are_tried_as_diffusers_tests_make_them(tmp_path, monkeypatch, c
 
 def test_a_class_that_dies_or_takes_too_long_does_not_end_the_others(monkeypatch):
     assert alone(lambda: ("row", "work"), "`A`") == ("row", "work")
-    assert alone(lambda: os._exit(1), "`A`") == ("| `A` | fails: its process died | | | | | |", "wrong")
-    monkeypatch.setattr("tools.try_families.SECONDS", 0.1)
+    assert alone(lambda: os._exit(1), "`A`") == ("| `A` | fails: its process died |", "wrong")
+    monkeypatch.setattr("tools.stock_calls.SECONDS", 0.1)
     assert alone(lambda: time.sleep(60), "`A`")[0].startswith("| `A` | fails: it takes more than 0.1 s")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 from accelerate.utils import send_to_device
@@ -70,23 +70,6 @@ class Prompted:
     ragged: int | None
 
 
-class Placed(NamedTuple):
-    """The part of a place that a call of the denoiser needs, on its device.
-
-    Attributes:
-        unpacked: None where the output is in the order of the latents.
-        beside: what is constant beside the noise in its argument, (numbers,), if anything is.
-        given: None where no latent is given clean.
-    """
-
-    packed: Tensor
-    unpacked: Tensor | None
-    beside: Tensor | None
-    constants: dict
-    still: dict[str, Tensor]
-    given: Tensor | None
-
-
 @dataclass(frozen=True, eq=False)
 class Place:
     """What the pipeline says of images of one size, or of clips of one size and number of frames.
@@ -145,15 +128,23 @@ class Place:
         return self
 
     @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
-    def on(self, device: torch.device, noisy: str) -> Placed:
-        """What a call on a device needs of it, moved there once; `noisy` is the name of the noisy argument."""
+    def on(self, device: torch.device, noisy: str) -> SimpleNamespace:
+        """What a call on a device needs of it, moved there once; `noisy` is the name of the noisy argument.
+
+        `unpacked` is None where the output is in the order of the latents, and `given` where no latent is given clean;
+        `beside` is what is constant beside the noise in its argument, (numbers,), or None.
+        """
         if device not in self._on_devices:
-            beside = self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None
             in_order = torch.equal(self.unpacked, torch.arange(len(self.unpacked)))
-            given = self.given if self.given.any() else None
-            there = {n: value for n, value in self.constants.items() if not any(t.is_meta for t in tensors_in(value))}
-            moved = (self.packed, None if in_order else self.unpacked, beside, there, self.still, given)
-            self._on_devices[device] = Placed(*send_to_device(moved, device))
+            moved = {
+                "packed": self.packed,
+                "unpacked": None if in_order else self.unpacked,
+                "beside": self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None,
+                "constants": {n: v for n, v in self.constants.items() if not any(t.is_meta for t in tensors_in(v))},
+                "still": self.still,
+                "given": self.given if self.given.any() else None,
+            }
+            self._on_devices[device] = SimpleNamespace(**send_to_device(moved, device))
         return self._on_devices[device]
 
 

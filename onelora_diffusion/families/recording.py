@@ -363,13 +363,10 @@ def _scheduler(own, run: Run, step: Callable | None, times: Sequence[float], sca
 
     @functools.wraps(set_timesteps)
     def recorded_set_timesteps(*args, **kwargs):
-        arguments = dict(inspect.signature(set_timesteps).bind(*args, **kwargs).arguments)
+        arguments = inspect.signature(set_timesteps).bind(*args, **kwargs).arguments
         run.schedule = {name: value for name, value in arguments.items() if name != "device"}
-        run.attributes = {
-            name: value
-            for name, value in vars(scheduler).items()
-            if name not in recording and not same(value, before.get(name))
-        }
+        own = {name: value for name, value in vars(scheduler).items() if name not in recording}
+        run.attributes = {name: value for name, value in own.items() if not same(value, before.get(name))}
         set_timesteps(*args, **kwargs)
         if times:
             scheduler.timesteps = torch.tensor(times, dtype=torch.float32)
@@ -389,8 +386,8 @@ def _scheduler(own, run: Run, step: Callable | None, times: Sequence[float], sca
             noise = torch.randn(sample.numel(), generator=torch.Generator().manual_seed(0))  # that of the call
             run.begin = float(sample.float().std() / noise.std())
             run.spread = run.begin / getattr(scheduler, "init_noise_sigma", 1.0)
-            run.changed = {name: value for name, value in vars(scheduler).items() if name in after}
-            run.changed = {name: value for name, value in run.changed.items() if not same(value, after[name])}
+            now = vars(scheduler)
+            run.changed = {name: now[name] for name, value in after.items() if not same(now[name], value)}
             run.scheduler = scheduler
         if step is None:
             stepped = own_step(model_output, timestep, sample, *args, **kwargs)

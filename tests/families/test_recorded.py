@@ -454,6 +454,6 @@ def test_what_was_moved_while_inference_mode_was_on_may_be_trained_with():
     family = family_of(pipeline)
     with torch.inference_mode():
         moved = family.place(64, 64).on(torch.device("meta"), family.record.noisy)
-        ids = family._moved("txt_ids", torch.zeros(LENGTH, 3), torch.device("meta"))
+        ids = family._shared("txt_ids", torch.zeros(1, LENGTH, 3), torch.device("meta"))
     tensors = [value for value in moved.constants.values() if isinstance(value, torch.Tensor)]
     assert tensors and not any(tensor.is_inference() for tensor in (moved.packed, ids, *tensors))

@@ -3,56 +3,24 @@
 from functools import partial
 
 import diffusers
-from tiny_models import (
-    HEADS,
-    PIPELINES,
-    TOKENS,
-    flow_prediction,
-    make_ltx_vae,
-    make_t5,
-    make_tokenizer,
-    make_wan_vae,
-)
+from tiny_models import PIPELINES, SIZES, TOKENS, make_ltx_vae, make_tokenizer, make_wan, wan_transformer
 
 
 def make_vision():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).eval()
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)).eval()
 
 
 def make_wan_i2v(image_dim: int | None = None, **changes):
     from transformers import CLIPImageProcessor
 
     sees = {"image_encoder": make_vision(), "image_processor": CLIPImageProcessor(size=8, crop_size=8)}
-
-    def transformer():
-        more = {"image_dim": image_dim, "added_kv_proj_dim": 32} if image_dim else {}
-        channels = 4 if "expand_timesteps" in changes else 12
-        return diffusers.WanTransformer3DModel(
-            in_channels=channels,
-            out_channels=4,
-            text_dim=8,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-            rope_max_seq_len=128,
-            **HEADS,
-            **more,
-        )
-
-    own = {"transformer_2": transformer()} if "boundary_ratio" in changes else {}
-    return diffusers.WanImageToVideoPipeline(
-        tokenizer=make_tokenizer(512),
-        text_encoder=make_t5(8, "UMT5EncoderModel"),
-        vae=make_wan_vae(),
-        scheduler=flow_prediction("UniPCMultistepScheduler"),
-        transformer=transformer(),
-        **(sees if image_dim else {"image_encoder": None, "image_processor": None}),
-        **own,
-        **changes,
-    )
+    more = {"image_dim": image_dim, "added_kv_proj_dim": 32} if image_dim else {}
+    transformer = partial(wan_transformer, 4 if "expand_timesteps" in changes else 12, **more)
+    own = sees if image_dim else {"image_encoder": None, "image_processor": None}
+    own |= {"transformer_2": transformer()} if "boundary_ratio" in changes else {}
+    return make_wan("WanImageToVideoPipeline", transformer, **own, **changes)
 
 
 def make_ltx_i2v():
@@ -62,7 +30,7 @@ def make_ltx_i2v():
 def make_hunyuan_video15_i2v():
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes = SIZES | {"hidden_size": 12, "num_hidden_layers": 1}
     parts = PIPELINES["hunyuan_video15"]().components
     parts["transformer"] = type(parts["transformer"]).from_config(parts["transformer"].config, target_size=64)
     return diffusers.HunyuanVideo15ImageToVideoPipeline(
@@ -82,10 +50,9 @@ def make_hunyuan_video_i2v(kind: str = "token_replace"):
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     text = DEFAULT_PROMPT_TEMPLATE["template"].partition("<image>")[2].partition("<|eot_id|>")[0]
     tokenizer.add_tokens([text[start : start + 6] for start in range(0, len(text), 6)])
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     config = LlavaConfig(
-        text_config=TOKENS | sizes | {"model_type": "llama", "vocab_size": len(tokenizer), "num_hidden_layers": 3},
-        vision_config=sizes | {"model_type": "clip_vision_model", "image_size": 48, "patch_size": 2},
+        text_config=TOKENS | SIZES | {"model_type": "llama", "vocab_size": len(tokenizer), "num_hidden_layers": 3},
+        vision_config=SIZES | {"model_type": "clip_vision_model", "image_size": 48, "patch_size": 2},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=0,
     )

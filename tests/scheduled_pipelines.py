@@ -4,9 +4,9 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from tiny_models import (
-    HEADS,
     PIPELINES,
     RESOLUTION,
+    cosmos_transformer,
     make_dc_vae,
     make_gemma,
     make_t5,
@@ -33,25 +33,11 @@ class Unchecked(diffusers.ModelMixin, diffusers.ConfigMixin):
         return frames
 
 
-def cosmos_transformer(channels: int = 4):
-    return diffusers.CosmosTransformer3DModel(
-        in_channels=channels,
-        out_channels=4,
-        num_layers=2,
-        mlp_ratio=2.0,
-        text_embed_dim=8,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-        patch_size=(1, 2, 2),
-        **HEADS,
-    )
-
-
 def make_cosmos():
     return diffusers.CosmosTextToWorldPipeline(
         text_encoder=make_t5(8),
         tokenizer=make_tokenizer(512),
-        transformer=cosmos_transformer(),
+        transformer=cosmos_transformer(max_size=(4, 32, 32)),
         vae=diffusers.AutoencoderKLCosmos(
             latent_channels=4,
             encoder_block_out_channels=(8, 8, 8, 8),
@@ -73,7 +59,7 @@ def make_cosmos2():
     return diffusers.Cosmos2TextToImagePipeline(
         text_encoder=make_t5(8),
         tokenizer=make_tokenizer(512),
-        transformer=cosmos_transformer(),
+        transformer=cosmos_transformer(max_size=(4, 32, 32)),
         vae=make_wan_vae(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
         safety_checker=Unchecked(),

@@ -35,7 +35,7 @@ from onelora_diffusion.sampling.guidance import GuidedDenoiser, ImageRequest, fi
 from onelora_diffusion.sampling.schedulers import fitting_samplers
 from onelora_diffusion.training.randomness import draw_step
 from onelora_diffusion.training.task import Task
-from tools.try_families import Picture
+from tools.stock_calls import Picture
 
 META = torch.device("meta")
 NAMES = [name for name in METHODS if not name.startswith("peft:")]

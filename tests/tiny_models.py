@@ -53,10 +53,12 @@ def make_encoder(kind: str, **config):
     return model(model.config_class(**config)).eval()
 
 
+SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
 def make_clip(projection: int | None = None, length: int = 24):
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
-    return make_encoder(kind, **TOKENS, **sizes, max_position_embeddings=length, projection_dim=projection or 8)
+    return make_encoder(kind, **TOKENS, **SIZES, max_position_embeddings=length, projection_dim=projection or 8)
 
 
 def make_t5(width: int, kind: str = "T5EncoderModel"):
@@ -74,21 +76,21 @@ def make_qwen3(width: int = 8, **changes):
     return make_encoder("Qwen3ForCausalLM", **TOKENS, hidden_size=width, head_dim=4, **LAYERS | changes)
 
 
-def make_qwen_vl(kind: str, width: int, text: dict, vision: dict):
+def make_qwen_vl(kind: str, width: int, text: dict, vision: dict, **ids):
     text = {**TOKENS, "hidden_size": width, **LAYERS, **text}
     sizes = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
-    return make_encoder(kind, text_config=text, vision_config=sizes | vision)
+    return make_encoder(kind, text_config=text, vision_config=sizes | vision, **ids)
 
 
-def make_qwen2_5_vl(width: int):
+def make_qwen2_5_vl(width: int, ids=(), **changes):
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    return make_qwen_vl("Qwen2_5_VLForConditionalGeneration", width, rope, {})
+    return make_qwen_vl("Qwen2_5_VLForConditionalGeneration", width, rope | changes, {}, **dict(ids))
 
 
-def make_qwen3_vl(width: int, **changes):
+def make_qwen3_vl(width: int, kind: str = "Qwen3VLModel", vision=(), ids=(), **changes):
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
     text = {"head_dim": 8, "rope_parameters": rope} | changes
-    return make_qwen_vl("Qwen3VLModel", width, text, {"deepstack_visual_indexes": [0]})
+    return make_qwen_vl(kind, width, text, {"deepstack_visual_indexes": [0]} | dict(vision), **dict(ids))
 
 
 # Autoencoders: half as many latents a side as pixels; a half of that with every further level.
@@ -240,8 +242,12 @@ def sana():
     return model, inputs
 
 
+def make_unet(**changes):
+    return diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=4, **UNET | changes)
+
+
 def unet():
-    model = diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=4, **UNET)
+    model = make_unet()
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([10, 700]),
@@ -250,9 +256,21 @@ def unet():
     return model, inputs
 
 
-def wan_transformer():
+def wan_transformer(in_channels: int = 4, **changes):
     sizes = {"text_dim": 8, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 128}
-    return diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, **sizes, **HEADS)
+    return diffusers.WanTransformer3DModel(in_channels=in_channels, out_channels=4, **sizes, **HEADS, **changes)
+
+
+def flux2_transformer(**changes):
+    layers = {"num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4)}
+    sizes = {"in_channels": 16, "joint_attention_dim": 12, "timestep_guidance_channels": 8}
+    return diffusers.Flux2Transformer2DModel(**layers, **sizes, **HEADS, **changes)
+
+
+def cosmos_transformer(**changes):
+    channels, layers = {"in_channels": 4, "out_channels": 4}, {"num_layers": 2, "mlp_ratio": 2.0}
+    sizes = {"text_embed_dim": 8, "adaln_lora_dim": 4, "patch_size": (1, 2, 2)}
+    return diffusers.CosmosTransformer3DModel(**channels, **layers, **sizes, **HEADS, **changes)
 
 
 # Text-to-image pipelines.
@@ -291,11 +309,10 @@ def make_hunyuan_video15():
         transformer=diffusers.HunyuanVideo15Transformer3DModel(
             in_channels=9,
             out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
             num_layers=2,
             num_refiner_layers=1,
             mlp_ratio=2.0,
+            **HEADS,
             patch_size=1,
             patch_size_t=1,
             text_embed_dim=16,
@@ -308,13 +325,14 @@ def make_hunyuan_video15():
     )
 
 
-def make_wan(**changes):
-    return diffusers.WanPipeline(
+def make_wan(kind: str = "WanPipeline", make_transformer=wan_transformer, **changes):
+    """A pipeline of Wan's components; the transformer is made last."""
+    return getattr(diffusers, kind)(
         tokenizer=make_tokenizer(512),
         text_encoder=make_t5(8, "UMT5EncoderModel"),
         vae=make_wan_vae(),
         scheduler=flow_prediction("UniPCMultistepScheduler"),
-        transformer=wan_transformer(),
+        transformer=make_transformer(),
         **changes,
     )
 
@@ -329,6 +347,20 @@ def make_flux(kind, make_transformer):
         text_encoder_2=make_t5(8),
         tokenizer_2=make_tokenizer(24),
         transformer=make_transformer(),
+    )
+
+
+def make_stable_diffusion(kind, make_unet, scheduler):
+    """A pipeline of Stable Diffusion's components and of its class `kind`; the UNet is made last."""
+    return kind(
+        vae=make_vae(4, shift_factor=None),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(24),
+        unet=make_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -390,18 +422,13 @@ def make_hidream():
 
 def make_deepfloyd():
     """A pipeline of pixels, whose UNet has blocks of another kind than it names, and learns the variance."""
-    unet = diffusers.UNet2DConditionModel(
-        **UNET
-        | {
-            "in_channels": 3,
-            "out_channels": 6,
-            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        },
-        cross_attention_dim=8,
+    unet = make_unet(
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         encoder_hid_dim=8,
-        attention_head_dim=4,
         addition_embed_type="text",
         addition_embed_type_num_heads=2,
         resnet_time_scale_shift="scale_shift",
@@ -508,15 +535,10 @@ PIPELINES = {
         transformer=sana()[0],
         scheduler=flow_prediction("DPMSolverMultistepScheduler"),
     ),
-    "sd15": lambda: diffusers.StableDiffusionPipeline(
-        vae=make_vae(4, shift_factor=None),
-        text_encoder=make_clip(),
-        tokenizer=make_tokenizer(24),
-        unet=unet()[0],
-        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    "sd15": lambda: make_stable_diffusion(
+        diffusers.StableDiffusionPipeline,
+        lambda: unet()[0],
+        diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
     ),
     "sdxl": lambda: diffusers.StableDiffusionXLPipeline(
         vae=make_vae(4, shift_factor=None),
@@ -552,15 +574,10 @@ PIPELINES = {
         motion_adapter=None,
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **BETAS),
     ),
-    "lcm": lambda: diffusers.LatentConsistencyModelPipeline(
-        vae=make_vae(4, shift_factor=None),
-        text_encoder=make_clip(),
-        tokenizer=make_tokenizer(24),
-        unet=diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=4, time_cond_proj_dim=8, **UNET),
-        scheduler=diffusers.LCMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    "lcm": lambda: make_stable_diffusion(
+        diffusers.LatentConsistencyModelPipeline,
+        lambda: make_unet(time_cond_proj_dim=8),
+        diffusers.LCMScheduler(clip_sample=False, set_alpha_to_one=False, **BETAS),
     ),
     "deepfloyd": make_deepfloyd,
     "kandinsky3": make_kandinsky3,
@@ -673,16 +690,7 @@ PIPELINES = {
         vae=make_flux2_vae(),
         text_encoder=make_qwen3(4, num_hidden_layers=28),
         tokenizer=make_tokenizer(512, CHAT),
-        transformer=diffusers.Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            joint_attention_dim=12,
-            timestep_guidance_channels=8,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-            **HEADS,
-        ),
+        transformer=flux2_transformer(guidance_embeds=False),
     ),
     "wan": make_wan,
     "wan22": lambda: make_wan(transformer_2=wan_transformer(), boundary_ratio=0.5),

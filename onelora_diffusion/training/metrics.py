@@ -123,8 +123,12 @@ class MetricsFile:
 
 
 def append_line(path: Path, values: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(values) + "\n")
+    """Write a line at a file's end. OSError names the file, also where the disk is full, as writing alone does not."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def cut_lines_after(path: Path, step: int, steps_without_line: int = 0) -> None:

@@ -1,4 +1,6 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,9 @@ def test_lines_after_a_step_and_half_lines_are_cut(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
     cut_lines_after(path, 25)
     assert path.read_text().splitlines()[-1] == '{"step": 20, "loss": 0.5}'
+    if sys.platform == "linux":
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            append_line(Path("/dev/full"), {"step": 40})
 
 
 def test_a_loss_that_has_risen_far_above_what_it_was_is_told_once():

@@ -9,14 +9,19 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from onelora_diffusion.command_line import one_line_errors, quieten
+
+T = TypeVar("T")
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 TORCHRUN = ("torchrun", "torch.distributed.run")
 PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
@@ -41,6 +46,14 @@ def start_all_processes() -> None:
     where = [f"--master_port={port}"] if port else ["--standalone", "--local_addr=127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", *where]
     os.execv(sys.executable, [*torchrun, *sys.orig_argv[1:]])
+
+
+def begin(script: str, parse: Callable[[], T]) -> T:
+    """What a script does first that runs on several processes; returns the settings that `parse` reads."""
+    start_all_processes()
+    quieten()
+    with one_line_errors(script, same_everywhere=True):
+        return parse()
 
 
 def launchers() -> list[psutil.Process]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from onelora_diffusion.command_line import one_line_errors, quieten
+from onelora_diffusion.command_line import one_line_errors
 from onelora_diffusion.data.table import EMBEDDED, defaults_of
 from onelora_diffusion.devices import peak_memory_bytes
 from onelora_diffusion.evaluation import measuring
@@ -37,7 +37,7 @@ from onelora_diffusion.evaluation.statistics_file import is_statistics, load_sta
 from onelora_diffusion.evaluation.summary import describe, in_sections, print_report, section
 from onelora_diffusion.evaluation.sweep import best_scales, plot_sweep, print_sweep
 from onelora_diffusion.files import check_writable
-from onelora_diffusion.launch import start_all_processes
+from onelora_diffusion.launch import begin
 from onelora_diffusion.sampling import SamplerSettings
 
 
@@ -208,11 +208,7 @@ def write_reference(settings: Reference, accelerator: Accelerator) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    start_all_processes()
-    quieten()
-    with one_line_errors("eval_fid.py", same_everywhere=True):
-        settings = parse(arguments, __doc__)
-    main(settings)
+    main(begin("eval_fid.py", lambda: parse(arguments, __doc__)))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageSequence
 
 from onelora_diffusion import export_lora
-from onelora_diffusion.command_line import one_line_errors, quieten, typed_as
+from onelora_diffusion.command_line import one_line_errors, typed_as
 from onelora_diffusion.data.clips import write_frames
 from onelora_diffusion.data.identity import file_digest
 from onelora_diffusion.devices import ComputeSettings, in_words
 from onelora_diffusion.evaluation.sheets import write_sheet
 from onelora_diffusion.files import check_writable, digest, printable, write_bytes, written_beside
-from onelora_diffusion.launch import precision_asked_by_launcher, start_all_processes
+from onelora_diffusion.launch import begin, precision_asked_by_launcher
 from onelora_diffusion.processes import told_by_main
 from onelora_diffusion.sampling import SamplerSettings, progress_bar
 from onelora_diffusion.sampling.adapted import AdaptedPipeline, load_adapted
@@ -166,10 +166,8 @@ class Pictures(AbstractContextManager):
     """Context manager: the folder of the images of all processes, which is this run's alone until the end.
 
     It is --output itself, where that is a folder; for a file it lies beside, until all images are in the file. Each
-    image is whole or not there. A run that ends early leaves its images, and the same command goes on from them.
-
-    OSError or ValueError, on every process, if the folder has something else in it, another process writes there, it
-    cannot be written, or not all processes see it.
+    image is whole or not there. OSError or ValueError, on every process, if the folder has something else in it,
+    another process writes there, it cannot be written, or not all processes see it.
     """
 
     def __init__(self, output: Path, settings: Settings, adapter: AdapterFile, accelerator: Accelerator):
@@ -345,12 +343,13 @@ def read_image(path: Path) -> np.ndarray:
         return np.array(image)
 
 
+def parse(arguments: list[str]) -> Settings:
+    asked = Settings(**precision_asked_by_launcher())
+    return tyro.cli(Settings, args=arguments, default=asked, prog=typed_as("sample.py"))
+
+
 def run(arguments: list[str]) -> None:
-    start_all_processes()
-    quieten()
-    with one_line_errors("sample.py", same_everywhere=True):
-        asked = Settings(**precision_asked_by_launcher())
-    main(tyro.cli(Settings, args=arguments, default=asked, prog=typed_as("sample.py")))
+    main(begin("sample.py", lambda: parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data import load_dataset
 from onelora_diffusion.data.identity import data_identity
 from onelora_diffusion.families import family_of
-from onelora_diffusion.launch import start_all_processes, started
+from onelora_diffusion.launch import begin, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.processes import first_on_each_machine
 from onelora_diffusion.training.loop import start
@@ -81,11 +80,7 @@ def main(settings: Settings, since: float | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    start_all_processes()
-    quieten()
-    with one_line_errors("train_dit.py", same_everywhere=True):
-        settings = parse_command_line(arguments, RECIPES)
-    return main(settings, started())
+    return main(begin("train_dit.py", lambda: parse_command_line(arguments, RECIPES)), started())
 
 
 if __name__ == "__main__":

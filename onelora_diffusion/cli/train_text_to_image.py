@@ -18,7 +18,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from onelora_diffusion.command_line import one_line_errors, quieten
 from onelora_diffusion.data.buckets import side_and_frames
 from onelora_diffusion.data.caption_texts import filled, tag_orders, with_trigger
 from onelora_diffusion.data.captions import load_captioned
@@ -35,7 +34,7 @@ from onelora_diffusion.families import (
     family_of,
     references_of,
 )
-from onelora_diffusion.launch import start_all_processes, started
+from onelora_diffusion.launch import begin, started
 from onelora_diffusion.pipelines.base import load_base
 from onelora_diffusion.training.loop import start
 from onelora_diffusion.training.prompt_settings import PromptSettings, parse_command_line
@@ -154,11 +153,7 @@ def main(settings: PromptSettings, since: float | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    start_all_processes()
-    quieten()
-    with one_line_errors("train_text_to_image.py", same_everywhere=True):
-        settings = parse_command_line(arguments, EMBEDDED)
-    return main(settings, started())
+    return main(begin("train_text_to_image.py", lambda: parse_command_line(arguments, EMBEDDED)), started())
 
 
 if __name__ == "__main__":

@@ -69,12 +69,6 @@ class CaptionSettings:
     images, and of subfolders of frames; the caption of clip/ is clip.txt. Images beside them are learned as single
     frames."""
 
-    @property
-    def asked_columns(self) -> list[str]:
-        """The columns that a table has to have besides those of images and captions."""
-        columns = self.mask_column, self.repeats_column, *self.reference_column
-        return [column for column in columns if column is not None]
-
 
 @dataclass(eq=False)
 class CaptionedImages(FlippableImages):
@@ -366,7 +360,8 @@ def _check_references(folder: Path, names: Iterable[str], files: dict[str, dict[
 
 def _table_of(folder: Path, tables: list[str], settings: CaptionSettings) -> Table | None:
     """The table of a folder, if it is needed; ValueError if it is, and there is none or there are several."""
-    wanted = settings.asked_columns
+    columns = settings.mask_column, settings.repeats_column, *settings.reference_column
+    wanted = [column for column in columns if column is not None]
     if wanted and len(tables) != 1:
         there = f"several, {printable(', '.join(tables), 200)}" if tables else "none"
         raise ValueError(f"{wanted[0]!r} is a column of a table, {' or '.join(METADATA)}, and {folder} has {there}")

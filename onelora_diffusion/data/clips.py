@@ -107,7 +107,9 @@ class Clips(Pictures):
         path, named = self.paths[index][0], self.named(index)
         if is_video(path.name):
             with opened_video(path, named) as (container, stream):
-                yield frames_of_video(container, stream) if are_decoded else packets_of_video(container, stream)
+                packets = (packet for packet in container.demux(stream) if packet.size and packet.pts is not None)
+                timed = ((packet.pts * stream.time_base, packet) for packet in packets)
+                yield frames_of_video(container, stream) if are_decoded else timed
         else:
             with opened(path, named) as image:
                 yield frames_of_image(image)
@@ -176,11 +178,6 @@ def opened_video(path: Path, named: str) -> Iterator[tuple]:
             yield container, stream
     except (av.FFmpegError, StopIteration) as error:
         raise BrokenImageError(f"{named} is not a readable clip: {error or 'it has no frames'}") from error
-
-
-def packets_of_video(container, stream) -> Iterator[tuple]:
-    packets = (packet for packet in container.demux(stream) if packet.size and packet.pts is not None)
-    return ((packet.pts * stream.time_base, packet) for packet in packets)
 
 
 def frames_of_video(container, stream) -> Iterator[Timed]:

@@ -51,10 +51,7 @@ class SizedImages(Dataset):
         return np.array(crop_to(decoded(image), *self.size_of(index))), int(label)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(pixels uint8 (3, height, width), label) of an image, or of the next readable one if it is skipped.
-
-        The frames of a clip are the second dimension.
-        """
+        """(pixels uint8 (3, height, width), or (3, frames, height, width), label) of an image or its replacement."""
         for candidate in self.in_place_of(index):
             try:
                 pixels, label = self.decoded(candidate)

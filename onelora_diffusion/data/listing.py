@@ -125,10 +125,7 @@ def describe(dataset) -> str:
 def _entries(
     found: Listing, runs: list[str], folder: str, prefix: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, os.DirEntry]]:
-    """Yield (path relative to the root, entry) of all files; `runs` gets the paths of training runs' folders.
-
-    `above` are the parent folders, to detect links that lead back to them.
-    """
+    """Yield (path relative to the root, entry) of files; `runs` gets the folders of runs, `above` are the parents."""
     status = os.stat(folder)
     above = (*above, (status.st_dev, status.st_ino))
     with os.scandir(folder) as scanned:
@@ -146,7 +143,7 @@ def _entries(
     for entry in entries:
         if not entry.is_dir():
             yield f"{prefix}{entry.name}", entry
-        elif (status := entry.stat()) and (status.st_dev, status.st_ino) in above:
+        elif (status := entry.stat()) and (status.st_dev, status.st_ino) in above:  # a link that leads back
             found.left_out["links to a folder that they are in"] += 1
         else:
             yield from _entries(found, runs, entry.path, f"{prefix}{entry.name}/", above)

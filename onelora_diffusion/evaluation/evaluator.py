@@ -128,10 +128,7 @@ class Evaluator:
 
 
 def metrics_of_each(settings: MetricSettings, features: Sequence[Features | None]) -> list[list[str]]:
-    """The metrics of each kind of features, by their rows in the order of the table; None stands for a file's.
-
-    ValueError if no features allow a metric.
-    """
+    """The metrics of each kind of features (None: a file's), in the order of the table; ValueError for one of none."""
 
     def has(each: Features | None, metric: str, kind: str | None) -> bool:
         needs = METRICS[metric].needs if each else ()

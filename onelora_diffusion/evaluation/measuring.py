@@ -90,10 +90,7 @@ def references_of(
 def statistics_in(
     path: Path, features: Sequence[Features | None], settings, accelerator: Accelerator, one_by_one: str
 ) -> Measured:
-    """Load the statistics of a file; if a metric needs single images, those in the same .npz are measured.
-
-    `one_by_one` is GENERATED or REAL, depending on the set that the file contains.
-    """
+    """Load statistics; if a metric needs images `one_by_one`, GENERATED or REAL, those in the .npz are measured."""
     keep = one_by_one in settings.needs
     filed = load_statistics(path, keep)
     fitting = [each for each in features if each and kind_of(each.name) == kind_of(filed.origin.features)]

@@ -39,13 +39,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of `METRICS`.
-
-    `compute` takes the generated and real images (or, of unrelated prompts, those of the adapter and of the base), the
-    features' module and the settings, and returns numbers by key.
-    """
+    """A row of `METRICS`."""
 
     needs: tuple[str, ...]  # of those above
+    # Numbers by key, of the generated and real images or, of unrelated prompts, of those of the adapter and the base.
     compute: "Callable[[Measured, Measured, Features | None, MetricSettings], dict]"
     shown: Mapping[str, Shown]  # the numbers that tables and sweeps show, by key
     # Further rows of a table, of its columns' results and the distance's name; none without this metric's results.

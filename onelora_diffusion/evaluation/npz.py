@@ -18,10 +18,7 @@ class Header:
 
 
 def read_headers(path: Path) -> dict[str, Header]:
-    """The headers of all arrays in the file, by name.
-
-    FileNotFoundError if there is no such file; ValueError if it is damaged, no .npz, or an array is incomplete.
-    """
+    """The headers of all arrays in a file, by name; FileNotFoundError without it, ValueError for no whole .npz."""
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}'")
     headers = {}

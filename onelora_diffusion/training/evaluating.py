@@ -21,10 +21,7 @@ from onelora_diffusion.training.settings import Settings
 
 
 class Evaluation:
-    """Generates images with the model's current values, from the same noise each time, and measures them.
-
-    ValueError or FileNotFoundError if the features, their weights or the reference are missing or invalid.
-    """
+    """Measures images of the model's current values, from the same noise each time."""
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipeline, dataset):
         self.settings, self.accelerator, self.pipeline = settings, accelerator, pipeline

@@ -163,10 +163,7 @@ def settle(job: Job, stop: Stop, progress: tqdm) -> None:
 
 
 def is_compiling(job: Job) -> bool:
-    """Whether blocks are compiled in the next update: the first one, and the second if the first measures rates.
-
-    That may take minutes, and there is no progress to save yet.
-    """
+    """Whether the next update compiles blocks, for minutes: the first, and the second if the first measures rates."""
     newest = (training.run.step - training.first - training.measures_rates for training in job.trainings)
     return job.settings.compile and any(steps <= 0 for steps in newest)
 

@@ -60,8 +60,7 @@ def averaged_values(optimizer: Optimizer) -> Iterator[None]:
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int | None) -> float:
     """The factor on the learning rate at a step, counted from 0, so that checkpoints need no state of a schedule.
 
-    It is (step + 1) / warmup_steps during warm-up. Then it is 1, or falls from 1 to 0 at `max_steps` along half a
-    cosine or a line.
+    After warm-up it is 1, or falls from 1 to 0 at `max_steps` along half a cosine or a line.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -69,16 +69,9 @@ class Outputs:
             self.write_checkpoint()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Context manager in which the transformer computes with this adapter alone, at its moving average."""
-        with self.task.drawing(), self.averaged_in_training():
-            yield
-
-    @contextmanager
-    def averaged_in_training(self) -> Iterator[None]:
-        """The same with the training adapter, if there is one."""
-        self.task.activate()
-        with self.run.averages[0].applied():
+    def averaged(self, in_training: bool = False) -> Iterator[None]:
+        """Context manager in which the transformer computes with this adapter (`Task.serving`), at its average."""
+        with self.task.serving(in_training), self.run.averages[0].applied():
             yield
 
     def write_losses(self, progress: tqdm) -> None:
@@ -107,7 +100,7 @@ class Outputs:
         measured = None
         alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
         with suppress(Interrupted):
-            measured = self.validation.measure(self.averaged_in_training(), alone)
+            measured = self.validation.measure(self.averaged(in_training=True), alone)
         if measured:
             self._keep({"step": self.run.step, **measured})
 

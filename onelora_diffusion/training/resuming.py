@@ -66,10 +66,7 @@ def check_same_settings(settings: RunSettings, checkpoint: Checkpoint) -> None:
 
 
 def check_same_data(settings: RunSettings, checkpoint: Checkpoint, data: DataIdentity, report) -> None:
-    """ValueError if the checkpoint was trained on other data, unless changes are allowed.
-
-    A checkpoint of an earlier version does not identify its data; this is reported.
-    """
+    """ValueError if the checkpoint is of other data, unless changes are allowed; an old one does not tell."""
     if settings.allow_changed_settings:
         return
     if "data" not in checkpoint.state:

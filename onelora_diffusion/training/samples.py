@@ -25,10 +25,7 @@ def shown_classes(id2label: dict[int, str]) -> list[tuple[int, str]]:
 
 
 def png_of(images: Tensor, columns: Sequence[str], frame_rate: float | None = None) -> bytes:
-    """The PNG of a grid of images (N, 3, H, W) in uint8, with the names of its columns in a text chunk.
-
-    Of clips (N, 3, frames, H, W) it is an animated one.
-    """
+    """The PNG, with the names of its columns, of a grid of uint8 images (N, 3, H, W) or clips (N, 3, frames, H, W)."""
     png, header = io.BytesIO(), PngInfo()
     header.add_itxt(COLUMNS, json.dumps(list(columns)))
     header.add_itxt(ROWS, str(len(images) // len(columns)))

@@ -32,10 +32,7 @@ def format_duration(seconds: float) -> str:
 
 
 class Clock:
-    """Wall-clock seconds of a run over all its resumes, with a budget (None for none).
-
-    `started` is the `time.monotonic()` at which counting begins; None takes the present.
-    """
+    """Wall-clock seconds of a run, since a `time.monotonic()` or now, over all its resumes, with a budget or None."""
 
     def __init__(self, budget: float | None = None, started: float | None = None):
         self.budget = budget

@@ -147,14 +147,13 @@ class Task:
         shapes = (self.family.latent_shape(self.pipeline, *side, frames) for side, frames in sizes)
         return next(number for number, shape in enumerate(shapes) if shape == tuple(latents.shape[1:]))
 
-    def activate(self) -> None:
-        """Let the transformer compute with this adapter alone."""
+    def serving(self, in_training: bool) -> AbstractContextManager:
+        """Context manager in which the transformer has this adapter alone; `in_training` with the training adapter."""
+        transformer = denoiser_of(self.pipeline)
         if self.subject is not None:
-            set_adapters(denoiser_of(self.pipeline), self.adapter_name)
-
-    def drawing(self) -> AbstractContextManager:
-        """Context manager in which the transformer computes as when images are drawn: without a training adapter."""
-        return serving_alone(denoiser_of(self.pipeline), self.adapter_name) if self.training_adapter else nullcontext()
+            set_adapters(transformer, self.adapter_name)
+        is_served = in_training or self.training_adapter is None
+        return nullcontext() if is_served else serving_alone(transformer, self.adapter_name)
 
     def detach(self) -> None:
         """Remove the adapter from the transformer, if it was attached."""
@@ -211,15 +210,10 @@ class Task:
 
         With `keeps_prior` the batch is computed again with the prompt of prior preservation, p, by the adapter and by
         the base alone, and the loss gains w · mean (ε(x_t, t, p) − ε_base(x_t, t, p))², `prior` by itself, without
-        the masks. With `guidance` the target of the loss is that of guidance, as in `trained_guidance`.
+        the masks. With `guidance`, w − 1 of each sample (batch,), the target is that of `trained_guidance`.
 
-        Args:
-            model: the transformer, possibly wrapped for several processes.
-            moments: (batch, 2, C, H, W).
-            conditions: as `conditions` returns them, of this task or, if the base is the same, of several.
-            draws: the random values of the samples.
-            masks: (batch, 1, ...), what of each sample is learned (see `training_losses`).
-            guidance: w − 1 of each sample, (batch,).
+        Moments are (batch, 2, C, H, W), and masks (batch, 1, ...) as in `training_losses`. The conditions may be those
+        of several tasks on the same base, and the model may be wrapped for several processes.
         """
         settings, scheduler = self.settings, self.family.training_scheduler(self.pipeline)
         x_start, timesteps = sample_moments(moments, draws.posterior_noise), on(draws.timesteps, moments.device)
@@ -362,10 +356,7 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
 
 
 def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:
-    """The folders of a task's encoded conditions.
-
-    Those of samples have a cache of their own: choosing others does not encode the training data again.
-    """
+    """The folders of a task's encoded conditions, one for samples alone: others do not encode the data again."""
     family, pipeline, length = task.family, task.pipeline, task.settings.max_sequence_length
 
     def encoded(conditions: list[Condition]) -> Conditions:

@@ -15,10 +15,7 @@ from onelora_diffusion.training.settings import RunSettings
 
 
 def guidance_excess(settings: RunSettings, step: int, draws: StepDraws, num_timesteps: int) -> Tensor:
-    """w − 1 of each sample, (samples,): 0 for those whose target is the noise alone.
-
-    These are all samples before the late start, those whose noise is above the cut-off, and those without condition.
-    """
+    """w − 1 of each sample, (samples,): 0 before the start, for noise above the cut-off, and without condition."""
     is_guided = (draws.timesteps < settings.guidance_cutoff * num_timesteps) & ~draws.label_drops
     if step < settings.guidance_start:
         is_guided = torch.zeros_like(is_guided)

@@ -15,12 +15,9 @@ from onelora_diffusion.evaluation.features.pixels import PixelFeatures
 
 @dataclass(frozen=True)
 class FeatureKind:
-    """One kind of features: a row of `FEATURES`.
+    """One kind of features: a row of `FEATURES`."""
 
-    `load` makes the module from the resolution of the images to come and the path of the weights, or None.
-    """
-
-    load: Callable[[int, str | Path | None], Features]
+    load: Callable[[int, str | Path | None], Features]  # from the resolution of images, and the path of weights
     weights: str | None = None  # the field of eval_fid.py's settings with that path; None where none are to be given
     published: tuple[str, ...] = ()  # the extractors of the published weights
     # What numbers of these are called, by the name of the number: FID for FD. All others are called `FD(features)`.

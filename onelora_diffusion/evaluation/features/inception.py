@@ -39,12 +39,9 @@ class InceptionFeatures(Features):
         return self.network(images)[0].double()
 
     def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Also sFID's features (batch, 2023): 7 channels of the 17 by 17 maps of `mixed_6/conv`, channels last.
-
-        (Nash et al., ICML 2021, as ADM's evaluator has them.)
-        """
+        """Also sFID's features (batch, 2023), channels last, as ADM's evaluator has them (Nash et al., ICML 2021)."""
         maps = []
-        # mixed_6 of TensorFlow's graph is torchvision's Mixed_6d; its first convolution, after the ReLU.
+        # mixed_6/conv of TensorFlow's graph is the first convolution, after the ReLU, of torchvision's Mixed_6d.
         layer = self.network.Mixed_6d.branch1x1
         hook = layer.register_forward_hook(lambda module, inputs, output: maps.append(output))
         try:

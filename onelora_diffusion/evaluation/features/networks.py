@@ -17,15 +17,12 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclass(frozen=True)
 class Published:
-    """The published weights of a network: a commit of a repository on the hub, and the flag that takes a copy.
-
-    They are a `model.safetensors`, or a `pytorch_model.bin`, which is read weights-only.
-    """
+    """The published weights of a network: a commit of a repository on the hub, and the flag that takes a copy."""
 
     hub_id: str
     revision: str
     flag: str
-    is_safetensors: bool = False
+    is_safetensors: bool = False  # else they are a `pytorch_model.bin`, which is read weights-only
 
     @property
     def extractor(self) -> str:

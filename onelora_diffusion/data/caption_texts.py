@@ -19,10 +19,7 @@ def filled(text: str, trigger: str | None) -> str:
 
 
 def filled_by(prompts: Sequence[str], triggers: Iterable[str | None]) -> list[str]:
-    """Prompts with the trigger word of the adapters that draw them, as their files have it, in its places.
-
-    ValueError if a prompt has such a place, and the adapters have no trigger word, or several.
-    """
+    """Prompts with the trigger word of the adapters that draw them in its places; ValueError if there is not one."""
     words = sorted({str(word) for word in triggers if word})
     for prompt in prompts if len(words) != 1 else ():
         if place := PLACES.search(prompt):

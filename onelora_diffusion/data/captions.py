@@ -83,16 +83,14 @@ class CaptionedImages(FlippableImages):
 
 
 class BucketedImages(SizedImages):
-    """`[index] -> (image, index)`: image uint8 (3, height, width), or clip (3, frames, height, width), of its bucket.
-
-    Unless unreadable images are fatal, one is replaced by the next image of its bucket.
-    """
+    """`[index] -> (image, index)`: uint8 (3, height, width), or a clip (3, frames, height, width), of its bucket."""
 
     def __init__(self, name: str, source: Pictures, buckets: Buckets, broken: str = "fatal"):
         super().__init__(name, source, broken)
         self.buckets = buckets
 
     def in_place_of(self, index: int) -> Iterator[int]:
+        """An image is replaced by the next one of its bucket."""
         bucket_of = self.buckets.of_image
         return (other for other in super().in_place_of(index) if bucket_of[other] == bucket_of[index])
 

@@ -27,10 +27,6 @@ class DataIdentity(NamedTuple):
     classes: list[str] | None  # the names in the order of their labels; None for images with captions
     fingerprint: str  # sha256 of names, labels or captions, and of the files (see the function `fingerprint`)
 
-    def __str__(self) -> str:
-        """One line of text, equal for equal identities."""
-        return json.dumps(self)
-
     def describe(self) -> str:
         """The number of images, with the data set's name or the first few class names."""
         if self.classes is None:

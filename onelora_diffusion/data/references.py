@@ -39,10 +39,7 @@ class FirstFrame:
 
 
 def reference_image(path: Path, named: str) -> ReferenceImage:
-    """The reference image in a file, which `named` names in errors, of which the size is read.
-
-    FileNotFoundError if there is no such file; BrokenImageError if it is no image.
-    """
+    """The reference image in a file, `named` in errors: FileNotFoundError, or BrokenImageError if it is no image."""
     if not path.is_file():
         raise FileNotFoundError(f"{named} is {printable(str(path), 200)}, and there is no such file")
     with opened(path, f"{named}, {printable(str(path), 200)},") as image:

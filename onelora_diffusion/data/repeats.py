@@ -18,10 +18,7 @@ def checked_repeats(number: object, named: str) -> int:
 
 
 def repeats_by_folder(names: Sequence[str]) -> list[int]:
-    """How often each image counts by its path: N below a folder `N_name`, the nearest of several, else once.
-
-    ValueError if no folder has such a name, or a number is 0 or too large.
-    """
+    """How often each image counts: N below a folder `N_name`, the nearest one, else once; ValueError if none is so."""
     folders = [numbered_folder(name) for name in names]
     if not any(folders):
         raise ValueError("--repeats-by-folder finds no folder named like 3_cats, for images that count three times")

@@ -91,10 +91,7 @@ class FolderImages(CroppedImages):
 
 
 class NpzImages(ImageSet):
-    """The array `arr_0` of an .npz, uint8 (images, R, R, 3) as ADM writes them, read frame by frame.
-
-    ValueError or FileNotFoundError if the array is missing or has another type or shape.
-    """
+    """The array `arr_0` of an .npz, uint8 (images, R, R, 3) as ADM writes them; ValueError for any other."""
 
     def __init__(self, path: str | Path):
         self.name, self.path = str(path), Path(path)
@@ -111,7 +108,7 @@ class NpzImages(ImageSet):
         return self.shape[0]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield images of increasing indices; the others of the file are read and skipped."""
+        """Yield images of increasing indices, read frame by frame; the others of the file are skipped."""
         frame, batch_size = self.resolution**2 * 3, _at_once(batch_size, self.resolution)
         at = 0
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:

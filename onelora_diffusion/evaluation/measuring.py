@@ -21,17 +21,14 @@ from onelora_diffusion.processes import first_on_each_machine
 
 
 def features_of(settings: FeatureSettings, default: str, resolution: int, accelerator: Accelerator) -> list[Features]:
-    """Load the feature modules, on the main process first, since that may download weights.
-
-    They are the chosen ones, or the default where a metric can be measured by any, and those of published metrics.
-    """
+    """Load the chosen features, or the default where any will do for a metric, and those of published metrics."""
     asked = getattr(settings, "asked", [])
     own = [kind for _, kind in asked if kind]
     takes_default = not own or any(metric == "fd" and kind is None for metric, kind in asked)
     names = dict.fromkeys([*(settings.features or ([default] if takes_default else [])), *own])
     fields = {name: FEATURES[name].weights for name in names if name in FEATURES}
     weights = {name: getattr(settings, field) for name, field in fields.items() if field}
-    with first_on_each_machine(accelerator):
+    with first_on_each_machine(accelerator):  # this may download weights
         return [load_features(name, resolution, weights.get(name)) for name in names]
 
 

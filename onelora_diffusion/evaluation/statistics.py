@@ -15,10 +15,7 @@ from onelora_diffusion.evaluation.images import Source
 
 @dataclass(frozen=True)
 class Origin:
-    """Describes a set of images and how its features were computed; it is saved with the statistics.
-
-    Only sets for which `extractor` and `resize` are equal can be compared.
-    """
+    """Describes a set of images and its features; only sets of equal `extractor` and `resize` can be compared."""
 
     features: str
     extractor: str

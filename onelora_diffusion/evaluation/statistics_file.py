@@ -64,10 +64,7 @@ def save_statistics(path: str | Path, measured: Measured) -> Path:
 
 
 def load_statistics(path: str | Path, keep: bool = False) -> Measured:
-    """Read statistics and their origin; with `keep` also the features of each image, if the file has them.
-
-    FileNotFoundError if there is no such file; ValueError if it is damaged, or not a file of statistics.
-    """
+    """Read statistics, with `keep` also each image's features, if there; FileNotFoundError, ValueError if damaged."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -139,14 +139,12 @@ class PromptSettings(CaptionSettings, RunSettings):
         if isinstance(self.validation_images, Path):
             self._check_folder_of_validation(self.validation_images)
         self._check_beside_others()
-        package = QUANTISERS.get(self.base_precision)
-        check_installed(f"--base-precision {self.base_precision}", package)
+        package, precision = QUANTISERS.get(self.base_precision), f"--base-precision {self.base_precision}"
+        check_installed(precision, package)
         if package and self.method == "full":
-            raise ValueError(
-                f"--method full trains the base itself, which --base-precision {self.base_precision} packs"
-            )
+            raise ValueError(f"--method full trains the base itself, which {precision} packs")
         if package and self.engine == "fsdp2":
-            raise ValueError(f"--engine fsdp2 cannot share out a base of --base-precision {self.base_precision}")
+            raise ValueError(f"--engine fsdp2 cannot share out a base of {precision}")
 
     def _check_folder_of_validation(self, held: Path) -> None:
         if self.validation_split is not None:

@@ -103,12 +103,9 @@ def draw_step(
 
 
 def micro_batches(batch_size: int, num_processes: int, process_index: int, accumulation: int) -> list[slice]:
-    """The rows of the global batch that a process takes, one slice for each of its micro-batches.
-
-    ValueError if they cannot have equal sizes, as the mean of their means would then not be the mean of the batch.
-    """
+    """The rows of the global batch that a process takes, a slice a micro-batch; ValueError for unequal sizes."""
     size, rest = divmod(batch_size, num_processes * accumulation)
-    if rest or not size:
+    if rest or not size:  # the mean of their means would not be the mean of the batch
         raise ValueError(
             f"a batch of {batch_size} images cannot be shared equally by {num_processes} processes with "
             f"{accumulation} accumulation steps each"

@@ -63,10 +63,11 @@ class SumScales:
             return {}
         means = torch.stack([torch.stack(self.squares[name]).mean() for name in names])
         means = accelerator.reduce(means, "mean").tolist()
-        return {
-            name: _rounded(features_of(self.seats[name].layer)[0] ** 0.25 / math.sqrt(mean)) if mean else 1.0
-            for name, mean in zip(names, means, strict=True)
-        }
+        factors = {}
+        for name, mean in zip(names, means, strict=True):
+            exact = features_of(self.seats[name].layer)[0] ** 0.25 / math.sqrt(mean) if mean else 1.0
+            factors[name] = 2 ** (round(2 * math.log2(exact)) / 2)
+        return factors
 
     @staticmethod
     def in_words(factors: dict[str, float]) -> str:
@@ -74,10 +75,6 @@ class SumScales:
             return "rates by the sum: no layer has one, all learn at their plain rates"
         low, high = min(factors.values()), max(factors.values())
         return f"rates by the sum: {len(factors)} layers learn at {low:.3g} to {high:.3g} times the learning rate"
-
-
-def _rounded(factor: float) -> float:
-    return 2 ** (round(2 * math.log2(factor)) / 2)
 
 
 def divide_groups(optimizer: Optimizer, trained: dict[str, Tensor], factors: dict[str, float]) -> None:

@@ -264,10 +264,7 @@ class Task:
             autoencoder.to(before)
 
     def sample_grid(self, is_stopped: Callable[[], object]) -> bytes | None:
-        """The PNG of a grid with one column per condition; image i has the same noise in every grid.
-
-        If the settings ask for it, the first row is drawn by the base. None if stopped early or without conditions.
-        """
+        """The PNG of a grid with a column per condition, from the same noise each time; None if stopped or empty."""
         shown, transformer = self.data.shown, denoiser_of(self.pipeline)
         if not shown:
             return None

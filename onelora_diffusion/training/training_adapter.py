@@ -18,10 +18,7 @@ NAME = "training-adapter"
 
 
 def load_training_adapter(pipeline, path: str) -> str:
-    """Load it into the pipeline's denoiser from any file that `load_lora_weights` reads; returns a hash of its values.
-
-    FileNotFoundError or ValueError if there is no such file, it is damaged, or it is of another base.
-    """
+    """Load it into the denoiser from any file that `load_lora_weights` reads, whose errors it has; return its hash."""
     is_second = denoiser_name(pipeline) == "transformer_2"
     OneLoRALoaderMixin.from_pipe(pipeline).load_lora_weights(path, NAME, load_into_transformer_2=is_second)
     return digest(adapter_state_dict(denoiser_of(pipeline), NAME))

@@ -30,10 +30,7 @@ class Validation:
         self.of_base: float | None = None
 
     def measure(self, adapted: AbstractContextManager, at_once: Callable) -> dict[str, float]:
-        """`{"validation_loss": ..., "base_validation_loss": ...}`.
-
-        Inside `adapted` the adapter is used; inside `at_once()` a signal ends the work, but not while values return.
-        """
+        """`{"validation_loss": ..., "base_validation_loss": ...}`, the former in `adapted`, both in `at_once()`."""
         if self.of_base is None:
             with base_in_training(denoiser_of(self.task.pipeline)), at_once():
                 self.of_base = self._mean_loss()

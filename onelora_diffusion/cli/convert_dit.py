@@ -44,7 +44,7 @@ BLOCK_LAYERS = {
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+QKV_LAYER, QKV = ".attn.qkv.", ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 EMBEDDING_LAYERS = {"t_embedder.mlp.0": "timestep_embedder.linear_1", "t_embedder.mlp.2": "timestep_embedder.linear_2"}
 TABLE = "y_embedder.embedding_table.weight"
 
@@ -81,10 +81,6 @@ def names_of(depth: int) -> dict[str, list[str]]:
     return names | {TABLE: [f"{block}.norm1.emb.class_embedder.embedding_table.weight" for block in blocks]}
 
 
-def is_qkv(metas_name: str) -> bool:
-    return ".attn.qkv." in metas_name
-
-
 def to_diffusers(meta: dict[str, Tensor], heads: int | None = None, exact: bool = False) -> DiTTransformer2DModel:
     """Meta's state dict -> diffusers' model in float32; ValueError for no DiT's, or an unknown number of heads."""
     depth = len({name.split(".")[1] for name in meta if name.startswith("blocks.")})
@@ -109,7 +105,7 @@ def to_diffusers(meta: dict[str, Tensor], heads: int | None = None, exact: bool 
     )
     weights = {}
     for metas, ours in names.items():
-        parts = meta[metas].chunk(3) if is_qkv(metas) else [meta[metas]] * len(ours)
+        parts = meta[metas].chunk(3) if QKV_LAYER in metas else [meta[metas]] * len(ours)
         weights |= dict(zip(ours, parts, strict=True))
     model.load_state_dict(weights)
     return model.eval()
@@ -120,9 +116,9 @@ def to_meta(model: DiTTransformer2DModel) -> dict[str, Tensor]:
     weights, meta = model.state_dict(), {"pos_embed": model.pos_embed.pos_embed}
     for metas, ours in names_of(len(model.transformer_blocks)).items():
         parts = [weights[name] for name in ours]
-        if not is_qkv(metas) and (other := [n for n in ours if not torch.equal(weights[n], parts[0])]):
+        if QKV_LAYER not in metas and (other := [n for n in ours if not torch.equal(weights[n], parts[0])]):
             raise ValueError(f"{other[0]} is not that of block 0, and Meta's model has one for all blocks")
-        meta[metas] = torch.cat(parts) if is_qkv(metas) else parts[0]
+        meta[metas] = torch.cat(parts) if QKV_LAYER in metas else parts[0]
     return {name: tensor.detach().clone() for name, tensor in meta.items()}
 
 

@@ -44,8 +44,7 @@ class Clips(Pictures):
     def __init__(
         self, listing: Listing, items: dict[str, list[str]], number: int, rate: float | None, broken: str = "fatal"
     ):
-        self.root, self.listing, self.number = listing.root, listing, number
-        self.rate = rate
+        self.root, self.listing, self.number, self.rate = listing.root, listing, number, rate
         self.paths = [[listing.root / file for file in files[:number]] for files in items.values()]
         self.names = list(items)
         videos = [name for name in items if is_video(name)]

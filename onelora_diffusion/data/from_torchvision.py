@@ -32,10 +32,8 @@ def torchvision_images(asked) -> ClassifiedImages:
             arguments["split"] = split
     elif split != "train":
         raise ValueError(f"torchvision:{name} is one set without parts: it has the split train, not {split!r}")
-    if "download" in parameters:
-        arguments["download"] = asked.download
-    if "loader" in parameters:
-        arguments["loader"] = read_image
+    options = {"download": asked.download, "loader": read_image}
+    arguments |= {key: value for key, value in options.items() if key in parameters}
     try:
         source = kind(**arguments)
         _, label = source[0]

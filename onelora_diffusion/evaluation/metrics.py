@@ -145,11 +145,7 @@ METRICS = {
     "inception-score": Metric(
         (GENERATED, LOGITS),
         _inception_score,
-        {
-            "inception_score": Shown(
-                "Inception Score", "{inception_score:.3f} ± {inception_score_spread:.3f}", more_is_better=True
-            )
-        },
+        {"inception_score": Shown("Inception Score", "{inception_score:.3f} ± {inception_score_spread:.3f}", True)},
         note_of=_splits,
     ),
     "limit": Metric((GENERATED, REFERENCE), _limit, {}, rows=_limit_rows),

@@ -53,24 +53,17 @@ def sheet_of(blocks: Mapping[str, Sequence[Tensor]], names: Sequence[str], left:
     margin = math.ceil(max(ImageDraw.Draw(canvas).textlength(name) for name in names)) + 12
     sheet = Image.new("RGB", (margin + sum(grid.width for grid in grids.values()), top + height), "white")
     draw = ImageDraw.Draw(sheet)
-    x = 0
-
-    def put_names(x: int) -> int:
-        for row, name in enumerate(names):
-            middle = x + margin / 2, top + (row + 0.5) * height / len(names)
-            draw.text(middle, name, fill="black", anchor="mm")
-        return x + margin
-
-    if left is None:
-        x = put_names(x)
-    for title, grid in sorted(grids.items(), key=lambda item: item[0] != left):
-        sheet.paste(grid, (x, top))
+    x = 0 if left is None else grids[left].width
+    for row, name in enumerate(names):
+        draw.text((x + margin / 2, top + (row + 0.5) * height / len(names)), name, fill="black", anchor="mm")
+    x += margin
+    for title, grid in grids.items():
+        start = 0 if title == left else x
+        sheet.paste(grid, (start, top))
         if top:
-            middle = x + grid.width / 2, top / 2
+            middle = start + grid.width / 2, top / 2
             draw.multiline_text(middle, "\n".join(lines[title]), fill="black", anchor="mm", align="center")
-        x += grid.width
-        if title == left:
-            x = put_names(x)
+        x += 0 if title == left else grid.width
     return sheet
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import accumulate
 
 import torch
 from accelerate import PartialState
@@ -288,12 +289,10 @@ def ready_for(job: Job, group: list[tuple[Training, Part]], scales: dict[Trainin
         if job.settings.subjects is not None:
             names = [training.task.adapter_name for training, part in group for _ in part.moments]
             entered.enter_context(route_adapters(denoiser_of(group[0][0].task.pipeline), names))
-        first = 0
-        for training, part in group:
-            last = first + len(part.moments)
+        ends = accumulate(len(part.moments) for _, part in group)
+        for (training, part), end in zip(group, ends, strict=True):
             if training in scales:
-                entered.enter_context(scales[training].watching(slice(first, last)))
-            first = last
+                entered.enter_context(scales[training].watching(slice(end - len(part.moments), end)))
         yield
 
 

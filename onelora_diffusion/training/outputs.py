@@ -36,6 +36,7 @@ class Outputs:
     def __init__(self, run: Run, accelerator: Accelerator, task, evaluation, stop: Stop):
         self.run, self.settings, self.accelerator = run, run.settings, accelerator
         self.task, self.evaluation, self.stop = task, evaluation, stop
+        self.alone = stop.at_once if accelerator.num_processes == 1 else nullcontext  # around what may end at once
         self.folder, self.num_broken = self.settings.output_dir, 0  # unreadable images, for the headers of adapters
         self.validation = Validation(task) if self.settings.validation_images else None
         self.prefix = "" if task.subject is None else f"{task.subject}/"
@@ -97,11 +98,8 @@ class Outputs:
 
     def write_validation(self) -> None:
         """Write a line of metrics with the validation loss, unless a signal comes."""
-        measured = None
-        alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
         with suppress(Interrupted):
-            measured = self.validation.measure(self.averaged(in_training=True), alone)
-        if measured:
+            measured = self.validation.measure(self.averaged(in_training=True), self.alone)
             self._keep({"step": self.run.step, **measured})
 
     def _keep(self, line: dict) -> None:
@@ -113,8 +111,7 @@ class Outputs:
     def write_evaluation(self) -> None:
         """Write a line of metrics with the distance, and the adapter if it is the best, unless a signal comes."""
         run, measured = self.run, None
-        alone = self.stop.at_once if self.accelerator.num_processes == 1 else nullcontext
-        with suppress(Interrupted), self.averaged(), self.accelerator.autocast(), alone():
+        with suppress(Interrupted), self.averaged(), self.accelerator.autocast(), self.alone():
             with self.task.decoding():
                 measured = self.evaluation.measure(self.stop)
         if measured:

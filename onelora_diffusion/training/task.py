@@ -110,10 +110,7 @@ class Task:
             accelerator.print("\n".join(f"{held}{line}" for line in (describe(each.images), *each.notes)))
 
     def attach(self) -> dict[str, Tensor]:
-        """Attach the adapter to the transformer, and return its trained tensors, on the device, by name.
-
-        ValueError if the base has no such adapter, or the adapter is no LoRA of those that are to be written.
-        """
+        """Attach the adapter, and return its trained tensors, on the device, by name; ValueError if that cannot be."""
         transformer, name = denoiser_of(self.pipeline), self.adapter_name
         beside = self.settings.training_adapter
         self.training_adapter = beside and load_training_adapter(self.pipeline, beside)

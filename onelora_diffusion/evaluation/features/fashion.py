@@ -35,10 +35,7 @@ class FashionNetwork(nn.Module):
 
 
 class FashionFeatures(Features):
-    """The classifier's 64 features: uint8 (batch, 3, R, R) -> float64 (batch, 64); `predict` gives the class.
-
-    FileNotFoundError or ValueError if there is no such file of weights, or it is not of this classifier.
-    """
+    """The classifier's 64 features: uint8 (batch, 3, R, R) -> float64 (batch, 64); an error for other weights."""
 
     name = "fashion-mnist"
     num_features = FashionNetwork.num_features

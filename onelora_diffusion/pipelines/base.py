@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -73,14 +74,15 @@ def load_base(
     if "id2label" in index:
         settings["id2label"] = class_names(index)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _drawn_anew(index) as anew:
             # Newer releases name this argument dtype, which older ones do not have.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             if is_modular:
-                return load_modular(folder, **settings)
-            pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
-            _check_weights(pipeline)
-            return pipeline
+                pipeline = load_modular(folder, **settings)
+            else:
+                pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **settings)
+        _check_weights(pipeline, anew)
+        return pipeline
     except Exception as error:  # the safetensors reader or a wrong class may raise any error
         reason = first_line(error)
         if not is_modular and (lost := _lost(folder, index)):
@@ -88,11 +90,43 @@ def load_base(
         raise ValueError(f"base model '{base or folder}' does not load: {reason}") from error
 
 
-def _check_weights(pipeline) -> None:
-    """ValueError for a weight that the files of a component lack, which diffusers leaves on the meta device."""
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    for part, module in modules.items():
+@contextmanager
+def _drawn_anew(index: dict) -> Iterator[list]:
+    """Context manager that yields (model, names of the weights that its files lack) of each model of transformers.
+
+    Transformers draws these at random, with a warning alone.
+    """
+    anew = []
+    if not any(isinstance(part, list) and part[0] == "transformers" for part in index.values()):
+        yield anew
+        return
+    from transformers import PreTrainedModel
+
+    stock = vars(PreTrainedModel)["from_pretrained"]
+
+    def loaded(cls, *arguments, **settings):
+        model, report = stock.__func__(cls, *arguments, **settings, output_loading_info=True)
+        anew.append((model, report["missing_keys"]))
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(loaded)
+    try:
+        yield anew
+    finally:
+        PreTrainedModel.from_pretrained = stock
+
+
+def _check_weights(pipeline, anew: list) -> None:
+    """ValueError for a weight that the files of a component lack.
+
+    Those of `anew` are random; diffusers leaves its own on the meta device.
+    """
+    for part, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
+            continue
         lacks = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        random = {name for model, names in anew if model is module for name in names}
+        lacks += [name for name, _ in module.named_parameters() if name in random]  # a tied one is here but once
         if lacks:
             raise ValueError(f"the files of its {part} lack {lacks[0]} (of {len(lacks)}): copy or download it again")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from onelora_diffusion.adapters.base_layer import is_pointwise, weights_present
+from onelora_diffusion.adapters.base_layer import features_of, is_pointwise, weights_present
 from onelora_diffusion.config import AdapterConfig
 from onelora_diffusion.denoisers import repeated_blocks
 from onelora_diffusion.injection.dit_parts import FIRST, embeddings_of, is_dit, is_in_embedding
@@ -259,8 +259,8 @@ def stand_ins(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
     def stand_in(module: nn.Module) -> nn.Module:
         bare, module = nn.Module(), untuned(module)
-        if isinstance(module, nn.Linear):
-            bare = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        if is_servable(module):
+            bare = nn.Linear(*features_of(module), bias=False, device="meta")
         for name, parameter in module.named_parameters(recurse=False):
             empty = nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
             bare.register_parameter(name, shared.setdefault(id(parameter), empty))

@@ -40,6 +40,15 @@ def test_round_trip_is_bitwise(dit, inputs, saved):
         assert torch.equal(load_adapter(make_dit(), path)(**inputs).sample, expected)
 
 
+def test_a_convolution_of_1_by_1_is_loaded_from_its_file(tmp_path):
+    models = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    randomize(inject_adapter(models[0], AdapterConfig(targets=("0", "1"))))
+    x = torch.randn(2, 3, 5, 5)
+    load_adapter(models[1], save_adapter(models[0], tmp_path))
+    assert torch.equal(models[1](x), models[0](x))
+
+
 def test_the_file_describes_itself(dit, saved):
     file = read_adapter(saved)
     assert file.config == CONFIG

@@ -23,22 +23,6 @@ from onelora_diffusion.injection.seat import Seat
 logger = logging.getLogger(__name__)
 
 
-class LabelsAsGiven(nn.Module):
-    """A DiT's class embedder that, unlike diffusers' `LabelEmbedding`, never drops labels by itself.
-
-    A DiT has a copy in every block, each of which would drop other labels. The training step drops a sample's label
-    for all blocks instead.
-    """
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.embedding_table = base.embedding_table
-
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """The embeddings (batch, width) of labels (batch,), in the base's dtype."""
-        return self.embedding_table(labels)
-
-
 class SharedConditioning(nn.Module):
     """The timestep and class embedding c(t, y) of all blocks, computed once per forward.
 
@@ -50,7 +34,7 @@ class SharedConditioning(nn.Module):
         super().__init__()
         self.time_proj = base.time_proj
         self.timestep_embedder = base.timestep_embedder
-        self.class_embedder = LabelsAsGiven(base.class_embedder)
+        self.class_embedder = base.class_embedder
 
     def forward(
         self, timestep: torch.Tensor, class_labels: torch.Tensor, hidden_dtype: torch.dtype | None = None
@@ -79,43 +63,42 @@ def name_repeated_blocks(transformer: nn.Module) -> None:
 class DiTConditioning:
     """One timestep and class embedding for all blocks of a DiT, and the seat of class tables.
 
-    If the copies in the blocks differ, as in a randomly initialised DiT, or are quantised, every block keeps its own,
-    and only the class embedders are replaced.
+    If the copies in the blocks differ, as in a randomly initialised DiT, or are quantised, every block keeps its own.
+
+    The class embedders drop no labels: each block's would drop others. The training step drops a sample's label for
+    all blocks instead.
     """
 
     def __init__(self, transformer: nn.Module):
         self.transformer = transformer
         self.stock = embeddings_of(transformer)
-        self.stock_class_embedders = [embedding.class_embedder for embedding in self.stock]
+        self.stock_dropout = self.stock[0].class_embedder.dropout_prob
         self.hook = None  # that of `compute_once`, if the blocks share an embedding
 
     def install(self) -> "DiTConditioning":
         name_repeated_blocks(self.transformer)
+        self._drop_labels(0.0)
         first, last = self.stock[0], self.stock[-1]
         if equal_copies(self.stock):
             if not any(parameter.is_meta for parameter in last.parameters()):
-                del self.stock[1:], self.stock_class_embedders[1:]  # offloaded copies take no memory
+                del self.stock[1:]  # offloaded copies take no memory
             shared = SharedConditioning(first).train(first.training)
             replace_embeddings(self.transformer, [shared] * len(self.transformer.transformer_blocks))
             self.hook = self.transformer.register_forward_pre_hook(compute_once, with_kwargs=True)
-        else:
-            if not next(first.parameters()).is_meta:
-                logger.warning(
-                    "The %d blocks of this DiT hold different timestep and class embeddings, as a random one does and "
-                    "no converted checkpoint, or packed ones: each keeps its own, and none is shared.",
-                    len(self.stock),
-                )
-            for embedding in self.stock:
-                embedding.class_embedder = LabelsAsGiven(embedding.class_embedder).train(embedding.training)
+        elif not next(first.parameters()).is_meta:
+            logger.warning(
+                "The %d blocks of this DiT hold different timestep and class embeddings, as a random one does and no "
+                "converted checkpoint, or packed ones: each keeps its own, and none is shared.",
+                len(self.stock),
+            )
         self.table_seat = TableSeat(self.transformer, class_table_paths(self.transformer))
         return self
 
     def restore(self) -> None:
         """Give every block its own embedding again, equal to its original one."""
         self.table_seat.leave()
+        self._drop_labels(self.stock_dropout)
         if self.hook is None:
-            for embedding, class_embedder in zip(self.stock, self.stock_class_embedders, strict=True):
-                embedding.class_embedder = class_embedder
             return
         self.hook.remove()
         first, *others = self.stock
@@ -124,6 +107,10 @@ class DiTConditioning:
         missing = len(self.transformer.transformer_blocks) - len(self.stock)
         others += [first if stays else copy.deepcopy(first) for _ in range(missing)]
         replace_embeddings(self.transformer, [first, *others])
+
+    def _drop_labels(self, probability: float) -> None:
+        for embedding in self.stock:
+            embedding.class_embedder.dropout_prob = probability
 
 
 class DiTParts:

@@ -45,7 +45,7 @@ def class_table_paths(model: nn.Module, name: str | None = None) -> list[str]:
         there = f"its tables are {', '.join(tables)}" if tables else "it has no nn.Embedding"
         wanted = f"class_table='{name}' is not one of {kind}" if name else f"{kind} has no class embedding to be found"
         raise ValueError(f"{wanted}: name the table of its classes by class_table; {there}")
-    for path in found:
+    for path in () if is_dit(model) else found:  # a DiT has a null row always
         owner = model.get_submodule(path.rpartition(".")[0])
         if getattr(owner, "dropout_prob", None) == 0 and tables[path].num_embeddings == owner.num_classes:
             raise ValueError(

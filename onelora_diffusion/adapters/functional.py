@@ -222,13 +222,13 @@ def _add_rows(out: torch.Tensor, s: torch.Tensor, rows: torch.Tensor) -> torch.T
     if out.dtype == torch.float16:  # 65504 is soon reached by a sum of thousands of features
         return _add(out, s * rows)
     s, rows = s.to(out.dtype), rows.to(out.dtype)
-    return torch.addcmul(out, s, rows) if _is_kept(out) else out.addcmul_(s, rows)
+    return torch.addcmul(out, s, rows) if _is_kept() else out.addcmul_(s, rows)
 
 
 def _add(out: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-    return (out + term).to(out.dtype) if _is_kept(out) else out.add_(term)
+    return (out + term).to(out.dtype) if _is_kept() else out.add_(term)
 
 
-def _is_kept(out: torch.Tensor) -> bool:
-    """Whether `out` must not be changed in place: when gradients are recorded, and in compiled code."""
+def _is_kept() -> bool:
+    """Whether an output must not be changed in place: when gradients are recorded, and in compiled code."""
     return torch.is_grad_enabled() or _is_derived_elsewhere()

@@ -6,16 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from onelora_diffusion.adapters import functional
 from onelora_diffusion.adapters.base_layer import features_of, offload_group
 from onelora_diffusion.adapters.compressions import Compression, compression_of, plain_weight
 from onelora_diffusion.adapters.contract import LayerAdapter
-from onelora_diffusion.adapters.functional import (
-    add_outer_,
-    add_outer_rows_,
-    add_vector_,
-    add_vector_rows_,
-    scale_rows,
-)
 from onelora_diffusion.config import AdapterConfig
 
 
@@ -43,9 +37,9 @@ class Vectors:
             sums: the compressed values of x by compression; new ones are added. Layers with the same x share it.
         """
         add_outer, add_vector, scale = (
-            (add_outer_rows_, add_vector_rows_, scale_rows)
+            (functional.add_outer_rows_, functional.add_vector_rows_, functional.scale_rows)
             if self.per_sample
-            else (add_outer_, add_vector_, lambda out, gamma: gamma.to(out.dtype) * out)
+            else (functional.add_outer_, functional.add_vector_, lambda out, gamma: gamma.to(out.dtype) * out)
         )
         sums = {} if sums is None else sums
         compressed = []  # compute all before `out` is changed, as it may be the same tensor as `base`

@@ -141,14 +141,13 @@ def build_for_values(
     """`build_adapter` for given values; None for a tuner whose shapes are known only after computing."""
     try:
         return build_adapter(model, config, as_shapes, values)
-    except (NotImplementedError, RuntimeError) as error:
-        sizes = [value for value in (config.peft_config or {}).values() if isinstance(value, int)]
-        if as_shapes and max([config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
-            return None
-        raise ValueError(f"{source}: its settings build no adapter ({first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"{source}: {first_line(error)}") from error
     except Exception as error:  # PEFT's tuners may raise any error
+        sizes = [value for value in (config.peft_config or {}).values() if isinstance(value, int)]
+        is_unseen = as_shapes and isinstance(error, RuntimeError)  # as NotImplementedError is
+        if is_unseen and max([config.rank, *sizes]) <= MAX_UNSEEN_SIZE:
+            return None
         raise ValueError(
             f"{source}: its settings build no adapter ({type(error).__name__}: {first_line(error)})"
         ) from error

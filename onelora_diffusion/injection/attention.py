@@ -84,8 +84,8 @@ def fused_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn
 
 def _joined(attn: nn.Module) -> nn.Linear:
     linears = (attn.to_q, attn.to_k, attn.to_v)
-    with torch.device("meta"):
-        joined = nn.Linear(attn.to_q.in_features, sum(linear.out_features for linear in linears), bias=False)
+    out_features = sum(linear.out_features for linear in linears)
+    joined = nn.Linear(attn.to_q.in_features, out_features, bias=False, device="meta")
     joined.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
     return joined
 
@@ -96,12 +96,9 @@ def fuse_in_place(attn: nn.Module) -> None:
         attn.fuse_projections()
         attn.to_qkv.is_made_for_adapters = True
         attn.to_qkv.requires_grad_(False)
-    linears = (attn.to_q, attn.to_k, attn.to_v)
-    for linear, weight in zip(linears, attn.to_qkv.weight.data.chunk(3), strict=True):
-        linear.weight.data = weight
-    if attn.to_qkv.bias is not None:
-        for linear, bias in zip(linears, attn.to_qkv.bias.data.chunk(3), strict=True):
-            linear.bias.data = bias
+    for name, joined in attn.to_qkv.named_parameters(recurse=False):
+        for linear, part in zip((attn.to_q, attn.to_k, attn.to_v), joined.data.chunk(3), strict=True):
+            linear.get_parameter(name).data = part
 
 
 def is_fused_apart(model: nn.Module, path: str) -> bool:

@@ -163,7 +163,10 @@ class AdapterBook:
             for name in adapter_names:
                 self.detach(name)
             if not self.adapters:
-                self.restore()
+                if self.parts.conditioning is None and self.class_tables is not None:
+                    self.class_tables.leave()
+                self._step_aside()
+                self.parts.restore()
                 del self.model._onelora
                 for verb in self.verbs:
                     self.model.__dict__.pop(verb, None)
@@ -201,13 +204,6 @@ class AdapterBook:
                 for parameter in part._parameters.values():
                     if parameter is not None and parameter.requires_grad:
                         parameter.requires_grad_(False)
-
-    def restore(self) -> None:
-        """Put back the parts of the base that `attach` replaced for all adapters together."""
-        if self.parts.conditioning is None and self.class_tables is not None:
-            self.class_tables.leave()
-        self._step_aside()
-        self.parts.restore()
 
     def serve(
         self, adapter_names: str | Iterable[str] | None, weights: Weight | Sequence[Weight] | None = None
@@ -302,20 +298,18 @@ class AdapterBook:
         """Context manager in which the route assigns adapters to samples."""
         is_paused, weights, outer = self.is_paused, self.weights, self.open_route
         try:
-            self._route_seats(route)
+            self._route(route)
             self._activate_seats({})  # deactivates trained norms, which all samples of the batch would share
-            self.open_route = route
             yield
         finally:
-            self.open_route = outer
-            self._route_seats(outer)
+            self._route(outer)
             if not is_paused:
                 self.activate(weights)
 
     def reroute(self, samples: Sequence[Mapping[str, Weight]]) -> None:
         """Assign other adapters to samples, inside `routed`; those that were known before are not read again."""
         self.open_route.assign(samples)
-        self._route_seats(self.open_route)
+        self._route(self.open_route)
 
     @contextlib.contextmanager
     def routed_rows(self, rows: Sequence[int]):
@@ -328,9 +322,10 @@ class AdapterBook:
         finally:
             self.reroute(samples)
 
-    def _route_seats(self, route: Route | None) -> None:
+    def _route(self, route: Route | None) -> None:
         for seat in self.seats.values():
             seat.route(route)
+        self.open_route = route
 
     def _take_part(self) -> None:
         """Install the hooks on the model's forward, and the shared sums of a DiT's attentions."""
@@ -346,9 +341,7 @@ class AdapterBook:
         """Multiply the weights of the active adapters by `scale`, and return them; none while paused."""
         self.require_unmerged(f"they are scaled by {scale}")
         if getattr(self.model, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"a scale of {scale} in the call of a model with PEFT's adapters beside: use set_adapters"
-            )
+            raise ValueError(f"a scale of {scale} in a call of a model with PEFT's adapters beside: use set_adapters")
         if self.open_route is not None:
             raise ValueError(f"a scale of {scale} in the call of a route: give the weights in the route")
         if torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):

@@ -10,12 +10,7 @@ from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
-from onelora_diffusion.adapters.base_layer import (
-    LINEAR_FORWARD,
-    offload_group,
-    weights_present,
-    why_not_its_product,
-)
+from onelora_diffusion.adapters.base_layer import LINEAR_FORWARD, offload_group, weights_present, why_not_its_product
 from onelora_diffusion.adapters.compressions import Compression
 from onelora_diffusion.adapters.contract import LayerAdapter
 from onelora_diffusion.adapters.vector import Vectors
@@ -173,9 +168,8 @@ class LinearSeat(Seat):
             return reason
         if shared:
             return f"shares its weight with {shared[0]}, which would change with it: serve adapters unmerged"
-        if reason := why_not_its_product(self.layer):
-            return f"{reason}: serve adapters unmerged"
-        return None
+        reason = why_not_its_product(self.layer)
+        return reason and f"{reason}: serve adapters unmerged"
 
     def merge(self, check: bool) -> None:
         if not self.active:

@@ -42,10 +42,7 @@ def delete_adapters(model: nn.Module, adapter_names: str | list[str]) -> None:
 
 
 def fuse_lora(
-    model: nn.Module,
-    lora_scale: float = 1.0,
-    safe_fusing: bool = True,
-    adapter_names: str | list[str] | None = None,
+    model: nn.Module, lora_scale: float = 1.0, safe_fusing: bool = True, adapter_names: str | list[str] | None = None
 ) -> None:
     """Merge adapters, times `lora_scale`, into the base's weights; None takes the active ones with their weights."""
     book: AdapterBook = model._onelora

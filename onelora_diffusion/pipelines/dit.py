@@ -11,17 +11,11 @@ from onelora_diffusion.adapters.class_table import CLASS_TABLE, serving_table
 from onelora_diffusion.adapters.weights import Weight, scaled, weight_at
 from onelora_diffusion.families.classes import by_label, find_class, told_apart
 from onelora_diffusion.families.dit import null_and_last_label
+from onelora_diffusion.injection import routing
 from onelora_diffusion.injection.book import adapters_of
 from onelora_diffusion.injection.conditioning import name_repeated_blocks
 from onelora_diffusion.injection.merging import stock_state_dict
-from onelora_diffusion.injection.routing import (
-    GUIDANCES,
-    Entry,
-    is_trained_with_guidance,
-    route_adapters,
-    route_beside_base,
-    warn_of_trained_guidance,
-)
+from onelora_diffusion.injection.routing import Entry
 from onelora_diffusion.pipelines.base import class_names, eval_mode, miniature_path
 from onelora_diffusion.pipelines.loaders import OneLoRALoaderMixin
 
@@ -80,7 +74,7 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
             adapter_names: the adapter of each class, as in the call; None takes the active adapter.
         """
         names = [label] if isinstance(label, str) else list(label)
-        return self._resolve(names, self._mixtures(adapter_names, len(names)))
+        return list(map(self._label, names, self._mixtures(adapter_names, len(names))))
 
     @torch.no_grad()
     def __call__(
@@ -112,8 +106,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         Raises:
             ValueError: a class, an adapter or the guidance is unknown, or there is not one adapter for each label.
         """
-        if guidance not in GUIDANCES:
-            raise ValueError(f"unknown guidance '{guidance}': choose {' or '.join(GUIDANCES)}")
+        if guidance not in routing.GUIDANCES:
+            raise ValueError(f"unknown guidance '{guidance}': choose {' or '.join(routing.GUIDANCES)}")
         if set(cross_attention_kwargs or {}) - {"scale"}:
             raise ValueError(f"cross_attention_kwargs {cross_attention_kwargs}: a DiT knows no other than 'scale'")
         if isinstance(class_labels, torch.Tensor):
@@ -121,16 +115,16 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         elif isinstance(class_labels, int | str):
             class_labels = [class_labels]
         mixtures = self._mixtures(adapter_names, len(class_labels))
-        labels = self._resolve(class_labels, mixtures)
+        labels = list(map(self._label, class_labels, mixtures))
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         entries = None
         if adapter_names is not None:
             entries = [{name: scaled(weight, scale) for name, weight in mixture.items()} for mixture in mixtures]
         if guidance_scale is None:
-            is_trained = all(is_trained_with_guidance(self._adapted_model(), mixture) for mixture in mixtures)
+            is_trained = all(routing.is_trained_with_guidance(self._adapted_model(), mixture) for mixture in mixtures)
             guidance_scale = 1.0 if is_trained else 4.0
         for mixture in mixtures:
-            warn_of_trained_guidance(self._adapted_model(), mixture, guidance_scale)
+            routing.warn_of_trained_guidance(self._adapted_model(), mixture, guidance_scale)
         is_domain = guidance == "domain" and guidance_scale > 1
         with self._weighed(scale), self._routed(entries, is_domain, len(labels)), self._null_label_in_reach():
             return super().__call__(labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
@@ -181,11 +175,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
             adapters_of(self._adapted_model()).check_present(name)
         return mixtures
 
-    def _resolve(self, classes: Sequence[int | str], mixtures: list[Mapping[str, Weight]]) -> list[int]:
-        """The labels of class names and numbers, each in the class table of its image's adapters."""
-        return [self._label(wanted, mixture) for wanted, mixture in zip(classes, mixtures, strict=True)]
-
     def _label(self, wanted: int | str, weights: Mapping[str, Weight]) -> int:
+        """The label of a class name or number in the class table of an image's adapters."""
         adapter, num_classes = self._table_of(weights)
         owner = "the base" if adapter is None else f"adapter '{adapter}'"
         if not isinstance(wanted, str):
@@ -203,8 +194,8 @@ class OneLoRADiTPipeline(OneLoRALoaderMixin, DiTPipeline):
         if self._book() is None:  # without adapters domain guidance equals classifier-free guidance
             return contextlib.nullcontext()
         if is_domain:
-            return route_beside_base(model, batch_size, entries)
-        return contextlib.nullcontext() if entries is None else route_adapters(model, entries)
+            return routing.route_beside_base(model, batch_size, entries)
+        return contextlib.nullcontext() if entries is None else routing.route_adapters(model, entries)
 
     @contextlib.contextmanager
     def _null_label_in_reach(self):

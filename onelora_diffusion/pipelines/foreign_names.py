@@ -7,14 +7,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
 
-from onelora_diffusion.storage.lora import (
-    COMFYUI,
-    FOREIGN_KEY,
-    paths_by_name,
-    refuse_other_kinds,
-    without_text_encoders,
-)
-from onelora_diffusion.storage.naming import by_diffusers_paths
+from onelora_diffusion.storage.lora import FOREIGN_KEY, paths_by_name, refuse_other_kinds, without_text_encoders
+from onelora_diffusion.storage.naming import COMFYUI, by_diffusers_paths
 
 LORA_PART = re.compile(r".*(lora.*[._](A|B|down|up)(\.default)?(\.weight|\.bias)|\.alpha|\.lokr_w[12](_[ab])?)")
 ROWS_PART = re.compile(r".*([._](B|up)(\.default)?\.weight|\.lokr_w[12](_a)?)")

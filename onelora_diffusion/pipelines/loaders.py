@@ -278,10 +278,11 @@ class OneLoRALoaderMixin:
 
     def disable_lora(self) -> None:
         """Let the base compute alone until `enable_lora`, `set_adapters` or the next load."""
-        with self._locked() as books:
-            for book in books.values():
+        books = self._adapted().values()
+        with self._locked():
+            for book in books:
                 book.require_unmerged("they are disabled")
-            for book in books.values():
+            for book in books:
                 model_verbs.disable_lora(book.model)
 
     def enable_lora(self) -> None:
@@ -317,12 +318,11 @@ class OneLoRALoaderMixin:
         `components` are names of components, of which text encoders are ignored; None takes all. `safe_fusing` and
         `adapter_names` are as `safe_merging` and `adapter_names` of `merge_adapter`.
         """
-        check_components(components, self._models())
+        books = self._adapted(components).values()
         if adapter_names is None:
-            chosen = [(book, None) for book in self._adapted().values() if book.serving or len(self._adapted()) == 1]
+            chosen = [(book, None) for book in books if book.serving or len(self._books()) == 1]
         else:
-            chosen = self._chosen(adapter_names)
-        chosen = [(book, names) for book, names in chosen if self._is_among(book, components)]
+            chosen = [(book, names) for book, names in self._chosen(adapter_names) if book in books]
         if not chosen:
             raise ValueError("no adapter is active: name the adapters to merge")
         with contextlib.ExitStack() as on_error:
@@ -333,8 +333,7 @@ class OneLoRALoaderMixin:
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Restore the base's weights bit for bit, and activate the adapters that were active before."""
-        check_components(components, self._models())
-        books = [book for book in self._adapted().values() if book.merged and self._is_among(book, components)]
+        books = [book for book in self._adapted(components).values() if book.merged]
         if not books:
             raise ValueError("no adapter is merged")
         for book in books:
@@ -390,11 +389,12 @@ class OneLoRALoaderMixin:
         """Component -> its book of adapters, for those that have adapters."""
         return {name: model._onelora for name, model in self._models().items() if hasattr(model, "_onelora")}
 
-    def _adapted(self) -> dict[str, AdapterBook]:
-        """As `_books`; ValueError if no component has adapters."""
+    def _adapted(self, components: list[str] | None = None) -> dict[str, AdapterBook]:
+        """As `_books`, of these components; ValueError if there are none of these names, or none has adapters."""
+        check_components(components, self._models())
         if not (books := self._books()):
             adapters_of(self._adapted_model())  # raises
-        return books
+        return {name: book for name, book in books.items() if components is None or name in components}
 
     def _adapted_model(self) -> nn.Module:
         return next(iter(self._models().values()))
@@ -433,24 +433,17 @@ class OneLoRALoaderMixin:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, AdapterBook]]:
-        """Context manager in which no other thread changes or runs the models with adapters."""
-        books = self._adapted()
+        """Context manager in which no other thread changes or runs the models with adapters; their books."""
         with contextlib.ExitStack() as locks:
-            for book in books.values():
+            for book in (books := self._books()).values():
                 locks.enter_context(book.lock)
             yield books
-
-    def _is_among(self, book: AdapterBook, components: list[str] | None) -> bool:
-        return components is None or any(self._models().get(name) is book.model for name in components)
 
     @contextlib.contextmanager
     def _weighed(self, scale: float):
         """Context manager that multiplies the active adapters' weights by `scale`, while other threads wait."""
-        if scale == 1 and not self._books():
-            yield
-            return
-        with self._locked() as books, contextlib.ExitStack() as scaled:
-            for book in books.values() if scale != 1 else ():
+        with self._locked(), contextlib.ExitStack() as scaled:
+            for book in self._adapted().values() if scale != 1 else ():
                 if before := book.scale(scale):
                     scaled.callback(book.activate, before)
             yield

@@ -77,9 +77,8 @@ def draw(
     """
     family = family_of(pipeline)
     shape = family.latent_shape(pipeline, *sides_of(size or family.resolution(pipeline)), frames)
-    return family.decode(
-        autoencoder_of(pipeline), denoised_latents(pipeline, family, requests, settings, shape, on_step)
-    )
+    latents = denoised_latents(pipeline, family, requests, settings, shape, on_step)
+    return family.decode(autoencoder_of(pipeline), latents)
 
 
 @torch.no_grad()

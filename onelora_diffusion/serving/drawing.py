@@ -56,17 +56,13 @@ class Drawing:
         self.family.check_resolution(self.pipeline, size)
         if size > self.size:
             raise ValueError(f"size is {size}; {self.size}, the base's own, is the most here")
-        if request.num_inference_steps > self.max_steps:
-            raise ValueError(
-                f"num_inference_steps is {request.num_inference_steps}; {self.max_steps} is the most here"
-            )
+        if (steps := request.num_inference_steps) > self.max_steps:
+            raise ValueError(f"num_inference_steps is {steps}; {self.max_steps} is the most here")
         settings = sampler_settings(request)
         replace(settings, guidance=request.guidance).check_family(self.family)
         settings.check(self.transformer, config)
-        if request.negative_prompt and not self.takes_negative_prompts:
-            raise ValueError(
-                f"negative_prompt is '{request.negative_prompt[:60]}'; this base is not guided from a prompt"
-            )
+        if (negative := request.negative_prompt) and not self.takes_negative_prompts:
+            raise ValueError(f"negative_prompt is '{negative[:60]}'; this base is not guided from a prompt")
         pairs = zip(request.adapters, entries, strict=True)
         serving = [entry for (_, weight), entry in pairs if weight != 0]
         if request.guidance_scale is None:
@@ -79,7 +75,7 @@ class Drawing:
         if not isinstance(request.subject, str):
             raise ValueError(f"subject is {request.subject}; this base draws a prompt, which is a text")
         triggers = [entry.trigger for entry in serving]
-        subject, negative = filled_by([request.subject, request.negative_prompt or ""], triggers)
+        subject, negative = filled_by([request.subject, negative or ""], triggers)
         return replace(request, subject=subject, negative_prompt=negative or None, size=size)
 
     def classes_of(
@@ -113,12 +109,10 @@ class Drawing:
         """Take the next step of images with equal batch keys; the model keeps their adapters for the step after."""
         self._batch.step(trajectories)
 
+    @torch.no_grad()
     def images(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The images of trajectories that are done: (batch, 3, size, size) in float32, from about -1 to 1."""
-        with torch.no_grad():
-            return self.family.decode(
-                autoencoder_of(self.pipeline), torch.cat([each.latents for each in trajectories])
-            )
+        return self.family.decode(autoencoder_of(self.pipeline), torch.cat([each.latents for each in trajectories]))
 
     def pause(self) -> None:
         """Free the model, whose adapters may change until the next step."""

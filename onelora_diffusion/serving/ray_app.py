@@ -9,12 +9,11 @@ Each replica is a whole server, which puts its own requests together into batche
 import dataclasses
 import logging
 
-import pydantic
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from onelora_diffusion.serving.loading import ServeSettings, load_batcher, make_service
-from onelora_diffusion.serving.request import problem
+from onelora_diffusion.serving.request import checked
 
 SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s")
 REMEMBERED = 1000  # adapters that Ray knows to be with a replica; how many are in memory, its cache decides
@@ -56,14 +55,6 @@ def settings_of(arguments: dict) -> ServeSettings:
     settings = checked(ServeSettings, values)
     settings.check()
     return settings
-
-
-def checked(kind, values: dict):
-    """An object of a class from values, which may be texts; ValueError in one line if one is wrong."""
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise ValueError(problem(error.errors())) from error
 
 
 @serve.multiplexed(max_num_models_per_replica=REMEMBERED)

@@ -95,14 +95,16 @@ class Request:
 
     @classmethod
     def from_json(cls, values) -> "Request":
-        """Make a request of a client's plain values; ValueError names a wrong one and what it may be, in one line."""
-        try:
-            return _READER.validate_python(values)
-        except ValidationError as error:
-            raise ValueError(problem(error.errors())) from error
+        """Make a request of a client's plain values; ValueError as for `checked`."""
+        return checked(cls, values)
 
 
-_READER = TypeAdapter(Request)
+def checked(kind: type, values):
+    """An object of a class, made of plain values; ValueError names a wrong one and what it may be, in one line."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(problem(error.errors())) from error
 
 
 def problem(errors: list[dict]) -> str:

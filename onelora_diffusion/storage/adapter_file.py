@@ -1,5 +1,6 @@
 """This library's adapter file: one .safetensors whose header describes the adapter, checked strictly when read."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -88,7 +89,7 @@ def save_adapter(
         "base": base,
         "id2label": {str(label): name for label, name in (id2label or {}).items()},
         "training": training or {},
-        "version": version("onelora-diffusion"),
+        "version": LIBRARY_VERSION,
     }
     if (sketch := sketch_of(model, book.adapters[adapter_name])) is not None:
         header["sketch"] = sketch
@@ -143,13 +144,8 @@ def read_opened(file: OpenFile, model: nn.Module | None = None, component: str |
         check_values(name, tensor, file.source)
     if header.get("format", 1) > 1 and file.metadata.get("sha256") != digest(tensors, text):
         raise ValueError(f"{file.source}: is damaged, for it is not what was written; copy or download it again")
-    if is_newer(adapter.version):
-        logger.warning(
-            "%s: was written by onelora-diffusion %s, which is newer than this %s",
-            file.source,
-            adapter.version,
-            LIBRARY_VERSION,
-        )
+    if newer := _newer(adapter.version):
+        logger.warning("%s: %s", file.source, newer)
     adapter = dataclasses.replace(adapter, tensors=_without_prefix(tensors, adapter.is_of_two))
     return part_of(adapter, component)
 
@@ -181,20 +177,16 @@ def file_of(path: str | os.PathLike) -> Path:
 LIBRARY_VERSION = version("onelora-diffusion")
 
 
-def is_newer(written_by: str) -> bool:
-    try:
-        return Version(written_by) > Version(LIBRARY_VERSION)
-    except InvalidVersion:
-        return False
+def _newer(written_by) -> str | None:
+    """What to say of a file that a newer version has written; None of any other."""
+    with contextlib.suppress(InvalidVersion, TypeError):
+        if Version(written_by) > Version(LIBRARY_VERSION):
+            return f"was written by onelora-diffusion {written_by[:40]}, which is newer than this {LIBRARY_VERSION}"
 
 
 def _remedy(header) -> str:
-    written_by = header.get("version") if isinstance(header, dict) else None
-    if isinstance(written_by, str) and is_newer(written_by):
-        return (
-            f"it was written by onelora-diffusion {written_by[:40]}, which is newer than this {LIBRARY_VERSION}: "
-            "pip install --upgrade onelora-diffusion"
-        )
+    if newer := _newer(header.get("version") if isinstance(header, dict) else None):
+        return f"it {newer}: pip install --upgrade onelora-diffusion"
     return "copy or download it again, or ask whoever made it"
 
 

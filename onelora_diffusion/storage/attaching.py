@@ -115,9 +115,7 @@ def swap_values(book: AdapterBook, file: AdapterFile, adapter_name: str, source:
         raise ValueError(f"{source}: was made for another base ({file.base or 'unnamed'})")
     settings = [(c.method, c.sum and compression_of(c)) for c in (book.configs[adapter_name], file.config)]
     if settings[0] != settings[1] or shapes != {name: tensor.shape for name, tensor in own.items()}:
-        raise ValueError(
-            f"{source} is of another kind or shape than adapter '{adapter_name}': load it without hotswap"
-        )
+        raise ValueError(f"{source} is of another kind or shape than adapter '{adapter_name}': load without hotswap")
     _check_directions(sketch_of(book.model, book.adapters[adapter_name]), file, source)
     with book.lock, torch.no_grad():
         for name, parameter in own.items():

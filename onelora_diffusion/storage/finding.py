@@ -50,9 +50,7 @@ def find_weights(source: str | os.PathLike, location: FileLocation = FileLocatio
     folder = local / location.subfolder if location.subfolder else local
     if local.is_file():
         if location.weight_name not in (None, local.name):
-            raise ValueError(
-                f"'{source}' is a file, and weight_name '{location.weight_name}' would be another in a folder"
-            )
+            raise ValueError(f"'{source}' is a file, and weight_name '{location.weight_name}' is another in a folder")
         return _no_pickle(local)
     if folder.is_dir():
         return _file_in(folder, location.weight_name)

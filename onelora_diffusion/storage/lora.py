@@ -102,9 +102,7 @@ def export_lora(
     adapter_name = book.choose(adapter_name)
     is_folder, is_of_two = path.suffix != ".safetensors", isinstance(book.model, TwoDenoisers)
     if is_folder and path.is_file() or is_of_two and not is_folder:
-        raise ValueError(
-            f"'{path}' is a file: give a folder{', or a name that ends in .safetensors' * (not is_of_two)}"
-        )
+        raise ValueError(f"'{path}' is a file: give a folder{', or a name ending in .safetensors' * (not is_of_two)}")
     parts = {name: path / name for name in PAIR} if is_of_two else {None: path}
     left_out = [
         layer

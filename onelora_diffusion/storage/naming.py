@@ -161,10 +161,8 @@ TAKEN = {
 
 # Native layers for which ComfyUI reads a name of its own alone.
 COMFYUI_OWN = {
-    r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.0": r"\1.in_layer",
-    r"(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.2": r"\1.out_layer",
-    r"txt_in\.c_embedder\.linear_1": "txt_in.c_embedder.in_layer",
-    r"txt_in\.c_embedder\.linear_2": "txt_in.c_embedder.out_layer",
+    r"(time_in|guidance_in|txt_in\.[tc]_embedder)\.(mlp\.0|linear_1)": r"\1.in_layer",
+    r"(time_in|guidance_in|txt_in\.[tc]_embedder)\.(mlp\.2|linear_2)": r"\1.out_layer",
 }
 
 

@@ -25,13 +25,7 @@ MAX_HEADER_BYTES = 4 << 20  # enough for 20,000 tensors or class names
 MAX_DIMENSIONS = 8
 MAX_TEXT = 1000  # characters of a name of a class or base
 MAX_VALUE = torch.finfo(torch.float16).max  # larger values are infinite in fp16; trained ones are far smaller
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
 INTEGER = re.compile(r".+\.alpha")  # the alpha of a LoRA is one number, which some programs write as an integer
 NAME = re.compile(r"[!-~]{1,512}")  # visible ASCII
 

@@ -52,9 +52,7 @@ def check_settings(settings: dict, source: str) -> None:
     """ValueError for settings that are not understood or of the wrong type."""
     _check_known(settings, source)
     if type(settings.get("use_rslora") or False) is not bool:
-        raise ValueError(
-            f"{source}: its use_rslora is {printable(str(settings['use_rslora']), 80)}; it must be a bool"
-        )
+        raise ValueError(f"{source}: its use_rslora is {printable(str(settings['use_rslora']), 80)}; give a bool")
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str | None) or len(base or "") > MAX_TEXT:
         raise ValueError(f"{source}: its base_model_name_or_path is no name; remove it from the settings")

@@ -491,9 +491,10 @@ def test_the_next_commands_run_as_they_are_printed(train, tmp_path, monkeypatch,
         [str(REPOSITORY / "eval_fid.py")],
     ]
     prompted = PromptSettings(images="some", prompt='a "sks" dog', output_dir=Path("runs/a b"))
-    (line,) = prompted.next_steps()
+    (line,) = prompted.next_steps(references=2)
     read = tyro.cli(sample.Settings, args=shlex.split(line)[2:])
     assert (read.adapter, read.prompts) == (Path("runs/a b"), ('a "sks" dog',))
+    assert read.reference == (Path("IMAGE"), Path("IMAGE"))
 
 
 def test_changed_settings_are_listed_and_refused_unless_allowed(train, base, tmp_path):

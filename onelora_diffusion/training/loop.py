@@ -334,7 +334,7 @@ def say_end_of_all(job: Job, ended: int) -> int:
         told("The same command resumes." if Stop.is_signal(ended) else "The same command with more time goes on.")
         return 128 + ended if Stop.is_signal(ended) else int(bool(job.failed))
     if job.ended:
-        told("\n  ".join(["Next:", *job.last.settings.next_steps()]))
+        told(job.last.next_steps())
     return int(bool(job.failed))
 
 

@@ -200,8 +200,12 @@ class Outputs:
         if Stop.is_signal(ended):
             told("The same command resumes.")
             return 128 + ended
-        told("\n  ".join(["Next:", *self.settings.next_steps()]))
+        told(self.next_steps())
         return 0
+
+    def next_steps(self) -> str:
+        """The lines that tell which commands to run next."""
+        return "\n  ".join(["Next:", *self.settings.next_steps(self.task.data.facts.get("references", 0))])
 
 
 def no_update(settings: RunSettings) -> str:

@@ -175,13 +175,12 @@ class PromptSettings(CaptionSettings, RunSettings):
             asked["base_precision"] = "bf16"
         return replace(self, **asked)
 
-    def next_steps(self) -> list[str]:
+    def next_steps(self, references: int = 0) -> list[str]:
         """Commands to run with the adapter of a finished run."""
         prompt = with_trigger(self.prompt or "what is to be drawn", self.trigger)
         prompts = [] if self.images is None else ["--prompts", prompt]
-        number = len(self.reference_column) or bool(self.validation_reference)
-        references = ["--reference", *["IMAGE"] * number] if number else []
-        return [command("sample.py", "--adapter", self.output_dir, *prompts, *references)]
+        pictures = ["--reference", *["IMAGE"] * references] if references else []
+        return [command("sample.py", "--adapter", self.output_dir, *prompts, *pictures)]
 
 
 # Flags of diffusers' training scripts that have another name here.

@@ -275,8 +275,8 @@ class Settings(RunSettings):
         if self.trained_guidance == 1 and (self.guidance_start or self.guidance_cutoff < 1):
             raise ValueError("--guidance-start and --guidance-cutoff are not used: give --trained-guidance")
 
-    def next_steps(self) -> list[str]:
-        """Commands to run with the adapter of a finished run."""
+    def next_steps(self, references: int = 0) -> list[str]:
+        """Commands to run with the adapter of a finished run, whose base draws from so many pictures."""
         adapter = [] if self.output_dir == Settings.output_dir else ["--adapter", self.output_dir]
         data = [] if self.data_root is None else ["--data-root", self.data_root]
         return [command("sample.py", *adapter), command("eval_fid.py", *adapter, *data)]

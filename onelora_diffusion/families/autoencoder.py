@@ -1,7 +1,9 @@
-"""Images and their normalised latents, by diffusers' autoencoders of images."""
+"""Images and their normalised latents, by diffusers' autoencoders; clips as these take them."""
 
 import torch
 from torch import Tensor, nn
+
+from onelora_diffusion.families.record import Place
 
 
 @torch.no_grad()
@@ -21,7 +23,8 @@ def encode_moments(vae: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def moments_of(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of images, as the autoencoder has them, (batch, C, ...) each."""
-    encoded = vae.encode(in_range(images).to(vae.dtype))
+    images = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    encoded = vae.encode(images.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean = encoded.latent_dist.mode()
         return mean, getattr(encoded.latent_dist, "std", torch.zeros_like(mean))
@@ -36,6 +39,17 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(latents.to(vae.dtype)).sample.float()
 
 
-def in_range(images: Tensor) -> Tensor:
-    """Images in float32 from -1 to 1, of such, or of uint8."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+def to_autoencoder(images: Tensor, place: Place) -> Tensor:
+    """Images or clips, or their latents, as the autoencoder takes them: as clips, or each frame as an image."""
+    is_clip = images.ndim == 5
+    if place.frames:
+        return images if is_clip else images[:, :, None]
+    return images.transpose(1, 2).flatten(0, 1) if is_clip else images
+
+
+def from_autoencoder(found: Tensor, images: Tensor, place: Place) -> Tensor:
+    """What the autoencoder has made of images or clips, in their shape."""
+    is_clip = images.ndim == 5
+    if place.frames:
+        return found if is_clip else found[:, :, 0]
+    return found.unflatten(0, images.shape[:3:2]).transpose(1, 2) if is_clip else found

@@ -150,10 +150,7 @@ class Family:
     def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """The shape (C, ...) of the latents of an image of height by width pixels, or of a clip of several frames."""
         scale = self.pixels_of_latent(pipeline)
-        return self.latent_channels(denoiser_of(pipeline)), height // scale, width // scale
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        return transformer.config.in_channels
+        return denoiser_of(pipeline).config.in_channels, height // scale, width // scale
 
     def pixels_of_latent(self, pipeline) -> int:
         """Number of pixels per latent along one side."""

@@ -15,7 +15,7 @@ TRIED_SCALE = 3.0
 
 def find_guidance(recorder: Recorder, place: Place) -> None:
     """By which argument pictures are guided, from what, and by which formula; or what the denoiser is told."""
-    record, parameters = recorder.record, recorder.parameters
+    record = recorder.record
     # Guided is what is guided by default, some given a prompt to guide from; others are told a scale instead.
     names = [name for name in ("true_cfg_scale", "guidance_scale") if (recorder.default_of(name) or 0) > 1]
     own = [guider for guider in recorder.guiders.values() if guider.num_conditions > 1]
@@ -41,20 +41,24 @@ def find_guidance(recorder: Recorder, place: Place) -> None:
                 return
             if rows != 1:
                 raise recorder.refusal(f"with {name}={TRIED_SCALE} its denoiser has {rows} rows for an image")
-    if "guidance_scale" in parameters:
-        try:
-            first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (2.0, 3.0))
-        except NotTakenError:  # it would guide from another prompt, and does not by default
-            return
-        changed = [name for name in first if not same(first[name], second[name])]
-        if len(changed) > 1:
-            raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")
-        for name in changed:
-            if torch.as_tensor(first[name]).numel() > 1:  # an embedding, which the pipeline makes of each
-                record.told = (name, None, None)
-                return
-            low, high = (float(torch.as_tensor(values[name])) for values in (first, second))
-            record.told = (name, high - low, low - 2 * (high - low))
+    if "guidance_scale" in recorder.parameters:
+        find_told(recorder)
+
+
+def find_told(recorder: Recorder) -> None:
+    """The argument of the denoiser that is told a strength of guidance."""
+    record, low, high = recorder.record, 2.0, 3.0
+    try:
+        first, second = (recorder.call(encoded=record.encoded, guidance_scale=scale) for scale in (low, high))
+    except NotTakenError:  # it would guide from another prompt, and does not by default
+        return
+    changed = [name for name in first if not same(first[name], second[name])]
+    if len(changed) > 1:
+        raise recorder.refusal(f"guidance_scale changes {', '.join(changed)} of its denoiser's arguments")
+    for name in changed:
+        start, end = (torch.as_tensor(values[name]) for values in (first, second))
+        by = None if start.numel() > 1 else float(end) - float(start)  # else the pipeline makes an embedding of each
+        record.told = (name, by, None if by is None else float(start) - low * by)
 
 
 def guided_run(recorder: Recorder, side: tuple[int, int] | None = None, **guided) -> tuple[Run, list[Tensor]]:

@@ -88,8 +88,9 @@ def _packing(recorder: Recorder, run: Run, own: Steps | None, count: int) -> Ten
         values = values / own.scale[:, None]
     moves = (values != values[0]).any(0)  # all others are constant, or of reference images
     numbers = _from_digits(list(values[1:, moves].round()))
-    is_part = recorder.record.references and _are_some(numbers.sort().values, count)
-    if not (_is_permutation(numbers, count) or is_part):
+    found, is_whole = numbers.sort().values, len(numbers) == count
+    is_part = len(found) > 0 and bool((found.diff() > 0).all()) and 0 <= found[0] and found[-1] < count
+    if not is_part or not (is_whole or recorder.record.references):
         raise recorder.refusal(f"{recorder.record.noisy} is no permutation of the scheduler's sample")
     packed = torch.full(moves.shape, -1)
     packed[moves] = numbers
@@ -210,12 +211,3 @@ def digit(number: int, count: int) -> Tensor:
 def _from_digits(digits: list[Tensor]) -> Tensor:
     # Rounded where a pipeline has computed with them, as one that guides by the sample that it predicts.
     return sum(digit.flatten().cpu().double().round() * BASE**place for place, digit in enumerate(digits)).long()
-
-
-def _are_some(numbers: Tensor, count: int) -> bool:
-    """Whether these are different ones of 0, 1, ..., count - 1, in order."""
-    return len(numbers) > 0 and bool((numbers.diff() > 0).all() and numbers[0] >= 0 and numbers[-1] < count)
-
-
-def _is_permutation(order: Tensor, count: int) -> bool:
-    return len(order) == count and torch.equal(order.sort().values, torch.arange(count))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from onelora_diffusion.denoisers import TwoDenoisers, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
 from onelora_diffusion.families.arguments import on, output_of, same
-from onelora_diffusion.families.autoencoder import moments_of
-from onelora_diffusion.families.clips import from_autoencoder, to_autoencoder
+from onelora_diffusion.families.autoencoder import from_autoencoder, moments_of, to_autoencoder
 from onelora_diffusion.families.coordinates import Translated, measured, times_of, training_scheduler
 from onelora_diffusion.families.encoding import GUIDE, GUIDED, Encoding
 from onelora_diffusion.families.family import Conditions
@@ -359,9 +358,6 @@ class Recorded(Encoding):
 
     def latent_shape(self, pipeline, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         return self.place(height, width, frames).shape
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        return self.place(*self.recorder.square).shape[0]
 
     def pixels_of_latent(self, pipeline) -> int:
         return self.record.pixels

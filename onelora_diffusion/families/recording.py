@@ -101,11 +101,10 @@ class Recorder:
         self.encoding = [name for name in dir(type(pipeline)) if re.match("_?encode_prompt", name)]
         self.record = Record(references=references_of(pipeline))
         self._blank: dict[tuple[int, ...], object] = {}
-        self.schedules = {
-            name: each.default
-            for name, each in self.parameters.items()
-            if "guidance" in name and _are_scales(each.default)
-        }
+        defaults = {name: each.default for name, each in self.parameters.items() if "guidance" in name}
+        lists = {name: own for name, own in defaults.items() if isinstance(own, list | tuple) and own}
+        # Others are numbers of blocks.
+        self.schedules = {name: own for name, own in lists.items() if all(isinstance(each, float) for each in own)}
         self.counts = next((name for name in FRAMES if name in self.parameters), None)
         self.rates = next((name for name in RATES if name in self.parameters), None)
         self.frame_rate: float | None = self.parameters[self.rates].default if self.rates else None
@@ -328,11 +327,6 @@ def _between_devices(part: nn.Module, device: torch.device) -> Callable:
         return send_to_device(part(*send_to_device(args, own), **send_to_device(kwargs, own)), device)
 
     return called
-
-
-def _are_scales(value) -> bool:
-    """Whether a default is a scale for each step, as numbers of blocks are not."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, float) for each in value)
 
 
 def _moved(value, images: Tensor):

@@ -24,10 +24,8 @@ import diffusers
 import torch
 
 from benchmarks.rounding import rounding
-from onelora_diffusion import AdapterConfig, inject_adapter
 from onelora_diffusion.denoisers import autoencoder_of, choose_denoiser, denoiser_of, denoisers_in
-from onelora_diffusion.diffusion import add_noise, model_timesteps, training_losses
-from onelora_diffusion.families import Edit, Recorded, choose_references, draws_from_first_frame
+from onelora_diffusion.families import Edit, Recorded, choose_references, draws_from_first_frame, family_of
 from onelora_diffusion.families.recording import FRAMES
 from onelora_diffusion.families.references import REFERENCES
 from onelora_diffusion.sampling import SamplerSettings
@@ -48,6 +46,7 @@ from tools.stock_calls import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # where the small pipelines are made
+from families.learning import losses_of
 from first_frame_pipelines import FIRST_FRAMES
 from tiny_models import make_pipeline
 
@@ -90,32 +89,14 @@ def drawn(pipeline, family: Recorded, edit: Edit) -> float:
     return float((found[-len(expected) :] - expected).abs().max())  # HunyuanVideo drops the first frames of a kind
 
 
-def learned(pipeline, family: Recorded, edits: list[Edit]) -> tuple[float, float]:
-    """The loss of two clips before and after four updates; ValueError if it does not fall each time by all vectors."""
-    model, scheduler = denoiser_of(pipeline).requires_grad_(False), family.training_scheduler(pipeline)
+def learned(pipeline, family: Recorded, edits: list[Edit]) -> list[float]:
+    """The losses of two clips before each of five updates."""
     conditions = family.encode_conditions(pipeline, edits[:2])
-    inject_adapter(model, AdapterConfig(targets=family.targets))
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shape, share = family.place(*edits[0].side, edits[0].frames).shape, family.timestep_range(scheduler)
+    shape = family.latent_shape(pipeline, *edits[0].side, edits[0].frames)
     latents, noise = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(1))
+    share = family.timestep_range(family.training_scheduler(pipeline))
     timesteps = torch.tensor([share[len(share) // 3], share[2 * len(share) // 3]])
-    noisy, times = add_noise(latents, noise, timesteps, scheduler), model_timesteps(timesteps, scheduler)
-    mask, optimizer, losses = family.learned(shape), torch.optim.Adam(vectors, lr=0.01), []
-    mask = mask if mask is None else mask.expand(2, -1, -1, -1, -1)
-    for _ in range(5):
-        output = family.predict(model, noisy, times, conditions)
-        loss = training_losses(output, latents, noise, timesteps, scheduler, mask)["loss"].mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        if not all(
-            vector.grad is not None and vector.grad.isfinite().all() and vector.grad.any() for vector in vectors
-        ):
-            raise ValueError("a vector has no gradient")
-        optimizer.step()
-    if losses != sorted(losses, reverse=True):
-        raise ValueError(f"its loss does not fall: {losses}")
-    return losses[0], losses[-1]
+    return losses_of(pipeline, latents, noise, timesteps, conditions, updates=5)
 
 
 def row_of(make: Callable, title: str) -> tuple[str, str]:
@@ -131,7 +112,7 @@ def row_of(make: Callable, title: str) -> tuple[str, str]:
         choose_references(pipeline, 1)
         choose_denoiser(pipeline, "transformer" if len(denoisers_in(pipeline)) > 1 else None)
         with torch.no_grad():
-            family = Recorded(pipeline)
+            family = family_of(pipeline)
     except ValueError as error:
         return refused(title, error)
     try:
@@ -139,7 +120,7 @@ def row_of(make: Callable, title: str) -> tuple[str, str]:
         with torch.no_grad():
             replayed = steps_apart(pipeline, family, edits[0], stock_call(pipeline, family, edits[0], **record.off))
             differences = replayed, batched(pipeline, family, edits), drawn(pipeline, family, edits[0])
-        before, after = learned(pipeline, family, edits)
+        before, *_, after = learned(pipeline, family, edits)
     except Exception as error:
         return failed(title, error)
     frames = f"{int(place.given[0, :, 0, 0].sum())} of {place.shape[1]} frames" if place.given.any() else "none"

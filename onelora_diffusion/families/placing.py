@@ -179,9 +179,7 @@ def check_pixels(recorder: Recorder, *runs: Run) -> None:
 def check_schedule(recorder: Recorder, run: Run) -> None:
     """Its times are those of its scheduler."""
     scheduler = fresh(recorder.pipeline.scheduler)
-    for name, value in run.attributes.items():
-        setattr(scheduler, name, value)
-    scheduler.set_timesteps(**run.schedule)
+    run.set_timesteps(scheduler)
     if scheduler.timesteps[: len(run.times)].tolist() != run.times:
         raise recorder.refusal("it steps at other times than its scheduler's set_timesteps has set")
 

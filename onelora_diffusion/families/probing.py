@@ -152,15 +152,7 @@ def find_noise_at(recorder: Recorder) -> None:
             return find_noise_at(recorder)
         if run is None:
             raise failure
-        if len(run.calls) == 1 and not found:
-            given = [value for value in run.calls[0].values() if isinstance(value, Tensor) and value.ndim]
-            if rows := [len(value) for value in given if scale_of(value[:1], run.samples[0])]:
-                raise recorder.refusal(f"its denoiser is given {rows[0]} rows for an image, also without guidance")
-            raise recorder.refusal("what its denoiser is given is not its scheduler's sample, but computed from it")
-        raise recorder.refusal(
-            f"with {tried or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
-            f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
-        )
+        raise recorder.refusal(_without_noise(run, found, tried))
     for what, values in (("the prompt's encoding", run.encoded), ("the output of its denoiser", outputs)):
         if any(tensor.isnan().any() for tensor in tensors_in(values)):
             raise recorder.refusal(f"{what} is not finite: check the weights that compute it")
@@ -175,6 +167,19 @@ def find_noise_at(recorder: Recorder) -> None:
     record.takes_lists, record.gives_lists = isinstance(given, list), isinstance(output, list)
     if record.others:
         find_switch(recorder, run.calls[0])
+
+
+def _without_noise(run: Run, found: list[str], off: dict) -> str:
+    """Why no argument is the noise: of those that are found there is not one, in one call."""
+    if len(run.calls) > 1 or found:
+        return (
+            f"with {off or 'its own settings'} its denoiser is called {len(run.calls)} times in a step, and of its "
+            f"arguments {', '.join(found) or 'none'} has the scheduler's sample in it"
+        )
+    given = [value for value in run.calls[0].values() if isinstance(value, Tensor) and value.ndim]
+    if rows := [len(value) for value in given if scale_of(value[:1], run.samples[0])]:
+        return f"its denoiser is given {rows[0]} rows for an image, also without guidance"
+    return "what its denoiser is given is not its scheduler's sample, but computed from it"
 
 
 def _is_of_layers(value) -> bool:

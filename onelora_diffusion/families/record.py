@@ -56,6 +56,11 @@ class Run:
     decoding: dict = field(default_factory=lambda: {"args": [], "kwargs": {}})
     images: Tensor | None = None
 
+    def set_timesteps(self, scheduler) -> None:
+        """Set those of a scheduler as the pipeline has set its own."""
+        vars(scheduler).update(self.attributes)
+        scheduler.set_timesteps(**self.schedule)
+
 
 @dataclass(frozen=True)
 class Prompted:

@@ -315,11 +315,8 @@ class Recorded(Encoding):
         if is_other:
             steps = measured(recorder, side, num_inference_steps, frames, scales=True)
         run = steps.run if is_other else recorder.alone(side, num_inference_steps, frames=frames)
-        for name, value in run.attributes.items():
-            setattr(scheduler, name, value)
-        scheduler.set_timesteps(**run.schedule)
-        for name, value in run.changed.items():
-            setattr(scheduler, name, value)
+        run.set_timesteps(scheduler)
+        vars(scheduler).update(run.changed)
         if not is_other:
             return scheduler
         return Translated(scheduler, steps, self.place(*side, frames).sign, record.unit, times_of(recorder, steps))

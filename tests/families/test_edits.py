@@ -18,6 +18,7 @@ from onelora_diffusion.families.family import Edit, emptied
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
 from onelora_diffusion.sampling.drawing import EncodedConditions
 from onelora_diffusion.sampling.guidance import ImageRequest
+from tools.stock_calls import stock_call
 
 # Appended tokens, told guidance; two pictures as list; tokens of the prompt too, guided; one prompt a call; channels;
 # pictures that say how large what is drawn is, and guidance from no picture besides
@@ -67,38 +68,18 @@ def noise_of(family, pipeline, number, seed=0):
 def called(pipeline, family, one, **settings):
     """What the stock pipeline draws of an edit."""
     images = [picture.image() for picture in one.references]
-    side = {"height": one.side[0], "width": one.side[1]}
-    side |= {"max_area": one.side[0] * one.side[1]}
-    side = {key: value for key, value in side.items() if key in family.recorder.parameters}
-    if not side:
-        images = [image.resize(one.side[::-1]) for image in images]
-    return pipeline(
-        prompt=one.prompt,
-        output_type="pt",
-        **side,
-        **settings,
-        **{family.recorder.takes: images[0] if len(images) == 1 else images},
-    )[0]
+    return pipeline(**family.recorder.arguments(one.prompt, one.side, 2, images, **settings))[0]
 
 
 @pytest.mark.parametrize("name", list(NUMBERS))
 @torch.no_grad()
-def test_a_recording_predicts_what_the_stock_pipeline_does_in_each_step(name, monkeypatch):
+def test_a_recording_predicts_what_the_stock_pipeline_does_in_each_step(name):
     pipeline, family = edited(name)
     (one,) = edits(name, "make it a bold Q")
-    steps, own_step = [], pipeline.scheduler.step
-
-    def step(output, time, sample, *args, **kwargs):
-        steps.append((output.flatten(), float(time), sample.flatten()))
-        return own_step(output, time, sample, *args, **kwargs)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", step)
-    if name == "flux_control":  # which draws its reference latents from their distribution, and not the mean
-        monkeypatch.setattr(pipeline.vae, "encode", functools.partial(mean_of, pipeline.vae.encode))
-    picture = called(pipeline, family, one, num_inference_steps=2, **family.record.off)
-    assert picture.shape[-2:] == SIDE and len(steps) == 2
+    call = stock_call(pipeline, family, one, **family.record.off)
+    assert call.returned[0].shape[-2:] == SIDE and len(call.steps) == 2
     place, encoded = family.place(*SIDE), family.encode_conditions(pipeline, [one])
-    for output, time, sample in steps:
+    for output, time, sample, _ in call.steps:
         latents, expected = (values[place.order].reshape(1, *place.shape) for values in (sample, output))
         found = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), encoded)
         assert_rounded(found, expected, denoiser_of(pipeline))
@@ -109,12 +90,6 @@ def test_a_recording_predicts_what_the_stock_pipeline_does_in_each_step(name, mo
     for other in others:
         changed = family.predict(denoiser_of(pipeline), latents, torch.tensor([time]), other)
         assert (changed - found).abs().max() > 1e-3
-
-
-def mean_of(encode, images):
-    encoded = encode(images)
-    encoded.latent_dist = type(encoded.latent_dist)(encoded.latent_dist.parameters, deterministic=True)
-    return encoded
 
 
 @pytest.mark.parametrize("name", list(NUMBERS))

@@ -1,5 +1,6 @@
 """What walks over small pipelines share: calls of the stock pipeline, differences from them, rows of a table."""
 
+import functools
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -66,12 +67,17 @@ class StockCall:
     returned: object = None
 
 
-def stock_call(pipeline, family: Recorded, condition: str | Edit, **settings) -> StockCall:
-    """Let the pipeline draw with the latents' mean for each reference, and without noises beside that of the clip."""
+def stock_call(pipeline, family: Recorded, condition: str | Edit, apart: bool = True, **settings) -> StockCall:
+    """Let the pipeline draw with the mean of each reference's latents.
+
+    Args:
+        apart: whether noises beside that of the clip, as of sound, are kept out of its prediction.
+    """
     recorder, autoencoder, scheduler = family.recorder, autoencoder_of(pipeline), pipeline.scheduler
     found = StockCall()
     own_step, own_decode = type(scheduler).step, autoencoder.decode
 
+    @functools.wraps(own_step)  # pipelines ask what it takes
     def step(self, output, time, sample, *args, **kwargs):
         scaled = self.scale_model_input(sample, time) if hasattr(self, "scale_model_input") else sample
         # Copied, since some pipelines write over them.
@@ -93,7 +99,7 @@ def stock_call(pipeline, family: Recorded, condition: str | Edit, **settings) ->
     pictures = [reference.image() for reference in edit.references]
     given = recorder.arguments(edit.prompt, edit.side, STEPS, pictures, edit.frames, **settings)
     switch = denoiser_of(pipeline).register_forward_pre_hook(
-        lambda denoiser, args, kwargs: (args, kwargs | family.record.switched), with_kwargs=True
+        lambda denoiser, args, kwargs: (args, kwargs | (family.record.switched if apart else {})), with_kwargs=True
     )
     with (
         mock.patch.object(type(scheduler), "step", step),

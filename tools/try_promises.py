@@ -74,7 +74,7 @@ PROMISES = ("replayed", "batch", "loss", "vectors", "two", "drawn", "exported", 
 def draw(pipeline, family: Recorded) -> Tensor:
     """What the stock pipeline's autoencoder makes of a prompt, without guidance; from its own noise of one seed."""
     (condition,) = conditions_of(family, PROMPTS[:1])
-    call = stock_call(pipeline, family, condition, **family.record.off)
+    call = stock_call(pipeline, family, condition, apart=False, **family.record.off)
     return call.decoded[0][0] if call.decoded else 2 * torch.as_tensor(call.returned[0][0]) - 1  # of pixels
 
 

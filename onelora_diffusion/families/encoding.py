@@ -19,7 +19,6 @@ from onelora_diffusion.files import digest
 
 ON_CPU = (".length", ".frames", ".sizes", ".shape", ".digest")  # endings of conditions that say how others are used
 GUIDE, GUIDED = "guide.", "guided.digest"  # beginnings of what another model is given; whether it computes a row
-ROOM = 512  # tokens of a prompt that are kept where the pipeline names no number
 
 
 class Encoding(Family):
@@ -152,13 +151,11 @@ class Encoding(Family):
         if how.ragged is None:
             shape = {f"{name}.shape": torch.tensor([[*value.shape]])} if record.references else {}
             return {name: value[None]} | shape
-        own, length = self.recorder.parameters.get("max_sequence_length"), value.shape[how.ragged]
-        most = length if record.references else max_length or own and own.default or ROOM  # edits are not padded
-        if length > most:
-            raise ValueError(f"{self.name} has {length} tokens of a prompt in {name}, more than the {most} asked for")
-        missing = list(value.shape)
-        missing[how.ragged] = most - length
-        value = torch.cat([value, value.new_zeros(missing)], how.ragged)
+        length = value.shape[how.ragged]
+        if max_length and length > max_length and not record.references:
+            raise ValueError(
+                f"{self.name} has {length} tokens of a prompt in {name}, more than the {max_length} asked for"
+            )
         return {name: value[None], f"{name}.length": torch.tensor([length])}
 
     def on_device(self, conditions: Conditions, device: torch.device) -> Conditions:

@@ -6,7 +6,9 @@ from torch import Tensor
 from onelora_diffusion.families.arguments import batch_kind, described, near, same
 from onelora_diffusion.families.pictured import call_of_two
 from onelora_diffusion.families.record import Prompted
-from onelora_diffusion.families.recording import LONG, SHORT, Recorder
+from onelora_diffusion.families.recording import LONG, SHORT, NotTakenError, Recorder
+
+LONGEST = " ".join([LONG] * 99)  # some pipelines pad prompts, to multiples of dozens of tokens
 
 
 def find_conditions(recorder: Recorder) -> None:
@@ -21,6 +23,7 @@ def find_conditions(recorder: Recorder) -> None:
     if record.arrangement.dims:
         short, both = recorder.call(SHORT), call_of_two(recorder)
     long = recorder.call(LONG)
+    longest = long | {name: value for name, value in _longest(recorder).items() if value is not None}
     most = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     fewer = recorder.call(max_sequence_length=most // 2) if most else short
     # Edits are encoded for each size of their references anyway.
@@ -32,14 +35,14 @@ def find_conditions(recorder: Recorder) -> None:
             continue
         values = (short.get(name), long.get(name), both.get(name))
         kind = batch_kind(values[0], values[2])
-        is_prompted = not same(values[0], values[1]) or not same(values[0], fewer.get(name))
+        is_prompted = not all(same(values[0], call.get(name)) for call in (long, longest, fewer))
         # or what is encoded follows the size, and that of another size is not to be had once the encoders are gone
         is_prompted |= name in record.pictured or not same(wide.get(name), replayed.get(name))
         is_prompted |= recorder.component in recorder.guides and isinstance(values[0], Tensor)
         if not same(values[0], wide.get(name)):
             (record.together if is_prompted else record.sized).append(name)
         if is_prompted:
-            record.prompted[name] = (kind, *values)
+            record.prompted[name] = (kind, *values, longest.get(name))
         elif values[0] is None and isinstance(values[2], Tensor):
             record.masks[name] = values[2]
         elif kind is None:
@@ -60,13 +63,23 @@ def find_conditions(recorder: Recorder) -> None:
     lengths = [call[name][0].shape[dim] for call in (short, long) for name, dim in [*ragged.items()][:1]]
     is_told = any(
         # the mask of a prompt's tokens, or their number
-        name in ragged and short[name][0].ndim == 1 or [_numbers(call[name]) for call in (short, long)] == lengths
-        for name in record.prompted
+        how == Prompted("rows", 0)
+        and short[name][0].ndim == 1
+        or [_numbers(call[name]) for call in (short, long)] == lengths
+        for name, how in record.prompted.items()
     )
     expected = torch.arange(max(lengths, default=0)) < torch.tensor(lengths or [0])[:, None]
     if not all(mask.shape == expected.shape and mask.bool().cpu().equal(expected) for mask in record.masks.values()):
         record.masks, is_told = {}, False  # of other tokens as well: prompts of one length need none
     record.pads = (bool(record.masks) or is_told) and is_padded(recorder, short, both)
+
+
+def _longest(recorder: Recorder) -> dict:
+    """The arguments for a prompt of a hundred words, or for the longer one of two words, if no more are taken."""
+    try:
+        return recorder.call(LONGEST)
+    except NotTakenError:
+        return recorder.call(LONG)
 
 
 def is_padded(recorder: Recorder, alone: dict, both: dict) -> bool:
@@ -84,13 +97,13 @@ def _numbers(value) -> float | None:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
-def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, both) -> Prompted:
-    if kind is None or not all(isinstance(value[0], Tensor) for value in (short, long)):
+def _prompted_as(recorder: Recorder, name: str, kind: str | None, short, long, both, longest) -> Prompted:
+    if kind is None or not all(isinstance(value[0], Tensor) for value in (short, long, longest)):
         raise recorder.refusal(f"{name} follows the prompt as {described(short)}, and is {described(both)} for two")
-    first, second = (value.shape if kind == "shared" else value[0].shape for value in (short, long))
-    ragged = [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+    shapes = [value.shape if kind == "shared" else value[0].shape for value in (short, long, longest)]
+    ragged = [dim for dim, sizes in enumerate(zip(*shapes, strict=False)) if len({*sizes}) > 1]
     if recorder.record.together:
         return Prompted(kind, None)
-    if len(first) != len(second) or len(ragged) > 1:
+    if len({*map(len, shapes)}) > 1 or len(ragged) > 1:
         raise recorder.refusal(f"{name} is {described(short)} for one prompt and {described(long)} for another")
     return Prompted(kind, ragged[0] if ragged else None)

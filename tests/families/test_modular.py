@@ -34,13 +34,16 @@ def test_a_modular_pipeline_is_recorded_as_the_stock_pipeline_of_its_components(
 
 
 @torch.no_grad()
-def test_a_block_that_writes_prompts_anew_is_left_out():
+def test_flux3_without_the_block_that_writes_prompts_anew_and_with_prompts_of_several_paddings(monkeypatch):
     if "flux3_modular" not in PIPELINES:
         pytest.skip("diffusers has no FLUX.3")
     pipeline = make_pipeline("flux3_modular")
     family, model = family_of(pipeline), denoiser_of(pipeline)
-    assert pipeline.prompt_upsampler is None and list(family.record.prompted) == ["encoder_hidden_states"]
-    assert max(replayed(pipeline, family), batched(pipeline, family, conditions_of(family))) < 10 * rounding(model)
+    assert pipeline.prompt_upsampler is None and list(family.record.prompted) == ["encoder_hidden_states", "txt_ids"]
+    monkeypatch.setattr("tools.try_families.PROMPTS", prompts := ["a violet triangle, " * 6, "", "a bold Q"])
+    lengths = family.encode_conditions(pipeline, prompts)["encoder_hidden_states.length"]
+    assert lengths.tolist() == [160, 80, 80]  # of letters, each to the next multiple of 80, which the model reads
+    assert max(replayed(pipeline, family), batched(pipeline, family, prompts)) < 10 * rounding(model)
 
 
 @pytest.fixture

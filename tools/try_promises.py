@@ -101,6 +101,19 @@ def routed(pipeline, family: Recorded, names: list[str | None]) -> float | None:
     return largest(together - torch.cat(alone), together)
 
 
+def frames_of(family: Recorded) -> int:
+    """The first of a few small numbers of frames, and the default, that the family learns; 1: it learns no clips."""
+    recorder, stride = family.recorder, family.record.stride
+    own = recorder.parameters[recorder.counts].default if recorder.counts else None
+    for frames in (1 + stride, 1 + 2 * stride, own or 1):
+        try:
+            family.try_frames(frames)
+            return frames
+        except ValueError:  # of one number alone, or of none
+            continue
+    return 1
+
+
 def spread(times: range, number: int) -> Tensor:
     """So many of these timesteps, evenly."""
     return torch.tensor([times[len(times) * (2 * part + 1) // (2 * number)] for part in range(number)])
@@ -150,11 +163,7 @@ class Promises:
     def write_pictures(self, family: Recorded) -> None:
         """Pictures of one colour with captions; those of edits with others, of clips with a bar."""
         folder, rows, side = self.folder / "pictures", [], family.record.side
-        frames = 1 if self.references else 1 + family.record.stride
-        try:
-            family.try_frames(frames)
-        except ValueError:  # of one number alone
-            frames = family.recorder.parameters[family.recorder.counts].default
+        frames = 1 if self.references else frames_of(family)
         (folder / "before").mkdir(parents=True)
         for number, (name, colour) in enumerate(COLOURS.items()):
             rows.append({"file_name": name if frames > 1 else f"{name}.png", "text": f"make it {name}"})

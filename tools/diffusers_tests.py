@@ -50,6 +50,8 @@ def made(case: type):
     """The pipeline of a test case, with our own tokenizers."""
     torch.manual_seed(0)
     with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)  # what is not initialised is NaN then
         for cls in (transformers.PreTrainedTokenizerBase, transformers.AutoTokenizer):
             stack.enter_context(mock.patch.object(cls, "from_pretrained", classmethod(_tokenizer)))
         stack.enter_context(mock.patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(_model)))
@@ -74,7 +76,8 @@ def made(case: type):
         if isinstance(part, nn.Module):
             part.eval()
             for parameter in part.parameters() if name in DENOISERS else ():
-                if not parameter.any():  # as gates and outputs are made, through which nothing would be seen
+                # As gates and outputs are made, through which nothing would be seen; or it is what was in memory.
+                if not parameter.any() or parameter.isnan().any():
                     nn.init.normal_(parameter, std=0.1)
             for embedding in part.modules() if name.startswith("text_encoder") else ():
                 if isinstance(embedding, nn.Embedding):  # of fewer tokens than our tokenizers have

@@ -100,6 +100,12 @@ class Recorder:
         self.takes_size = {"height", "width"} <= self.parameters.keys()
         self.encoding = [name for name in dir(type(pipeline)) if re.match("_?encode_prompt", name)]
         self.record = Record(references=references_of(pipeline))
+        # What calls read of models that encode prompts, once these are freed.
+        self._freed = {
+            name: {"dtype": getattr(part, "dtype", None), "config": getattr(part, "config", None)}
+            for name, part in pipeline.components.items()
+            if isinstance(part, nn.Module) and encodes_prompts(name)
+        }
         self._blank: dict[tuple[int, ...], object] = {}
         defaults = {name: each.default for name, each in self.parameters.items() if "guidance" in name}
         lists = {name: own for name, own in defaults.items() if isinstance(own, list | tuple) and own}
@@ -164,6 +170,8 @@ class Recorder:
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name not in replaced and not encodes_prompts(name):
                 replaced[name] = _StandIn(part, _between_devices(part, device), device=device)
+        freed = [name for name in self._freed if getattr(pipeline, name) is None]
+        replaced |= {name: SimpleNamespace(**self._freed[name], device=device) for name in freed}
         replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}

@@ -17,7 +17,7 @@ from onelora_diffusion.families.record import Place, Prompted, Record
 from onelora_diffusion.families.recording import Recorder
 from onelora_diffusion.files import first_line, written_beside
 
-FORMAT = 5  # to be raised when a record means something else
+FORMAT = 6  # to be raised when a record means something else
 CLASSES = {cls.__name__: cls for cls in (Arrangement, Place, Prompted, Record)}
 SEQUENCES = {cls.__name__: cls for cls in (list, tuple, set)}
 

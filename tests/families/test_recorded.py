@@ -457,3 +457,19 @@ def test_what_was_moved_while_inference_mode_was_on_may_be_trained_with():
         ids = family._shared("txt_ids", torch.zeros(1, LENGTH, 3), torch.device("meta"))
     tensors = [value for value in moved.constants.values() if isinstance(value, torch.Tensor)]
     assert tensors and not any(tensor.is_inference() for tensor in (moved.packed, ids, *tensors))
+
+
+def test_a_call_that_reads_the_precision_of_a_freed_text_encoder_is_recorded_at_other_sizes():
+    """As DreamLite's mobile pipeline does."""
+    pipeline, given = make_pipeline("pixart"), []
+    call = type(pipeline).__call__
+
+    @functools.wraps(call)
+    def reading(self, *args, **kwargs):
+        given.append((self.text_encoder.dtype, self.text_encoder.config.d_model))
+        return call(self, *args, **kwargs)
+
+    pipeline.__class__ = type("Reading", (type(pipeline),), {"__call__": reading})
+    family = Recorded(pipeline)
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    assert family.place(64, 96).shape == (4, 32, 48) and {*given} == {given[0]}

@@ -184,18 +184,16 @@ def _load_classes(base, named_by, adapters: Mapping[str, AdapterFile], chosen: S
 def _load_prompts(
     base, named_by, adapters, files, prompts, classes, references, resolution, mixed_precision, frames
 ) -> AdaptedPipeline:
-    facts = [file.training for file in adapters.values()]
+    facts, where = [file.training for file in adapters.values()], " and ".join(map(str, files.values()))
     if facts and all(training.get("dataset") == CAPTIONED for training in facts):
         prompts = prompts or CAPTIONS
     if not prompts or classes:
-        where = " and ".join(map(str, files.values()))
         raise ValueError(f"the adapter in {where} draws prompts: give --prompts, and no --classes")
     if mixed_precision not in PRECISIONS:
         raise ValueError(f"--mixed-precision {mixed_precision} is for classes: choose bf16 or no")
     prompts = filled_by(prompts, [training.get("trigger") for training in facts])
     each, side, trained, length = (_largest(facts, name) for name in MOST)
     if each and not references:
-        where = " and ".join(map(str, files.values()))
         raise ValueError(f"the adapter in {where} edits {each} reference images of a prompt: give --reference")
     pipeline = load_base(base, named_by, condition=str, precision=PRECISIONS[mixed_precision])
     choose_references(pipeline, (each or 1) if references else 0)

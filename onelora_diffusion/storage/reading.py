@@ -86,8 +86,7 @@ def read_file(model: nn.Module, path: Path, translate: Translate, component: str
     with opened(path) as file:
         if "onelora" in file.metadata:
             return read_opened(file, model, component)
-        settings = {}
-        config = path.with_name(PEFT_CONFIG)
+        settings, config = {}, path.with_name(PEFT_CONFIG)
         if "lora_adapter_metadata" in file.metadata:
             given = _settings(file.metadata["lora_adapter_metadata"], file.source)
             # Pipelines write the denoiser's as `transformer.lora_alpha`, models as `lora_alpha`.

@@ -168,7 +168,8 @@ class Recorder:
         else:
             replaced["safety_checker"] = None  # of pictures, which what is drawn here are not
         for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and name not in replaced and not encodes_prompts(name):
+            is_at_home = self.encoding and encodes_prompts(name)  # where all of its inputs are
+            if isinstance(part, nn.Module) and name not in replaced and not is_at_home:
                 replaced[name] = _StandIn(part, _between_devices(part, device), device=device)
         freed = [name for name in self._freed if getattr(pipeline, name) is None]
         replaced |= {name: SimpleNamespace(**self._freed[name], device=device) for name in freed}

@@ -251,14 +251,17 @@ class Task:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Context manager in which the autoencoder is on the device."""
-        autoencoder = autoencoder_of(self.pipeline)
-        before = autoencoder.device
-        autoencoder.to(self.accelerator.device)
+        """Context manager in which all that draws pictures is on the device: also what is not trained, and decodes."""
+        denoisers = denoisers_in(self.pipeline) | guides_in(self.pipeline)
+        parts, there = (autoencoder_of(self.pipeline), *denoisers.values()), self.accelerator.device
+        before = {part: part.device for part in parts if part.device != there}
         try:
+            for part in before:
+                part.to(there)
             yield
         finally:
-            autoencoder.to(before)
+            for part, device in before.items():
+                part.to(device)
 
     def sample_grid(self, is_stopped: Callable[[], object]) -> bytes | None:
         """The PNG of a grid with a column per condition, from the same noise each time; None if stopped or empty."""
@@ -324,29 +327,37 @@ def held_out(number: int | Path, data: TrainingData) -> tuple[np.ndarray, np.nda
 def encode(tasks: Sequence[Task], stop: Stop) -> None:
     """Encode the conditions and, unless the cache would be too large, the images of tasks on one pipeline.
 
-    Text encoders are freed then, and the autoencoder leaves the device if nothing is left to encode. After a signal
-    caches may be incomplete, and no task is to train.
+    Text encoders are freed before the images are encoded, and the denoiser alone stays on the device, with the
+    autoencoder if anything is left to encode. After a signal caches may be incomplete, and no task is to train.
     """
-    pipeline, family, device = tasks[0].pipeline, tasks[0].family, tasks[0].accelerator.device
-    family.keep()  # as nothing is refused from here on
-    encoders, autoencoder = family.encoders(pipeline), autoencoder_of(pipeline)
-    conditioners = family.conditioners(pipeline)
-    identity = identity_of(encoders | conditioners)
-    for encoder in [*encoders.values(), *conditioners.values()]:
-        if isinstance(encoder, nn.Module):
-            encoder.to(device)
-    prompts = [_encode_prompts(task, identity, stop) for task in tasks] if identity else []
-    pipeline.register_modules(**dict.fromkeys(encoders))
+    pipeline, device = tasks[0].pipeline, tasks[0].accelerator.device
+    tasks[0].family.keep()  # as nothing is refused from here on
+    prompts, autoencoder = _encode_all_prompts(tasks, stop), autoencoder_of(pipeline)
     dtype = autoencoder.dtype
-    autoencoder.to(device, torch.float32)  # it stays there for all steps
+    autoencoder.to(device, torch.float32)
     latents = [[_encode_images(task, data, stop) for data in task.encoded_data] for task in tasks]
     if not any(None in each for each in latents):
         autoencoder.to("cpu", dtype)
-    shown = denoisers_in(pipeline) | guides_in(pipeline) if any(task.data.shown for task in tasks) else {}
-    for denoiser in [denoiser_of(pipeline), *shown.values()]:
-        denoiser.to(device)
-    for number, task in enumerate(tasks):
-        task.folders = prompts[number] if identity else None, latents[number]
+    denoiser_of(pipeline).to(device)
+    for task, *folders in zip(tasks, prompts, latents, strict=True):
+        task.folders = tuple(folders)
+
+
+def _encode_all_prompts(tasks: Sequence[Task], stop: Stop) -> list[list[Path] | None]:
+    """The folders of the encoded conditions of each task; what encodes them is freed, or leaves the device."""
+    pipeline, family = tasks[0].pipeline, tasks[0].family
+    encoders, conditioners = family.encoders(pipeline), family.conditioners(pipeline)
+    if not (identity := identity_of(encoders | conditioners)):
+        return [None] * len(tasks)
+    models = {name: part for name, part in (encoders | conditioners).items() if isinstance(part, nn.Module)}
+    models = {name: part for name, part in models.items() if name not in guides_in(pipeline)}
+    for model in models.values():
+        model.to(tasks[0].accelerator.device)
+    folders = [_encode_prompts(task, identity, stop) for task in tasks]
+    for name in models.keys() & conditioners.keys():
+        models[name].to("cpu")
+    pipeline.register_modules(**dict.fromkeys(encoders))
+    return folders
 
 
 def _encode_prompts(task: Task, identity: dict, stop: Stop) -> list[Path]:

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor
+
+LARGE = 2**22  # values of an encoded prompt
 
 
 @dataclass
@@ -74,6 +77,20 @@ def near(first, second) -> bool:
         return torch.equal(first, second)
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     return torch.allclose(first, second, rtol=tolerance, atol=tolerance * float(second.abs().max()))
+
+
+def is_meta(value) -> bool:
+    return any(tensor.is_meta for tensor in tensors_in(value))
+
+
+def thinned(value):
+    """The same with their mean for each token of large tensors (..., tokens, features), of which LTX-2's is 385 MB."""
+    return recursively_apply(_thinned, value)
+
+
+def _thinned(tensor: Tensor) -> Tensor:
+    is_large = tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > LARGE
+    return tensor.mean(-2, keepdim=True).expand_as(tensor) if is_large else tensor
 
 
 def tensors_in(value) -> Iterator[Tensor]:

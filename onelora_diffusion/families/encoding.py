@@ -144,7 +144,7 @@ class Encoding(Family):
         record, value = self.record, call[name]
         if value is None:  # a mask that is left out where it has every token (Nucleus)
             tokens = next(call[n].shape[:2] for n in record.prompted if getattr(call[n], "ndim", 0) == 3)
-            value = place.constants[name].new_ones(tokens)
+            value = torch.ones(tokens, dtype=place.constants[name].dtype)
         value = value if how.kind == "shared" else value[0]
         if record.together:
             return row_of(name, value)

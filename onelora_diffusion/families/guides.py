@@ -40,7 +40,6 @@ def probed_guide(recorder: Recorder, guided: Recorder, place: Place) -> Place:
         raise refusals[0]
     find_times(recorder, run, here)
     find_conditions(recorder)
-    here.leave_out(recorder.record.together)
     guided.record.offset = _offset_of(guided, [place, here])
     return here
 

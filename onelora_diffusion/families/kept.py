@@ -78,6 +78,8 @@ def _encoded(value, tensors: dict[str, Tensor]):
     """A value as JSON; its tensors are added to `tensors`, by number."""
     if isinstance(value, Tensor) and value.is_meta:
         return {"shape": [str(value.dtype).removeprefix("torch."), *value.shape]}
+    if isinstance(value, Tensor) and (sizes := _kept_of(value)) != [*value.shape]:
+        return {"expanded": [_encoded(value[tuple(map(slice, sizes))], tensors)["tensor"], *value.shape]}
     if isinstance(value, Tensor):
         tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": str(len(tensors) - 1)}
@@ -94,12 +96,19 @@ def _encoded(value, tensors: dict[str, Tensor]):
     raise TypeError(f"a {type(value).__name__} has no form in a file")
 
 
+def _kept_of(tensor: Tensor) -> list[int]:
+    """The sizes of the part of a tensor that its memory has once."""
+    return [size if step else min(size, 1) for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
 def _decoded(value, tensors: dict[str, Tensor]):
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "expanded":
+        return tensors[content[0]].expand(content[1:])
     if kind == "shape":
         return torch.empty(content[1:], dtype=getattr(torch, content[0]), device="meta")
     if kind == "dict":

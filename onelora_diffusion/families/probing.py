@@ -73,7 +73,6 @@ def _probed(recorder: Recorder) -> Place:
         place.constants[name] = place.constants[name].movedim(dim, 0)
     find_sizes(recorder, place, run.samples[0].numel())
     find_guidance(recorder, place)
-    place.leave_out(record.together)
     call = recorder.call(encoded=record.encoded)
     record.targets = targets_in(recorder.denoiser, recorder.blocks, lambda: recorder.answered(call))
     return place

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from onelora_diffusion.families.arguments import Arrangement, tensors_in
+from onelora_diffusion.families.arguments import Arrangement, is_meta
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Place:
         frames: whether the autoencoder has a dimension of frames.
         decoding: what it is given beside latents to decode, `args` and `kwargs`.
         constants: the arguments of a call, of which those that follow neither noise, time nor prompt are used; those
-            that are kept for each prompt and size are shapes alone, on the meta device.
+            that follow the prompt are shapes alone, on the meta device.
         still: by argument, the places (1, ...) of the time that keep their numbers, which are those of `constants`.
         odds: s of the times T·τ that the denoiser is told of, τ / (1 - τ) = σ / (1 - σ) / s, at the time T·σ.
     """
@@ -129,7 +129,8 @@ class Place:
 
     def leave_out(self, names: Iterable[str]) -> "Place":
         """This, with the shapes alone of these constants."""
-        self.constants.update({name: send_to_device(self.constants[name], "meta") for name in names})
+        shapes = {name: send_to_device(self.constants[name], "meta") for name in names if name in self.constants}
+        self.constants.update(shapes)
         return self
 
     @torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
@@ -145,7 +146,7 @@ class Place:
                 "packed": self.packed,
                 "unpacked": None if in_order else self.unpacked,
                 "beside": self.constants[noisy][0].flatten()[self.beside] if self.beside.any() else None,
-                "constants": {n: v for n, v in self.constants.items() if not any(t.is_meta for t in tensors_in(v))},
+                "constants": {n: v for n, v in self.constants.items() if n != noisy and not is_meta(v)},
                 "still": self.still,
                 "given": self.given if self.given.any() else None,
             }
@@ -169,7 +170,7 @@ class Record:
         switched: the arguments, if any, by which the denoiser's output does not depend on `others`.
         takes_lists, gives_lists: whether that argument and the output are lists with an entry for each image.
         factors: sizes of the output over those of the noisy argument.
-        encoded: what `encode_prompt` returned of the short prompt.
+        encoded: what `encode_prompt` returned of the short prompt, `thinned`.
         times: by argument, a and b of a·t + b of the scheduler's time t, or where steps are of `flow`, of σ as such.
         share: the times t from which and below which this one of two denoisers computes.
         prompted: the arguments that follow the prompt, or what is in the reference images.

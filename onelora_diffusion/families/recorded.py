@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onelora_diffusion.denoisers import TwoDenoisers, denoiser_of, denoisers_in
 from onelora_diffusion.diffusion import model_timesteps
-from onelora_diffusion.families.arguments import on, output_of, same
+from onelora_diffusion.families.arguments import on, output_of, same, thinned
 from onelora_diffusion.families.autoencoder import from_autoencoder, moments_of, to_autoencoder
 from onelora_diffusion.families.coordinates import Translated, measured, times_of, training_scheduler
 from onelora_diffusion.families.encoding import GUIDE, GUIDED, Encoding
@@ -60,7 +60,7 @@ class Recorded(Encoding):
             place = probed(self.recorder)
         self.record = self.recorder.record
         self._training_scheduler = training_scheduler(self.recorder)
-        self._first = place
+        self._first = place.leave_out(self.record.prompted)
         self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
         self._of_guide: dict[tuple, Conditions] = {}
         self._embedded = lru_cache(PLACES)(self._embedding)
@@ -68,6 +68,7 @@ class Recorded(Encoding):
         self.is_guided, self.targets = bool(self.record.guided), self.record.targets
         self.guide = Recorded(pipeline, records, self) if self.record.guiding else None
         self.is_sized = bool(self.record.together or self.guide and self.guide.record.together)
+        self.record.encoded = thinned(self.record.encoded)
 
     def __str__(self) -> str:
         """What was found, in three lines."""
@@ -130,7 +131,7 @@ class Recorded(Encoding):
                 rows = place.constants.get(name)
                 if how.kind == "rows" and not same(rows, rows[:1].expand_as(rows)):
                     raise ValueError(f"{self.name} tells its denoiser another {name} of each frame")
-            self._places[key] = place.leave_out(self.record.together)
+            self._places[key] = place.leave_out(self.record.prompted)
             while len(self._places) > PLACES:
                 self._places.pop([*self._places][1])  # all but that of the recorded size
         return self._places[key]
@@ -200,7 +201,7 @@ class Recorded(Encoding):
         if here.beside is not None:
             own = conditions["references"][:, : len(here.beside)] if record.references else here.beside
             values = torch.cat([values, own.to(values.dtype).expand(batch, -1)], dim=1)
-        packed = values[:, here.packed].reshape(batch, *place.argument).to(here.constants[record.noisy][0].dtype)
+        packed = values[:, here.packed].reshape(batch, *place.argument).to(place.constants[record.noisy][0].dtype)
         given = self._of_prompts(conditions, place, device)
         constants = {name: value for name, value in here.constants.items() if name not in given}
         for name in (name for name in constants if f"references.{name}" in conditions):

@@ -228,7 +228,9 @@ class Recorder:
         def encode(images: Tensor, *args, **kwargs):
             first = images.flatten()[0]
             key = (float(first), *images.shape) if (images == first).all() else None
-            encoded = self._blank.get(key) or vae.encode(images.to(vae.device, vae.dtype), *args, **kwargs)
+            if (encoded := self._blank.get(key)) is None:
+                own = vae.encode(images.to(vae.device, vae.dtype), *args, **kwargs)
+                encoded = {name: _moved(value, torch.zeros(())) for name, value in own.items()}
             if key:
                 self._blank[key] = encoded
             return SimpleNamespace(**{name: _moved(value, images) for name, value in encoded.items()})

@@ -22,7 +22,8 @@ from torch import nn
 from onelora_diffusion import AdapterConfig, inject_adapter, route_adapters
 from onelora_diffusion.denoisers import choose_denoiser, denoiser_of, repeated_blocks
 from onelora_diffusion.families import Recorded, family_of
-from onelora_diffusion.families.arguments import Arrangement
+from onelora_diffusion.families.arguments import Arrangement, is_meta, tensors_in
+from onelora_diffusion.families.kept import kept
 from onelora_diffusion.families.placing import place_at
 from onelora_diffusion.families.probing import line_of
 from onelora_diffusion.families.recording import ASKED, _StandIn
@@ -287,7 +288,10 @@ def test_a_pipeline_in_half_precision_is_recorded_by_the_same_numbers(name, time
 
 @pytest.mark.parametrize("name", ["krea2", "wan22"])
 @torch.no_grad()
-def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, capsys):
+def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, capsys, monkeypatch):
+    """And kept without what it was probed by: a prompt, of which large ones are gigabytes."""
+    monkeypatch.setattr("onelora_diffusion.families.arguments.LARGE", 0)
+
     def recorded():
         pipeline, calls = make_pipeline(name), []
         with denoiser_of(pipeline).register_forward_pre_hook(lambda *args: calls.append(args)):
@@ -302,6 +306,11 @@ def test_a_pipeline_is_probed_once_by_few_calls_of_its_denoiser(name, tmp_path, 
     expected = first.predict(first.denoiser, *inputs_of)
     assert torch.equal(second.predict(second.denoiser, *inputs(second, second.pipeline)), expected)
     (path,) = tmp_path.iterdir()
+    record, place = kept(path)
+    prompts = [tensor for tensor in tensors_in(record.encoded) if tensor.is_floating_point()]
+    assert prompts and all(tensor.stride(-2) == 0 < tensor.std() for tensor in prompts)
+    assert all(is_meta(place.constants[name]) for name in record.prompted)
+    assert not place.on(torch.device("meta"), record.noisy).constants.keys() & {record.noisy, *record.prompted}
     path.write_bytes(path.read_bytes()[:1000])
     assert recorded()[1] == probes and "is recorded anew" in capsys.readouterr().out
     assert recorded()[1] == 0

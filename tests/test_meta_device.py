@@ -356,10 +356,10 @@ def test_what_is_computed_in_groups_waits_for_nothing(name, monkeypatch):
     assert all(parameter.grad.is_meta for parameter in trained(model))
 
     requests = [
-        ImageRequest(condition=each, empty=empty, generator=None, guidance_scale=scale)
-        for each, scale in ((first, 1.0), (second, 4.0), (first, 4.0))
+        ImageRequest(condition=each, empty=empty, generator=None, guidance_scale=scale, adapters={"default": weight})
+        for each, scale, weight in ((first, 1.0, 1.0), (second, 4.0, 0.5), (first, 4.0, 1.0))
     ]
     denoise = GuidedDenoiser(family, model, requests, interval=(200, 600))
     latents, times = torch.empty(3, *shape, device=META), torch.tensor([100.0, 300.0, 900.0])
-    with torch.no_grad():
+    with torch.no_grad(), route_adapters(model, denoise.entries):
         assert copies_of_second(lambda: denoise(latents, times)) == []

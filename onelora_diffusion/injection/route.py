@@ -33,7 +33,7 @@ class Route:
             raise ValueError(f"a batch of {size} is no multiple of the {len(self.samples)} samples that have a route")
         if size != len(self.batch) or first.device != self._index.device:
             self.batch = self.samples * (size // len(self.samples))
-            self._index = torch.tensor(self.batch, device=first.device)
+            self._index = torch.tensor(self.batch).to(first.device, non_blocking=True)
 
     def index(self, device: torch.device) -> torch.Tensor:
         """(batch,) the index of the mixture of every sample."""
@@ -45,5 +45,5 @@ class Route:
             return torch.tensor(numbers, dtype=dtype, device=device)
         key = (tuple(numbers), dtype, device)
         if key not in self._copied:
-            self._copied[key] = torch.tensor(numbers, dtype=dtype, device=device)
+            self._copied[key] = torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
         return self._copied[key]

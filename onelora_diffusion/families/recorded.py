@@ -4,6 +4,7 @@
 """
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, lru_cache, partial
@@ -62,6 +63,7 @@ class Recorded(Encoding):
         self._training_scheduler = training_scheduler(self.recorder)
         self._first = place.leave_out(self.record.prompted)
         self._places: dict[tuple, Place] = {(*self.recorder.square, self.record.frames): place}
+        self._placing = threading.Lock()  # one thread at a time records a size
         self._of_guide: dict[tuple, Conditions] = {}
         self._embedded = lru_cache(PLACES)(self._embedding)
         self._last_shared: dict[str, tuple[Tensor, Tensor]] = {}  # by argument, on the host and on the device
@@ -124,17 +126,18 @@ class Recorded(Encoding):
         """
         frames = frames if frames > 1 else self.record.frames
         key = (height, width, frames, *sizes, *([length] if length else []))
-        if key not in self._places:
-            with torch.no_grad():
-                place, _ = place_at(self.recorder, (height, width), sizes, frames, length)
+        if found := self._places.get(key):
+            return found
+        with self._placing, torch.no_grad():
+            place, _ = place_at(self.recorder, (height, width), sizes, frames, length)
             for name, how in self.record.prompted.items():
                 rows = place.constants.get(name)
                 if how.kind == "rows" and not same(rows, rows[:1].expand_as(rows)):
                     raise ValueError(f"{self.name} tells its denoiser another {name} of each frame")
-            self._places[key] = place.leave_out(self.record.prompted)
+            self._places[key] = found = place.leave_out(self.record.prompted)
             while len(self._places) > PLACES:
                 self._places.pop([*self._places][1])  # all but that of the recorded size
-        return self._places[key]
+        return found
 
     @property
     def frame_rate(self) -> float | None:

@@ -1,9 +1,11 @@
 """Calls of a stock pipeline with recorders in the place of its parts."""
 
+import copy
 import functools
 import inspect
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,7 +157,8 @@ class Recorder:
         Raises:
             NotTakenError: the call fails.
         """
-        pipeline, run = self.pipeline, Run()
+        # A copy's parts are replaced: another thread may draw with the pipeline itself.
+        pipeline, run = copy.copy(self.pipeline), Run()
         given = self.arguments(prompt, side, steps, references, frames, **settings)
         is_replayed = encoded is not None and self.encoding
         device = torch.device("cpu") if is_replayed else pipeline._execution_device
@@ -173,7 +176,7 @@ class Recorder:
                 replaced[name] = _StandIn(part, _between_devices(part, device), device=device)
         freed = [name for name in self._freed if getattr(pipeline, name) is None]
         replaced |= {name: SimpleNamespace(**self._freed[name], device=device) for name in freed}
-        replaced |= {name: self._encoder(name, run, encoded) for name in self.encoding}
+        replaced |= {name: self._encoder(getattr(pipeline, name), run, encoded) for name in self.encoding}
         with _silence():
             replaced |= {name: own.new(guidance_scale=guider) for name, own in self.guiders.items()}
         own = {"device": device} | ({"dtype": torch.float32} if precise else {})
@@ -181,7 +184,8 @@ class Recorder:
             is_counted = name in self.counted
             forward = self._forward(name, run, answer) if is_counted else self._beside(name, part, run, beside)
             replaced[name] = _StandIn(part, forward, **own)
-        with _replaced(pipeline, replaced), _silence():
+        vars(pipeline).update(replaced)  # behind the back of its configuration
+        with _silence():
             try:
                 images = pipeline(**given)
                 if not autoencoder:
@@ -271,9 +275,8 @@ class Recorder:
 
         return forward
 
-    def _encoder(self, name: str, run: Run, encoded: list | None) -> Callable:
+    def _encoder(self, own: Callable, run: Run, encoded: list | None) -> Callable:
         """A method that encodes prompts, what it returns recorded or replayed unless another one has called it."""
-        own = getattr(self.pipeline, name)
 
         @functools.wraps(own)
         def encode(*args, **kwargs):
@@ -428,30 +431,23 @@ def _decoder(run: Run) -> Callable:
     return decode
 
 
+_SILENCE = threading.RLock()  # warnings and their loggers belong to the process
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Context manager: diffusers and transformers do not warn of what is asked of them to see whether they take it."""
+    """Context manager: diffusers and transformers do not warn of what is asked of them to see whether they take it.
+
+    One thread at a time is inside.
+    """
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
+    with _SILENCE, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _replaced(pipeline, parts: dict) -> Iterator[None]:
-    """Context manager: these attributes of a pipeline are others, behind the back of its configuration."""
-    kept = {name: vars(pipeline)[name] for name in parts if name in vars(pipeline)}
-    vars(pipeline).update(parts)
-    try:
-        yield
-    finally:
-        for name in parts:
-            vars(pipeline).pop(name)
-        vars(pipeline).update(kept)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -53,9 +53,9 @@ class Drawing:
         where the base draws prompts, or a prompt has `{trigger}` and the adapters no word for it.
         """
         size, config = request.size or self.size, self.family.training_scheduler(self.pipeline).config
-        self.family.check_resolution(self.pipeline, size)
         if size > self.size:
             raise ValueError(f"size is {size}; {self.size}, the base's own, is the most here")
+        self.family.check_resolution(self.pipeline, size)
         if (steps := request.num_inference_steps) > self.max_steps:
             raise ValueError(f"num_inference_steps is {steps}; {self.max_steps} is the most here")
         settings = sampler_settings(request)

@@ -328,6 +328,22 @@ def test_whether_a_size_is_taken_is_asked_without_a_trace_in_the_denoiser():
     assert torch.equal(family.predict(denoiser_of(pipeline), latents, times, conditions), found)
 
 
+@pytest.mark.parametrize("name", ["sd15", "krea2"])
+def test_a_pipeline_draws_in_the_middle_of_its_recording(name):
+    """As a server's does, whose other threads ask for pictures of another size."""
+    pipeline, family = stock(name)
+    drawn = []
+
+    def draw_stock(number, sample):
+        call = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "pt"}
+        drawn.append(pipeline("a bold Q", generator=torch.Generator().manual_seed(0), **call).images)
+
+    draw_stock(0, None)
+    answer = family.recorder.answering(lambda number, elements: torch.zeros(elements))
+    family.recorder.run(side=(96, 96), answer=answer, step=draw_stock)
+    assert len(drawn) == 2 and torch.equal(*drawn)
+
+
 @torch.no_grad()
 def test_a_mask_that_is_left_out_where_it_has_every_token_is_one_of_these():
     """As Nucleus' pipeline does, and PixArt's here."""

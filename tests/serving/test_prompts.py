@@ -112,8 +112,8 @@ def test_a_server_of_prompts_draws_from_files_and_refuses_in_one_line(tmp_path):
             "has {trigger}, and no adapter here has a trigger word": replace(asked[0], subject="a {trigger} dog"),
             "this base draws a prompt": replace(REQUESTS[0], subject=3),
             "have their pipeline's own": replace(REQUESTS[0], sampler="ddim"),
-            "no multiple of": replace(REQUESTS[0], size=17),
-            f"{drawing.size}, the base's own, is the most": replace(REQUESTS[0], size=4096),
+            "no multiple of": replace(REQUESTS[0], size=15),
+            f"{drawing.size}, the base's own, is the most": replace(REQUESTS[0], size=4097),
             "50 is the most here": replace(REQUESTS[0], num_inference_steps=51),
         }
         for said, one in wrong.items():

@@ -1,6 +1,5 @@
 """What is in the device's memory, and when: only what the work at hand needs."""
 
-import gc
 import weakref
 from types import SimpleNamespace
 
@@ -62,12 +61,17 @@ def test_each_model_is_on_the_device_only_while_it_works(monkeypatch, is_cached)
     own.encoded_data, encoder = ["photos"], weakref.ref(pipeline.text_encoder)
 
     def encode_images(*args):
-        gc.collect()
         seen["images"], seen["encoder"] = pipeline.there(), encoder()
         return "latents" if is_cached else None
 
     monkeypatch.setattr(task, "identity_of", lambda parts: dict.fromkeys(parts, "..."))
-    monkeypatch.setattr(task, "_encode_prompts", lambda *args: seen.update(prompts=pipeline.there()) or ["prompts"])
+
+    def encode_prompts(*args):
+        seen["prompts"], cycle = pipeline.there(), [pipeline.text_encoder]  # as copies of a pipeline have them
+        cycle.append(cycle)
+        return ["prompts"]
+
+    monkeypatch.setattr(task, "_encode_prompts", encode_prompts)
     monkeypatch.setattr(task, "_encode_images", encode_images)
     task.encode([own], None)
     assert seen == {"prompts": {"text_encoder", "image_encoder", "vocoder"}, "images": {"vae"}, "encoder": None}

@@ -3,10 +3,20 @@
 import signal
 
 import pytest
+import torch
 from tiny_models import dit_inputs, make_dit
 
 # A shell without job control starts what runs in the background with Ctrl-C ignored, and its children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A benchmark's number of threads ends with it: more threads than cores make later tests many times slower."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.arrivals import BATCHES, JOINED
 from benchmarks.serve import ALONE, BATCHED, BLOCK, MINIATURE, SWITCHED, ServeSettings, serve
@@ -20,6 +21,7 @@ def test_every_way_serves_every_client_and_is_told(tmp_path):
         width=32,
         heads=2,
         sample_size=8,
+        threads=torch.get_num_threads(),
         output_dir=tmp_path,
     )
     results = serve(settings)

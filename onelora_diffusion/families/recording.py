@@ -200,6 +200,8 @@ class Recorder:
                     f"{type(pipeline).__name__} cannot be recorded: its own call {asked}fails: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
+            finally:
+                vars(pipeline).clear()  # its own methods are in it, which would keep it, and all models, alive
         return run
 
     def arguments(

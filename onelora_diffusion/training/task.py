@@ -1,6 +1,5 @@
 """The task of a run: a base with its adapter, and the images and conditions to learn."""
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -334,7 +333,6 @@ def encode(tasks: Sequence[Task], stop: Stop) -> None:
     pipeline, device = tasks[0].pipeline, tasks[0].accelerator.device
     tasks[0].family.keep()  # as nothing is refused from here on
     prompts, autoencoder = _encode_all_prompts(tasks, stop), autoencoder_of(pipeline)
-    gc.collect()  # copies of the pipeline that were recorded may refer to themselves, and so keep text encoders
     dtype = autoencoder.dtype
     autoencoder.to(device, torch.float32)
     latents = [[_encode_images(task, data, stop) for data in task.encoded_data] for task in tasks]

@@ -51,8 +51,6 @@ def test_a_step_of_all_subjects_is_timed_beside_a_step_of_each(monkeypatch, caps
     small = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
     base = families.BASES["pixart"]
     monkeypatch.setitem(families.BASES, "pixart", base._replace(config=base.config | small, depths={"num_layers": 1}))
-    threads = torch.get_num_threads()
     found = subjects(SubjectsSettings(family="pixart", subjects=2, rounds=1))
-    torch.set_num_threads(threads)
     assert list(found) == ["1LoRA, one step of all", "1LoRA, a step of each", "PEFT LoRA r=1, a step of each"]
     assert min(found.values()) > 0 and "PixArt-Σ, 2 subjects" in capsys.readouterr().out

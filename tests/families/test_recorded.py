@@ -1,6 +1,8 @@
 """A family that is recorded from its pipeline, against the stock pipeline."""
 
 import functools
+import gc
+import weakref
 
 import diffusers
 import pytest
@@ -26,7 +28,7 @@ from onelora_diffusion.families.arguments import Arrangement, is_meta, tensors_i
 from onelora_diffusion.families.kept import kept
 from onelora_diffusion.families.placing import place_at
 from onelora_diffusion.families.probing import line_of
-from onelora_diffusion.families.recording import ASKED, _StandIn
+from onelora_diffusion.families.recording import ASKED, Recorder, _StandIn
 from onelora_diffusion.families.targets import targets_in
 from onelora_diffusion.injection.layers import target_layers
 from onelora_diffusion.sampling import SamplerSettings, draw, image_generators
@@ -339,9 +341,21 @@ def test_a_pipeline_draws_in_the_middle_of_its_recording(name):
         drawn.append(pipeline("a bold Q", generator=torch.Generator().manual_seed(0), **call).images)
 
     draw_stock(0, None)
-    answer = family.recorder.answering(lambda number, elements: torch.zeros(elements))
-    family.recorder.run(side=(96, 96), answer=answer, step=draw_stock)
+    family.recorder.run(side=(96, 96), answer=family.recorder.answering_all(0.0), step=draw_stock)
     assert len(drawn) == 2 and torch.equal(*drawn)
+
+
+def test_a_recorded_call_keeps_no_model_alive():
+    """Text encoders leave the device's memory at once, not when Python looks for cycles."""
+    pipeline = make_pipeline("sd15")
+    gc.disable()
+    try:
+        Recorder(pipeline).run(side=(64, 64))
+        encoder = weakref.ref(pipeline.text_encoder)
+        pipeline.register_modules(text_encoder=None)
+        assert encoder() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def probed_guide(recorder: Recorder, guided: Recorder, place: Place) -> Place:
 
 
 def _offset_of(recorder: Recorder, places: list[Place]) -> int | None:
-    """What is added to the scale, as of `offset_of`, where ε(∅) is the guiding model's."""
+    """What is added to the scale, as in `offset_of`, where ε(∅) is the guiding model's."""
     count, generator = int(max(place.unpacked.max() for place in places)) + 1, torch.Generator().manual_seed(0)
     numbers = torch.randn(2, count, generator=generator)
     own, guide = (

@@ -308,12 +308,12 @@ def measure_mixed(settings: AdaptersSettings) -> list[dict]:
             steps["PEFT", "one", count] = lambda model=peft: model(*batch)
             steps["PEFT", "mixed", count] = lambda model=peft, names=names: model(*batch, adapter_names=names)
             openings[count] = lambda model=serving, names=names: _open(model, names)
-            kept = [seat.open_route.kept for (kind, _), seat in routed._onelora.seats.items() if kind == BESIDE_LINEAR]
+            seats = [seat for (kind, _), seat in routed._onelora.seats.items() if kind == BESIDE_LINEAR]
             rows.append(
                 {
                     "adapters": count,
                     "ours_bytes": adapter_bytes(serving),
-                    "route_bytes": storage_bytes(stack for stacks in kept for stack in stacks.b.values()),
+                    "route_bytes": storage_bytes([b for seat in seats for b in seat.open_route.stacks().b.values()]),
                     "peft_bytes": adapter_bytes(peft),
                 }
             )
